@@ -1,0 +1,147 @@
+"""Attention over packed micro-batches: documents never see each other, nor do a pair's two branches.
+
+Each kernel is registered with transformers' AttentionInterface under a name of ours, without an entry
+for masks, so that models build none; what a kernel needs to know about the packing travels as keyword
+arguments through `model(**kwargs)` to every attention layer. What a kernel does not implement it refuses.
+"""
+
+import importlib.util
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from common.errors import UserError
+from common.packing import REJECTED, STEM, MicroBatch
+
+KERNELS = ("flash_attention_2", "varlen", "sdpa")
+
+
+def resolve_kernel(name: str, device_type: str, dtype: torch.dtype) -> str:
+    """The kernel behind `--attn_implementation`; raises UserError where it cannot run."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    on_gpu = device_type == "cuda" and half
+    flash_installed = importlib.util.find_spec("flash_attn") is not None
+    if name == "auto":
+        return "sdpa" if not on_gpu else "flash_attention_2" if flash_installed else "varlen"
+    if name != "sdpa" and not on_gpu:
+        raise UserError(f"--attn_implementation {name} needs a CUDA device and bfloat16; use auto or sdpa")
+    if name == "flash_attention_2" and not flash_installed:
+        raise UserError("--attn_implementation flash_attention_2: the package flash-attn is not installed; use auto")
+    return name
+
+
+def registered_name(kernel: str) -> str:
+    """The name under which a model's config selects one of KERNELS."""
+    return f"plaintune_{kernel}"
+
+
+def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device) -> dict:
+    """What the attention layers need to know about one micro-batch, as the model's keyword arguments.
+
+    sdpa: packed_mask bool [1, 1, T, T], True where row i attends to column j.
+    varlen kernels: packed_cu_seqlens_q, packed_cu_seqlens_k int32 [segments + 1], packed_max_seqlen int,
+    packed_key_index int64 [T_k] or None: a segment is a document, or a document's stem and chosen branch,
+    or its rejected branch alone, whose keys are the stem's and its own. A segment's last query is aligned
+    with its last key (bottom-right causal).
+    """
+    if kernel == "sdpa":
+        return {"packed_mask": block_mask(torch.from_numpy(micro_batch.document).to(device),
+                                          torch.from_numpy(micro_batch.branch).to(device))}
+    q_lengths, k_lengths, key_index = [], [], []
+    for d in range(int(micro_batch.document[-1]) + 1):
+        tokens = np.flatnonzero(micro_batch.document == d)
+        stem = int((micro_batch.branch[tokens] == STEM).sum())
+        rejected = int((micro_batch.branch[tokens] == REJECTED).sum())
+        q_lengths.append(len(tokens) - rejected)
+        k_lengths.append(len(tokens) - rejected)
+        key_index.append(tokens[:len(tokens) - rejected])
+        if rejected:
+            q_lengths.append(rejected)
+            k_lengths.append(stem + rejected)
+            key_index.append(np.concatenate([tokens[:stem], tokens[len(tokens) - rejected:]]))
+    index = np.concatenate(key_index)
+
+    def offsets(lengths: list[int]) -> torch.Tensor:
+        return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(device, non_blocking=True)
+    return {
+        "packed_cu_seqlens_q": offsets(q_lengths),
+        "packed_cu_seqlens_k": offsets(k_lengths),
+        "packed_max_seqlen": max(k_lengths),
+        "packed_key_index": None if len(q_lengths) == len(k_lengths) and q_lengths == k_lengths
+        else torch.from_numpy(index).to(device, non_blocking=True),
+    }
+
+
+def block_mask(document: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """bool [1, 1, T, T] from int [T]: causal, within a document, and not from one branch into the other."""
+    row = torch.arange(len(document), device=document.device)
+    causal = row[:, None] >= row[None, :]
+    same_document = document[:, None] == document[None, :]
+    visible_branch = (branch[None, :] == STEM) | (branch[:, None] == branch[None, :])
+    return (causal & same_document & visible_branch)[None, None]
+
+
+def _refuse_unimplemented(module: torch.nn.Module, dropout: float, kwargs: dict) -> None:
+    """Raises for arguments that change what attention computes and that the packed kernels do not implement.
+
+    A sliding window is compared with the samples' length before the model loads (common/model.py).
+    """
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise UserError(f"{type(module).__name__} asks attention for `{name}`, which packed attention does not implement")
+    if dropout:
+        raise UserError(f"{type(module).__name__} asks for attention dropout {dropout}; only 0 is supported")
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise UserError(f"{type(module).__name__} is not causal; only decoder models can be trained")
+
+
+def _sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, packed_mask=None, **kwargs):
+    """query [1, H, T, D], key and value [1, H_kv, T, D] -> ([1, T, H, D], None); the AttentionInterface signature."""
+    _refuse_unimplemented(module, dropout, kwargs)
+    assert packed_mask is not None, f"{type(module).__name__} got no packed_mask"
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # with a mask, torch's fused CPU kernel takes only equal head counts
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=packed_mask, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _varlen_inputs(module, query, key, value, dropout, packed_cu_seqlens_q, packed_key_index, kwargs):
+    """[1, H, T, D] -> [T, H, D] for the queries, and the same for the keys and values of every segment."""
+    _refuse_unimplemented(module, dropout, kwargs)
+    assert packed_cu_seqlens_q is not None, f"{type(module).__name__} got no packed_cu_seqlens_q"
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if packed_key_index is not None:
+        key, value = key[packed_key_index], value[packed_key_index]
+    return query, key, value
+
+
+def _varlen(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, packed_cu_seqlens_q=None,
+            packed_cu_seqlens_k=None, packed_max_seqlen=None, packed_key_index=None, **kwargs):
+    """Torch's own variable-length flash attention; window (-1, 0) is causal."""
+    from torch.nn.attention.varlen import varlen_attn
+    query, key, value = _varlen_inputs(module, query, key, value, dropout, packed_cu_seqlens_q, packed_key_index, kwargs)
+    gqa = {"enable_gqa": True} if _VARLEN_HAS_GQA_FLAG and query.shape[1] != key.shape[1] else {}
+    out = varlen_attn(query, key, value, packed_cu_seqlens_q, packed_cu_seqlens_k, packed_max_seqlen,
+                      packed_max_seqlen, scale=scaling, window_size=(-1, 0), **gqa)
+    return out[None], None
+
+
+def _flash_attention_2(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0,
+                       packed_cu_seqlens_q=None, packed_cu_seqlens_k=None, packed_max_seqlen=None,
+                       packed_key_index=None, **kwargs):
+    """The flash-attn package."""
+    from flash_attn import flash_attn_varlen_func
+    query, key, value = _varlen_inputs(module, query, key, value, dropout, packed_cu_seqlens_q, packed_key_index, kwargs)
+    out = flash_attn_varlen_func(query, key, value, packed_cu_seqlens_q, packed_cu_seqlens_k, packed_max_seqlen,
+                                 packed_max_seqlen, softmax_scale=scaling, causal=True)
+    return out[None], None
+
+
+_VARLEN_HAS_GQA_FLAG = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
+for _kernel, _function in zip(KERNELS, (_flash_attention_2, _varlen, _sdpa), strict=True):
+    AttentionInterface.register(registered_name(_kernel), _function)

@@ -1,0 +1,296 @@
+"""Checkpoints: complete or absent, verified before use, readable by any number of ranks.
+
+checkpoints/step_00000500/
+    rank_00000_of_00002.part_000.safetensors ...  each rank's slices of every parameter: `master/NAME`,
+                                  `exp_avg/NAME`, `exp_avg_sq/NAME`, float32, one-dimensional
+    state.json                    RunState
+    manifest.json                 size and digest of each file above, shape of each parameter, world size
+    COMPLETE                      the manifest's digest
+
+ZeRO-3 gives rank r of n the elements [r k, (r + 1) k) of a flattened parameter, k = ceil(numel / n).
+A slice file therefore says by its name alone which elements it holds, and another number of ranks
+reads the overlapping parts: nothing is converted, and nothing is unpickled. The model's own weights
+are the masters rounded to its dtype, so they are not stored.
+
+A checkpoint is written to `.step_X.tmp`, every file flushed to disk, and renamed; it is deleted by
+renaming it to `.step_X.old` first. Whatever a crash leaves behind begins with a dot and is removed
+by the next run.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import xxhash
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from safetensors import safe_open
+
+from common.distributed import Ranks
+from common.errors import TrainingStopped, UserError
+
+FOLDER = re.compile(r"step_(\d{8,})")
+PART_BYTES = 2**30
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class RunState:
+    """All that resumes besides parameters and moments. Order and learning rate are functions of `step`."""
+
+    step: int = 0  # optimizer steps done
+    samples: int = 0  # samples (pairs) taken
+    total_tokens: int = 0  # tokens run
+    target_tokens: int = 0  # tokens trained on
+    seed: int = 0
+    micro_batch_budget: int = 0
+    world_size: int = 0
+    identity: dict = field(default_factory=dict)  # every value that changes the result, by its flag's name
+
+
+def digest(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def file_digest(path: Path) -> str:
+    """As digest, of a file's contents, in bounded memory."""
+    state = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(2**24):
+            state.update(block)
+    return state.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> dict:
+    """Writes and flushes one file; its entry in the manifest."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": len(data), "digest": digest(data)}
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def checkpoint_bytes(num_parameters: int) -> int:
+    """Disk that one checkpoint takes: master and two moments in float32."""
+    return 12 * num_parameters
+
+
+def save(engine, parameters: dict[str, torch.nn.Parameter], state: RunState, output_dir: str, keep_last_n: int,
+         ranks: Ranks) -> Path:
+    """Writes the checkpoint of `state.step` and then deletes all but the newest keep_last_n. Collective.
+
+    Raises TrainingStopped, on every rank, if any rank could not write; older checkpoints are then intact.
+    """
+    folder = Path(output_dir) / "checkpoints"
+    name = f"step_{state.step:08d}"
+    temporary = folder / f".{name}.tmp"
+
+    def prepare() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def publish(entries: list[dict]) -> None:
+        files = {file: entry for part in entries for file, entry in part.items()}
+        files["state.json"] = _write(temporary / "state.json", json.dumps(asdict(state), indent=2).encode())
+        manifest = {"world_size": ranks.world_size, "files": files,
+                    "parameters": {name: list(p.ds_shape) for name, p in parameters.items()}}
+        entry = _write(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+        _write(temporary / "COMPLETE", entry["digest"].encode())
+        _sync_folder(temporary)
+        if (folder / name).exists():
+            _delete(folder / name)
+        os.rename(temporary, folder / name)
+        _sync_folder(folder)
+        for old in complete_checkpoints(output_dir)[keep_last_n:]:
+            _delete(old)
+
+    ranks.once(lambda: _or_stop(prepare, folder))
+    entries = ranks.gather(lambda: _or_stop(lambda: _write_slices(parameters, temporary, ranks), folder))
+    ranks.once(lambda: _or_stop(lambda: publish(entries), folder))
+    return folder / name
+
+
+def _or_stop(work, folder: Path):
+    try:
+        return work()
+    except OSError as e:
+        raise TrainingStopped(f"the checkpoint under {folder} could not be written: {e.strerror}; "
+                              f"older checkpoints are intact; free disk space and run the same command") from e
+
+
+def _write_slices(parameters: dict, folder: Path, ranks: Ranks) -> dict:
+    """This rank's slices, in files of about PART_BYTES; their manifest entries by file name."""
+    entries, tensors, size = {}, {}, 0
+
+    def flush() -> None:
+        file = f"rank_{ranks.rank:05d}_of_{ranks.world_size:05d}.part_{len(entries):03d}.safetensors"
+        entries[file] = _write(folder / file, safetensors.torch.save(tensors))
+        tensors.clear()
+
+    for name, param in parameters.items():
+        start, end = slice_of(param.ds_numel, ranks.rank, ranks.world_size)
+        for kind in KINDS:
+            local = safe_get_local_fp32_param(param) if kind == "master" else safe_get_local_optimizer_state(param, kind)
+            tensors[f"{kind}/{name}"] = local[:end - start].detach().to("cpu", copy=True)
+            size += 4 * (end - start)
+        if size >= PART_BYTES:
+            flush()
+            size = 0
+    if tensors or not entries:
+        flush()
+    return entries
+
+
+def slice_of(numel: int, rank: int, world_size: int) -> tuple[int, int]:
+    """[start, end) of a flattened parameter that ZeRO-3 gives to a rank (without its padding)."""
+    k = -(-numel // world_size)
+    return min(rank * k, numel), min((rank + 1) * k, numel)
+
+
+def complete_checkpoints(output_dir: str) -> list[Path]:
+    """Checkpoint folders that hold COMPLETE, newest first, by step as a number."""
+    folder = Path(output_dir) / "checkpoints"
+    found = [path for path in folder.glob("step_*") if FOLDER.fullmatch(path.name) and (path / "COMPLETE").is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def _delete(path: Path) -> None:
+    """No checkpoint ever looks whole while it is being deleted."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(path, old)
+    shutil.rmtree(old)
+
+
+def delete_all(output_dir: str) -> None:
+    for path in complete_checkpoints(output_dir):
+        _delete(path)
+    shutil.rmtree(Path(output_dir) / "checkpoints", ignore_errors=True)
+
+
+def remove_leftovers(output_dir: str) -> None:
+    """Deletes what a crash left of half-written and half-deleted checkpoints."""
+    folder = Path(output_dir) / "checkpoints"
+    for path in folder.glob("*"):
+        if path.is_dir() and (path.name.startswith(".step_") or FOLDER.fullmatch(path.name)
+                              and not (path / "COMPLETE").is_file()):
+            shutil.rmtree(path)
+
+
+def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
+    """The newest whole checkpoint, or the one that `resume` names; None to start from the beginning.
+
+    Torn or edited checkpoints are named and passed over; one that was asked for by path is refused.
+    """
+    if resume == "never":
+        return None
+    if resume != "auto":
+        path = Path(resume)
+        ranks.once(lambda: _require_checkpoint(path))
+        if fault := _fault(path, ranks):
+            raise UserError(f"--resume {resume}: {fault}")
+        return path
+    for name in ranks.once(lambda: [str(path) for path in complete_checkpoints(output_dir)]):
+        fault = _fault(Path(name), ranks)
+        if not fault:
+            return Path(name)
+        ranks.say(f"checkpoint {name} is not whole, passing it over: {fault}")
+    return None
+
+
+def _require_checkpoint(path: Path) -> None:
+    if not (path / "COMPLETE").is_file() or not (path / "manifest.json").is_file():
+        raise UserError(f"--resume {path}: not a checkpoint of this project (it needs COMPLETE and manifest.json)")
+
+
+def _fault(path: Path, ranks: Ranks) -> str | None:
+    """What is wrong with a checkpoint, None if every byte is as written. Ranks share the reading. Collective."""
+    def check() -> str | None:
+        try:
+            manifest_bytes = (path / "manifest.json").read_bytes()
+            if (path / "COMPLETE").read_text() != digest(manifest_bytes):
+                return "manifest.json is not the one that COMPLETE names"
+            files = sorted(json.loads(manifest_bytes)["files"].items())
+            for file, entry in files[ranks.rank::ranks.world_size]:
+                size = (path / file).stat().st_size
+                if size != entry["size"]:
+                    return f"{file} has {size} bytes in place of {entry['size']}"
+                if file_digest(path / file) != entry["digest"]:
+                    return f"{file} has been changed"
+        except (OSError, ValueError, UnicodeDecodeError) as e:
+            return str(e)
+        return None
+    return next((fault for fault in ranks.gather(check) if fault), None)
+
+
+def read_state(path: Path) -> RunState:
+    """The RunState of a verified checkpoint."""
+    return RunState(**json.loads((path / "state.json").read_text()))
+
+
+def require_same_run(old: dict, new: dict, what: str) -> None:
+    """Raises UserError that names each value of `identity` that differs."""
+    differing = [f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in sorted({*old, *new})
+                 if old.get(name) != new.get(name)]
+    if differing:
+        raise UserError(f"{what} belongs to another run: {'; '.join(differing)}. Use the old values, another "
+                        f"--output_dir, or --resume never to start over")
+
+
+def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, ranks: Ranks) -> RunState:
+    """Puts a verified checkpoint's masters, moments and step into the engine, from any number of ranks. Collective."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    shapes = {name: list(p.ds_shape) for name, p in parameters.items()}
+    if manifest["parameters"] != shapes:
+        raise UserError(f"checkpoint {path} holds another model's parameters")
+    state = read_state(path)
+    files: dict[int, dict[str, object]] = {}  # writer rank -> tensor name -> open file
+    zero = engine.optimizer
+    for flat in zero.fp32_partitioned_groups_flat:
+        zero.optimizer.state[flat] = {"step": torch.tensor(float(state.step), device=flat.device),
+                                      "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+    writers = manifest["world_size"]
+    for name, param in parameters.items():
+        start, end = slice_of(param.ds_numel, ranks.rank, ranks.world_size)
+        for kind in KINDS:
+            local = torch.zeros(param.ds_tensor.numel(), dtype=torch.float32)
+            for writer in range(writers):
+                their_start, their_end = slice_of(param.ds_numel, writer, writers)
+                first, last = max(start, their_start), min(end, their_end)
+                if first < last:
+                    if writer not in files:
+                        files[writer] = _open_slices(path, manifest, writer)
+                    source = files[writer][f"{kind}/{name}"].get_slice(f"{kind}/{name}")
+                    local[first - start:last - start] = source[first - their_start:last - their_start]
+            if kind == "master":
+                safe_set_local_fp32_param(param, local)
+            else:
+                safe_set_local_optimizer_state(param, local, kind)
+    # What a ZeRO-3 step does once the masters have changed: round them into the model's partitions, and
+    # gather anew the small parameters that every rank keeps.
+    zero._partition_all_parameters()
+    for i in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(i)
+    zero._post_step(set())
+    return state
+
+
+def _open_slices(path: Path, manifest: dict, writer: int) -> dict[str, object]:
+    prefix = f"rank_{writer:05d}_of_{manifest['world_size']:05d}."
+    opened = [safe_open(path / file, framework="pt") for file in sorted(manifest["files"]) if file.startswith(prefix)]
+    return {name: file for file in opened for name in file.keys()}

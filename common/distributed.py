@@ -1,0 +1,192 @@
+"""The process group, what ranks agree on, how they stop, and how a run exits."""
+
+import functools
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import logger as deepspeed_logger
+
+from common.errors import TrainingStopped, UserError
+
+LONG = timedelta(days=7)  # how long ranks wait for work that one of them does outside of collectives
+
+
+@dataclass
+class Ranks:
+    """This process among the others: rank of world_size, local_rank of local_world_size on its node."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    store: dist.Store
+    num_calls: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Prints from one rank."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The sums of `values` over all ranks, in float64; every rank gets the same bits."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def once_per_node(self, work: Callable[[], object]):
+        """Runs `work` on one rank of each node; every rank gets its JSON-able result, or its UserError.
+
+        The others wait on the rendezvous store, not in a collective: work may take hours.
+        """
+        return self._once(work, self.rank - self.local_rank)
+
+    def once(self, work: Callable[[], object]):
+        """Runs `work` on rank 0 alone; as once_per_node."""
+        return self._once(work, 0)
+
+    def gather(self, work: Callable[[], object]) -> list:
+        """Runs `work` on every rank; every rank gets all JSON-able results in rank order, or the first error."""
+        self.num_calls += 1
+        self._offer(f"gather/{self.num_calls}/{self.rank}", work)
+        return [self._take(f"gather/{self.num_calls}/{rank}") for rank in range(self.world_size)]
+
+    def _once(self, work: Callable[[], object], worker: int):
+        self.num_calls += 1
+        key = f"once/{self.num_calls}/{worker}"
+        if self.rank == worker:
+            self._offer(key, work)
+        return self._take(key)
+
+    def _offer(self, key: str, work: Callable[[], object]) -> None:
+        try:
+            outcome = {"result": work()}
+        except (UserError, TrainingStopped) as e:
+            outcome = {"error": str(e), "exit_code": e.EXIT_CODE}
+        self.store.set(key, json.dumps(outcome))
+
+    def _take(self, key: str):
+        self.store.wait([key], LONG)
+        outcome = json.loads(self.store.get(key))
+        if "error" in outcome:
+            raise (UserError if outcome["exit_code"] == UserError.EXIT_CODE else TrainingStopped)(outcome["error"])
+        return outcome["result"]
+
+
+def num_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def start(timeout_minutes: int) -> Ranks:
+    """Joins the process group that the launcher's environment names; without a launcher, a group of one."""
+    deepspeed_logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)  # DeepSpeed's calls
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"rank {os.environ['RANK']} has no GPU of its own: "
+                            f"{torch.cuda.device_count()} are visible here; start fewer processes")
+        device, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, num_cpus() // local_world_size))
+        # DeepSpeed's shared-memory collectives are compiled on first use; gloo is as fast here and needs no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=LONG)))
+    timeout = timedelta(minutes=timeout_minutes)
+    os.environ["DEEPSPEED_TIMEOUT"] = str(timeout_minutes)
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size,
+                            timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
+    return Ranks(rank, world_size, local_rank, local_world_size, device, dist.PrefixStore("plaintune", store))
+
+
+def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
+    """Wraps a script's main: INTERFACE's exit codes, one `error:` line from one rank, no traceback for 2 and 3."""
+    @functools.wraps(main)
+    def run() -> None:
+        code = 0
+        try:
+            main()
+        except (UserError, TrainingStopped) as e:
+            code = e.EXIT_CODE
+            if os.environ.get("RANK", "0") == "0" or getattr(e, "on_this_rank_only", False):
+                print(f"error: {e}", file=sys.stderr, flush=True)
+        except Stopped as e:
+            code = 128 + e.signal_number
+        except Exception:
+            code = 1
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if code == 0 and dist.is_initialized():
+            dist.destroy_process_group()
+        if code and dist.is_initialized():
+            os._exit(code)  # the other ranks may sit in a collective: no clean-up can wait for them
+        raise SystemExit(code)
+    return run
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has written its checkpoint."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+class StopRequest:
+    """Remembers SIGTERM or SIGINT until the ranks agree on it at a step boundary.
+
+    Before training nothing is lost by stopping at once, so handlers are installed when the loop starts.
+    A request that repeats before it was answered (a terminal's Ctrl-C arrives from the terminal and again
+    from the launcher) is the same request; one that comes after `answered` leaves at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self.is_answered = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame) -> None:
+        if self.is_answered:
+            os._exit(128 + number)
+        self.signal_number = self.signal_number or number
+
+    def votes(self) -> tuple[int, int]:
+        """(1, 0) if this rank was asked by SIGTERM, (0, 1) if by SIGINT: ranks add them up and agree."""
+        return int(self.signal_number == signal.SIGTERM), int(self.signal_number == signal.SIGINT)
+
+    def agreed(self, terminate: float, interrupt: float, ranks: Ranks) -> int:
+        """The signal to stop for, 0 to go on, from the sums of all ranks' votes; the same on every rank."""
+        if not terminate and not interrupt:
+            return 0
+        self.is_answered = True
+        ranks.say("asked to stop: writing a checkpoint first; ask again to leave without it")
+        return signal.SIGTERM if terminate else signal.SIGINT

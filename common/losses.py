@@ -1,0 +1,105 @@
+"""Preference losses: one pure function each, and one table of what the rest of the code must know of them.
+
+With pi the policy, ref the reference, y_w the chosen and y_l the rejected completion of a prompt:
+    chosen_logratio  = log pi(y_w) - log ref(y_w)
+    rejected_logratio = log pi(y_l) - log ref(y_l)
+Log-probabilities are sums over the completion's tokens, or their mean where `averages_over_length`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from common.config import DPOConfig
+from common.errors import TrainingStopped, UserError
+
+
+def logistic(chosen_logratio: torch.Tensor, rejected_logratio: torch.Tensor, config: DPOConfig) -> torch.Tensor:
+    """-log sigmoid(beta (chosen - rejected)): Rafailov et al. 2023 (DPO), eq. 7.
+
+    With label_smoothing e: -(1 - e) log sigmoid(x) - e log sigmoid(-x): Mitchell 2023 (cDPO), eq. 3.
+    On means over the completion instead of sums it is Lambert et al. 2024 (Tulu 3), eq. 6: dpo_norm.
+    """
+    x = config.beta * (chosen_logratio - rejected_logratio)
+    return -(1 - config.label_smoothing) * F.logsigmoid(x) - config.label_smoothing * F.logsigmoid(-x)
+
+
+def ipo(chosen_logratio: torch.Tensor, rejected_logratio: torch.Tensor, config: DPOConfig) -> torch.Tensor:
+    """(chosen - rejected - 1 / (2 beta))^2: Azar et al. 2023 (IPO), eq. 17, beta being its tau."""
+    return (chosen_logratio - rejected_logratio - 1 / (2 * config.beta)) ** 2
+
+
+def simpo(chosen_logp: torch.Tensor, rejected_logp: torch.Tensor, config: DPOConfig) -> torch.Tensor:
+    """-log sigmoid(beta (chosen - rejected) - gamma): Meng et al. 2024 (SimPO), eq. 6.
+
+    gamma = gamma_beta_ratio * beta; log-probabilities of the policy alone.
+    """
+    return -F.logsigmoid(config.beta * (chosen_logp - rejected_logp - config.gamma_beta_ratio))
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """function(chosen, rejected, config): float32 [P], [P] -> losses float32 [P].
+
+    first_step: the loss of a policy that equals its reference, None where the loss has no reference;
+    first_step_tolerance: further than this from it, step 1 stops the run (None: not checked).
+    """
+
+    function: Callable[[torch.Tensor, torch.Tensor, DPOConfig], torch.Tensor]
+    needs_reference: bool
+    averages_over_length: bool
+    allows_label_smoothing: bool
+    first_step: Callable[[DPOConfig], float] | None
+    first_step_tolerance: float | None
+
+
+LOSSES = {
+    "sigmoid": PreferenceLoss(logistic, True, False, True, lambda config: math.log(2), 0.01),
+    "dpo_norm": PreferenceLoss(logistic, True, True, True, lambda config: math.log(2), 0.01),
+    "ipo": PreferenceLoss(ipo, True, True, False, lambda config: 1 / (2 * config.beta) ** 2, None),
+    "simpo": PreferenceLoss(simpo, False, True, False, None, None),
+}
+
+
+def preference_loss(config: DPOConfig) -> PreferenceLoss:
+    """The loss that the config names. Raises UserError for a setting that the loss does not define."""
+    loss = LOSSES[config.loss_type]
+    if config.label_smoothing and not loss.allows_label_smoothing:
+        raise UserError(f"--label_smoothing {config.label_smoothing}: {config.loss_type} does not define it; set it to 0")
+    if config.ref_model_name_or_path and not loss.needs_reference:
+        raise UserError(f"--ref_model_name_or_path: {config.loss_type} has no reference model; leave it out")
+    return loss
+
+
+# What preference_sums adds up over a step's pairs; divided by their number, the fields of metrics.jsonl.
+SUMMED = ("train_loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy",
+          "logps/chosen", "logps/rejected")
+
+
+@torch.no_grad()
+def preference_sums(loss: torch.Tensor, ratios: torch.Tensor, logps: torch.Tensor, beta: float) -> torch.Tensor:
+    """float64 [7], in the order of SUMMED, over one micro-batch's pairs.
+
+    loss: the sum of their losses; ratios [P, 2]: what the loss was computed from, (chosen, rejected);
+    logps [P, 2]: the policy's, in the loss's reduction. A reward is beta times a ratio (Rafailov et al.
+    2023, section 5); an accuracy is 1 where the chosen reward is the greater, 0.5 for a tie.
+    """
+    rewards, logps = beta * ratios.double(), logps.double()
+    margins = rewards[:, 0] - rewards[:, 1]
+    return torch.stack([loss.double(), *rewards.sum(0), margins.sum(), (0.5 * (margins.sign() + 1)).sum(), *logps.sum(0)])
+
+
+def check_first_step(train_loss: float, loss: PreferenceLoss, config: DPOConfig) -> None:
+    """Step 1 of a logistic loss is ln 2, for policy and reference are the same model. Raises TrainingStopped."""
+    if loss.first_step_tolerance is None:
+        return
+    expected = loss.first_step(config)
+    if abs(train_loss - expected) > loss.first_step_tolerance:
+        raise TrainingStopped(
+            f"step 1: the loss is {train_loss:.4f} and must be {expected:.4f} (within {loss.first_step_tolerance}), for the "
+            f"policy still is its reference. The reference cache may not belong to these weights (delete "
+            f"{config.cache_dir}/reference), or the attention kernel may be wrong for packed pairs (try "
+            f"--attn_implementation sdpa)")

@@ -1,0 +1,157 @@
+"""What a run reports: metrics.jsonl, curves.png, model FLOPs utilization."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from common.checkpoint import RunState
+
+# Dense bf16 peak of a device in FLOP/s, from the vendors' datasheets; the first name that matches counts.
+PEAK_FLOPS = (("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("GH200", 989e12),
+              ("B200", 2250e12), ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12), ("L40", 181e12),
+              ("L4", 121e12), ("A10G", 70e12), ("A10", 125e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12))
+
+
+def device_peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of this device, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
+
+
+def flops_per_token(num_matmul_parameters: int, config: PretrainedConfig, length: float) -> float:
+    """FLOPs to train one token, recomputation not counted: 6 N + 6 layers hidden length (causal attention).
+
+    N: parameters that multiply (all but an input embedding that is not also the output's).
+    length: sum of squared lengths / sum of lengths of the tokens in question.
+    Kaplan et al. 2020, section 2.1, with the causal half of the attention term of Chowdhery et al. 2022, appendix B.
+    """
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 6 * num_matmul_parameters + 6 * config.num_hidden_layers * head_dim * config.num_attention_heads * length
+
+
+def num_matmul_parameters(lm: nn.Module) -> int:
+    """All parameters of a (partitioned) model but an input embedding that is not tied to the output."""
+    total = sum(p.ds_numel for p in lm.parameters())
+    embedding = lm.get_input_embeddings().weight
+    return total if embedding is lm.get_output_embeddings().weight else total - embedding.ds_numel
+
+
+class StepMeter:
+    """The fields of metrics.jsonl that SFT and DPO share, from what one optimizer step did over all ranks."""
+
+    def __init__(self, lm: nn.Module, config: PretrainedConfig, world_size: int, budget: int, num_samples: int,
+                 device: torch.device):
+        self.num_parameters, self.config = num_matmul_parameters(lm), config
+        self.world_size, self.budget, self.num_samples, self.device = world_size, budget, num_samples, device
+        self.peak_flops = device_peak_flops(device)
+        self.start()
+
+    def start(self) -> None:
+        """Call when a step begins."""
+        self.started = time.perf_counter()
+
+    def record(self, state: RunState, train_loss: float, learning_rate: float, grad_norm: float, num_tokens: int,
+               squared_lengths: int, num_targets: int, num_micro_batches: int) -> dict:
+        """num_micro_batches: of each rank. squared_lengths: the sum of squared document lengths of the step."""
+        seconds = time.perf_counter() - self.started
+        per_device_tps = num_tokens / seconds / self.world_size
+        record = {
+            "step": state.step, "epoch": state.samples / self.num_samples, "train_loss": train_loss,
+            "learning_rate": learning_rate, "grad_norm": grad_norm, "total_tokens": state.total_tokens,
+            "target_tokens": num_targets, "samples": state.samples, "step_seconds": seconds,
+            "tokens_per_second": num_tokens / seconds, "per_device_tps": per_device_tps,
+            "max_memory_gb": memory_gb(self.device), "micro_batches": num_micro_batches,
+            "packing_efficiency": num_tokens / (num_micro_batches * self.world_size * self.budget),
+        }
+        if self.peak_flops:
+            flops = flops_per_token(self.num_parameters, self.config, squared_lengths / num_tokens)
+            record["mfu"] = per_device_tps * flops / self.peak_flops
+        return record
+
+
+def progress_line(record: dict, last_step: int) -> str:
+    """One line for a person."""
+    reward = f"  accuracy {record['rewards/accuracy']:.3f}  margin {record['rewards/margin']:.4f}" \
+        if "rewards/accuracy" in record else ""
+    mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
+    return (f"step {record['step']}/{last_step}  loss {record['train_loss']:.4f}{reward}  grad_norm {record['grad_norm']:.3f}  "
+            f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s{mfu}")
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a logged step, on one rank."""
+
+    def __init__(self, output_dir: str, resume_step: int):
+        """Keeps the lines of steps up to resume_step, so that a resumed run leaves neither gap nor double."""
+        self.path = Path(output_dir) / "metrics.jsonl"
+        kept = [line for line, record in _lines(self.path) if record["step"] <= resume_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self.file = open(self.path, "a", encoding="utf-8")
+        self.last = json.loads(kept[-1]) if kept else None  # the newest record
+
+    def append(self, record: dict) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        self.last = record
+
+    def sync(self) -> None:
+        """On disk before the checkpoint that continues from here."""
+        os.fsync(self.file.fileno())
+
+
+def _lines(path: Path):
+    """(line, record) of each whole line; a last line torn by a crash is not whole."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            return
+        yield line, json.loads(line)
+
+
+def draw_curves(output_dir: str) -> None:
+    """curves.png from metrics.jsonl: loss, gradient norm, learning rate, speed, and the rewards of DPO."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [record for _, record in _lines(Path(output_dir) / "metrics.jsonl")]
+    if not records:
+        return
+    panels = [["train_loss"], ["grad_norm"], ["learning_rate"], ["tokens_per_second"]]
+    if "rewards/accuracy" in records[0]:
+        panels[2:] = [["rewards/accuracy"], ["rewards/chosen", "rewards/rejected", "rewards/margin"],
+                      ["logps/chosen", "logps/rejected"], ["learning_rate"]]
+    rows = (len(panels) + 1) // 2
+    figure, axes = pyplot.subplots(rows, 2, figsize=(11, 3.2 * rows), layout="constrained")
+    steps = [record["step"] for record in records]
+    for axis, names in zip(axes.flat, panels, strict=True):
+        for name in names:
+            axis.plot(steps, [record[name] for record in records], label=name, linewidth=1)
+        axis.set_title(", ".join(names), fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=8)
+    figure.savefig(Path(output_dir) / "curves.png.tmp", format="png", dpi=110)
+    pyplot.close(figure)
+    os.replace(Path(output_dir) / "curves.png.tmp", Path(output_dir) / "curves.png")
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process on its device since the last call, in GB (10^9 bytes); on a CPU its peak resident set."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,338 @@
+"""A causal LM under ZeRO-3: found, checked, partitioned as it loads, run on packed rows, written back whole."""
+
+import inspect
+import json
+import os
+import shutil
+from pathlib import Path
+
+import deepspeed
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from common.attention import registered_name
+from common.distributed import Ranks
+from common.errors import UserError
+from common.logprobs import LogProbHead
+
+TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+SHARD_BYTES = 5 * 10**9
+LOAD_GROUP_ELEMENTS = 250_000_000  # parameters that are whole on a device at once while the model loads
+
+
+def find_model(name_or_path: str, revision: str | None = None) -> str:
+    """The local folder of a model, downloaded from the hub if it is not a folder here. Raises UserError."""
+    folder = find_folder("model", name_or_path, revision, MODEL_FILES)
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"model {name_or_path}: the folder has no config.json")
+    return folder
+
+
+def find_tokenizer(name_or_path: str) -> str:
+    """As find_model, of a tokenizer."""
+    return find_folder("tokenizer", name_or_path, None, TOKENIZER_FILES)
+
+
+def find_folder(what: str, name_or_path: str, revision: str | None, files: list[str]) -> str:
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        raise UserError(f"{what} {name_or_path}: there is no such folder")
+    try:
+        return snapshot_download(name_or_path, revision=revision, allow_patterns=files)
+    except (HfHubHTTPError, OSError, ValueError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise UserError(f"{what} {name_or_path}: no such folder here, and the hub did not give it: {reason}") from None
+
+
+def load_tokenizer(folder: str):
+    """The fast tokenizer of a folder. Raises UserError if there is none or it has no end-of-sequence token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
+        raise UserError(f"tokenizer {folder}: cannot be loaded: {' '.join(str(e).split())[:300]}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"tokenizer {folder}: needs a tokenizer.json (a fast tokenizer)")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {folder}: has no EOS token, so answers could not end; set eos_token")
+    return tokenizer
+
+
+def load_config(folder: str) -> PretrainedConfig:
+    """The model's config. Raises UserError."""
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
+        raise UserError(f"model {folder}: config.json cannot be read: {' '.join(str(e).split())[:300]}") from None
+
+
+def check_supported(config: PretrainedConfig, max_seq_length: int, vocab_needed: int) -> None:
+    """Refuses by name what packed training would compute wrongly (INTERFACE: "Only what the code handles is trained").
+
+    max_seq_length: the longest sample that will be trained; vocab_needed: the tokenizer's largest id + 1.
+    Raises UserError.
+    """
+    def refuse(reason: str) -> None:
+        raise UserError(f"model type {config.model_type} {reason}: only dense decoders with full causal attention are trained")
+
+    values = config.to_dict()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        refuse("is not a causal language model of transformers")
+    if config.get_text_config() is not config:
+        refuse("has parts besides its text decoder")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    if getattr(model_class, "_is_stateful", False):
+        refuse("keeps state across samples")
+    if not getattr(model_class, "_supports_attention_backend", False):
+        refuse("does not route its attention through AttentionInterface")
+    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if unknown := layer_types - {"full_attention", "sliding_attention"}:
+        refuse(f"has layers of type {', '.join(sorted(unknown))}")
+    window = getattr(config, "sliding_window", None)
+    has_window = "sliding_attention" in layer_types or not getattr(config, "layer_types", None)
+    if window and has_window and getattr(config, "use_sliding_window", True) and window < max_seq_length:
+        refuse(f"has a sliding window of {window} tokens, shorter than max_seq_length {max_seq_length}")
+    if getattr(config, "attention_chunk_size", None):
+        refuse(f"has attention chunks of {config.attention_chunk_size} tokens")
+    for name, value in values.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if "softcap" in name and value:
+            refuse(f"caps logits softly ({name} = {value})")
+        if is_number and value != 1 and ("logit" in name and "scal" in name or "lm_head_multiplier" in name):
+            refuse(f"scales its logits ({name} = {value})")
+        if is_number and value > 0 and "expert" in name:
+            refuse(f"has experts ({name} = {value})")
+        if is_number and value > 0 and "drop" in name and "classifier" not in name and "summary" not in name:
+            refuse(f"has dropout ({name} = {value})")
+    if values.get("alibi") or values.get("position_embedding_type") == "alibi":
+        refuse("has ALiBi position biases")
+    if values.get("quantization_config"):
+        refuse("has quantized weights")
+    rope = values.get("rope_parameters") or {}
+    rope_types = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
+    original = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
+    if rope_types & {"dynamic", "longrope"} and max_seq_length > original:
+        refuse(f"changes its RoPE with the longest sequence above {original} tokens")
+    if not rope and getattr(config, "max_position_embeddings", max_seq_length) < max_seq_length:
+        refuse(f"has {config.max_position_embeddings} positions, fewer than max_seq_length {max_seq_length}")
+    if config.vocab_size < vocab_needed:
+        raise UserError(f"the tokenizer has {vocab_needed} tokens, the model's embedding only {config.vocab_size} rows; "
+                        f"use the model's own tokenizer")
+
+
+class WeightReader:
+    """The safetensors of a model folder by tensor name; raises UserError for what is missing or torn."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                self.file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{index}: not a safetensors index") from None
+        elif (self.folder / "model.safetensors").is_file():
+            with self._open("model.safetensors") as file:
+                self.file_of = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise UserError(f"model {folder}: has neither model.safetensors nor model.safetensors.index.json")
+
+    def _open(self, name: str):
+        try:
+            return safe_open(self.folder / name, framework="pt")
+        except (OSError, SafetensorError) as e:
+            raise UserError(f"{self.folder / name}: not a whole safetensors file ({' '.join(str(e).split())})") from None
+
+    def files(self) -> list[Path]:
+        return [self.folder / name for name in sorted(set(self.file_of.values()))]
+
+    def check(self, model: nn.Module) -> None:
+        """Raises UserError if a parameter of `model` is missing or has another shape."""
+        shapes = {}
+        for file_name in sorted(set(self.file_of.values())):
+            with self._open(file_name) as file:
+                shapes.update({name: list(file.get_slice(name).get_shape()) for name in file.keys()})
+        for name, param in model.named_parameters():
+            key = self._key(name, model.base_model_prefix)
+            if key is None or key not in shapes:
+                raise UserError(f"model {self.folder}: the weights lack {name}")
+            if shapes[key] != list(param.shape):
+                raise UserError(f"model {self.folder}: {name} is {shapes[key]}, config.json asks for {list(param.shape)}")
+
+    def _key(self, name: str, prefix: str) -> str | None:
+        candidates = (name, name.removeprefix(prefix + "."))  # a checkpoint of the bare decoder has no prefix
+        return next((key for key in candidates if key in self.file_of), None)
+
+    def read(self, name: str, prefix: str) -> torch.Tensor:
+        key = self._key(name, prefix)
+        with self._open(self.file_of[key]) as file:
+            return file.get_tensor(key)
+
+    def has(self, name: str, prefix: str) -> bool:
+        return self._key(name, prefix) is not None
+
+
+def load_partitioned(folder: str, config: PretrainedConfig, dtype: torch.dtype, kernel: str, ds_config: dict,
+                     ranks: Ranks) -> "PackedModel":
+    """The model of `folder` with its parameters in `dtype`, partitioned over the ranks as they are read.
+
+    It is built without storage, so no rank ever holds the model whole; rank 0 reads each tensor and
+    DeepSpeed hands out the parts. Buffers (RoPE's frequencies) keep the dtype they are defined in.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=registered_name(kernel))
+    model.tie_weights()
+    reader = WeightReader(folder)
+    ranks.once(lambda: reader.check(model))
+    _materialize_buffers(model, reader, ranks)
+
+    places: dict[int, list[tuple[nn.Module, str]]] = {}  # a tied parameter has several
+    for module in model.modules():
+        for name, param in module.named_parameters(recurse=False):
+            places.setdefault(id(param), []).append((module, name))
+    group, group_elements = [], 0
+    parameters = list(model.named_parameters())
+    for i, (name, meta) in enumerate(parameters):
+        param = nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=ranks.device))
+        if ranks.is_main:
+            param.data.copy_(reader.read(name, model.base_model_prefix))
+        for module, attribute in places[id(meta)]:
+            setattr(module, attribute, param)
+        group.append(param)
+        group_elements += param.numel()
+        if group_elements >= LOAD_GROUP_ELEMENTS or i == len(parameters) - 1:
+            deepspeed.zero.Init(module=nn.ParameterList(group), config_dict_or_path=ds_config, mem_efficient_linear=False)
+            group, group_elements = [], 0
+    return PackedModel(model)
+
+
+def _materialize_buffers(model: nn.Module, reader: WeightReader, ranks: Ranks) -> None:
+    """Gives buffers storage and the values that from_pretrained gives them: transformers' own initialization,
+    then the file's. Runs while parameters have no storage, so their initialization does nothing."""
+    for prefix, module in model.named_modules():
+        own = dict(module.named_buffers(recurse=False))
+        for name, buffer in own.items():
+            real = torch.empty_like(buffer, device=ranks.device)
+            module._buffers[name] = real.fill_(torch.nan) if real.is_floating_point() else real.zero_()
+        if own:
+            with torch.no_grad():
+                model._init_weights(module)
+        for name in own:
+            key = f"{prefix}.{name}"
+            if reader.has(key, model.base_model_prefix):
+                module._buffers[name].copy_(reader.read(key, model.base_model_prefix))
+            elif not module._buffers[name].is_floating_point() or module._buffers[name].isnan().any():
+                raise UserError(f"model type {model.config.model_type}: nothing says what its buffer {key} holds")
+
+
+class PackedModel(nn.Module):
+    """A causal LM that answers for the targets of one packed row.
+
+    forward(input_ids, position_ids int64 [1, T], target_rows, target_ids int64 [N], **attention) ->
+    float32 [N], log p(target_ids[n] | hidden state of row target_rows[n]).
+    `attention` is what common/attention.py made of the packing.
+    """
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+        lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings()))
+        assert "position_ids" in inspect.signature(lm.base_model.forward).parameters
+        lm.train()
+
+    def forward(self, input_ids, position_ids, target_rows, target_ids, **attention) -> torch.Tensor:
+        hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False,
+                                    **attention).last_hidden_state[0]
+        return self.lm.get_output_embeddings()(hidden[target_rows], target_ids)
+
+    def decoder_layers(self) -> list[nn.Module]:
+        """The repeated layers, first to last."""
+        lists = [m for m in self.lm.base_model.modules() if isinstance(m, nn.ModuleList)]
+        return list(next(m for m in lists if len(m) == self.lm.config.num_hidden_layers))
+
+    def checkpoint_activations(self, num_layers: int) -> None:
+        """Recomputes the first `num_layers` layers' activations in the backward pass instead of keeping them."""
+        for layer in self.decoder_layers()[:num_layers]:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = lambda f, *args: checkpoint(f, *args, use_reentrant=False)
+
+
+def partition_report(parameters: dict[str, nn.Parameter], ranks: Ranks) -> dict:
+    """How many elements there are and how many each rank holds, its padding included: the proof of ZeRO-3."""
+    return {"stage": 3, "num_parameters": sum(p.ds_numel for p in parameters.values()),
+            "partitioned_parameters_per_rank": ranks.gather(lambda: sum(p.ds_tensor.numel() for p in parameters.values()))}
+
+
+def export_model(model: PackedModel, output_dir: str, tokenizer, source_folder: str, ranks: Ranks) -> None:
+    """Writes what AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load.
+
+    Parameters are gathered one at a time; rank 0 writes shards of at most 5 GB. Everything is written
+    to a temporary folder first; the index, which makes the shards a model, is moved last.
+    """
+    lm, target = model.lm, Path(output_dir)
+    parameters = list(lm.named_parameters())
+    shards: list[list[tuple[str, nn.Parameter]]] = [[]]
+    size = 0
+    for name, param in parameters:
+        num_bytes = param.ds_numel * param.element_size()
+        if shards[-1] and size + num_bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, param))
+        size += num_bytes
+    temporary = target / ".export"
+    if ranks.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for name, param in shard:
+            with deepspeed.zero.GatheredParameters([param]):
+                if ranks.is_main:
+                    tensors[name] = param.detach().to("cpu", copy=True).contiguous()
+            weight_map[name] = file_name
+        if ranks.is_main:
+            save_file(tensors, temporary / file_name, metadata={"format": "pt"})
+    for name, buffer in lm.named_buffers():
+        assert name not in lm.state_dict(), f"persistent buffer {name} would be lost: {buffer.shape}"
+    ranks.once(lambda: _finish_export(lm, tokenizer, source_folder, temporary, target, weight_map))
+
+
+def _finish_export(lm, tokenizer, source_folder: str, temporary: Path, target: Path, weight_map: dict) -> None:
+    config = type(lm.config).from_dict(lm.config.to_dict())
+    config.architectures = [type(lm).__name__]
+    config.save_pretrained(temporary)
+    if (Path(source_folder) / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(source_folder)
+    else:
+        generation = GenerationConfig.from_model_config(config)
+    stop = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    generation.eos_token_id = sorted({tokenizer.eos_token_id, *(t for t in stop if t is not None)})
+    if len(generation.eos_token_id) == 1:
+        generation.eos_token_id = generation.eos_token_id[0]
+    generation.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    index = {"metadata": {"total_size": sum(p.ds_numel * p.element_size() for p in lm.parameters())},
+             "weight_map": weight_map}
+    index_name = "model.safetensors.index.json"
+    (temporary / index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for stale in [target / index_name, *target.glob("model*.safetensors")]:
+        stale.unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda p: p.name == index_name):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
+        os.replace(path, target / path.name)
+    temporary.rmdir()

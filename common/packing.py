@@ -1,0 +1,161 @@
+"""Packing: the samples of one optimizer step laid into micro-batches, and a micro-batch as tensors.
+
+A micro-batch is one row of T tokens without padding. Each sample in it is a *document*: it starts at
+position 0 and attends to nothing outside itself. A document may end in two *branches* after a shared
+stem (a preference pair: prompt, chosen, rejected); the branches do not see each other, and both
+continue the stem's positions. How that is enforced on a device is common/attention.py's.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.token_cache import PreferencePair, SFTSample
+
+STEM, CHOSEN, REJECTED = 0, 1, 2  # branch of a token; an ordinary sample is all stem
+
+
+def plan_step(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
+    """Lays samples of `lengths` tokens into micro-batches of at most `budget` tokens.
+
+    Returns plan[rank][micro_batch] = positions in `lengths`. Every rank gets the same number of
+    micro-batches (some may be empty), the fewest for which longest-first assignment to the least loaded
+    micro-batch fits the budget; that rule also spreads the tokens evenly (Graham 1969, LPT).
+    The fullest micro-batches come first, so that too little memory shows at once, and the ranks' m-th
+    micro-batches are alike in size, so that ranks do not wait for one another.
+    """
+    assert max(lengths) <= budget, "samples longer than the budget are refused before training"
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    num_micro_batches = -(-sum(lengths) // (num_ranks * budget))
+    while True:
+        bins = _longest_first(order, lengths, num_ranks * num_micro_batches)
+        if bins[0][0] <= budget:
+            break
+        num_micro_batches += 1
+    return [[bins[m * num_ranks + rank][1] for m in range(num_micro_batches)] for rank in range(num_ranks)]
+
+
+def _longest_first(order: list[int], lengths: list[int], num_bins: int) -> list[tuple[int, list[int]]]:
+    """[(tokens, members)] of each bin, fullest first."""
+    heap = [(0, b) for b in range(num_bins)]
+    members: list[list[int]] = [[] for _ in range(num_bins)]
+    for i in order:
+        tokens, b = heapq.heappop(heap)
+        members[b].append(i)
+        heapq.heappush(heap, (tokens + lengths[i], b))
+    return [(tokens, members[b]) for tokens, b in sorted(heap, key=lambda bin: (-bin[0], bin[1]))]
+
+
+@dataclass
+class Document:
+    """One sample's place in a micro-batch, before it is laid out.
+
+    input_ids int [L]; stem: how many leading tokens are shared by both branches (L for a plain sample);
+    chosen: how many tokens the chosen branch has (0 for a plain sample), the rest being rejected;
+    target_rows int [N]: the token, counted from the document's start, whose hidden state predicts;
+    target_ids int [N]: what it has to predict; sequence_targets: how many of the N belong to each scored
+    sequence (a conversation is one; a document with branches has two: chosen, then rejected).
+    """
+
+    input_ids: np.ndarray
+    stem: int
+    chosen: int
+    target_rows: np.ndarray
+    target_ids: np.ndarray
+    sequence_targets: list[int]
+
+
+def sft_documents(sample: SFTSample) -> list[Document]:
+    """A conversation: every token of a trained span is a target, predicted from the token before it."""
+    ids = np.asarray(sample.input_ids)
+    positions = np.concatenate([np.arange(max(start, 1), end) for start, end in sample.trained_spans])
+    return [Document(ids, len(ids), 0, positions - 1, ids[positions], [len(positions)])]
+
+
+def pair_length(prompt: int, chosen: int, rejected: int, share_prompt: bool) -> int:
+    """Tokens that a preference pair takes in a micro-batch."""
+    return prompt + chosen + rejected if share_prompt else 2 * prompt + chosen + rejected
+
+
+def pair_documents(pair: PreferencePair, share_prompt: bool) -> list[Document]:
+    """A preference pair: one document with two branches, or one document for each side.
+
+    Only completion tokens, EOS included, are targets. The first token of a branch is predicted from
+    the last token of the prompt.
+    """
+    sides = [(np.asarray(pair.chosen_ids), pair.chosen_start), (np.asarray(pair.rejected_ids), pair.rejected_start)]
+    prompt = np.asarray(pair.prompt_ids)
+    documents, offset = [], len(prompt)
+    rows, ids = [], []
+    for completion, start in sides:
+        scored = np.arange(max(start, 1 - len(prompt)), len(completion))  # nothing predicts a token at position 0
+        rows.append(np.where(scored == 0, len(prompt) - 1, offset + scored - 1))
+        ids.append(completion[scored])
+        if share_prompt:
+            offset += len(completion)
+        else:
+            tokens = np.concatenate([prompt, completion])
+            documents.append(Document(tokens, len(tokens), 0, rows[-1], ids[-1], [len(scored)]))
+    if share_prompt:
+        tokens = np.concatenate([prompt, *(completion for completion, _ in sides)])
+        documents = [Document(tokens, len(prompt), len(sides[0][0]), np.concatenate(rows), np.concatenate(ids),
+                              [len(part) for part in ids])]
+    return documents
+
+
+@dataclass
+class MicroBatch:
+    """One packed row, in host memory.
+
+    input_ids, position_ids int64 [T]; document, branch int32 [T]: who may see whom;
+    target_rows, target_ids int64 [N], sequence after sequence; sequence_targets: how many belong to each
+    sequence, in the order in which the samples (and within a pair: chosen, rejected) were given.
+    """
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    document: np.ndarray
+    branch: np.ndarray
+    target_rows: np.ndarray
+    target_ids: np.ndarray
+    sequence_targets: list[int]
+    num_tokens: int
+    sum_squared_lengths: int
+
+
+def _attended(doc: Document) -> int:
+    """Twice the causal attention area, in the large: the squared length, without what the branches do not see."""
+    rejected = len(doc.input_ids) - doc.stem - doc.chosen
+    return len(doc.input_ids) ** 2 - 2 * doc.chosen * rejected
+
+
+def pack(samples: list[list[Document]]) -> MicroBatch:
+    """Lays the documents of each sample one after another into one row.
+
+    With no samples the row is one token with no target: a rank that has nothing to do in a micro-batch
+    still takes part in every collective.
+    """
+    nothing = np.zeros(0, np.int64)
+    documents = [doc for sample in samples for doc in sample] or [Document(np.zeros(1), 1, 0, nothing, nothing, [])]
+    positions, branches = [], []
+    for doc in documents:
+        length, stem, chosen = len(doc.input_ids), doc.stem, doc.chosen
+        position, branch = np.arange(length), np.full(length, STEM, np.int32)
+        position[stem + chosen:] -= chosen
+        branch[stem:stem + chosen], branch[stem + chosen:] = CHOSEN, REJECTED
+        positions.append(position)
+        branches.append(branch)
+    lengths = [len(doc.input_ids) for doc in documents]
+    starts = np.cumsum([0, *lengths[:-1]])
+    return MicroBatch(
+        input_ids=np.concatenate([doc.input_ids for doc in documents]).astype(np.int64),
+        position_ids=np.concatenate(positions).astype(np.int64),
+        document=np.repeat(np.arange(len(documents), dtype=np.int32), lengths),
+        branch=np.concatenate(branches),
+        target_rows=np.concatenate([doc.target_rows + start for doc, start in zip(documents, starts)]).astype(np.int64),
+        target_ids=np.concatenate([doc.target_ids for doc in documents]).astype(np.int64),
+        sequence_targets=[n for doc in documents for n in doc.sequence_targets],
+        num_tokens=sum(lengths) if samples else 0,
+        sum_squared_lengths=sum(map(_attended, documents)) if samples else 0,
+    )

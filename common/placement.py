@@ -1,0 +1,67 @@
+"""The DeepSpeed configuration: ds_configs/*.json says how work is placed, the dataclass what is learned."""
+
+import json
+from pathlib import Path
+
+from common.config import TrainConfig
+from common.errors import UserError
+
+OWNED_BY_FLAGS = {
+    "train_batch_size": "--global_batch_size", "train_micro_batch_size_per_gpu": "--max_tokens_per_micro_batch",
+    "gradient_accumulation_steps": "--global_batch_size", "optimizer": "--optimizer and the adam flags",
+    "scheduler": "--lr_scheduler_type", "gradient_clipping": "--max_grad_norm", "bf16": "--dtype",
+    "fp16": "--dtype", "amp": "--dtype", "torch_autocast": "--dtype",
+    "data_types": "nothing: gradients are always summed in float32",
+    "communication_data_type": "nothing: gradients are always summed in float32",
+    "gradient_predivide_factor": "nothing: gradients are exact sums", "prescale_gradients": "nothing: gradients are exact sums",
+}
+PLACEMENT_KEYS = {"zero_optimization", "aio", "comms_logger", "wall_clock_breakdown", "memory_breakdown",
+                  "flops_profiler", "steps_per_print", "compile"}
+
+
+def deepspeed_config(config: TrainConfig) -> dict:
+    """What deepspeed.initialize gets: the file's placement and the values that the flags own.
+
+    One micro-batch a call and no accumulation count: the loop says itself which backward pass is a
+    step's last. Raises UserError for a file that cannot be read, sets what a flag owns, has "auto"
+    values, or is not ZeRO stage 3.
+    """
+    path = Path(config.ds_config)
+    if not path.is_file() and not path.is_absolute():
+        path = Path(__file__).parent.parent / path  # a path of the project's own, from any working directory
+    try:
+        placement = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"--ds_config {config.ds_config}: {e.strerror}") from None
+    except ValueError as e:
+        raise UserError(f"--ds_config {config.ds_config}: not JSON: {e}") from None
+    if not isinstance(placement, dict) or not isinstance(placement.get("zero_optimization"), dict):
+        raise UserError(f"--ds_config {config.ds_config}: must be an object with a `zero_optimization` object")
+    for key in placement:
+        if key in OWNED_BY_FLAGS:
+            raise UserError(f"--ds_config {config.ds_config} sets `{key}`, which belongs to {OWNED_BY_FLAGS[key]}; remove it")
+        if key not in PLACEMENT_KEYS:
+            raise UserError(f"--ds_config {config.ds_config}: unknown key `{key}`; known: {', '.join(sorted(PLACEMENT_KEYS))}")
+    if placement["zero_optimization"].get("stage") != 3:
+        raise UserError(f"--ds_config {config.ds_config}: `zero_optimization.stage` must be 3")
+    if auto := _find_auto(placement):
+        raise UserError(f'--ds_config {config.ds_config}: `{auto}` is "auto"; write a value or leave the key out')
+    return {
+        "steps_per_print": 2**62,
+        **placement,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,  # torch's fused AdamW: nothing to compile on the user's machine
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _find_auto(value, path: str = "") -> str | None:
+    if value == "auto":
+        return path
+    items = value.items() if isinstance(value, dict) else []
+    return next((found for key, item in items if (found := _find_auto(item, f"{path}.{key}".lstrip(".")))), None)

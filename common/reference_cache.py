@@ -1,0 +1,158 @@
+"""Reference log-probabilities of preference pairs: computed by the starting weights, kept on disk, checked before use.
+
+CACHE_DIR/reference/KEY/part_000000.safetensors, part_000001 ...: `pairs` int64 [n], indices into the
+tokenized data, `logps` float32 [n, 2], summed over the chosen and the rejected completion. The header's
+metadata holds the digest of both. A part is written every PAIRS_PER_PART pairs, to a temporary file that
+is renamed, so that a kill loses one part's work; any number of ranks reads them.
+
+KEY is a digest of everything that a log-probability depends on: the weights' bytes and config.json, the
+tokens and spans of the pairs, dtype, attention kernel, prompt sharing, and the source of the code that
+computes it. There is no key by name or by path.
+"""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from common import attention, logprobs, model, packing
+from common.checkpoint import digest, file_digest
+from common.config import DPOConfig
+from common.distributed import Ranks
+from common.engine import model_inputs
+from common.errors import TrainingStopped
+from common.logprobs import sequence_logps
+from common.packing import pack, pair_documents, plan_step
+
+PAIRS_PER_PART = 256
+PAIRS_CHECKED = 8
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean difference per scored token; other weights differ by more
+
+
+def reference_key(model_folder: str, data_digest: str, config: DPOConfig, kernel: str, ranks: Ranks) -> str:
+    """The cache's key, hex. Weights are read once; their digests are remembered by size, mtime and inode."""
+    weights = ranks.once_per_node(lambda: weight_digests(model_folder, config.cache_dir))
+    code = [Path(module.__file__).read_text() for module in (attention, logprobs, model, packing)] + [Path(__file__).read_text()]
+    parts = {"weights": weights, "config.json": file_digest(Path(model_folder) / "config.json"), "data": data_digest,
+             "dtype": config.dtype, "kernel": kernel, "share_prompt": config.share_prompt,
+             "device": ranks.device.type, "code": digest("".join(code).encode())}
+    return digest(json.dumps(parts, sort_keys=True).encode())
+
+
+def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
+    """The digest of each safetensors file of a model, by file name, read in parallel and remembered in cache_dir."""
+    memo_path = Path(cache_dir).expanduser() / "weight_digests.json"
+    try:
+        memo = json.loads(memo_path.read_text())
+    except (OSError, ValueError):
+        memo = {}
+    files = model.WeightReader(model_folder).files()
+    stamps = {path: f"{path.resolve()}:{s.st_size}:{s.st_mtime_ns}:{s.st_ino}" for path in files for s in [path.stat()]}
+    unknown = [path for path in files if stamps[path] not in memo]
+    if unknown:
+        with ThreadPoolExecutor(min(8, len(unknown))) as pool:
+            memo.update(zip((stamps[path] for path in unknown), pool.map(file_digest, unknown), strict=True))
+        memo_path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = memo_path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(memo))
+        os.replace(temporary, memo_path)
+    return {path.name: memo[stamps[path]] for path in files}
+
+
+def reference_logps(engine, data, needed: list[int], key: str, config: DPOConfig, kernel: str, budget: int,
+                    ranks: Ranks) -> np.ndarray:
+    """float32 [len(data), 2]: log-probabilities, under the engine's present weights, of the `needed` pairs.
+
+    Summed over each completion's scored tokens, chosen first; other pairs are NaN. What the cache holds is
+    read, after a few of its pairs were computed again and found the same; the rest is computed and added.
+    Raises TrainingStopped if the cache disagrees with the weights.
+    """
+    folder = Path(config.cache_dir).expanduser() / "reference" / key
+    logps = torch.full((len(data), 2), torch.nan, device=ranks.device)
+    num_parts = _read_parts(folder, logps) if ranks.is_main else 0
+    torch.distributed.broadcast(logps, 0)
+    logps = logps.cpu().numpy()
+    cached = [i for i in needed if not np.isnan(logps[i]).any()]
+    if cached:
+        _spot_check(engine, data, cached[:: max(1, len(cached) // PAIRS_CHECKED)][:PAIRS_CHECKED], logps, config,
+                    kernel, budget, ranks)
+    missing = sorted(set(needed) - set(cached))
+    ranks.say(f"reference log-probabilities: {len(cached):,} of {len(needed):,} pairs cached in {folder}")
+    bar = tqdm(total=len(missing), desc="reference log-probabilities", unit="pair", disable=not ranks.is_main or not missing,
+               mininterval=1)
+    for start in range(0, len(missing), PAIRS_PER_PART):
+        pairs = missing[start:start + PAIRS_PER_PART]
+        logps[pairs] = compute_logps(engine, data, pairs, config, kernel, budget, ranks)
+        if ranks.is_main:
+            _write_part(folder / f"part_{num_parts:06d}.safetensors", np.asarray(pairs), logps[pairs])
+        num_parts += 1
+        bar.update(len(pairs))
+    bar.close()
+    return logps
+
+
+def compute_logps(engine, data, pairs: list[int], config: DPOConfig, kernel: str, budget: int, ranks: Ranks) -> np.ndarray:
+    """float32 [len(pairs), 2] under the engine's present weights, by all ranks together; every rank gets all."""
+    lengths = [packing.pair_length(*data.pair_lengths[i], config.share_prompt) for i in pairs]
+    plan = plan_step(lengths, ranks.world_size, budget)[ranks.rank]
+    result = torch.zeros(len(pairs), 2, dtype=torch.float32, device=ranks.device)
+    with torch.no_grad():
+        for members in plan:
+            micro_batch = pack([pair_documents(data[pairs[i]], config.share_prompt) for i in members])
+            values = engine(**model_inputs(micro_batch, kernel, ranks.device))
+            result[members] = sequence_logps(values, micro_batch.sequence_targets).view(len(members), 2)
+    torch.distributed.all_reduce(result)  # each pair was computed by one rank and is zero on the others
+    return result.cpu().numpy()
+
+
+def _spot_check(engine, data, pairs, logps, config, kernel, budget, ranks) -> None:
+    again = compute_logps(engine, data, pairs, config, kernel, budget, ranks)
+    tolerance = TOLERANCE[getattr(torch, config.dtype)]
+    for i, cached, computed in zip(pairs, logps[pairs], again, strict=True):
+        lengths = np.array([sum(doc_targets) for doc_targets in zip(*[d.sequence_targets for d in
+                            pair_documents(data[i], True)])])
+        if not (np.abs(cached - computed) <= tolerance * lengths).all():
+            raise TrainingStopped(
+                f"the reference cache disagrees with the starting weights on {data.where(i)}: cached log-probabilities "
+                f"{cached.tolist()}, computed now {computed.tolist()}; delete {config.cache_dir}/reference and report this")
+
+
+def _read_parts(folder: Path, logps: torch.Tensor) -> int:
+    """Fills `logps` from every part whose contents are as written, deletes the others; the first free part number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [-1]
+    for path in sorted(folder.glob("part_*.safetensors")):
+        if (part := _read_part(path)) is None:
+            path.unlink()
+            continue
+        pairs, values = part
+        logps[torch.from_numpy(pairs)] = torch.from_numpy(values).to(logps.device)
+        numbers.append(int(path.stem.removeprefix("part_")))
+    return max(numbers) + 1
+
+
+def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    try:
+        with safe_open(path, framework="np") as file:
+            pairs, values = file.get_tensor("pairs"), file.get_tensor("logps")
+            expected = (file.metadata() or {}).get("digest")
+    except (OSError, SafetensorError):
+        return None
+    return (pairs, values) if digest(pairs.tobytes() + values.tobytes()) == expected else None
+
+
+def _write_part(path: Path, pairs: np.ndarray, values: np.ndarray) -> None:
+    data = safetensors.numpy.save({"pairs": pairs, "logps": values},
+                                  metadata={"digest": digest(pairs.tobytes() + values.tobytes())})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

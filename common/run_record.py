@@ -1,0 +1,117 @@
+"""run_config.json and the model card: what was run, with what, and how it ended."""
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from common.checkpoint import RunState, delete_all, file_digest, remove_leftovers, require_same_run
+from common.config import TrainConfig
+from common.distributed import Ranks
+from common.errors import UserError
+
+PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
+# What may differ between a run and its resume: it changes speed, logging or placement, not the result.
+FREE_TO_CHANGE = {"output_dir", "cache_dir", "resume", "logging_steps", "checkpointing_steps",
+                  "keep_last_n_checkpoints", "clean_checkpoints_at_end", "max_tokens_per_micro_batch",
+                  "gradient_checkpointing", "attn_implementation", "collective_timeout_minutes", "ds_config",
+                  "stop_after_steps", "dataset_mixer", "chat_template", "share_prompt"}
+
+
+def run_identity(config: TrainConfig, data_digest: str, template_digest: str, model_folder: str) -> dict:
+    """Every value that decides what is trained, by the name under which a user knows it.
+
+    The mixer and the template are represented by digests of what they were read as, the model by its name
+    and its config.json.
+    """
+    identity = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
+    return {**identity, "dataset_mixer (contents)": data_digest, "chat_template (contents)": template_digest,
+            "config.json of the model": file_digest(Path(model_folder) / "config.json")}
+
+
+def write_run_config(output_dir: str, record: dict) -> None:
+    """Replaces run_config.json in one step."""
+    path = Path(output_dir) / "run_config.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> bool:
+    """Whether output_dir already holds this run, finished.
+
+    Raises UserError if it cannot be written, or holds another finished run that `--resume auto` would overwrite.
+    """
+    try:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        (Path(config.output_dir) / ".writable").touch()
+        (Path(config.output_dir) / ".writable").unlink()
+    except OSError as e:
+        raise UserError(f"--output_dir {config.output_dir}: cannot be written: {e.strerror}") from None
+    result = read_run_config(config.output_dir)
+    if config.resume != "auto" or "result" not in result:
+        return False
+    require_same_run(result.get("identity", {}), identity, f"the model in {config.output_dir}")
+    return result["result"]["steps"] >= last_step
+
+
+def open_output_dir(config: TrainConfig, record: dict) -> None:
+    """Clears what this run replaces and writes run_config.json, without a result until the run has one."""
+    if config.resume == "never":
+        delete_all(config.output_dir)
+        (Path(config.output_dir) / "metrics.jsonl").unlink(missing_ok=True)
+    remove_leftovers(config.output_dir)
+    write_run_config(config.output_dir, record)
+
+
+def finish(config: TrainConfig, record: dict, state: RunState, last_metrics: dict, agreement: list, data_table: str) -> None:
+    """The model card, then the result in run_config.json: from here on the folder holds a finished run.
+
+    agreement: what each rank says of the step and tokens it stands at.
+    """
+    result = {"steps": state.step, "total_tokens": state.total_tokens, "target_tokens": state.target_tokens,
+              "train_loss": last_metrics["train_loss"], "rank_agreement": all(a == agreement[0] for a in agreement)}
+    card = model_card(record["method"], config, data_table, result)
+    (Path(config.output_dir) / "README.md").write_text(card, encoding="utf-8")
+    if config.clean_checkpoints_at_end:
+        delete_all(config.output_dir)
+    write_run_config(config.output_dir, {**record, "result": result})
+
+
+def read_run_config(output_dir: str) -> dict:
+    """The record of the run that used this folder before, {} if none did. Raises UserError if it cannot be read."""
+    path = Path(output_dir) / "run_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is not JSON; delete it or use another --output_dir") from None
+
+
+def environment(ranks: Ranks) -> dict:
+    """Versions and device of this run."""
+    on_gpu = ranks.device.type == "cuda"
+    memory = torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else \
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "device": {"name": torch.cuda.get_device_name(ranks.device) if on_gpu else "cpu",
+                       "total_memory_gb": memory / 1e9},
+            "world_size": ranks.world_size}
+
+
+def model_card(method: str, config: TrainConfig, data_table: str, result: dict) -> str:
+    """README.md of the exported model."""
+    shown = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE or name in
+             ("dataset_mixer", "chat_template")}
+    rows = "\n".join(f"| {name} | {' '.join(value) if isinstance(value, list) else value} |" for name, value in shown.items())
+    base = config.model_name_or_path
+    is_hub_id = base.count("/") == 1 and not Path(base).exists()
+    front = f"---\nlibrary_name: transformers\n{f'base_model: {base}{chr(10)}' if is_hub_id else ''}tags: [{method.lower()}]\n---\n"
+    return (f"{front}\n# {Path(config.output_dir).name}\n\n{method} of `{base}`, full parameters, with Plaintune.\n\n"
+            f"Steps: {result['steps']}. Tokens: {result['total_tokens']:,}. Last loss: {result['train_loss']:.4f}.\n\n"
+            f"## Data\n\n```\n{data_table}\n```\n\n## Settings\n\n| setting | value |\n|---|---|\n{rows}\n")
