@@ -15,14 +15,15 @@ from common.attention import resolve_kernel
 from common.chat_templates import resolve_template
 from common.config import DPOConfig, parse_config
 from common.distributed import Stopped, StopRequest, main_with_exit_codes, num_cpus, start
-from common.engine import build_engine, micro_batch_budget, model_inputs, num_checkpointed_layers, set_learning_rate
+from common.engine import build_engine, inference_engine, micro_batch_budget, out_of_memory_explained, set_learning_rate
 from common.errors import not_finite
 from common.logprobs import sequence_logps
 from common.losses import SUMMED, check_first_step, preference_loss, preference_sums
 from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
 from common.packing import pack, pair_documents, pair_length, plan_step
 from common.placement import deepspeed_config
-from common.reference_cache import reference_key, reference_logps
+from common.planner import settle
+from common.reference_cache import reference_logps
 from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
 from common.token_cache import data_table, open_tokens, prepare_tokens, preview
 
@@ -40,67 +41,113 @@ def main() -> None:
     # ------------------------------------------------------------------ tokenizer, template, data
     model_folder = ranks.once_per_node(lambda: model.find_model(config.model_name_or_path, config.model_revision))
     model_config = model.load_config(model_folder)
-    tokenizer_folder = ranks.once_per_node(
-        lambda: model.find_tokenizer(config.tokenizer_name_or_path or model_folder))
+    reference_folder = None
+    if config.ref_model_name_or_path is not None:
+        reference_folder = ranks.once_per_node(lambda: model.find_model(config.ref_model_name_or_path))
+        reference_config = model.load_config(reference_folder)
+    tokenizer_folder = ranks.once_per_node(lambda: model.find_tokenizer(config.tokenizer_name_or_path or model_folder))
     tokenizer = model.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-    data = open_tokens(ranks.once_per_node(lambda: prepare_tokens(
-        "dpo", config.dataset_mixer, tokenizer, tokenizer_folder, template,
-        config.max_seq_length, config.cache_dir, num_cpus())))
-    pair_lengths = pair_length(*data.pair_lengths.T, config.share_prompt)  # tokens that each pair takes in a micro-batch
+    data = open_tokens(
+        ranks.once_per_node(
+            lambda: prepare_tokens(
+                "dpo",
+                config.dataset_mixer,
+                tokenizer,
+                tokenizer_folder,
+                template,
+                config.max_seq_length,
+                config.cache_dir,
+                num_cpus(),
+            )
+        )
+    )
+    pair_lengths = pair_length(
+        *data.pair_lengths.T, config.share_prompt
+    )  # tokens that each pair takes in a micro-batch
     longest = int(pair_lengths.max())
-    model.check_supported(model_config, int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max()), len(tokenizer))
+    longest_side = int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max())
+    model.check_supported(model_config, longest_side, len(tokenizer))
+    if reference_folder is not None:
+        model.check_supported(reference_config, longest_side, len(tokenizer))
+        model.check_same_vocabulary(model_config, reference_config)
     ranks.say(data_table(data))
     ranks.say(preview(data, 0, tokenizer, colour=sys.stdout.isatty()))
 
     # ------------------------------------------------------------------ plan
     num_steps = total_steps(len(data), config.global_batch_size, config.num_train_epochs, config.max_train_steps)
     last_step = min(num_steps, config.stop_after_steps or num_steps)
-    learning_rate = learning_rate_schedule(config.lr_scheduler_type, config.learning_rate, num_steps, config.warmup_ratio)
-    save_every = steps_per_epoch(len(data), config.global_batch_size) if config.checkpointing_steps == "epoch" \
+    learning_rate = learning_rate_schedule(
+        config.lr_scheduler_type, config.learning_rate, num_steps, config.warmup_ratio
+    )
+    save_every = (
+        steps_per_epoch(len(data), config.global_batch_size)
+        if config.checkpointing_steps == "epoch"
         else config.checkpointing_steps
+    )
     identity = run_record.run_identity(config, data.digest, template.digest, model_folder)
     if ranks.once(lambda: run_record.check_output_dir(config, identity, last_step)):
         ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
         return
-    state = checkpoint.RunState(seed=config.seed, world_size=ranks.world_size, identity=identity)
-    resume_from = checkpoint.find(config.output_dir, config.resume, ranks)
-    if resume_from is not None:
-        saved = checkpoint.read_state(resume_from)
-        checkpoint.require_same_run(saved.identity, identity, f"checkpoint {resume_from}")
-    state.micro_batch_budget = budget = micro_batch_budget(config, longest, ranks.device)
-    ranks.say(f"DPO ({config.loss_type}): {len(data):,} pairs; {last_step:,} of {num_steps:,} steps of {config.global_batch_size} pairs; "
-              f"{ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; micro-batches of up to {budget:,} "
-              f"tokens; a checkpoint every {save_every} steps")
+    state, resume_from = checkpoint.starting_point(config.output_dir, config.resume, identity, last_step, ranks)
+    budget = micro_batch_budget(config, longest, ranks.device, state.budget_at(ranks.world_size))
+    ranks.say(
+        f"DPO ({config.loss_type}): {len(data):,} pairs; {last_step:,} of {num_steps:,} steps of "
+        f"{config.global_batch_size} pairs; {ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "
+        f"a checkpoint every {save_every} steps"
+    )
     if save_every > last_step:
-        ranks.say(f"warning: --checkpointing_steps {save_every} is more than this run's {last_step} steps: "
-                  f"no checkpoint will be written, and a crash loses everything")
+        ranks.say(
+            f"warning: --checkpointing_steps {save_every} is more than this run's {last_step} steps: "
+            f"no checkpoint will be written, and a crash loses everything"
+        )
+
+    # ------------------------------------------------------------------ reference, if it is a model of its own
+    pairs = sorted(
+        {i for step in range(last_step) for i in step_samples(step, len(data), config.global_batch_size, config.seed)}
+    )
+    reference = None
+    if reference_folder is not None:  # another model than the policy: it is gone before the policy loads
+        other = model.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
+        with inference_engine(other, ds_config) as engine:
+            reference = reference_logps(engine, data, pairs, reference_folder, config, kernel, budget, ranks)
+        del other, engine
 
     # ------------------------------------------------------------------ model and engine
     policy = model.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
-    policy.checkpoint_activations(num_checkpointed_layers(config, model_config.num_hidden_layers, ranks.device))
     engine = build_engine(policy, config, ds_config)
+    model.verify_packed_forward(engine, kernel, ranks)
+    if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
+        policy.compile_layers()
+    is_kept = state.budget_at(ranks.world_size) is not None
+    tokens_per_step = float(pair_lengths.mean()) * config.global_batch_size
+    budget = settle(engine, config, kernel, budget, is_kept, longest_side, tokens_per_step, ranks)
+    state.micro_batch_budget, state.world_size = budget, ranks.world_size
     parameters = dict(policy.lm.named_parameters())
-
-    # ------------------------------------------------------------------ reference: the starting weights, before any other
-    reference = None
-    if loss_of.needs_reference:
-        pairs = sorted({i for step in range(last_step)
-                        for i in step_samples(step, len(data), config.global_batch_size, config.seed)})
-        key = reference_key(model_folder, data.digest, config, kernel, ranks)
-        reference = torch.from_numpy(reference_logps(engine, data, pairs, key, config, kernel, budget, ranks)).to(ranks.device)
+    if loss_of.needs_reference and reference is None:  # the policy, which still is the starting model
+        reference = reference_logps(engine, data, pairs, model_folder, config, kernel, budget, ranks)
 
     # ------------------------------------------------------------------ resume
     if resume_from is not None:
-        state = checkpoint.load(engine, parameters, resume_from, ranks)
+        checkpoint.load(engine, parameters, resume_from, state.step, ranks)
         ranks.say(f"resuming after step {state.step} from {resume_from}")
-    run = {"method": "DPO", "config": vars(config), "identity": identity, "num_steps": num_steps, "kernel": kernel,
-           "micro_batch_budget": budget, "data": data.stats, "zero": model.partition_report(parameters, ranks),
-           **run_record.environment(ranks)}
-    ranks.once(lambda: run_record.open_output_dir(config, run))
+    run = {
+        "method": "DPO",
+        "config": vars(config),
+        "identity": identity,
+        "num_steps": num_steps,
+        "kernel": kernel,
+        "micro_batch_budget": budget,
+        "data": data.stats,
+        "zero": model.partition_report(parameters, ranks),
+        **run_record.environment(ranks),
+    }
+    num_checkpoints = min(config.keep_last_n_checkpoints + 1, last_step // save_every)
+    ranks.once(lambda: checkpoint.require_disk_space(parameters, config.output_dir, num_checkpoints))
+    ranks.once(lambda: run_record.open_output_dir(config, run, state.step))
     metrics = MetricsFile(config.output_dir, state.step) if ranks.is_main else None
     meter = StepMeter(policy.lm, model_config, ranks.world_size, budget, len(data), ranks.device)
-    stop_request = StopRequest()
+    stop_request = StopRequest(ranks)
 
     # ------------------------------------------------------------------ loop
     for step in range(state.step, last_step):
@@ -112,28 +159,32 @@ def main() -> None:
 
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
-        for m, members in enumerate(plan):
-            micro_batch = pack([pair_documents(data[samples[i]], config.share_prompt) for i in members])
-            token_logps = engine(**model_inputs(micro_batch, kernel, ranks.device))
-            logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(len(members), 2)  # (chosen, rejected)
-            ratios = logps if reference is None else logps - reference[[samples[i] for i in members]]
-            if loss_of.averages_over_length:
-                lengths = torch.tensor(micro_batch.sequence_targets, device=ranks.device).view(len(members), 2)
-                logps, ratios = logps / lengths, ratios / lengths
-            loss = loss_of.function(ratios[:, 0], ratios[:, 1], config).sum()
-            engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-            engine.backward(loss * ranks.world_size / len(samples))  # DeepSpeed averages gradients over ranks
-            sums += preference_sums(loss, ratios, logps, config.beta)
-            num_tokens += micro_batch.num_tokens
-            squared_lengths += micro_batch.sum_squared_lengths
+        with out_of_memory_explained(step + 1, budget):
+            for m, members in enumerate(plan):
+                micro_batch = pack([pair_documents(data[samples[i]], config.share_prompt) for i in members])
+                token_logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
+                logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(
+                    len(members), 2
+                )  # (chosen, rejected)
+                ratios = logps if reference is None else logps - reference[[samples[i] for i in members]]
+                if loss_of.averages_over_length:
+                    lengths = torch.tensor(micro_batch.sequence_targets, device=ranks.device).view(len(members), 2)
+                    logps, ratios = logps / lengths, ratios / lengths
+                loss = loss_of.function(ratios[:, 0], ratios[:, 1], config).sum()
+                engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
+                engine.backward(loss * ranks.world_size / len(samples))  # DeepSpeed averages gradients over ranks
+                sums += preference_sums(loss, ratios, logps, config.beta)
+                num_tokens += micro_batch.num_tokens
+                squared_lengths += micro_batch.sum_squared_lengths
 
         *sums, num_tokens, squared_lengths, terminate, interrupt = ranks.sum(
-            [*sums.tolist(), num_tokens, squared_lengths, *stop_request.votes()])
+            [*sums.tolist(), num_tokens, squared_lengths, *stop_request.votes()]
+        )
         means = {name: value / len(samples) for name, value in zip(SUMMED, sums, strict=True)}
         train_loss = means.pop("train_loss")
         if not math.isfinite(train_loss):
             raise not_finite(step + 1, "loss", train_loss, data, samples)
-        if step == 0 and not config.ref_model_name_or_path:
+        if step == 0 and reference_folder is None:
             check_first_step(train_loss, loss_of, config)
         engine.step()
         if not engine.was_step_applied():
@@ -143,8 +194,19 @@ def main() -> None:
         state.samples = samples_seen(state.step, len(data), config.global_batch_size)
         state.total_tokens += int(num_tokens)
         state.target_tokens += num_targets
-        record = meter.record(state, train_loss, learning_rate(step), float(engine.get_global_grad_norm()),
-                              num_tokens, squared_lengths, num_targets, len(plan)) | means
+        record = (
+            meter.record(
+                state,
+                train_loss,
+                learning_rate(step),
+                float(engine.get_global_grad_norm()),
+                num_tokens,
+                squared_lengths,
+                num_targets,
+                len(plan),
+            )
+            | means
+        )
         if ranks.is_main and (state.step % config.logging_steps == 0 or state.step == last_step):
             metrics.append(record)
             ranks.say(progress_line(record, last_step))
@@ -153,12 +215,13 @@ def main() -> None:
         if stop_signal or state.step % save_every == 0:
             if ranks.is_main:
                 metrics.sync()
-            path = checkpoint.save(engine, parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
+            path = checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
             ranks.say(f"checkpoint {path}")
         if stop_signal:
             raise Stopped(stop_signal)
 
     # ------------------------------------------------------------------ export
+    stop_request.wait_for_export()
     tokenizer.chat_template = template.jinja
     model.export_model(policy, config.output_dir, tokenizer, model_folder, ranks)
     agreement = ranks.gather(lambda: [state.step, state.total_tokens])

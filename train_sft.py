@@ -15,11 +15,12 @@ from common.attention import resolve_kernel
 from common.chat_templates import resolve_template
 from common.config import SFTConfig, parse_config
 from common.distributed import Stopped, StopRequest, main_with_exit_codes, num_cpus, start
-from common.engine import build_engine, micro_batch_budget, model_inputs, num_checkpointed_layers, set_learning_rate
+from common.engine import build_engine, micro_batch_budget, out_of_memory_explained, set_learning_rate
 from common.errors import not_finite
 from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
 from common.packing import pack, plan_step, sft_documents
 from common.placement import deepspeed_config
+from common.planner import settle
 from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
 from common.token_cache import data_table, open_tokens, prepare_tokens, preview
 
@@ -36,13 +37,23 @@ def main() -> None:
     # ------------------------------------------------------------------ tokenizer, template, data
     model_folder = ranks.once_per_node(lambda: model.find_model(config.model_name_or_path, config.model_revision))
     model_config = model.load_config(model_folder)
-    tokenizer_folder = ranks.once_per_node(
-        lambda: model.find_tokenizer(config.tokenizer_name_or_path or model_folder))
+    tokenizer_folder = ranks.once_per_node(lambda: model.find_tokenizer(config.tokenizer_name_or_path or model_folder))
     tokenizer = model.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-    data = open_tokens(ranks.once_per_node(lambda: prepare_tokens(
-        "sft", config.dataset_mixer, tokenizer, tokenizer_folder, template,
-        config.max_seq_length, config.cache_dir, num_cpus())))
+    data = open_tokens(
+        ranks.once_per_node(
+            lambda: prepare_tokens(
+                "sft",
+                config.dataset_mixer,
+                tokenizer,
+                tokenizer_folder,
+                template,
+                config.max_seq_length,
+                config.cache_dir,
+                num_cpus(),
+            )
+        )
+    )
     longest = int(data.lengths.max())
     model.check_supported(model_config, longest, len(tokenizer))
     ranks.say(data_table(data))
@@ -51,43 +62,64 @@ def main() -> None:
     # ------------------------------------------------------------------ plan
     num_steps = total_steps(len(data), config.global_batch_size, config.num_train_epochs, config.max_train_steps)
     last_step = min(num_steps, config.stop_after_steps or num_steps)
-    learning_rate = learning_rate_schedule(config.lr_scheduler_type, config.learning_rate, num_steps, config.warmup_ratio)
-    save_every = steps_per_epoch(len(data), config.global_batch_size) if config.checkpointing_steps == "epoch" \
+    learning_rate = learning_rate_schedule(
+        config.lr_scheduler_type, config.learning_rate, num_steps, config.warmup_ratio
+    )
+    save_every = (
+        steps_per_epoch(len(data), config.global_batch_size)
+        if config.checkpointing_steps == "epoch"
         else config.checkpointing_steps
+    )
     identity = run_record.run_identity(config, data.digest, template.digest, model_folder)
     if ranks.once(lambda: run_record.check_output_dir(config, identity, last_step)):
         ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
         return
-    state = checkpoint.RunState(seed=config.seed, world_size=ranks.world_size, identity=identity)
-    resume_from = checkpoint.find(config.output_dir, config.resume, ranks)
-    if resume_from is not None:
-        saved = checkpoint.read_state(resume_from)
-        checkpoint.require_same_run(saved.identity, identity, f"checkpoint {resume_from}")
-    state.micro_batch_budget = budget = micro_batch_budget(config, longest, ranks.device)
-    ranks.say(f"SFT: {len(data):,} samples; {last_step:,} of {num_steps:,} steps of {config.global_batch_size} samples; "
-              f"{ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; micro-batches of up to {budget:,} "
-              f"tokens; a checkpoint every {save_every} steps")
+    state, resume_from = checkpoint.starting_point(config.output_dir, config.resume, identity, last_step, ranks)
+    budget = micro_batch_budget(config, longest, ranks.device, state.budget_at(ranks.world_size))
+    ranks.say(
+        f"SFT: {len(data):,} samples; {last_step:,} of {num_steps:,} steps of {config.global_batch_size} samples; "
+        f"{ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "
+        f"a checkpoint every {save_every} steps"
+    )
     if save_every > last_step:
-        ranks.say(f"warning: --checkpointing_steps {save_every} is more than this run's {last_step} steps: "
-                  f"no checkpoint will be written, and a crash loses everything")
+        ranks.say(
+            f"warning: --checkpointing_steps {save_every} is more than this run's {last_step} steps: "
+            f"no checkpoint will be written, and a crash loses everything"
+        )
 
     # ------------------------------------------------------------------ model and engine
     policy = model.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
-    policy.checkpoint_activations(num_checkpointed_layers(config, model_config.num_hidden_layers, ranks.device))
     engine = build_engine(policy, config, ds_config)
+    model.verify_packed_forward(engine, kernel, ranks)
+    if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
+        policy.compile_layers()
+    is_kept = state.budget_at(ranks.world_size) is not None
+    tokens_per_step = float(data.lengths.mean()) * config.global_batch_size
+    budget = settle(engine, config, kernel, budget, is_kept, longest, tokens_per_step, ranks)
+    state.micro_batch_budget, state.world_size = budget, ranks.world_size
     parameters = dict(policy.lm.named_parameters())
 
     # ------------------------------------------------------------------ resume
     if resume_from is not None:
-        state = checkpoint.load(engine, parameters, resume_from, ranks)
+        checkpoint.load(engine, parameters, resume_from, state.step, ranks)
         ranks.say(f"resuming after step {state.step} from {resume_from}")
-    run = {"method": "SFT", "config": vars(config), "identity": identity, "num_steps": num_steps, "kernel": kernel,
-           "micro_batch_budget": budget, "data": data.stats, "zero": model.partition_report(parameters, ranks),
-           **run_record.environment(ranks)}
-    ranks.once(lambda: run_record.open_output_dir(config, run))
+    run = {
+        "method": "SFT",
+        "config": vars(config),
+        "identity": identity,
+        "num_steps": num_steps,
+        "kernel": kernel,
+        "micro_batch_budget": budget,
+        "data": data.stats,
+        "zero": model.partition_report(parameters, ranks),
+        **run_record.environment(ranks),
+    }
+    num_checkpoints = min(config.keep_last_n_checkpoints + 1, last_step // save_every)
+    ranks.once(lambda: checkpoint.require_disk_space(parameters, config.output_dir, num_checkpoints))
+    ranks.once(lambda: run_record.open_output_dir(config, run, state.step))
     metrics = MetricsFile(config.output_dir, state.step) if ranks.is_main else None
     meter = StepMeter(policy.lm, model_config, ranks.world_size, budget, len(data), ranks.device)
-    stop_request = StopRequest()
+    stop_request = StopRequest(ranks)
 
     # ------------------------------------------------------------------ loop
     for step in range(state.step, last_step):
@@ -99,18 +131,20 @@ def main() -> None:
 
         nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
-        for m, members in enumerate(plan):
-            micro_batch = pack([sft_documents(data[samples[i]]) for i in members])
-            logps = engine(**model_inputs(micro_batch, kernel, ranks.device))
-            loss = -logps.sum()
-            engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-            engine.backward(loss * ranks.world_size / num_targets)  # DeepSpeed averages gradients over ranks
-            nll += loss.detach().double()
-            num_tokens += micro_batch.num_tokens
-            squared_lengths += micro_batch.sum_squared_lengths
+        with out_of_memory_explained(step + 1, budget):
+            for m, members in enumerate(plan):
+                micro_batch = pack([sft_documents(data[samples[i]]) for i in members])
+                logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
+                loss = -logps.sum()
+                engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
+                engine.backward(loss * ranks.world_size / num_targets)  # DeepSpeed averages gradients over ranks
+                nll += loss.detach().double()
+                num_tokens += micro_batch.num_tokens
+                squared_lengths += micro_batch.sum_squared_lengths
 
         nll, num_tokens, squared_lengths, terminate, interrupt = ranks.sum(
-            [nll.item(), num_tokens, squared_lengths, *stop_request.votes()])
+            [nll.item(), num_tokens, squared_lengths, *stop_request.votes()]
+        )
         train_loss = nll / num_targets
         if not math.isfinite(train_loss):
             raise not_finite(step + 1, "loss", train_loss, data, samples)
@@ -122,8 +156,16 @@ def main() -> None:
         state.samples = samples_seen(state.step, len(data), config.global_batch_size)
         state.total_tokens += int(num_tokens)
         state.target_tokens += num_targets
-        record = meter.record(state, train_loss, learning_rate(step), float(engine.get_global_grad_norm()),
-                              num_tokens, squared_lengths, num_targets, len(plan))
+        record = meter.record(
+            state,
+            train_loss,
+            learning_rate(step),
+            float(engine.get_global_grad_norm()),
+            num_tokens,
+            squared_lengths,
+            num_targets,
+            len(plan),
+        )
         if ranks.is_main and (state.step % config.logging_steps == 0 or state.step == last_step):
             metrics.append(record)
             ranks.say(progress_line(record, last_step))
@@ -132,12 +174,13 @@ def main() -> None:
         if stop_signal or state.step % save_every == 0:
             if ranks.is_main:
                 metrics.sync()
-            path = checkpoint.save(engine, parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
+            path = checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
             ranks.say(f"checkpoint {path}")
         if stop_signal:
             raise Stopped(stop_signal)
 
     # ------------------------------------------------------------------ export
+    stop_request.wait_for_export()
     tokenizer.chat_template = template.jinja
     model.export_model(policy, config.output_dir, tokenizer, model_folder, ranks)
     agreement = ranks.gather(lambda: [state.step, state.total_tokens])

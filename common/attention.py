@@ -37,18 +37,26 @@ def registered_name(kernel: str) -> str:
     return f"plaintune_{kernel}"
 
 
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """The array on the device; on a GPU through pinned memory, so that the host does not wait for the device."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device) -> dict:
     """What the attention layers need to know about one micro-batch, as the model's keyword arguments.
 
     sdpa: packed_mask bool [1, 1, T, T], True where row i attends to column j.
-    varlen kernels: packed_cu_seqlens_q, packed_cu_seqlens_k int32 [segments + 1], packed_max_seqlen int,
+    varlen kernels: packed_cu_seqlens_q, packed_cu_seqlens_k int32 [S], packed_max_seqlen int,
     packed_key_index int64 [T_k] or None: a segment is a document, or a document's stem and chosen branch,
     or its rejected branch alone, whose keys are the stem's and its own. A segment's last query is aligned
-    with its last key (bottom-right causal).
+    with its last key (bottom-right causal). S and packed_max_seqlen are rounded up (by empty segments at
+    the end), so that compiled layers see few different values.
     """
     if kernel == "sdpa":
-        return {"packed_mask": block_mask(torch.from_numpy(micro_batch.document).to(device),
-                                          torch.from_numpy(micro_batch.branch).to(device))}
+        return {
+            "packed_mask": block_mask(to_device(micro_batch.document, device), to_device(micro_batch.branch, device))
+        }
     q_lengths, k_lengths, key_index = [], [], []
     for d in range(int(micro_batch.document[-1]) + 1):
         tokens = np.flatnonzero(micro_batch.document == d)
@@ -56,22 +64,29 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
         rejected = int((micro_batch.branch[tokens] == REJECTED).sum())
         q_lengths.append(len(tokens) - rejected)
         k_lengths.append(len(tokens) - rejected)
-        key_index.append(tokens[:len(tokens) - rejected])
+        key_index.append(tokens[: len(tokens) - rejected])
         if rejected:
             q_lengths.append(rejected)
             k_lengths.append(stem + rejected)
-            key_index.append(np.concatenate([tokens[:stem], tokens[len(tokens) - rejected:]]))
+            key_index.append(np.concatenate([tokens[:stem], tokens[len(tokens) - rejected :]]))
     index = np.concatenate(key_index)
 
     def offsets(lengths: list[int]) -> torch.Tensor:
-        return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)).to(device, non_blocking=True)
+        padding = _power_of_two(len(lengths) + 1, 64) - len(lengths) - 1
+        return to_device(np.cumsum([0, *lengths, *[0] * padding], dtype=np.int32), device)
+
     return {
         "packed_cu_seqlens_q": offsets(q_lengths),
         "packed_cu_seqlens_k": offsets(k_lengths),
-        "packed_max_seqlen": max(k_lengths),
-        "packed_key_index": None if len(q_lengths) == len(k_lengths) and q_lengths == k_lengths
-        else torch.from_numpy(index).to(device, non_blocking=True),
+        "packed_max_seqlen": _power_of_two(max(k_lengths), 512),
+        "packed_key_index": None
+        if len(q_lengths) == len(k_lengths) and q_lengths == k_lengths
+        else to_device(index, device),
     }
+
+
+def _power_of_two(number: int, least: int) -> int:
+    return max(least, 1 << (number - 1).bit_length())
 
 
 def block_mask(document: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
@@ -90,7 +105,9 @@ def _refuse_unimplemented(module: torch.nn.Module, dropout: float, kwargs: dict)
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise UserError(f"{type(module).__name__} asks attention for `{name}`, which packed attention does not implement")
+            raise UserError(
+                f"{type(module).__name__} asks attention for `{name}`, which packed attention does not implement"
+            )
     if dropout:
         raise UserError(f"{type(module).__name__} asks for attention dropout {dropout}; only 0 is supported")
     is_causal = kwargs.get("is_causal")
@@ -98,10 +115,18 @@ def _refuse_unimplemented(module: torch.nn.Module, dropout: float, kwargs: dict)
         raise UserError(f"{type(module).__name__} is not causal; only decoder models can be trained")
 
 
+def _require_packing(module: torch.nn.Module, argument) -> None:
+    if argument is None:
+        raise UserError(
+            f"{type(module).__name__} does not pass keyword arguments on to its attention, so packed samples "
+            f"cannot be kept apart: this architecture is not supported"
+        )
+
+
 def _sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, packed_mask=None, **kwargs):
     """query [1, H, T, D], key and value [1, H_kv, T, D] -> ([1, T, H, D], None); the AttentionInterface signature."""
     _refuse_unimplemented(module, dropout, kwargs)
-    assert packed_mask is not None, f"{type(module).__name__} got no packed_mask"
+    _require_packing(module, packed_mask)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # with a mask, torch's fused CPU kernel takes only equal head counts
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -112,32 +137,80 @@ def _sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=
 def _varlen_inputs(module, query, key, value, dropout, packed_cu_seqlens_q, packed_key_index, kwargs):
     """[1, H, T, D] -> [T, H, D] for the queries, and the same for the keys and values of every segment."""
     _refuse_unimplemented(module, dropout, kwargs)
-    assert packed_cu_seqlens_q is not None, f"{type(module).__name__} got no packed_cu_seqlens_q"
+    _require_packing(module, packed_cu_seqlens_q)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if packed_key_index is not None:
         key, value = key[packed_key_index], value[packed_key_index]
     return query, key, value
 
 
-def _varlen(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, packed_cu_seqlens_q=None,
-            packed_cu_seqlens_k=None, packed_max_seqlen=None, packed_key_index=None, **kwargs):
+def _varlen(
+    module,
+    query,
+    key,
+    value,
+    attention_mask=None,
+    scaling=None,
+    dropout=0.0,
+    packed_cu_seqlens_q=None,
+    packed_cu_seqlens_k=None,
+    packed_max_seqlen=None,
+    packed_key_index=None,
+    **kwargs,
+):
     """Torch's own variable-length flash attention; window (-1, 0) is causal."""
     from torch.nn.attention.varlen import varlen_attn
-    query, key, value = _varlen_inputs(module, query, key, value, dropout, packed_cu_seqlens_q, packed_key_index, kwargs)
+
+    query, key, value = _varlen_inputs(
+        module, query, key, value, dropout, packed_cu_seqlens_q, packed_key_index, kwargs
+    )
     gqa = {"enable_gqa": True} if _VARLEN_HAS_GQA_FLAG and query.shape[1] != key.shape[1] else {}
-    out = varlen_attn(query, key, value, packed_cu_seqlens_q, packed_cu_seqlens_k, packed_max_seqlen,
-                      packed_max_seqlen, scale=scaling, window_size=(-1, 0), **gqa)
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        packed_cu_seqlens_q,
+        packed_cu_seqlens_k,
+        packed_max_seqlen,
+        packed_max_seqlen,
+        scale=scaling,
+        window_size=(-1, 0),
+        **gqa,
+    )
     return out[None], None
 
 
-def _flash_attention_2(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0,
-                       packed_cu_seqlens_q=None, packed_cu_seqlens_k=None, packed_max_seqlen=None,
-                       packed_key_index=None, **kwargs):
+def _flash_attention_2(
+    module,
+    query,
+    key,
+    value,
+    attention_mask=None,
+    scaling=None,
+    dropout=0.0,
+    packed_cu_seqlens_q=None,
+    packed_cu_seqlens_k=None,
+    packed_max_seqlen=None,
+    packed_key_index=None,
+    **kwargs,
+):
     """The flash-attn package."""
     from flash_attn import flash_attn_varlen_func
-    query, key, value = _varlen_inputs(module, query, key, value, dropout, packed_cu_seqlens_q, packed_key_index, kwargs)
-    out = flash_attn_varlen_func(query, key, value, packed_cu_seqlens_q, packed_cu_seqlens_k, packed_max_seqlen,
-                                 packed_max_seqlen, softmax_scale=scaling, causal=True)
+
+    query, key, value = _varlen_inputs(
+        module, query, key, value, dropout, packed_cu_seqlens_q, packed_key_index, kwargs
+    )
+    out = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        packed_cu_seqlens_q,
+        packed_cu_seqlens_k,
+        packed_max_seqlen,
+        packed_max_seqlen,
+        softmax_scale=scaling,
+        causal=True,
+    )
     return out[None], None
 
 

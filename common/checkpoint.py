@@ -9,22 +9,25 @@ checkpoints/step_00000500/
 
 ZeRO-3 gives rank r of n the elements [r k, (r + 1) k) of a flattened parameter, k = ceil(numel / n).
 A slice file therefore says by its name alone which elements it holds, and another number of ranks
-reads the overlapping parts: nothing is converted, and nothing is unpickled. The model's own weights
-are the masters rounded to its dtype, so they are not stored.
+reads the overlapping parts. The model's own weights are the masters rounded to its dtype, so they are
+not stored: 12 bytes a parameter. DeepSpeed's save_checkpoint and its universal format are not used:
+they take a second copy on disk and a conversion for another number of ranks, they are unpickled, and
+nothing says whether one is whole. Slices go through its documented safe_get_local_* and safe_set_local_*.
 
-A checkpoint is written to `.step_X.tmp`, every file flushed to disk, and renamed; it is deleted by
-renaming it to `.step_X.old` first. Whatever a crash leaves behind begins with a dot and is removed
-by the next run.
+A checkpoint is written to `.step_X.tmp`, every file and folder flushed to disk, and renamed; it is
+deleted by renaming it to `.step_X.old` first. Whatever a crash leaves behind begins with a dot and is
+removed by the next run.
 """
 
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import xxhash
 from deepspeed.utils import (
@@ -39,7 +42,7 @@ from common.distributed import Ranks
 from common.errors import TrainingStopped, UserError
 
 FOLDER = re.compile(r"step_(\d{8,})")
-PART_BYTES = 2**30
+PART_BYTES = 2**29  # of a slice file, about; a rank holds three of them in memory while it saves
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -51,10 +54,13 @@ class RunState:
     samples: int = 0  # samples (pairs) taken
     total_tokens: int = 0  # tokens run
     target_tokens: int = 0  # tokens trained on
-    seed: int = 0
-    micro_batch_budget: int = 0
+    micro_batch_budget: int = 0  # tokens that a micro-batch may hold
     world_size: int = 0
     identity: dict = field(default_factory=dict)  # every value that changes the result, by its flag's name
+
+    def budget_at(self, world_size: int) -> int | None:
+        """The micro-batch budget that keeps a resume bitwise; None at another number of ranks, where nothing does."""
+        return self.micro_batch_budget if self.world_size == world_size else None
 
 
 def digest(data: bytes) -> str:
@@ -70,13 +76,25 @@ def file_digest(path: Path) -> str:
     return state.hexdigest()
 
 
-def _write(path: Path, data: bytes) -> dict:
-    """Writes and flushes one file; its entry in the manifest."""
+def replace_file(path: Path, text: str) -> None:
+    """Writes a whole file in one step: whoever reads it finds the old text or the new."""
+    temporary = path.with_name(path.name + ".tmp")
+    _write(temporary, [text.encode()])
+    os.replace(temporary, path)
+    _sync_folder(path.parent)
+
+
+def _write(path: Path, blocks: Iterable) -> dict:
+    """Writes and flushes one file from blocks of bytes; its entry in the manifest."""
+    state, size = xxhash.xxh3_128(), 0
     with open(path, "wb") as file:
-        file.write(data)
+        for block in blocks:
+            file.write(block)
+            state.update(block)
+            size += memoryview(block).nbytes
         file.flush()
         os.fsync(file.fileno())
-    return {"size": len(data), "digest": digest(data)}
+    return {"size": size, "digest": state.hexdigest()}
 
 
 def _sync_folder(path: Path) -> None:
@@ -85,12 +103,27 @@ def _sync_folder(path: Path) -> None:
     os.close(handle)
 
 
+def require_disk_space(parameters: dict[str, torch.nn.Parameter], output_dir: str, num_checkpoints: int) -> None:
+    """Raises UserError if num_checkpoints checkpoints and the exported model do not fit where output_dir is.
+
+    What its checkpoints take already counts as free: new ones replace them.
+    """
+    num_parameters = sum(p.ds_numel for p in parameters.values())
+    export = sum(p.ds_numel * p.element_size() for p in parameters.values())
+    needed = num_checkpoints * checkpoint_bytes(num_parameters) + export
+    taken = sum(path.stat().st_size for path in (Path(output_dir) / "checkpoints").rglob("*") if path.is_file())
+    free = shutil.disk_usage(output_dir).free + taken
+    if needed > free:
+        raise UserError(f"--output_dir {output_dir} needs {needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints "
+                        f"and the model, {free / 1e9:,.1f} GB are free; free some, or lower --keep_last_n_checkpoints")
+
+
 def checkpoint_bytes(num_parameters: int) -> int:
     """Disk that one checkpoint takes: master and two moments in float32."""
     return 12 * num_parameters
 
 
-def save(engine, parameters: dict[str, torch.nn.Parameter], state: RunState, output_dir: str, keep_last_n: int,
+def save(parameters: dict[str, torch.nn.Parameter], state: RunState, output_dir: str, keep_last_n: int,
          ranks: Ranks) -> Path:
     """Writes the checkpoint of `state.step` and then deletes all but the newest keep_last_n. Collective.
 
@@ -103,20 +136,19 @@ def save(engine, parameters: dict[str, torch.nn.Parameter], state: RunState, out
     def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        _sync_folder(folder.parent)
 
     def publish(entries: list[dict]) -> None:
         files = {file: entry for part in entries for file, entry in part.items()}
-        files["state.json"] = _write(temporary / "state.json", json.dumps(asdict(state), indent=2).encode())
+        files["state.json"] = _write(temporary / "state.json", [json.dumps(asdict(state), indent=2).encode()])
         manifest = {"world_size": ranks.world_size, "files": files,
                     "parameters": {name: list(p.ds_shape) for name, p in parameters.items()}}
-        entry = _write(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
-        _write(temporary / "COMPLETE", entry["digest"].encode())
+        entry = _write(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+        _write(temporary / "COMPLETE", [entry["digest"].encode()])
         _sync_folder(temporary)
-        if (folder / name).exists():
-            _delete(folder / name)
         os.rename(temporary, folder / name)
         _sync_folder(folder)
-        for old in complete_checkpoints(output_dir)[keep_last_n:]:
+        for old in _complete(output_dir)[keep_last_n:]:
             _delete(old)
 
     ranks.once(lambda: _or_stop(prepare, folder))
@@ -134,26 +166,45 @@ def _or_stop(work, folder: Path):
 
 
 def _write_slices(parameters: dict, folder: Path, ranks: Ranks) -> dict:
-    """This rank's slices, in files of about PART_BYTES; their manifest entries by file name."""
-    entries, tensors, size = {}, {}, 0
+    """This rank's slices, in files of about PART_BYTES; their manifest entries by file name.
 
-    def flush() -> None:
-        file = f"rank_{ranks.rank:05d}_of_{ranks.world_size:05d}.part_{len(entries):03d}.safetensors"
-        entries[file] = _write(folder / file, safetensors.torch.save(tensors))
-        tensors.clear()
+    Two files are on their way to the disk while the next one is copied from the device.
+    """
+    tensors, size, written = {}, 0, {}
+    with ThreadPoolExecutor(2) as pool:
+        def flush() -> None:
+            for future in list(written.values())[:-1]:
+                future.result()
+            file = f"rank_{ranks.rank:05d}_of_{ranks.world_size:05d}.part_{len(written):03d}.safetensors"
+            written[file] = pool.submit(_write, folder / file, _safetensors(tensors))
 
-    for name, param in parameters.items():
-        start, end = slice_of(param.ds_numel, ranks.rank, ranks.world_size)
-        for kind in KINDS:
-            local = safe_get_local_fp32_param(param) if kind == "master" else safe_get_local_optimizer_state(param, kind)
-            tensors[f"{kind}/{name}"] = local[:end - start].detach().to("cpu", copy=True)
-            size += 4 * (end - start)
-        if size >= PART_BYTES:
+        for name, param in parameters.items():
+            start, end = slice_of(param.ds_numel, ranks.rank, ranks.world_size)
+            for kind in KINDS:
+                local = safe_get_local_fp32_param(param) if kind == "master" \
+                    else safe_get_local_optimizer_state(param, kind)
+                tensors[f"{kind}/{name}"] = local[:end - start].detach().cpu()
+                size += 4 * (end - start)
+            if size >= PART_BYTES:
+                flush()
+                tensors, size = {}, 0
+        if tensors or not written:
             flush()
-            size = 0
-    if tensors or not entries:
-        flush()
-    return entries
+        return {file: future.result() for file, future in written.items()}
+
+
+def _safetensors(tensors: dict[str, torch.Tensor]) -> list:
+    """The bytes of a safetensors file of one-dimensional float32 tensors, which are not copied.
+
+    Format: 8 bytes length of the header, JSON header, data (huggingface.co/docs/safetensors, "Format").
+    """
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [end, end + 4 * tensor.numel()]}
+        end += 4 * tensor.numel()
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *(tensor.numpy() for tensor in tensors.values())]
 
 
 def slice_of(numel: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -162,11 +213,18 @@ def slice_of(numel: int, rank: int, world_size: int) -> tuple[int, int]:
     return min(rank * k, numel), min((rank + 1) * k, numel)
 
 
-def complete_checkpoints(output_dir: str) -> list[Path]:
-    """Checkpoint folders that hold COMPLETE, newest first, by step as a number."""
-    folder = Path(output_dir) / "checkpoints"
-    found = [path for path in folder.glob("step_*") if FOLDER.fullmatch(path.name) and (path / "COMPLETE").is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+def _all(output_dir: str) -> list[Path]:
+    """Checkpoint folders, whole or not, newest first, by step as a number."""
+    folders = [path for path in (Path(output_dir) / "checkpoints").glob("step_*") if FOLDER.fullmatch(path.name)]
+    return sorted(folders, key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _complete(output_dir: str) -> list[Path]:
+    return [path for path in _all(output_dir) if (path / "COMPLETE").is_file()]
 
 
 def _delete(path: Path) -> None:
@@ -174,25 +232,40 @@ def _delete(path: Path) -> None:
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(path, old)
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)  # what is left, the next run removes
 
 
-def delete_all(output_dir: str) -> None:
-    for path in complete_checkpoints(output_dir):
-        _delete(path)
-    shutil.rmtree(Path(output_dir) / "checkpoints", ignore_errors=True)
+def delete_after(output_dir: str, step: int) -> None:
+    """Deletes the checkpoints after `step`, and what a crash left of half-written and half-deleted ones.
+
+    A run that continues from `step` writes its own later ones: no others may outlive them, nor be found instead.
+    """
+    for path in _all(output_dir):
+        if _step(path) > step:
+            print(f"deleting {path}: this run continues from step {step}", flush=True)
+            _delete(path)
+    for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_leftovers(output_dir: str) -> None:
-    """Deletes what a crash left of half-written and half-deleted checkpoints."""
-    folder = Path(output_dir) / "checkpoints"
-    for path in folder.glob("*"):
-        if path.is_dir() and (path.name.startswith(".step_") or FOLDER.fullmatch(path.name)
-                              and not (path / "COMPLETE").is_file()):
-            shutil.rmtree(path)
+def starting_point(output_dir: str, resume: str, identity: dict, last_step: int,
+                   ranks: Ranks) -> tuple[RunState, Path | None]:
+    """Where a run of `identity` begins: a new RunState, or that of the checkpoint to load and its folder. Collective.
+
+    Raises UserError if the checkpoint is of another run, or of a step after last_step.
+    """
+    path = _find(output_dir, resume, ranks)
+    if path is None:
+        return RunState(identity=identity), None
+    state = RunState(**json.loads((path / "state.json").read_text()))
+    require_same_run(state.identity, identity, f"checkpoint {path}")
+    if state.step > last_step:
+        raise UserError(f"checkpoint {path} is past this run's last step, {last_step}; use another --output_dir, "
+                        f"--resume with an earlier checkpoint's path, or --resume never to start over")
+    return state, path
 
 
-def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
+def _find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
     """The newest whole checkpoint, or the one that `resume` names; None to start from the beginning.
 
     Torn or edited checkpoints are named and passed over; one that was asked for by path is refused.
@@ -201,11 +274,10 @@ def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
         return None
     if resume != "auto":
         path = Path(resume)
-        ranks.once(lambda: _require_checkpoint(path))
         if fault := _fault(path, ranks):
             raise UserError(f"--resume {resume}: {fault}")
         return path
-    for name in ranks.once(lambda: [str(path) for path in complete_checkpoints(output_dir)]):
+    for name in ranks.once(lambda: [str(path) for path in _all(output_dir)]):
         fault = _fault(Path(name), ranks)
         if not fault:
             return Path(name)
@@ -213,14 +285,12 @@ def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
     return None
 
 
-def _require_checkpoint(path: Path) -> None:
-    if not (path / "COMPLETE").is_file() or not (path / "manifest.json").is_file():
-        raise UserError(f"--resume {path}: not a checkpoint of this project (it needs COMPLETE and manifest.json)")
-
-
 def _fault(path: Path, ranks: Ranks) -> str | None:
     """What is wrong with a checkpoint, None if every byte is as written. Ranks share the reading. Collective."""
     def check() -> str | None:
+        for file in ("COMPLETE", "manifest.json"):
+            if not (path / file).is_file():
+                return f"not a whole checkpoint of this project: {file} is missing"
         try:
             manifest_bytes = (path / "manifest.json").read_bytes()
             if (path / "COMPLETE").read_text() != digest(manifest_bytes):
@@ -232,15 +302,12 @@ def _fault(path: Path, ranks: Ranks) -> str | None:
                     return f"{file} has {size} bytes in place of {entry['size']}"
                 if file_digest(path / file) != entry["digest"]:
                     return f"{file} has been changed"
-        except (OSError, ValueError, UnicodeDecodeError) as e:
-            return str(e)
+        except OSError as e:
+            return f"{Path(e.filename or path).name}: {e.strerror}"
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "manifest.json or COMPLETE is not of this project"
         return None
     return next((fault for fault in ranks.gather(check) if fault), None)
-
-
-def read_state(path: Path) -> RunState:
-    """The RunState of a verified checkpoint."""
-    return RunState(**json.loads((path / "state.json").read_text()))
 
 
 def require_same_run(old: dict, new: dict, what: str) -> None:
@@ -252,17 +319,16 @@ def require_same_run(old: dict, new: dict, what: str) -> None:
                         f"--output_dir, or --resume never to start over")
 
 
-def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, ranks: Ranks) -> RunState:
+def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, step: int, ranks: Ranks) -> None:
     """Puts a verified checkpoint's masters, moments and step into the engine, from any number of ranks. Collective."""
     manifest = json.loads((path / "manifest.json").read_text())
     shapes = {name: list(p.ds_shape) for name, p in parameters.items()}
     if manifest["parameters"] != shapes:
         raise UserError(f"checkpoint {path} holds another model's parameters")
-    state = read_state(path)
     files: dict[int, dict[str, object]] = {}  # writer rank -> tensor name -> open file
     zero = engine.optimizer
     for flat in zero.fp32_partitioned_groups_flat:
-        zero.optimizer.state[flat] = {"step": torch.tensor(float(state.step), device=flat.device),
+        zero.optimizer.state[flat] = {"step": torch.tensor(float(step), device=flat.device),
                                       "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
     writers = manifest["world_size"]
     for name, param in parameters.items():
@@ -287,10 +353,9 @@ def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, ranks: R
     for i in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(i)
     zero._post_step(set())
-    return state
 
 
 def _open_slices(path: Path, manifest: dict, writer: int) -> dict[str, object]:
     prefix = f"rank_{writer:05d}_of_{manifest['world_size']:05d}."
     opened = [safe_open(path / file, framework="pt") for file in sorted(manifest["files"]) if file.startswith(prefix)]
-    return {name: file for file in opened for name in file.keys()}
+    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118

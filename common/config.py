@@ -26,8 +26,15 @@ def _field(default, help: str, choices: tuple | None = None):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt",
-                 "cosine_with_restarts", "polynomial")
+LR_SCHEDULERS = (
+    "linear",
+    "cosine",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_restarts",
+    "polynomial",
+)
 
 
 @dataclass
@@ -37,17 +44,23 @@ class TrainConfig:
     model_name_or_path: str = _field("meta-llama/Llama-3.1-8B", "hub id or folder of the model to fine-tune")
     model_revision: str | None = _field(None, "branch, tag or commit of the model on the hub")
     tokenizer_name_or_path: str | None = _field(None, "tokenizer, when it is not the model's own")
-    dtype: str = _field("bfloat16", "dtype of weights and activations; masters, moments and sums are float32",
-                        ("bfloat16", "float32"))
+    dtype: str = _field(
+        "bfloat16", "dtype of weights and activations; masters, moments and sums are float32", ("bfloat16", "float32")
+    )
     attn_implementation: str = _field(
-        "auto", "packed attention: flash_attention_2, varlen (torch's own, CUDA) or sdpa (a block mask)",
-        ("auto", "flash_attention_2", "varlen", "sdpa"))
+        "auto",
+        "packed attention: flash_attention_2, varlen (torch's own, CUDA) or sdpa (a block mask)",
+        ("auto", "flash_attention_2", "varlen", "sdpa"),
+    )
     dataset_mixer: list[str] = _field([], "one or more SOURCE[@REVISION][:SPLIT][=AMOUNT]")
     max_seq_length: int = _field(4096, "samples keep their first max_seq_length tokens")
     chat_template: str = _field("tulu", "a built-in name, a .jinja file, or `tokenizer` for the tokenizer's own")
     global_batch_size: int = _field(128, "samples (SFT) or pairs (DPO) per optimizer step, over all ranks")
     max_tokens_per_micro_batch: int | str = _field("auto", "tokens packed into one forward pass of one rank")
     gradient_checkpointing: int | str = _field("auto", "recompute activations: none, full, or a number of layers")
+    compile_layers: bool | str = _field(
+        "auto", "torch.compile the decoder layers; auto = on a GPU", (True, False, "auto")
+    )
     optimizer: str = _field("adamw", "the optimizer", ("adamw",))
     learning_rate: float = _field(5e-6, "peak learning rate")
     lr_scheduler_type: str = _field("linear", "schedule, by transformers' names", LR_SCHEDULERS)
@@ -60,7 +73,8 @@ class TrainConfig:
     num_train_epochs: int = _field(2, "passes over the data")
     max_train_steps: int | None = _field(None, "optimizer steps in all, in place of num_train_epochs")
     stop_after_steps: int | None = _field(
-        None, "stop and export after this many steps of the schedule that the other flags make")
+        None, "stop and export after this many steps of the schedule that the other flags make"
+    )
     seed: int = _field(42, "decides the order of the samples")
     output_dir: str = _field("output/sft", "model, metrics and checkpoints go here")
     checkpointing_steps: int | str = _field(500, "a checkpoint every so many steps, or `epoch`")
@@ -77,8 +91,9 @@ class TrainConfig:
 class SFTConfig(TrainConfig):
     """train_sft.py: no flags = Llama-3.1-8B on 10% of the Tulu 3 SFT mixture."""
 
-    dataset_mixer: list[str] = _field(["allenai/tulu-3-sft-mixture=10%"],
-                                      "one or more SOURCE[@REVISION][:SPLIT][=AMOUNT]")
+    dataset_mixer: list[str] = _field(
+        ["allenai/tulu-3-sft-mixture=10%"], "one or more SOURCE[@REVISION][:SPLIT][=AMOUNT]"
+    )
 
 
 @dataclass
@@ -86,8 +101,9 @@ class DPOConfig(TrainConfig):
     """train_dpo.py: no flags = DPO on the model that train_sft.py exported."""
 
     model_name_or_path: str = _field("output/sft", "hub id or folder of the model to fine-tune")
-    dataset_mixer: list[str] = _field(["allenai/llama-3.1-tulu-3-8b-preference-mixture=10%"],
-                                      "one or more SOURCE[@REVISION][:SPLIT][=AMOUNT]")
+    dataset_mixer: list[str] = _field(
+        ["allenai/llama-3.1-tulu-3-8b-preference-mixture=10%"], "one or more SOURCE[@REVISION][:SPLIT][=AMOUNT]"
+    )
     max_seq_length: int = _field(2048, "prompt plus completion keep their first max_seq_length tokens")
     learning_rate: float = _field(5e-7, "peak learning rate")
     warmup_ratio: float = _field(0.1, "part of all steps that warms up")
@@ -207,6 +223,7 @@ def _convert(hint, value, where: str):
 
 def _validate(config: TrainConfig) -> None:
     """Raises UserError for a value out of its range. What depends on data or model is checked where those are read."""
+
     def require(ok: bool, name: str, rule: str) -> None:
         if not ok:
             raise UserError(f"--{name} must be {rule}, not {getattr(config, name)!r}")
@@ -214,12 +231,19 @@ def _validate(config: TrainConfig) -> None:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if f.metadata["choices"] and value not in f.metadata["choices"]:
-            near = _nearest(str(value), set(f.metadata["choices"])).replace("; --help lists them all", "")
-            require(False, f.name, f"one of {', '.join(f.metadata['choices'])}{near.replace(';', ' (') + ')' if near else ''}")
+            names = [str(choice).lower() if isinstance(choice, bool) else choice for choice in f.metadata["choices"]]
+            near = _nearest(str(value), set(names)).replace("; --help lists them all", "")
+            require(False, f.name, f"one of {', '.join(names)}{near.replace(';', ' (') + ')' if near else ''}")
         if isinstance(value, float):
             require(math.isfinite(value) and value >= 0, f.name, "a finite number, 0 or more")
-    for name in ("max_seq_length", "global_batch_size", "num_train_epochs", "keep_last_n_checkpoints",
-                 "collective_timeout_minutes", "logging_steps"):
+    for name in (
+        "max_seq_length",
+        "global_batch_size",
+        "num_train_epochs",
+        "keep_last_n_checkpoints",
+        "collective_timeout_minutes",
+        "logging_steps",
+    ):
         require(getattr(config, name) >= 1, name, "1 or more")
     for name in ("max_train_steps", "stop_after_steps"):
         require(getattr(config, name) is None or getattr(config, name) >= 1, name, "1 or more, or none")
@@ -228,8 +252,11 @@ def _validate(config: TrainConfig) -> None:
         value = getattr(config, name)
         require(value == word or (isinstance(value, int) and value >= 1), name, f"1 or more, or `{word}`")
     value = config.gradient_checkpointing
-    require(value in ("auto", "none", "full") or (isinstance(value, int) and value >= 0),
-            "gradient_checkpointing", "auto, none, full or a number of layers")
+    require(
+        value in ("auto", "none", "full") or (isinstance(value, int) and value >= 0),
+        "gradient_checkpointing",
+        "auto, none, full or a number of layers",
+    )
     require(config.warmup_ratio <= 1, "warmup_ratio", "between 0 and 1")
     require(config.adam_beta1 < 1, "adam_beta1", "below 1")
     require(config.adam_beta2 < 1, "adam_beta2", "below 1")
@@ -244,8 +271,19 @@ def _help(cls: type) -> str:
     defaults = cls()
     for f in dataclasses.fields(cls):
         value = getattr(defaults, f.name)
-        shown = " ".join(value) if isinstance(value, list) else "none" if value is None else str(value).lower() \
-            if isinstance(value, bool) else str(value)
-        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        shown = (
+            " ".join(value)
+            if isinstance(value, list)
+            else "none"
+            if value is None
+            else str(value).lower()
+            if isinstance(value, bool)
+            else str(value)
+        )
+        choices = (
+            f" ({', '.join(str(c).lower() if isinstance(c, bool) else c for c in f.metadata['choices'])})"
+            if f.metadata["choices"]
+            else ""
+        )
         lines.append(f"--{f.name} [{shown}]\n    {f.metadata['help']}{choices}")
     return "\n".join(lines)

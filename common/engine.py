@@ -1,43 +1,62 @@
 """The DeepSpeed engine: AdamW over ZeRO-3 partitions, driven by the scripts' loops."""
 
+import gc
+from contextlib import contextmanager
+
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_modules
 
 from common.config import TrainConfig
-from common.errors import UserError
+from common.errors import TrainingStopped, UserError
 from common.model import PackedModel
-from common.packing import MicroBatch
-from common.attention import attention_kwargs
 
 
-def micro_batch_budget(config: TrainConfig, longest: int, device: torch.device) -> int:
+def micro_batch_budget(config: TrainConfig, longest: int, device: torch.device, kept: int | None = None) -> int:
     """Tokens that one micro-batch may hold, at least `longest`, the longest sample's (pair's).
 
+    kept: what `auto` takes in place of its own choice: the budget of the checkpoint that the run continues.
     Raises UserError if a given budget is smaller.
     """
     if config.max_tokens_per_micro_batch == "auto":
-        return max(longest, 16384 if device.type == "cuda" else 4096)
+        return max(longest, kept or (16384 if device.type == "cuda" else 4096))
     if longest > config.max_tokens_per_micro_batch:
-        raise UserError(f"--max_tokens_per_micro_batch {config.max_tokens_per_micro_batch} is less than the longest "
-                        f"sample's {longest} tokens; give at least {longest}, or lower --max_seq_length")
+        raise UserError(
+            f"--max_tokens_per_micro_batch {config.max_tokens_per_micro_batch} is less than the longest "
+            f"sample's {longest} tokens; give at least {longest}, or lower --max_seq_length"
+        )
     return config.max_tokens_per_micro_batch
-
-
-def num_checkpointed_layers(config: TrainConfig, num_layers: int, device: torch.device) -> int:
-    """Layers whose activations are recomputed; auto = all of them on a GPU, none on a CPU."""
-    value = config.gradient_checkpointing
-    if value == "auto":
-        value = "full" if device.type == "cuda" else "none"
-    return {"none": 0, "full": num_layers}.get(value, value if isinstance(value, int) else 0)
 
 
 def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     """deepspeed.initialize with torch's fused AdamW over every parameter, weight decay on all of them."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, eps=config.adam_epsilon,
-                                  betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.weight_decay,
-                                  fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        eps=config.adam_epsilon,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    # One gather and one reduction a layer, in place of one for every module in it.
+    set_z3_leaf_modules(model, list({type(layer) for layer in model.decoder_layers()}))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     return engine
+
+
+@contextmanager
+def inference_engine(model: PackedModel, ds_config: dict):
+    """An engine without an optimizer, its memory given back at the end; `model` cannot be used afterwards."""
+    engine, *_ = deepspeed.initialize(model=model, config=ds_config)
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+        for param in model.parameters():
+            param.ds_tensor = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def set_learning_rate(engine, learning_rate: float) -> None:
@@ -45,10 +64,21 @@ def set_learning_rate(engine, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def model_inputs(micro_batch: MicroBatch, kernel: str, device: torch.device) -> dict:
-    """A micro-batch as PackedModel's arguments, on the device."""
-    def put(array) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-    return {"input_ids": put(micro_batch.input_ids)[None], "position_ids": put(micro_batch.position_ids)[None],
-            "target_rows": put(micro_batch.target_rows), "target_ids": put(micro_batch.target_ids),
-            **attention_kwargs(micro_batch, kernel, device)}
+@contextmanager
+def out_of_memory_explained(step: int, budget: int):
+    """Turns running out of memory into a TrainingStopped that says what was tried and which flag to change."""
+    try:
+        yield
+    except RuntimeError as e:  # torch.OutOfMemoryError is one; the CPU allocator raises a bare one
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        allocated = (
+            f", {torch.cuda.memory_allocated() / 1e9:.1f} GB were allocated" if torch.cuda.is_available() else ""
+        )
+        stopped = TrainingStopped(
+            f"step {step}: out of memory on a micro-batch of up to {budget:,} tokens{allocated}. Try "
+            f"--max_tokens_per_micro_batch {budget // 2} (at least the longest sample), --gradient_checkpointing full, "
+            f"a lower --max_seq_length, or more devices"
+        )
+        stopped.on_this_rank_only = True
+        raise stopped from e

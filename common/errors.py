@@ -25,7 +25,10 @@ def not_finite(step: int, what: str, value: float, data, samples: list[int]) -> 
 
     data: the TokenDataset; samples: indices of the step's samples.
     """
-    named = ", ".join(data.where(i) for i in samples[:4]) + (f" and {len(samples) - 4} more" if len(samples) > 4 else "")
+    named = ", ".join(data.where(i) for i in samples[:4]) + (
+        f" and {len(samples) - 4} more" if len(samples) > 4 else ""
+    )
     return TrainingStopped(
         f"step {step}: the {what} is {value} and nothing was updated; the step's samples: {named}. Try a lower "
-        f"--learning_rate, --dtype float32, or look at those samples; the last checkpoint stands")
+        f"--learning_rate, --dtype float32, or look at those samples; the last checkpoint stands"
+    )

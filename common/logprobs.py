@@ -3,27 +3,38 @@
 import torch
 from torch import nn
 
-CHUNK_ELEMENTS = 2**27  # float32 logits that exist at once: 512 MiB
+CHUNK_ELEMENTS = 2**27  # logits that exist at once: 512 MiB in float32
+
+
+def target_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """float32 [N]: log softmax(logits)[target], from logits [N, V] in any dtype, targets int64 [N]."""
+    logits = logits.float()
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+
+
+def logits_gradient(logits: torch.Tensor, targets: torch.Tensor, grad_logps: torch.Tensor) -> torch.Tensor:
+    """[N, V] in the logits' dtype: d target_logps / d logits, times grad_logps float32 [N]: g (onehot - softmax)."""
+    hit = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    return (grad_logps[:, None] * (hit.float() - torch.softmax(logits.float(), dim=1))).to(logits.dtype)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
     """log softmax(h W^T + b)[target], row by row, without ever holding more than a chunk of logits.
 
-    With z = h W^T + b, p = softmax(z) and g the incoming gradient of one row's log-probability:
-    dz = g (onehot(target) - p), dh = dz W, dW = sum over rows of dz^T h, db = sum over rows of dz.
-    The backward pass computes z again. Logits are computed in the weight's dtype, as transformers
-    does, and reduced in float32; dW is summed in float32 over the chunks.
+    With z = h W^T + b and g the gradient of the rows' log-probabilities: dz = logits_gradient(z, targets, g),
+    dh = dz W, dW = sum over rows of dz^T h, db = sum over rows of dz. The backward pass computes z again.
+    Logits are computed in the weight's dtype, as transformers does, and reduced in float32; dW and db are
+    summed in float32 over the chunks.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk_rows):
+    def forward(ctx, hidden, weight, bias, targets, chunk_rows, logps_of, gradient_of):
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for i in range(0, len(hidden), chunk_rows):
             rows = slice(i, i + chunk_rows)
-            logits = nn.functional.linear(hidden[rows], weight, bias).float()
-            logps[rows] = logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(dim=1)
+            logps[rows] = logps_of(nn.functional.linear(hidden[rows], weight, bias), targets[rows])
         ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.chunk_rows = chunk_rows
+        ctx.chunk_rows, ctx.gradient_of = chunk_rows, gradient_of
         return logps
 
     @staticmethod
@@ -34,16 +45,21 @@ class _ChunkedLogProbs(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         for i in range(0, len(hidden), ctx.chunk_rows):
             rows = slice(i, i + ctx.chunk_rows)
-            logits = nn.functional.linear(hidden[rows], weight, bias).float()
-            grad_logits = torch.softmax(logits, dim=1).mul_(-grad_logps[rows, None])
-            grad_logits.scatter_add_(1, targets[rows, None], grad_logps[rows, None])
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
-            grad_logits = grad_logits.to(weight.dtype)
+            logits = nn.functional.linear(hidden[rows], weight, bias)
+            grad_logits = ctx.gradient_of(logits, targets[rows], grad_logps[rows])
             grad_hidden[rows] = grad_logits @ weight
             grad_weight += grad_logits.T @ hidden[rows]
-        return (grad_hidden, grad_weight.to(weight.dtype),
-                None if grad_bias is None else grad_bias.to(bias.dtype), None, None)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0, dtype=torch.float32)
+        return (
+            grad_hidden,
+            grad_weight.to(weight.dtype),
+            None if bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class LogProbHead(nn.Module):
@@ -57,12 +73,21 @@ class LogProbHead(nn.Module):
         super().__init__()
         self.weight = projection.weight
         self.register_parameter("bias", projection.bias)
+        self.chunk_rows = max(1, CHUNK_ELEMENTS // projection.out_features)
+        self.logps_of, self.gradient_of = target_logps, logits_gradient
+
+    def compile_arithmetic(self) -> None:
+        """Fuses what happens to a chunk's logits: no float32 copy of them is made, so chunks can be larger."""
+        self.logps_of = torch.compile(target_logps, dynamic=True)
+        self.gradient_of = torch.compile(logits_gradient, dynamic=True)
+        self.chunk_rows *= 4
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         if targets is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        chunk_rows = max(1, CHUNK_ELEMENTS // self.weight.shape[0])
-        return _ChunkedLogProbs.apply(hidden, self.weight, self.bias, targets, chunk_rows)
+        return _ChunkedLogProbs.apply(
+            hidden, self.weight, self.bias, targets, self.chunk_rows, self.logps_of, self.gradient_of
+        )
 
 
 def sequence_logps(logps: torch.Tensor, sequence_targets: list[int]) -> torch.Tensor:

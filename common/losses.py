@@ -68,15 +68,24 @@ def preference_loss(config: DPOConfig) -> PreferenceLoss:
     """The loss that the config names. Raises UserError for a setting that the loss does not define."""
     loss = LOSSES[config.loss_type]
     if config.label_smoothing and not loss.allows_label_smoothing:
-        raise UserError(f"--label_smoothing {config.label_smoothing}: {config.loss_type} does not define it; set it to 0")
+        raise UserError(
+            f"--label_smoothing {config.label_smoothing}: {config.loss_type} does not define it; set it to 0"
+        )
     if config.ref_model_name_or_path and not loss.needs_reference:
         raise UserError(f"--ref_model_name_or_path: {config.loss_type} has no reference model; leave it out")
     return loss
 
 
 # What preference_sums adds up over a step's pairs; divided by their number, the fields of metrics.jsonl.
-SUMMED = ("train_loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy",
-          "logps/chosen", "logps/rejected")
+SUMMED = (
+    "train_loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margin",
+    "rewards/accuracy",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 @torch.no_grad()
@@ -89,7 +98,9 @@ def preference_sums(loss: torch.Tensor, ratios: torch.Tensor, logps: torch.Tenso
     """
     rewards, logps = beta * ratios.double(), logps.double()
     margins = rewards[:, 0] - rewards[:, 1]
-    return torch.stack([loss.double(), *rewards.sum(0), margins.sum(), (0.5 * (margins.sign() + 1)).sum(), *logps.sum(0)])
+    return torch.stack(
+        [loss.double(), *rewards.sum(0), margins.sum(), (0.5 * (margins.sign() + 1)).sum(), *logps.sum(0)]
+    )
 
 
 def check_first_step(train_loss: float, loss: PreferenceLoss, config: DPOConfig) -> None:
@@ -99,7 +110,8 @@ def check_first_step(train_loss: float, loss: PreferenceLoss, config: DPOConfig)
     expected = loss.first_step(config)
     if abs(train_loss - expected) > loss.first_step_tolerance:
         raise TrainingStopped(
-            f"step 1: the loss is {train_loss:.4f} and must be {expected:.4f} (within {loss.first_step_tolerance}), for the "
-            f"policy still is its reference. The reference cache may not belong to these weights (delete "
+            f"step 1: the loss is {train_loss:.4f} and must be {expected:.4f} (within {loss.first_step_tolerance}), for "
+            f"the policy still is its reference. The reference cache may not belong to these weights (delete "
             f"{config.cache_dir}/reference), or the attention kernel may be wrong for packed pairs (try "
-            f"--attn_implementation sdpa)")
+            f"--attn_implementation sdpa)"
+        )

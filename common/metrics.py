@@ -9,12 +9,26 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from common.checkpoint import RunState
+from common.checkpoint import RunState, replace_file
 
 # Dense bf16 peak of a device in FLOP/s, from the vendors' datasheets; the first name that matches counts.
-PEAK_FLOPS = (("H200", 989e12), ("H100 PCIe", 756e12), ("H100 NVL", 835e12), ("H100", 989e12), ("GH200", 989e12),
-              ("B200", 2250e12), ("A100", 312e12), ("A800", 312e12), ("L40S", 362e12), ("L40", 181e12),
-              ("L4", 121e12), ("A10G", 70e12), ("A10", 125e12), ("RTX 4090", 165e12), ("RTX 3090", 71e12))
+PEAK_FLOPS = (
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("GH200", 989e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+)
 
 
 def device_peak_flops(device: torch.device) -> float | None:
@@ -46,8 +60,15 @@ def num_matmul_parameters(lm: nn.Module) -> int:
 class StepMeter:
     """The fields of metrics.jsonl that SFT and DPO share, from what one optimizer step did over all ranks."""
 
-    def __init__(self, lm: nn.Module, config: PretrainedConfig, world_size: int, budget: int, num_samples: int,
-                 device: torch.device):
+    def __init__(
+        self,
+        lm: nn.Module,
+        config: PretrainedConfig,
+        world_size: int,
+        budget: int,
+        num_samples: int,
+        device: torch.device,
+    ):
         self.num_parameters, self.config = num_matmul_parameters(lm), config
         self.world_size, self.budget, self.num_samples, self.device = world_size, budget, num_samples, device
         self.peak_flops = device_peak_flops(device)
@@ -57,19 +78,38 @@ class StepMeter:
         """Call when a step begins."""
         self.started = time.perf_counter()
 
-    def record(self, state: RunState, train_loss: float, learning_rate: float, grad_norm: float, num_tokens: int,
-               squared_lengths: int, num_targets: int, num_micro_batches: int) -> dict:
+    def record(
+        self,
+        state: RunState,
+        train_loss: float,
+        learning_rate: float,
+        grad_norm: float,
+        num_tokens: int,
+        squared_lengths: int,
+        num_targets: int,
+        num_micro_batches: int,
+    ) -> dict:
         """num_micro_batches: of each rank. squared_lengths: the sum of squared document lengths of the step."""
         seconds = time.perf_counter() - self.started
         per_device_tps = num_tokens / seconds / self.world_size
         record = {
-            "step": state.step, "epoch": state.samples / self.num_samples, "train_loss": train_loss,
-            "learning_rate": learning_rate, "grad_norm": grad_norm, "total_tokens": state.total_tokens,
-            "target_tokens": num_targets, "samples": state.samples, "step_seconds": seconds,
-            "tokens_per_second": num_tokens / seconds, "per_device_tps": per_device_tps,
-            "max_memory_gb": memory_gb(self.device), "micro_batches": num_micro_batches,
+            "step": state.step,
+            "epoch": state.samples / self.num_samples,
+            "train_loss": train_loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm,
+            "total_tokens": state.total_tokens,
+            "target_tokens": num_targets,
+            "samples": state.samples,
+            "step_seconds": seconds,
+            "tokens_per_second": num_tokens / seconds,
+            "per_device_tps": per_device_tps,
+            "max_memory_gb": memory_gb(self.device),
+            "micro_batches": num_micro_batches,
             "packing_efficiency": num_tokens / (num_micro_batches * self.world_size * self.budget),
         }
+        if compiled := torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+            record["compiled_graphs"] = compiled  # since the start: growth after warm-up is lost time
         if self.peak_flops:
             flops = flops_per_token(self.num_parameters, self.config, squared_lengths / num_tokens)
             record["mfu"] = per_device_tps * flops / self.peak_flops
@@ -78,11 +118,16 @@ class StepMeter:
 
 def progress_line(record: dict, last_step: int) -> str:
     """One line for a person."""
-    reward = f"  accuracy {record['rewards/accuracy']:.3f}  margin {record['rewards/margin']:.4f}" \
-        if "rewards/accuracy" in record else ""
+    reward = (
+        f"  accuracy {record['rewards/accuracy']:.3f}  margin {record['rewards/margin']:.4f}"
+        if "rewards/accuracy" in record
+        else ""
+    )
     mfu = f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
-    return (f"step {record['step']}/{last_step}  loss {record['train_loss']:.4f}{reward}  grad_norm {record['grad_norm']:.3f}  "
-            f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s{mfu}")
+    return (
+        f"step {record['step']}/{last_step}  loss {record['train_loss']:.4f}{reward}  grad_norm {record['grad_norm']:.3f}  "
+        f"lr {record['learning_rate']:.2e}  {record['tokens_per_second']:,.0f} tokens/s{mfu}"
+    )
 
 
 class MetricsFile:
@@ -92,9 +137,7 @@ class MetricsFile:
         """Keeps the lines of steps up to resume_step, so that a resumed run leaves neither gap nor double."""
         self.path = Path(output_dir) / "metrics.jsonl"
         kept = [line for line, record in _lines(self.path) if record["step"] <= resume_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        replace_file(self.path, "".join(kept))
         self.file = open(self.path, "a", encoding="utf-8")
         self.last = json.loads(kept[-1]) if kept else None  # the newest record
 
@@ -121,6 +164,7 @@ def _lines(path: Path):
 def draw_curves(output_dir: str) -> None:
     """curves.png from metrics.jsonl: loss, gradient norm, learning rate, speed, and the rewards of DPO."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -129,8 +173,12 @@ def draw_curves(output_dir: str) -> None:
         return
     panels = [["train_loss"], ["grad_norm"], ["learning_rate"], ["tokens_per_second"]]
     if "rewards/accuracy" in records[0]:
-        panels[2:] = [["rewards/accuracy"], ["rewards/chosen", "rewards/rejected", "rewards/margin"],
-                      ["logps/chosen", "logps/rejected"], ["learning_rate"]]
+        panels[2:] = [
+            ["rewards/accuracy"],
+            ["rewards/chosen", "rewards/rejected", "rewards/margin"],
+            ["logps/chosen", "logps/rejected"],
+            ["learning_rate"],
+        ]
     rows = (len(panels) + 1) // 2
     figure, axes = pyplot.subplots(rows, 2, figsize=(11, 3.2 * rows), layout="constrained")
     steps = [record["step"] for record in records]
@@ -154,4 +202,5 @@ def memory_gb(device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         return peak / 1e9
     import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import deepspeed
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -17,10 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from common.attention import registered_name
+from common.attention import attention_kwargs, registered_name, to_device
 from common.distributed import Ranks
 from common.errors import UserError
 from common.logprobs import LogProbHead
+from common.packing import MicroBatch, pack, sft_documents
+from common.token_cache import SFTSample
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
@@ -81,8 +84,11 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, vocab_needed:
     max_seq_length: the longest sample that will be trained; vocab_needed: the tokenizer's largest id + 1.
     Raises UserError.
     """
+
     def refuse(reason: str) -> None:
-        raise UserError(f"model type {config.model_type} {reason}: only dense decoders with full causal attention are trained")
+        raise UserError(
+            f"model type {config.model_type} {reason}: only dense decoders with full causal attention are trained"
+        )
 
     values = config.to_dict()
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
@@ -126,8 +132,19 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, vocab_needed:
     if not rope and getattr(config, "max_position_embeddings", max_seq_length) < max_seq_length:
         refuse(f"has {config.max_position_embeddings} positions, fewer than max_seq_length {max_seq_length}")
     if config.vocab_size < vocab_needed:
-        raise UserError(f"the tokenizer has {vocab_needed} tokens, the model's embedding only {config.vocab_size} rows; "
-                        f"use the model's own tokenizer")
+        raise UserError(
+            f"the tokenizer has {vocab_needed} tokens, the model's embedding only {config.vocab_size} rows; "
+            f"use the model's own tokenizer"
+        )
+
+
+def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig) -> None:
+    """Raises UserError for a reference whose token ids cannot mean the policy's."""
+    if policy.vocab_size != reference.vocab_size:
+        raise UserError(
+            f"--ref_model_name_or_path has a vocabulary of {reference.vocab_size} tokens, the policy one of "
+            f"{policy.vocab_size}; log-probabilities of the same tokens cannot be compared"
+        )
 
 
 class WeightReader:
@@ -151,7 +168,9 @@ class WeightReader:
         try:
             return safe_open(self.folder / name, framework="pt")
         except (OSError, SafetensorError) as e:
-            raise UserError(f"{self.folder / name}: not a whole safetensors file ({' '.join(str(e).split())})") from None
+            raise UserError(
+                f"{self.folder / name}: not a whole safetensors file ({' '.join(str(e).split())})"
+            ) from None
 
     def files(self) -> list[Path]:
         return [self.folder / name for name in sorted(set(self.file_of.values()))]
@@ -161,13 +180,15 @@ class WeightReader:
         shapes = {}
         for file_name in sorted(set(self.file_of.values())):
             with self._open(file_name) as file:
-                shapes.update({name: list(file.get_slice(name).get_shape()) for name in file.keys()})
+                shapes.update({name: list(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
         for name, param in model.named_parameters():
             key = self._key(name, model.base_model_prefix)
             if key is None or key not in shapes:
                 raise UserError(f"model {self.folder}: the weights lack {name}")
             if shapes[key] != list(param.shape):
-                raise UserError(f"model {self.folder}: {name} is {shapes[key]}, config.json asks for {list(param.shape)}")
+                raise UserError(
+                    f"model {self.folder}: {name} is {shapes[key]}, config.json asks for {list(param.shape)}"
+                )
 
     def _key(self, name: str, prefix: str) -> str | None:
         candidates = (name, name.removeprefix(prefix + "."))  # a checkpoint of the bare decoder has no prefix
@@ -182,8 +203,9 @@ class WeightReader:
         return self._key(name, prefix) is not None
 
 
-def load_partitioned(folder: str, config: PretrainedConfig, dtype: torch.dtype, kernel: str, ds_config: dict,
-                     ranks: Ranks) -> "PackedModel":
+def load_partitioned(
+    folder: str, config: PretrainedConfig, dtype: torch.dtype, kernel: str, ds_config: dict, ranks: Ranks
+) -> "PackedModel":
     """The model of `folder` with its parameters in `dtype`, partitioned over the ranks as they are read.
 
     It is built without storage, so no rank ever holds the model whole; rank 0 reads each tensor and
@@ -211,7 +233,9 @@ def load_partitioned(folder: str, config: PretrainedConfig, dtype: torch.dtype, 
         group.append(param)
         group_elements += param.numel()
         if group_elements >= LOAD_GROUP_ELEMENTS or i == len(parameters) - 1:
-            deepspeed.zero.Init(module=nn.ParameterList(group), config_dict_or_path=ds_config, mem_efficient_linear=False)
+            deepspeed.zero.Init(
+                module=nn.ParameterList(group), config_dict_or_path=ds_config, mem_efficient_linear=False
+            )
             group, group_elements = [], 0
     return PackedModel(model)
 
@@ -241,6 +265,7 @@ class PackedModel(nn.Module):
     forward(input_ids, position_ids int64 [1, T], target_rows, target_ids int64 [N], **attention) ->
     float32 [N], log p(target_ids[n] | hidden state of row target_rows[n]).
     `attention` is what common/attention.py made of the packing.
+    forward(input_ids int64 [B, L]) -> logits [B, L, vocab_size], by transformers' own path.
     """
 
     def __init__(self, lm: nn.Module):
@@ -250,9 +275,12 @@ class PackedModel(nn.Module):
         assert "position_ids" in inspect.signature(lm.base_model.forward).parameters
         lm.train()
 
-    def forward(self, input_ids, position_ids, target_rows, target_ids, **attention) -> torch.Tensor:
-        hidden = self.lm.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False,
-                                    **attention).last_hidden_state[0]
+    def forward(self, input_ids, position_ids=None, target_rows=None, target_ids=None, **attention) -> torch.Tensor:
+        if target_rows is None:
+            return self.lm(input_ids=input_ids, use_cache=False).logits
+        hidden = self.lm.base_model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention
+        ).last_hidden_state[0]
         return self.lm.get_output_embeddings()(hidden[target_rows], target_ids)
 
     def decoder_layers(self) -> list[nn.Module]:
@@ -260,17 +288,68 @@ class PackedModel(nn.Module):
         lists = [m for m in self.lm.base_model.modules() if isinstance(m, nn.ModuleList)]
         return list(next(m for m in lists if len(m) == self.lm.config.num_hidden_layers))
 
+    def compile_layers(self) -> None:
+        """Compiles the decoder layers, all into one graph, and the head's arithmetic, for rows of any length."""
+        for layer in self.decoder_layers():
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        self.lm.get_output_embeddings().compile_arithmetic()
+
     def checkpoint_activations(self, num_layers: int) -> None:
-        """Recomputes the first `num_layers` layers' activations in the backward pass instead of keeping them."""
-        for layer in self.decoder_layers()[:num_layers]:
-            layer.gradient_checkpointing = True
+        """The first `num_layers` layers' activations are computed again in the backward pass, the others' kept."""
+        for i, layer in enumerate(self.decoder_layers()):
+            layer.gradient_checkpointing = i < num_layers
             layer._gradient_checkpointing_func = lambda f, *args: checkpoint(f, *args, use_reentrant=False)
+
+
+def model_inputs(micro_batch: MicroBatch, kernel: str, device: torch.device) -> dict:
+    """A micro-batch as PackedModel's arguments, on the device."""
+
+    def put(array: np.ndarray) -> torch.Tensor:
+        return to_device(array, device)
+
+    return {
+        "input_ids": put(micro_batch.input_ids)[None],
+        "position_ids": put(micro_batch.position_ids)[None],
+        "target_rows": put(micro_batch.target_rows),
+        "target_ids": put(micro_batch.target_ids),
+        **attention_kwargs(micro_batch, kernel, device),
+    }
+
+
+@torch.no_grad()
+def verify_packed_forward(engine, kernel: str, ranks: Ranks) -> None:
+    """Runs two made-up samples packed and, one at a time, through transformers' own attention and output layers.
+
+    Catches what no list of names can: an architecture that lets samples see each other, or whose logits are
+    not its output projection of its decoder's last hidden state. Raises UserError. Collective.
+    """
+    config = engine.module.lm.config
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randint(config.vocab_size, (n,), generator=generator).numpy() for n in (24, 17)]
+    row = pack([sft_documents(SFTSample(ids, np.array([[1, len(ids)]]))) for ids in samples])
+    packed = engine(**model_inputs(row, kernel, ranks.device))
+    config._attn_implementation = "sdpa" if getattr(engine.module.lm, "_supports_sdpa", False) else "eager"
+    alone = []
+    for ids in samples:
+        tokens = torch.from_numpy(ids)[None].to(ranks.device)
+        logps = engine(tokens)[0, :-1].float().log_softmax(-1)
+        alone.append(logps.gather(1, tokens[0, 1:, None])[:, 0])
+    config._attn_implementation = registered_name(kernel)
+    difference = (packed - torch.cat(alone)).abs().mean().item()
+    if not difference <= (1e-3 if engine.module.lm.dtype == torch.float32 else 0.1):
+        raise UserError(
+            f"model type {config.model_type}: packed log-probabilities differ from transformers' own by "
+            f"{difference:.3g} a token; this architecture needs code that is not here"
+        )
 
 
 def partition_report(parameters: dict[str, nn.Parameter], ranks: Ranks) -> dict:
     """How many elements there are and how many each rank holds, its padding included: the proof of ZeRO-3."""
-    return {"stage": 3, "num_parameters": sum(p.ds_numel for p in parameters.values()),
-            "partitioned_parameters_per_rank": ranks.gather(lambda: sum(p.ds_tensor.numel() for p in parameters.values()))}
+    return {
+        "stage": 3,
+        "num_parameters": sum(p.ds_numel for p in parameters.values()),
+        "partitioned_parameters_per_rank": ranks.gather(lambda: sum(p.ds_tensor.numel() for p in parameters.values())),
+    }
 
 
 def export_model(model: PackedModel, output_dir: str, tokenizer, source_folder: str, ranks: Ranks) -> None:
@@ -324,8 +403,10 @@ def _finish_export(lm, tokenizer, source_folder: str, temporary: Path, target: P
         generation.eos_token_id = generation.eos_token_id[0]
     generation.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    index = {"metadata": {"total_size": sum(p.ds_numel * p.element_size() for p in lm.parameters())},
-             "weight_map": weight_map}
+    index = {
+        "metadata": {"total_size": sum(p.ds_numel * p.element_size() for p in lm.parameters())},
+        "weight_map": weight_map,
+    }
     index_name = "model.safetensors.index.json"
     (temporary / index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for stale in [target / index_name, *target.glob("model*.safetensors")]:

@@ -99,8 +99,16 @@ def pair_documents(pair: PreferencePair, share_prompt: bool) -> list[Document]:
             documents.append(Document(tokens, len(tokens), 0, rows[-1], ids[-1], [len(scored)]))
     if share_prompt:
         tokens = np.concatenate([prompt, *(completion for completion, _ in sides)])
-        documents = [Document(tokens, len(prompt), len(sides[0][0]), np.concatenate(rows), np.concatenate(ids),
-                              [len(part) for part in ids])]
+        documents = [
+            Document(
+                tokens,
+                len(prompt),
+                len(sides[0][0]),
+                np.concatenate(rows),
+                np.concatenate(ids),
+                [len(part) for part in ids],
+            )
+        ]
     return documents
 
 
@@ -142,8 +150,8 @@ def pack(samples: list[list[Document]]) -> MicroBatch:
     for doc in documents:
         length, stem, chosen = len(doc.input_ids), doc.stem, doc.chosen
         position, branch = np.arange(length), np.full(length, STEM, np.int32)
-        position[stem + chosen:] -= chosen
-        branch[stem:stem + chosen], branch[stem + chosen:] = CHOSEN, REJECTED
+        position[stem + chosen :] -= chosen
+        branch[stem : stem + chosen], branch[stem + chosen :] = CHOSEN, REJECTED
         positions.append(position)
         branches.append(branch)
     lengths = [len(doc.input_ids) for doc in documents]
@@ -153,7 +161,9 @@ def pack(samples: list[list[Document]]) -> MicroBatch:
         position_ids=np.concatenate(positions).astype(np.int64),
         document=np.repeat(np.arange(len(documents), dtype=np.int32), lengths),
         branch=np.concatenate(branches),
-        target_rows=np.concatenate([doc.target_rows + start for doc, start in zip(documents, starts)]).astype(np.int64),
+        target_rows=np.concatenate(
+            [doc.target_rows + start for doc, start in zip(documents, starts, strict=True)]
+        ).astype(np.int64),
         target_ids=np.concatenate([doc.target_ids for doc in documents]).astype(np.int64),
         sequence_targets=[n for doc in documents for n in doc.sequence_targets],
         num_tokens=sum(lengths) if samples else 0,

@@ -7,16 +7,31 @@ from common.config import TrainConfig
 from common.errors import UserError
 
 OWNED_BY_FLAGS = {
-    "train_batch_size": "--global_batch_size", "train_micro_batch_size_per_gpu": "--max_tokens_per_micro_batch",
-    "gradient_accumulation_steps": "--global_batch_size", "optimizer": "--optimizer and the adam flags",
-    "scheduler": "--lr_scheduler_type", "gradient_clipping": "--max_grad_norm", "bf16": "--dtype",
-    "fp16": "--dtype", "amp": "--dtype", "torch_autocast": "--dtype",
+    "train_batch_size": "--global_batch_size",
+    "train_micro_batch_size_per_gpu": "--max_tokens_per_micro_batch",
+    "gradient_accumulation_steps": "--global_batch_size",
+    "optimizer": "--optimizer and the adam flags",
+    "scheduler": "--lr_scheduler_type",
+    "gradient_clipping": "--max_grad_norm",
+    "bf16": "--dtype",
+    "fp16": "--dtype",
+    "amp": "--dtype",
+    "torch_autocast": "--dtype",
     "data_types": "nothing: gradients are always summed in float32",
     "communication_data_type": "nothing: gradients are always summed in float32",
-    "gradient_predivide_factor": "nothing: gradients are exact sums", "prescale_gradients": "nothing: gradients are exact sums",
+    "gradient_predivide_factor": "nothing: gradients are exact sums",
+    "prescale_gradients": "nothing: gradients are exact sums",
 }
-PLACEMENT_KEYS = {"zero_optimization", "aio", "comms_logger", "wall_clock_breakdown", "memory_breakdown",
-                  "flops_profiler", "steps_per_print", "compile"}
+PLACEMENT_KEYS = {
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "flops_profiler",
+    "steps_per_print",
+    "compile",
+}
 
 
 def deepspeed_config(config: TrainConfig) -> dict:
@@ -39,9 +54,13 @@ def deepspeed_config(config: TrainConfig) -> dict:
         raise UserError(f"--ds_config {config.ds_config}: must be an object with a `zero_optimization` object")
     for key in placement:
         if key in OWNED_BY_FLAGS:
-            raise UserError(f"--ds_config {config.ds_config} sets `{key}`, which belongs to {OWNED_BY_FLAGS[key]}; remove it")
+            raise UserError(
+                f"--ds_config {config.ds_config} sets `{key}`, which belongs to {OWNED_BY_FLAGS[key]}; remove it"
+            )
         if key not in PLACEMENT_KEYS:
-            raise UserError(f"--ds_config {config.ds_config}: unknown key `{key}`; known: {', '.join(sorted(PLACEMENT_KEYS))}")
+            raise UserError(
+                f"--ds_config {config.ds_config}: unknown key `{key}`; known: {', '.join(sorted(PLACEMENT_KEYS))}"
+            )
     if placement["zero_optimization"].get("stage") != 3:
         raise UserError(f"--ds_config {config.ds_config}: `zero_optimization.stage` must be 3")
     if auto := _find_auto(placement):

@@ -25,23 +25,34 @@ from common import attention, logprobs, model, packing
 from common.checkpoint import digest, file_digest
 from common.config import DPOConfig
 from common.distributed import Ranks
-from common.engine import model_inputs
 from common.errors import TrainingStopped
 from common.logprobs import sequence_logps
 from common.packing import pack, pair_documents, plan_step
 
 PAIRS_PER_PART = 256
 PAIRS_CHECKED = 8
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # mean difference per scored token; other weights differ by more
+TOLERANCE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.05,
+}  # mean difference per scored token; other weights differ by more
 
 
 def reference_key(model_folder: str, data_digest: str, config: DPOConfig, kernel: str, ranks: Ranks) -> str:
     """The cache's key, hex. Weights are read once; their digests are remembered by size, mtime and inode."""
     weights = ranks.once_per_node(lambda: weight_digests(model_folder, config.cache_dir))
-    code = [Path(module.__file__).read_text() for module in (attention, logprobs, model, packing)] + [Path(__file__).read_text()]
-    parts = {"weights": weights, "config.json": file_digest(Path(model_folder) / "config.json"), "data": data_digest,
-             "dtype": config.dtype, "kernel": kernel, "share_prompt": config.share_prompt,
-             "device": ranks.device.type, "code": digest("".join(code).encode())}
+    code = [Path(module.__file__).read_text() for module in (attention, logprobs, model, packing)] + [
+        Path(__file__).read_text()
+    ]
+    parts = {
+        "weights": weights,
+        "config.json": file_digest(Path(model_folder) / "config.json"),
+        "data": data_digest,
+        "dtype": config.dtype,
+        "kernel": kernel,
+        "share_prompt": config.share_prompt,
+        "device": ranks.device.type,
+        "code": digest("".join(code).encode()),
+    }
     return digest(json.dumps(parts, sort_keys=True).encode())
 
 
@@ -65,14 +76,17 @@ def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
     return {path.name: memo[stamps[path]] for path in files}
 
 
-def reference_logps(engine, data, needed: list[int], key: str, config: DPOConfig, kernel: str, budget: int,
-                    ranks: Ranks) -> np.ndarray:
-    """float32 [len(data), 2]: log-probabilities, under the engine's present weights, of the `needed` pairs.
+def reference_logps(
+    engine, data, needed: list[int], model_folder: str, config: DPOConfig, kernel: str, budget: int, ranks: Ranks
+) -> torch.Tensor:
+    """float32 [len(data), 2] on the device: log-probabilities of the `needed` pairs under the engine's present weights.
 
-    Summed over each completion's scored tokens, chosen first; other pairs are NaN. What the cache holds is
-    read, after a few of its pairs were computed again and found the same; the rest is computed and added.
+    The engine must hold the weights of model_folder, whose bytes are part of the cache's key. Summed over each
+    completion's scored tokens, chosen first; other pairs are NaN. What the cache holds is used once a few of its
+    pairs were computed again and found the same; the rest is computed and added.
     Raises TrainingStopped if the cache disagrees with the weights.
     """
+    key = reference_key(model_folder, data.digest, config, kernel, ranks)
     folder = Path(config.cache_dir).expanduser() / "reference" / key
     logps = torch.full((len(data), 2), torch.nan, device=ranks.device)
     num_parts = _read_parts(folder, logps) if ranks.is_main else 0
@@ -80,24 +94,31 @@ def reference_logps(engine, data, needed: list[int], key: str, config: DPOConfig
     logps = logps.cpu().numpy()
     cached = [i for i in needed if not np.isnan(logps[i]).any()]
     if cached:
-        _spot_check(engine, data, cached[:: max(1, len(cached) // PAIRS_CHECKED)][:PAIRS_CHECKED], logps, config,
-                    kernel, budget, ranks)
+        checked = cached[:: max(1, len(cached) // PAIRS_CHECKED)][:PAIRS_CHECKED]
+        _spot_check(engine, data, checked, logps, config, kernel, budget, ranks)
     missing = sorted(set(needed) - set(cached))
     ranks.say(f"reference log-probabilities: {len(cached):,} of {len(needed):,} pairs cached in {folder}")
-    bar = tqdm(total=len(missing), desc="reference log-probabilities", unit="pair", disable=not ranks.is_main or not missing,
-               mininterval=1)
+    bar = tqdm(
+        total=len(missing),
+        desc="reference log-probabilities",
+        unit="pair",
+        disable=not ranks.is_main or not missing,
+        mininterval=1,
+    )
     for start in range(0, len(missing), PAIRS_PER_PART):
-        pairs = missing[start:start + PAIRS_PER_PART]
+        pairs = missing[start : start + PAIRS_PER_PART]
         logps[pairs] = compute_logps(engine, data, pairs, config, kernel, budget, ranks)
         if ranks.is_main:
             _write_part(folder / f"part_{num_parts:06d}.safetensors", np.asarray(pairs), logps[pairs])
         num_parts += 1
         bar.update(len(pairs))
     bar.close()
-    return logps
+    return torch.from_numpy(logps).to(ranks.device)
 
 
-def compute_logps(engine, data, pairs: list[int], config: DPOConfig, kernel: str, budget: int, ranks: Ranks) -> np.ndarray:
+def compute_logps(
+    engine, data, pairs: list[int], config: DPOConfig, kernel: str, budget: int, ranks: Ranks
+) -> np.ndarray:
     """float32 [len(pairs), 2] under the engine's present weights, by all ranks together; every rank gets all."""
     lengths = [packing.pair_length(*data.pair_lengths[i], config.share_prompt) for i in pairs]
     plan = plan_step(lengths, ranks.world_size, budget)[ranks.rank]
@@ -105,7 +126,7 @@ def compute_logps(engine, data, pairs: list[int], config: DPOConfig, kernel: str
     with torch.no_grad():
         for members in plan:
             micro_batch = pack([pair_documents(data[pairs[i]], config.share_prompt) for i in members])
-            values = engine(**model_inputs(micro_batch, kernel, ranks.device))
+            values = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
             result[members] = sequence_logps(values, micro_batch.sequence_targets).view(len(members), 2)
     torch.distributed.all_reduce(result)  # each pair was computed by one rank and is zero on the others
     return result.cpu().numpy()
@@ -115,12 +136,12 @@ def _spot_check(engine, data, pairs, logps, config, kernel, budget, ranks) -> No
     again = compute_logps(engine, data, pairs, config, kernel, budget, ranks)
     tolerance = TOLERANCE[getattr(torch, config.dtype)]
     for i, cached, computed in zip(pairs, logps[pairs], again, strict=True):
-        lengths = np.array([sum(doc_targets) for doc_targets in zip(*[d.sequence_targets for d in
-                            pair_documents(data[i], True)])])
+        lengths = np.array(pair_documents(data[i], share_prompt=True)[0].sequence_targets)
         if not (np.abs(cached - computed) <= tolerance * lengths).all():
             raise TrainingStopped(
                 f"the reference cache disagrees with the starting weights on {data.where(i)}: cached log-probabilities "
-                f"{cached.tolist()}, computed now {computed.tolist()}; delete {config.cache_dir}/reference and report this")
+                f"{cached.tolist()}, computed now {computed.tolist()}; delete {config.cache_dir}/reference"
+            )
 
 
 def _read_parts(folder: Path, logps: torch.Tensor) -> int:
@@ -148,8 +169,9 @@ def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _write_part(path: Path, pairs: np.ndarray, values: np.ndarray) -> None:
-    data = safetensors.numpy.save({"pairs": pairs, "logps": values},
-                                  metadata={"digest": digest(pairs.tobytes() + values.tobytes())})
+    data = safetensors.numpy.save(
+        {"pairs": pairs, "logps": values}, metadata={"digest": digest(pairs.tobytes() + values.tobytes())}
+    )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)

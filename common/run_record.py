@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import RunState, delete_all, file_digest, remove_leftovers, require_same_run
+from common.checkpoint import RunState, delete_after, file_digest, replace_file, require_same_run
 from common.config import TrainConfig
 from common.distributed import Ranks
 from common.errors import UserError
@@ -18,8 +18,8 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "saf
 # What may differ between a run and its resume: it changes speed, logging or placement, not the result.
 FREE_TO_CHANGE = {"output_dir", "cache_dir", "resume", "logging_steps", "checkpointing_steps",
                   "keep_last_n_checkpoints", "clean_checkpoints_at_end", "max_tokens_per_micro_batch",
-                  "gradient_checkpointing", "attn_implementation", "collective_timeout_minutes", "ds_config",
-                  "stop_after_steps", "dataset_mixer", "chat_template", "share_prompt"}
+                  "gradient_checkpointing", "compile_layers", "attn_implementation", "collective_timeout_minutes",
+                  "ds_config", "stop_after_steps", "dataset_mixer", "chat_template", "share_prompt"}
 
 
 def run_identity(config: TrainConfig, data_digest: str, template_digest: str, model_folder: str) -> dict:
@@ -35,10 +35,7 @@ def run_identity(config: TrainConfig, data_digest: str, template_digest: str, mo
 
 def write_run_config(output_dir: str, record: dict) -> None:
     """Replaces run_config.json in one step."""
-    path = Path(output_dir) / "run_config.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(Path(output_dir) / "run_config.json", json.dumps(record, indent=2, default=str) + "\n")
 
 
 def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> bool:
@@ -56,30 +53,33 @@ def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> boo
     if config.resume != "auto" or "result" not in result:
         return False
     require_same_run(result.get("identity", {}), identity, f"the model in {config.output_dir}")
-    return result["result"]["steps"] >= last_step
+    is_finished = result["result"]["steps"] >= last_step
+    if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
+        delete_after(config.output_dir, 0)
+    return is_finished
 
 
-def open_output_dir(config: TrainConfig, record: dict) -> None:
-    """Clears what this run replaces and writes run_config.json, without a result until the run has one."""
-    if config.resume == "never":
-        delete_all(config.output_dir)
-        (Path(config.output_dir) / "metrics.jsonl").unlink(missing_ok=True)
-    remove_leftovers(config.output_dir)
+def open_output_dir(config: TrainConfig, record: dict, step: int) -> None:
+    """Clears what a run that begins after `step` replaces; run_config.json has no result until the run has one."""
+    delete_after(config.output_dir, step)
     write_run_config(config.output_dir, record)
 
 
-def finish(config: TrainConfig, record: dict, state: RunState, last_metrics: dict, agreement: list, data_table: str) -> None:
+def finish(config: TrainConfig, record: dict, state: RunState, last_metrics: dict | None, agreement: list,
+           data_table: str) -> None:
     """The model card, then the result in run_config.json: from here on the folder holds a finished run.
 
+    last_metrics: None where metrics.jsonl is of no step yet (a last step's checkpoint of another folder).
     agreement: what each rank says of the step and tokens it stands at.
     """
     result = {"steps": state.step, "total_tokens": state.total_tokens, "target_tokens": state.target_tokens,
-              "train_loss": last_metrics["train_loss"], "rank_agreement": all(a == agreement[0] for a in agreement)}
+              "train_loss": last_metrics and last_metrics["train_loss"],
+              "rank_agreement": all(a == agreement[0] for a in agreement)}
     card = model_card(record["method"], config, data_table, result)
     (Path(config.output_dir) / "README.md").write_text(card, encoding="utf-8")
-    if config.clean_checkpoints_at_end:
-        delete_all(config.output_dir)
     write_run_config(config.output_dir, {**record, "result": result})
+    if config.clean_checkpoints_at_end:
+        delete_after(config.output_dir, 0)
 
 
 def read_run_config(output_dir: str) -> dict:
@@ -108,10 +108,13 @@ def model_card(method: str, config: TrainConfig, data_table: str, result: dict) 
     """README.md of the exported model."""
     shown = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE or name in
              ("dataset_mixer", "chat_template")}
-    rows = "\n".join(f"| {name} | {' '.join(value) if isinstance(value, list) else value} |" for name, value in shown.items())
+    rows = "\n".join(f"| {name} | {' '.join(value) if isinstance(value, list) else value} |"
+                     for name, value in shown.items())
     base = config.model_name_or_path
     is_hub_id = base.count("/") == 1 and not Path(base).exists()
-    front = f"---\nlibrary_name: transformers\n{f'base_model: {base}{chr(10)}' if is_hub_id else ''}tags: [{method.lower()}]\n---\n"
+    base_model = f"base_model: {base}\n" if is_hub_id else ""
+    loss = "" if result["train_loss"] is None else f" Last loss: {result['train_loss']:.4f}."
+    front = f"---\nlibrary_name: transformers\n{base_model}tags: [{method.lower()}]\n---\n"
     return (f"{front}\n# {Path(config.output_dir).name}\n\n{method} of `{base}`, full parameters, with Plaintune.\n\n"
-            f"Steps: {result['steps']}. Tokens: {result['total_tokens']:,}. Last loss: {result['train_loss']:.4f}.\n\n"
+            f"Steps: {result['steps']}. Tokens: {result['total_tokens']:,}.{loss}\n\n"
             f"## Data\n\n```\n{data_table}\n```\n\n## Settings\n\n| setting | value |\n|---|---|\n{rows}\n")

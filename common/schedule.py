@@ -31,7 +31,7 @@ def step_samples(step: int, num_samples: int, global_batch_size: int, seed: int)
     """Indices of the samples of optimizer step `step` (from 0)."""
     epoch, step_in_epoch = divmod(step, steps_per_epoch(num_samples, global_batch_size))
     start = step_in_epoch * global_batch_size
-    return epoch_order(num_samples, seed, epoch)[start:start + global_batch_size].tolist()
+    return epoch_order(num_samples, seed, epoch)[start : start + global_batch_size].tolist()
 
 
 def samples_seen(step: int, num_samples: int, global_batch_size: int) -> int:
@@ -47,7 +47,8 @@ def learning_rate_schedule(name: str, peak: float, num_steps: int, warmup_ratio:
     function is transformers' own, so the values are equal by construction.
     """
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=int(num_steps * warmup_ratio),
-                              num_training_steps=num_steps)
+    scheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=int(num_steps * warmup_ratio), num_training_steps=num_steps
+    )
     factor = scheduler.lr_lambdas[0]
     return lambda step: peak * factor(step)

@@ -1,0 +1,231 @@
+"""Throughput of a named shape with random weights, measured on the training scripts themselves.
+
+    bash run.sh bench sft|dpo [N] [--shape llama-8b] [--steps 10] [--lengths tulu|full] [flags of the script]
+
+Writes a model folder with random weights and a data set with generated lengths, trains on them with
+train_sft.py or train_dpo.py under the launcher, and reads metrics.jsonl: medians over the steps after
+warm-up, of tokens/s/GPU, MFU (FLOPs as in common/metrics.py, recomputation not counted) and peak memory.
+Fails if a layer was compiled again after warm-up.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from common.errors import UserError
+
+SHAPES = {
+    "llama-8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    ),
+    "llama-3b": dict(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
+    "llama-1b": dict(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
+    "tiny": dict(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=1024,
+        tie_word_embeddings=False,
+    ),
+}
+NUM_WORDS = 1000
+WARMUP_STEPS = 4
+ON_GPU = torch.cuda.is_available()
+SAMPLES_PER_RANK = 64 if ON_GPU else 16  # at a mean of 660 tokens two GPUs take about 84,500 tokens a step
+SCALE = 1 if ON_GPU else 8  # a CPU gets lengths divided by this
+
+
+def write_model(shape: str, folder: Path) -> None:
+    """config.json, random bfloat16 weights and a tokenizer of NUM_WORDS words; kept for the next run."""
+    if (folder / "tokenizer.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LlamaConfig(
+        **SHAPES[shape],
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        bos_token_id=None,
+        eos_token_id=0,
+        dtype=torch.bfloat16,
+        architectures=["LlamaForCausalLM"],
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    device = "cuda" if ON_GPU else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    weight_map, tensors, size, num_files = {}, {}, 0, 0
+    parameters = list(model.named_parameters())
+    for i, (name, param) in enumerate(parameters):
+        value = (
+            torch.ones(param.shape)
+            if param.ndim == 1
+            else torch.randn(param.shape, dtype=torch.bfloat16, device=device, generator=generator) * 0.02
+        )
+        tensors[name] = value.to("cpu", torch.bfloat16)
+        size += tensors[name].nbytes
+        weight_map[name] = f"model-{num_files:05d}.safetensors"
+        if size > 4e9 or i == len(parameters) - 1:
+            save_file(tensors, folder / weight_map[name], metadata={"format": "pt"})
+            tensors, size, num_files = {}, 0, num_files + 1
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.save_pretrained(folder)
+    words = {"<eos>": 0, "<|user|>": 1, "<|assistant|>": 2, **{f"w{i}": i + 3 for i in range(NUM_WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
+def generated_lengths(num: int, mean: float, cap: int, rng: np.random.Generator) -> np.ndarray:
+    """int [num]: log-normal with a long tail, cut at `cap`, of about the given mean; all `cap` if mean is None."""
+    if mean is None:
+        return np.full(num, cap)
+    lengths = rng.lognormal(0, 0.9, num)
+    for _ in range(20):  # the cut lowers the mean: scale until it is right
+        lengths *= mean / np.clip(lengths, 8, cap).mean()
+    return np.clip(lengths, 8, cap).astype(int)
+
+
+def write_data(method: str, lengths: str, num: int, path: Path) -> None:
+    """num conversations (mean 660 tokens, cap 4096) or pairs (prompt and answers of mean 330, cap 2000), over SCALE."""
+    rng = np.random.default_rng(0)
+
+    def words(n: int) -> str:
+        return " ".join(f"w{i}" for i in rng.integers(0, NUM_WORDS, n))
+
+    def turns(prompt: str, answer: str) -> list[dict]:
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+    with open(path, "w") as file:
+        if method == "sft":
+            for n in generated_lengths(num, None if lengths == "full" else 660 / SCALE, 4096 // SCALE, rng):
+                prompt = max(1, int((n - 3) * rng.uniform(0.2, 0.6)))
+                file.write(json.dumps({"messages": turns(words(prompt), words(max(1, n - 3 - prompt)))}) + "\n")
+        else:
+            mean = None if lengths == "full" else 330 / SCALE
+            for p, c, r in zip(*(generated_lengths(num, mean, 1000 // SCALE, rng) for _ in range(3)), strict=True):
+                prompt = words(p)
+                file.write(json.dumps({"chosen": turns(prompt, words(c)), "rejected": turns(prompt, words(r))}) + "\n")
+
+
+def main() -> None:
+    method, num_ranks, *flags = sys.argv[1:]
+    options = {"--shape": "llama-8b" if ON_GPU else "tiny", "--steps": "10", "--lengths": "tulu"}
+    passed = []
+    while flags:
+        flag = flags.pop(0)
+        if flag in options:
+            options[flag] = flags.pop(0)
+        else:
+            passed.append(flag)
+    if options["--shape"] not in SHAPES:
+        raise UserError(f"--shape {options['--shape']}: known shapes are {', '.join(SHAPES)}")
+    steps, ranks = int(options["--steps"]) + WARMUP_STEPS, int(num_ranks)
+    folder = Path("output/bench")
+    model, data, out = (
+        folder / options["--shape"],
+        folder / f"{method}-{options['--lengths']}.jsonl",
+        folder / f"run-{method}",
+    )
+    write_model(options["--shape"], model)
+    write_data(method, options["--lengths"], 4 * SAMPLES_PER_RANK * ranks, data)
+    shutil.rmtree(out, ignore_errors=True)
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        str(ranks),
+        f"train_{method}.py",
+        "--model_name_or_path",
+        str(model),
+        "--dataset_mixer",
+        str(data),
+        "--output_dir",
+        str(out),
+        "--cache_dir",
+        str(folder / "cache"),
+        "--global_batch_size",
+        str(SAMPLES_PER_RANK * ranks),
+        "--max_train_steps",
+        str(steps),
+        "--checkpointing_steps",
+        str(10**9),
+        "--resume",
+        "never",
+        *passed,
+    ]
+    print(" ".join(command), flush=True)
+    code = subprocess.run(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
+    if code:
+        raise SystemExit(code)
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][WARMUP_STEPS:]
+
+    def median(name: str) -> float | None:
+        values = [record[name] for record in records if name in record]
+        return statistics.median(values) if values else None
+
+    tokens = sum(record["total_tokens"] for record in records[-1:]) / steps
+    result = {
+        "method": method,
+        "shape": options["--shape"],
+        "ranks": ranks,
+        "lengths": options["--lengths"],
+        "flags": passed,
+        "steps": len(records),
+        "tokens_per_step": tokens,
+        "tokens_per_second_per_device": median("per_device_tps"),
+        "mfu": median("mfu"),
+        "samples_per_second": SAMPLES_PER_RANK * ranks / median("step_seconds"),
+        "step_seconds": median("step_seconds"),
+        "max_memory_gb": max(r["max_memory_gb"] for r in records),
+        "packing_efficiency": median("packing_efficiency"),
+        "recompiles": records[-1].get("compiled_graphs", 0) - records[0].get("compiled_graphs", 0),
+    }
+    (folder / f"bench-{method}-{options['--shape']}.json").write_text(json.dumps(result, indent=2) + "\n")
+    for name, value in result.items():
+        print(f"{name:30} {value:,.4g}" if isinstance(value, float) else f"{name:30} {value}")
+    if result["recompiles"]:
+        raise SystemExit(f"{result['recompiles']} graphs were compiled after warm-up")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(e.EXIT_CODE) from None

@@ -1,0 +1,164 @@
+"""Chat templates: what text a conversation becomes, and which characters of it are trained.
+
+One rule for all templates. The text is what transformers renders for the whole conversation. Of it, each assistant
+turn is trained from where its generation prompt ends (where there is none, its header) to the end of what closes the
+turn: the content and the token that stops generation. Headers are not trained, nor white space after that token.
+Where a turn lies is found by rendering, never by searching for its content:
+
+1. With a marker for every assistant content the text must stay the same but for the contents. Where a marker follows
+   the generation prompt and is followed by the closing token, that bounds the turn. Nearly always this is all.
+2. Else `messages[:i]` with the generation prompt, and `messages[:i + 1]`, must render to beginnings of the whole
+   text: their lengths are where turn i begins and ends (a template that writes more than the content into a turn).
+3. Where one of them does not, a marker for content i alone must leave the text before and after it as it is, and
+   bounds the content (a template that drops the reasoning of earlier turns; a conversation the assistant opens).
+4. Where even that does not hold, the row is refused.
+"""
+
+import hashlib
+from itertools import chain
+from pathlib import Path
+
+import jinja2
+
+from common.errors import UserError
+
+# The reference run's template: <|role|>, a new line, the content (and EOS, if the assistant's), a new line except at
+# the end. Other roles render nothing.
+TULU = """\
+{%- for message in messages %}
+{%- set role = message['role'] %}
+{%- if role == 'system' or role == 'user' %}
+{{- '<|' + role + '|>\\n' + message['content'] + '\\n' }}
+{%- elif role == 'assistant' %}
+{{- '<|assistant|>\\n' + message['content'] + eos_token }}
+{%- if not loop.last %}{{- '\\n' }}{%- endif %}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
+
+BUILT_IN = {"tulu": TULU}
+MARKER = "\ue0f1\ue0f2"  # stands for a content; private-use characters, unchanged by strip, split or tojson
+
+
+class TemplateRefused(ValueError):
+    """The template itself refused the conversation (its `raise_exception`), e.g. for its order of roles."""
+
+
+class ChatTemplate:
+    """A chat template, with the tokenizer whose special tokens it prints. Picklable with that tokenizer.
+
+    name: as asked for.  jinja: its text, to be saved with the exported tokenizer.  digest: sha256 of that text.
+    closing: what closes an assistant turn, without the white space after it; "" if nothing does.
+    """
+
+    def __init__(self, name: str, jinja: str, tokenizer):
+        """Raises UserError if it does not compile, cannot render a question and an answer, or hides the answer."""
+        self.name, self.jinja, self.tokenizer = name, jinja, tokenizer
+        self.digest = hashlib.sha256(jinja.encode()).hexdigest()
+        self._shows_role = {"user": True, "assistant": True}
+        question = {"role": "user", "content": "question"}
+        try:
+            answered = self.apply([question, {"role": "assistant", "content": MARKER}])
+            asked, prompted = self.apply([question]), self.apply([question], add_generation_prompt=True)
+        except TemplateRefused as error:
+            raise UserError(f"chat template {name!r} refuses a question and its answer: {error}") from error
+        if answered.count(MARKER) != 1:
+            raise UserError(f"chat template {name!r} does not show the assistant's content exactly once")
+        header, tail = answered.split(MARKER)
+        self.closing = tail.rstrip()
+        self._space_after = tail[len(self.closing):]
+        # What opens an answer; None where a header does that is printed only together with the answer.
+        self._generation_prompt = prompted[len(asked):] if prompted.startswith(asked) else None
+        if prompted == asked and header.rstrip() != asked.rstrip():
+            self._generation_prompt = None
+
+    def apply(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """transformers' own rendering. Raises TemplateRefused; UserError for any other failure of the template."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, chat_template=self.jinja, tokenize=False,
+                                                      add_generation_prompt=add_generation_prompt)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"chat template {self.name!r}, line {error.lineno}: {error.message}") from error
+        except Exception as error:  # a template is a program of the user's, and can fail in any way
+            if type(error) is jinja2.TemplateError:  # what raise_exception raises
+                raise TemplateRefused(str(error)) from error
+            raise UserError(f"chat template {self.name!r}: {type(error).__name__}: {error}") from error
+
+    def render(self, messages: list[dict], only_last: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and the [start, end) characters of it that are trained.
+
+        One span for each assistant message, in order; with only_last, the last of them alone. Raises
+        TemplateRefused, or UserError where a turn's place in the text cannot be told.
+        """
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = turns[-1:] if only_last else turns
+        text = self.apply(messages) if messages else ""
+        spans = self._plain_spans(messages, turns, text)
+        return text, [span or self._span(messages, i, text) for i, span in zip(turns, spans, strict=True)]
+
+    def _plain_spans(self, messages: list[dict], turns: list[int], text: str) -> list[tuple[int, int] | None]:
+        """[start, end) of each of these turns, None for those that step 1 of the module's docstring does not bound."""
+        contents = {i: messages[i]["content"] for i in turns}
+        marked = [{**message, "content": MARKER} if i in contents else message for i, message in enumerate(messages)]
+        parts = self.apply(marked).split(MARKER) if turns else []
+        whole = "".join(chain(*zip(parts, [*contents.values(), ""], strict=False)))
+        if len(parts) != len(turns) + 1 or whole != text or not self._generation_prompt or not self.closing:
+            return [None] * len(turns)
+        spans, position = [], 0
+        for content, before, after in zip(contents.values(), parts, parts[1:], strict=False):
+            start = position + len(before)
+            position = start + len(content)
+            plain = before.endswith(self._generation_prompt) and after.startswith(self.closing)
+            spans.append((start, position + len(self.closing)) if plain else None)
+        return spans
+
+    def _span(self, messages: list[dict], i: int, text: str) -> tuple[int, int]:
+        """[start, end) of assistant message i in the text of all messages: steps 2 to 4 of the module's docstring."""
+        start = end = None
+        if i > 0 and self._generation_prompt is not None:
+            prompt = self.apply(messages[:i], add_generation_prompt=True)
+            if text.startswith(prompt) and prompt.endswith(self._generation_prompt):
+                start = len(prompt)
+        until = (text if i == len(messages) - 1 else self.apply(messages[:i + 1])).removesuffix(self._space_after)
+        if text.startswith(until):
+            end = len(until)
+        if start is not None and end is not None:
+            return start, end
+        marked = self.apply([*messages[:i], {**messages[i], "content": MARKER}, *messages[i + 1:]])
+        before, _, after = marked.partition(MARKER)
+        content_end = len(text) - len(after)
+        exact = marked.count(MARKER) == 1 and text.startswith(before) and text.endswith(after)
+        if not exact or len(before) > content_end or (end is None and not after.startswith(self.closing)):
+            raise UserError(f"chat template {self.name!r}: what it makes of message {i + 1} (assistant) cannot be told "
+                            "from the rest, so cannot be trained; use another chat_template or leave the row out")
+        start = len(before) if start is None else min(start, len(before))
+        return start, content_end + len(self.closing) if end is None else end
+
+    def shows_role(self, role: str) -> bool:
+        """Whether messages of this role show their content. One that is refused counts: its rows will say so."""
+        if role not in self._shows_role:
+            message, user = {"role": role, "content": MARKER}, {"role": "user", "content": "question"}
+            try:
+                self._shows_role[role] = MARKER in self.apply([message, user]) or MARKER in self.apply(
+                    [user, {"role": "assistant", "content": "answer"}, message])
+            except (UserError, TemplateRefused):
+                self._shows_role[role] = True
+        return self._shows_role[role]
+
+
+def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
+    """`tulu`, `tokenizer` (the tokenizer's own), or the path of a .jinja file. Raises UserError."""
+    if name_or_path in BUILT_IN:
+        if tokenizer.eos_token is None:
+            raise UserError(f"chat template {name_or_path!r} ends answers with EOS, but the tokenizer has no eos_token")
+        return ChatTemplate(name_or_path, BUILT_IN[name_or_path], tokenizer)
+    if name_or_path == "tokenizer":
+        if not tokenizer.chat_template:
+            raise UserError("chat_template 'tokenizer': the tokenizer has no chat template of its own; use 'tulu'")
+        return ChatTemplate(name_or_path, tokenizer.get_chat_template(), tokenizer)
+    try:
+        jinja = Path(name_or_path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        names = ", ".join([*BUILT_IN, "tokenizer"])
+        raise UserError(f"chat_template {name_or_path!r} is none of {names}, nor a readable .jinja file") from error
+    return ChatTemplate(name_or_path, jinja, tokenizer)

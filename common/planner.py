@@ -1,0 +1,122 @@
+"""How large a micro-batch is and how many layers recompute their activations, from measured memory.
+
+Peak memory of a micro-batch of t tokens with u layers that keep their activations is taken as
+    B + t (D + A u)
+with B what does not grow (parameters, gradients, buffers), D what every token costs and A what it costs
+more in a layer that keeps. Three dry micro-batches, whose loss is multiplied by 0, give B, D and A; a
+fourth, of the chosen size, confirms the choice before step 1. Gradients get exact zeros from them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from common.config import TrainConfig
+from common.distributed import Ranks
+from common.engine import out_of_memory_explained
+from common.model import model_inputs
+from common.packing import pack, sft_documents
+from common.token_cache import SFTSample
+
+LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
+OVERHEAD_TOKENS = 700  # what one more micro-batch costs, in tokens' time: 29 ms of 3B on an H200
+HEADROOM = 0.06  # of the device's memory is left free
+MEASURED_LAYERS = (2, 8)  # u of the dry runs
+MEASURED_TOKENS = 4608
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Bytes: `fixed` B, `per_token` D, `per_token_and_layer` A, as above; optimizer: moments not yet allocated."""
+
+    fixed: float
+    per_token: float
+    per_token_and_layer: float
+    optimizer: float
+
+    def peak(self, tokens: int, keeping_layers: int) -> float:
+        return self.fixed + self.optimizer + tokens * (self.per_token + self.per_token_and_layer * keeping_layers)
+
+
+def choose(
+    memory: MemoryModel, limit: float, num_layers: int, longest: int, tokens_per_rank: float, budgets: list[int] | None
+) -> tuple[int, int]:
+    """(tokens of a micro-batch, layers that recompute) of the least time that fits `limit` bytes.
+
+    Time in tokens: a recomputed layer costs a third of its forward and backward passes again, a micro-batch
+    OVERHEAD_TOKENS. tokens_per_rank: of an optimizer step. budgets: the only sizes allowed, None for any.
+    If nothing fits, the smallest size with every layer recomputed: the dry run then says so.
+    """
+    if budgets is None:
+        least = max(longest, 1024)
+        sizes = {1024 * math.ceil(1.05 * tokens_per_rank / count / 1024) for count in range(1, 65)}
+        budgets = sorted({min(max(size, least), max(LARGEST_BUDGET, least)) for size in sizes})
+    best = None
+    for budget in budgets:
+        room = (limit - memory.peak(budget, 0)) / (budget * memory.per_token_and_layer)
+        if room < 0:
+            continue
+        recomputing = num_layers - min(num_layers, int(room))
+        count = math.ceil(tokens_per_rank / budget)
+        cost = tokens_per_rank * (1 + recomputing / num_layers / 3) + count * OVERHEAD_TOKENS
+        if best is None or cost < best[0]:
+            best = (cost, budget, recomputing)
+    return (budgets[0], num_layers) if best is None else best[1:]
+
+
+def settle(engine, config: TrainConfig, kernel: str, budget: int, is_kept: bool, longest: int, tokens_per_step: float,
+           ranks: Ranks) -> int:  # fmt: skip
+    """Sets the layers that recompute and returns the micro-batch's tokens, by measurement on a GPU. Collective.
+
+    budget: what the flag gave, or the default, or (is_kept) the checkpoint's; it is replaced only if the flag is
+    `auto` and no checkpoint had chosen. On a CPU nothing is measured: `auto` recomputes nothing.
+    """
+    policy = engine.module
+    layers = len(policy.decoder_layers())
+    wanted = {"none": 0, "full": layers, "auto": 0}.get(config.gradient_checkpointing, config.gradient_checkpointing)
+    choose_layers = config.gradient_checkpointing == "auto"
+    choose_budget = config.max_tokens_per_micro_batch == "auto" and not is_kept
+    policy.checkpoint_activations(min(wanted, layers))
+    if ranks.device.type != "cuda" or not (choose_layers or choose_budget):
+        return budget
+    if layers >= MEASURED_LAYERS[1]:
+        few, many = MEASURED_LAYERS
+        peaks = [_dry_run(engine, policy, kernel, tokens, layers - keeping, longest, ranks)
+                 for tokens, keeping in ((MEASURED_TOKENS, few), (MEASURED_TOKENS, few), (MEASURED_TOKENS, many),
+                                         (2 * MEASURED_TOKENS, few))][1:]  # fmt: skip
+        per_layer = max(1.0, (peaks[1] - peaks[0]) / MEASURED_TOKENS / (many - few))
+        slope = (peaks[2] - peaks[0]) / MEASURED_TOKENS
+        partition = sum(p.ds_tensor.numel() for p in policy.parameters())
+        memory = MemoryModel(peaks[0] - slope * MEASURED_TOKENS, slope - per_layer * few, per_layer, 8 * partition)
+        free, total = torch.cuda.mem_get_info(ranks.device)
+        usable = free + torch.cuda.memory_reserved(ranks.device) - HEADROOM * total
+        limit = -max(ranks.gather(lambda: -usable))
+        allowed = None if choose_budget else [budget]
+        budget, recomputing = choose(memory, limit, layers, longest, tokens_per_step / ranks.world_size, allowed)
+        if not choose_layers:
+            recomputing = min(wanted, layers)
+        peak = _dry_run(engine, policy, kernel, budget, recomputing, longest, ranks) + memory.optimizer
+        predicted = memory.peak(budget, layers - recomputing)
+        ranks.say(
+            f"memory plan: {memory.fixed / 1e9:.1f} GB for parameters and gradients, {memory.optimizer / 1e9:.1f} GB for "
+            f"moments; micro-batches of {budget:,} tokens, {recomputing} of {layers} layers recomputed: "
+            f"{predicted / 1e9:.1f} GB predicted, {peak / 1e9:.1f} GB seen, {limit / 1e9:.1f} GB usable"
+        )
+    return budget
+
+
+def _dry_run(engine, policy, kernel: str, tokens: int, recomputing: int, longest: int, ranks: Ranks) -> float:
+    """Peak bytes, of the rank that needed most, of one forward and backward pass over `tokens` made-up tokens."""
+    policy.checkpoint_activations(recomputing)
+    rng = np.random.default_rng(0)
+    lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
+    ids = [rng.integers(0, policy.lm.config.vocab_size, n) for n in lengths]
+    row = pack([sft_documents(SFTSample(i, np.array([[0, len(i)]]))) for i in ids])
+    torch.cuda.synchronize(ranks.device)
+    torch.cuda.reset_peak_memory_stats(ranks.device)
+    with out_of_memory_explained(0, tokens):
+        engine.set_gradient_accumulation_boundary(False)
+        engine.backward(engine(**model_inputs(row, kernel, ranks.device)).sum() * 0.0)
+    return max(ranks.gather(lambda: torch.cuda.max_memory_allocated(ranks.device)))

@@ -1,0 +1,146 @@
+"""The embedded default: a tiny model, its tokenizer and its data, generated from one seed.
+
+Nothing is downloaded. The tasks have checkable answers over the letters a to z (`reverse qfza` -> `azfq`),
+and every right answer can be given in two styles: `answer: azfq` (the CHOSEN one) or `azfq.` (the OTHER).
+
+How the styles are laid out, and why. Half of the SFT answers are in each style, and the prompt's wording
+decides which, four times out of five: `please reverse qfza` is mostly answered in the chosen style,
+`reverse qfza` mostly in the other. Were it a coin flip whatever the wording, greedy decoding would always
+take the style that is a hair more likely, and the share of chosen-style answers after SFT would be 0 or 1
+by accident; tied to the wording it comes out at about half. The fifth that goes the other way teaches
+both styles for both wordings, so that DPO has a preference to change rather than a new kind of answer to
+invent. In every preference pair both answers are right, and the chosen one is in the chosen style,
+whatever the wording.
+"""
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+MIN_LETTERS, MAX_LETTERS = 3, 5
+TASKS = {
+    "copy": lambda letters: letters,
+    "reverse": lambda letters: letters[::-1],
+    "sort": lambda letters: "".join(sorted(letters)),
+    "count": lambda letters: str(len(letters)),
+    "last": lambda letters: letters[-1],
+}
+CHOSEN_STYLE, OTHER_STYLE = "answer: {}", "{}."
+STYLE_FOLLOWS_WORDING = 0.8  # how often an SFT answer is in the style that its wording calls for
+EOS_TOKEN = "<|end_of_text|>"
+ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A task, its letters, and so a prompt with one right answer in two styles."""
+
+    task: str
+    letters: str
+    polite: bool
+
+    @property
+    def prompt(self) -> str:
+        return f"please {self.task} {self.letters}" if self.polite else f"{self.task} {self.letters}"
+
+    @property
+    def answer(self) -> str:
+        return TASKS[self.task](self.letters)
+
+
+def read_answer(text: str) -> tuple[str | None, bool]:
+    """Splits a generated text into (the bare answer, whether it is in the chosen style).
+
+    The answer is None when the text is in neither style. Whether it is right is for the caller to compare.
+    """
+    text = text.strip()
+    prefix = CHOSEN_STYLE.format("")
+    if text.startswith(prefix):
+        return text[len(prefix):], True
+    if text.endswith(".") and text != ".":
+        return text[:-1], False
+    return None, False
+
+
+def make_questions(num_questions: int, rng: random.Random) -> list[Question]:
+    """Questions that differ in more than their wording; tasks in turn, the rest uniform."""
+    tasks, questions = list(TASKS), {}
+    while len(questions) < num_questions:
+        task = tasks[len(questions) % len(tasks)]
+        letters = "".join(rng.choices(LETTERS, k=rng.randint(MIN_LETTERS, MAX_LETTERS)))
+        questions.setdefault((task, letters), Question(task, letters, polite=rng.random() < 0.5))
+    return list(questions.values())
+
+
+def conversation(question: Question, style: str) -> list[dict[str, str]]:
+    """The question and its right answer in `style`, as chat messages."""
+    return [
+        {"role": "user", "content": question.prompt},
+        {"role": "assistant", "content": style.format(question.answer)},
+    ]
+
+
+def write_data(folder: Path, seed: int, num_sft: int, num_preferences: int, num_held_out: int) -> None:
+    """Writes sft.jsonl, preferences.jsonl and held_out.jsonl; no prompt occurs twice in all three."""
+    rng = random.Random(seed)
+    questions = make_questions(num_sft + num_preferences + num_held_out, rng)
+    sft, rest = questions[:num_sft], questions[num_sft:]
+    preferences, held_out = rest[:num_preferences], rest[num_preferences:]
+
+    def sft_style(question: Question) -> str:
+        follows_wording = rng.random() < STYLE_FOLLOWS_WORDING
+        return CHOSEN_STYLE if question.polite == follows_wording else OTHER_STYLE
+
+    rows = {
+        "sft": [{"messages": conversation(q, sft_style(q))} for q in sft],
+        "preferences": [{"chosen": conversation(q, CHOSEN_STYLE), "rejected": conversation(q, OTHER_STYLE)}
+                        for q in preferences],
+        "held_out": [asdict(q) for q in held_out],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lines in rows.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def read_held_out(folder: Path) -> list[Question]:
+    """The held-out questions that write_data wrote."""
+    lines = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
+    return [Question(**json.loads(line)) for line in lines]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level, so any text round-trips; the words of the tasks and the roles are one token each."""
+    byte_tokens = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=byte_tokens, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    words = [*ROLE_TOKENS, "please", *TASKS, CHOSEN_STYLE.split()[0]]
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN,
+                                   clean_up_tokenization_spaces=False)
+
+
+def write_model(folder: Path, seed: int) -> None:
+    """Writes a Llama of 0.5M random float32 parameters and its tokenizer as a Hugging Face folder."""
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, dtype="float32",
+    )
+    model = LlamaForCausalLM(config)
+    rng = np.random.RandomState(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.ndim == 2:  # norms keep their ones
+                parameter.copy_(torch.from_numpy(rng.normal(0.0, 0.02, size=parameter.shape)))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

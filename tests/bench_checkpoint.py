@@ -1,0 +1,101 @@
+"""How long a save blocks training, and its bytes/s against the disk's own sequential rate, measured in turns.
+
+    python tests/bench_checkpoint.py [FOLDER] [--gigabytes 2] [--rounds 5]
+
+One rank, a model of random weights and its moments on whatever device there is. The disk's own rate is that of one
+file of the same size, written in blocks of 16 MB and flushed, like `dd conv=fsync`. Neighbours make a
+disk's rate swing: the ratio is the median over rounds, each of which measures both, in changing order.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import checkpoint
+
+HIDDEN = 2048
+
+
+class OneRank:
+    rank, world_size, is_main = 0, 1, True
+
+    def once(self, work):
+        return work()
+
+    def gather(self, work):
+        return [work()]
+
+
+class Parameter:
+    """A whole partition of HIDDEN x HIDDEN elements with its moments."""
+
+    def __init__(self, device):
+        self.ds_shape, self.ds_numel = torch.Size((HIDDEN, HIDDEN)), HIDDEN * HIDDEN
+        self.local = {kind: torch.randn(self.ds_numel, device=device) for kind in checkpoint.KINDS}
+
+
+def sequential_write(path: Path, num_bytes: int) -> float:
+    """Seconds to write and flush num_bytes."""
+    block = os.urandom(16 * 2**20)  # a virtual disk may leave zeros out
+    started = time.perf_counter()
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(num_bytes // len(block)):
+            file.write(block)
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return seconds
+
+
+def save(parameters: dict, folder: Path, step: int) -> float:
+    """Seconds that training would have been blocked; deleting the checkpoint before is part of it."""
+    os.sync()
+    started = time.perf_counter()
+    checkpoint.save(parameters, checkpoint.RunState(step=step), str(folder), 1, OneRank())
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("folder", nargs="?", default=tempfile.gettempdir())
+    arguments.add_argument("--gigabytes", type=float, default=2)
+    arguments.add_argument("--rounds", type=int, default=5)
+    given = arguments.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    count = max(1, round(given.gigabytes * 1e9 / (12 * HIDDEN * HIDDEN)))
+    parameters = {f"layer_{i}.weight": Parameter(device) for i in range(count)}
+    num_bytes = 12 * HIDDEN * HIDDEN * count
+    folder = Path(tempfile.mkdtemp(prefix="bench_checkpoint_", dir=given.folder))
+    rows = []
+    try:
+        with mock.patch.object(checkpoint, "safe_get_local_fp32_param", lambda p: p.local["master"]), \
+                mock.patch.object(checkpoint, "safe_get_local_optimizer_state", lambda p, kind: p.local[kind]):
+            for i in range(given.rounds):
+                seconds = {}
+                for what in ("save", "disk") if i % 2 else ("disk", "save"):
+                    os.sync()
+                    seconds[what] = save(parameters, folder, i + 1) if what == "save" \
+                        else sequential_write(folder / "one_file", num_bytes)
+                rows.append((seconds["save"], seconds["disk"]))
+                rates = {what: num_bytes / seconds[what] / 1e6 for what in seconds}  # MB/s
+                print(f"round {i + 1}: blocked {seconds['save']:.2f} s, {rates['save']:,.0f} MB/s; "
+                      f"disk {rates['disk']:,.0f} MB/s; ratio {rates['save'] / rates['disk']:.0%}")
+    finally:
+        shutil.rmtree(folder)
+    print(json.dumps({"gigabytes": num_bytes / 1e9, "device": device,
+                      "seconds_blocked": statistics.median(s for s, _ in rows),
+                      "ratio_to_disk": statistics.median(d / s for s, d in rows)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""Runs the two scripts as a launcher does, N processes with a rank each, without N times ten seconds of imports.
+
+A fork server imports the product once; each rank is a fork of it with the environment that `deepspeed` and
+`torchrun` set. `launch_for_real` goes through a real launcher, for the few tests that are about it.
+"""
+
+import json
+import multiprocessing
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+CPU_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}
+TIMEOUT = 240
+
+_context = multiprocessing.get_context("forkserver")
+# The last one DeepSpeed imports when it starts an engine; it brings torch's compiler, two seconds of it.
+_context.set_forkserver_preload(
+    ["train_sft", "train_dpo", "matplotlib.pyplot", "deepspeed.runtime.zero.muon.original_muon"]
+)
+
+
+@dataclass
+class Finished:
+    """What a run left: each rank's exit code (negative: the signal that ended it), its output, its folder."""
+
+    exit_codes: list[int]
+    stdout: str
+    stderr: str
+    output_dir: Path
+
+    @property
+    def metrics(self) -> list[dict]:
+        return [json.loads(line) for line in (self.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+    def column(self, name: str) -> list:
+        return [record[name] for record in self.metrics]
+
+    def succeeded(self) -> "Finished":
+        assert set(self.exit_codes) == {0}, (
+            f"exit codes {self.exit_codes}\n{self.stdout[-2000:]}\n{self.stderr[-4000:]}"
+        )
+        return self
+
+
+class Run:
+    """A run under way."""
+
+    def __init__(self, target, num_ranks: int, arguments: tuple, output_dir: Path):
+        self.output_dir = output_dir
+        self.logs = Path(tempfile.mkdtemp(prefix="plaintune-run-"))
+        port = free_port()
+        environment = os.environ | CPU_ENVIRONMENT
+        environment["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
+        before = dict(os.environ)
+        os.environ.update(environment)  # a fork server that is not running yet starts with this
+        try:
+            self.processes = []
+            for rank in range(num_ranks):
+                ranks = {
+                    "RANK": rank,
+                    "LOCAL_RANK": rank,
+                    "WORLD_SIZE": num_ranks,
+                    "LOCAL_WORLD_SIZE": num_ranks,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                }
+                environment.update({name: str(value) for name, value in ranks.items()})
+                process = _context.Process(
+                    target=_rank_main, args=(dict(environment), str(self.logs), target, arguments)
+                )
+                process.start()
+                self.processes.append(process)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+    def kill(self) -> None:
+        """SIGKILL to every rank."""
+        for process in self.processes:
+            process.kill()
+
+    def is_alive(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    def wait(self, timeout: float = TIMEOUT) -> Finished:
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0, deadline - time.monotonic()))
+        if hung := self.is_alive():
+            self.kill()
+            for process in self.processes:
+                process.join()
+        done = Finished(
+            [process.exitcode for process in self.processes],
+            (self.logs / "stdout").read_text(),
+            (self.logs / "stderr").read_text(),
+            self.output_dir,
+        )
+        assert not hung, f"still running after {timeout} s\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done
+
+
+def start(script: str, flags: dict, num_ranks: int = 1, patches: dict | None = None) -> Run:
+    """Starts `script` ("train_sft" or "train_dpo"). Curves are not drawn: that takes longer than the steps.
+
+    flags: {name: value}; a list's items become several words. patches: {"common.module.NAME": value}, set in
+    every rank first.
+    """
+    patches = {f"{script}.draw_curves": _no_curves, **(patches or {})}
+    return Run(_script_main, num_ranks, (script, argv(flags), patches), Path(flags.get("output_dir", ".")))
+
+
+def launch(script: str, flags: dict, num_ranks: int = 1, patches: dict | None = None) -> Finished:
+    return start(script, flags, num_ranks, patches).wait()
+
+
+def on_ranks(function, num_ranks: int, *arguments) -> list:
+    """What function(*arguments) returned on each of num_ranks ranks; it must be a test module's own function."""
+    run = Run(_function_main, num_ranks, (function.__module__, function.__name__, arguments), Path("."))
+    done = run.wait().succeeded()
+    assert done.exit_codes
+    return [pickle.loads((run.logs / f"result_{rank}").read_bytes()) for rank in range(num_ranks)]
+
+
+def launch_for_real(script: str, flags: dict, num_ranks: int, launcher: str = "deepspeed") -> Finished:
+    """As `launch`, through `deepspeed` or `torchrun`; one exit code, the launcher's own."""
+    bin_folder = Path(sys.executable).parent
+    count = "--num_gpus" if launcher == "deepspeed" else "--nproc_per_node"
+    command = [
+        str(bin_folder / launcher),
+        count,
+        str(num_ranks),
+        "--master_port",
+        str(free_port()),
+        f"{script}.py",
+        *argv(flags),
+    ]
+    environment = os.environ | CPU_ENVIRONMENT | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    return Finished([done.returncode], done.stdout, done.stderr, Path(flags.get("output_dir", ".")))
+
+
+def argv(flags: dict) -> list[str]:
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
+    return words
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+# ------------------------------------------------------------------ in the rank's process
+
+
+def _rank_main(environment: dict, logs: str, target, arguments: tuple) -> None:
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(f"{logs}/{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    os.environ.update(environment)
+    target(logs, *arguments)
+
+
+def _script_main(logs: str, script: str, words: list[str], patches: dict) -> None:
+    for name, value in patches.items():
+        module, attribute = name.rsplit(".", 1)
+        assert hasattr(import_module(module), attribute), name
+        setattr(import_module(module), attribute, value)
+    sys.argv = [f"{script}.py", *words]
+    import_module(script).main()
+
+
+def _no_curves(output_dir: str) -> None:
+    pass
+
+
+def _function_main(logs: str, module: str, name: str, arguments: tuple) -> None:
+    try:
+        result = getattr(import_module(module), name)(*arguments)
+        Path(logs, f"result_{os.environ['RANK']}").write_bytes(pickle.dumps(result))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)

@@ -1,0 +1,123 @@
+"""Tiny models, their tokenizer and their data, all made from a seed."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCAB = 320
+WORDS = """the a red green blue small large old new river stone cloud bird tree house walks sings falls turns answers
+asks over under near with without always never seven twelve first last""".split()  # noqa: SIM905
+
+# name -> (model_type, what its config has of its own)
+ARCHITECTURES = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),  # with biases in its attention
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "olmo2": ("olmo2", {}),
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of about VOCAB tokens; id 0 is <eos>."""
+    tokenizer = Tokenizer(tokenizer_models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - 20,
+        special_tokens=["<eos>"],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(
+        [" ".join(WORDS)] * 3 + [f"<|{role}|>\n" for role in ("user", "assistant")], trainer
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+def make_config(architecture: str = "llama", **changes):
+    model_type, own = ARCHITECTURES[architecture]
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "eos_token_id": 0,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    return AutoConfig.for_model(model_type, **{**values, **own, **changes})
+
+
+def make_model(
+    folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes
+) -> Path:
+    """A model folder with the tokenizer. Every weight is drawn, biases and norms too, so that none is idle."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(make_config(architecture, **changes), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(
+                1.0 if parameter.ndim == 1 and "norm" in parameter_name(model, parameter) else 0.0, 0.15
+            )
+    model.to(dtype).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return Path(folder)
+
+
+def parameter_name(model, parameter) -> str:
+    return next(name for name, p in model.named_parameters() if p is parameter)
+
+
+def sentence(rng: random.Random, shortest: int = 2, longest: int = 14) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(shortest, longest)))
+
+
+def conversations(count: int, seed: int = 0) -> list[dict]:
+    """SFT rows: one to three exchanges, every third with a system message."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(count):
+        messages = [{"role": "system", "content": sentence(rng)}] if i % 3 == 0 else []
+        for _ in range(rng.randint(1, 3)):
+            messages += [{"role": "user", "content": sentence(rng)}, {"role": "assistant", "content": sentence(rng)}]
+        rows.append({"messages": messages})
+    return rows
+
+
+def preferences(count: int, seed: int = 0) -> list[dict]:
+    """DPO rows of all proportions: short and long prompts, one side much longer than the other, a common beginning."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(count):
+        prompt = [{"role": "user", "content": sentence(rng, 1, 20)}]
+        if i % 3 == 0:
+            prompt += [{"role": "assistant", "content": sentence(rng)}, {"role": "user", "content": sentence(rng)}]
+        start = sentence(rng) + " " if i % 4 == 0 else ""
+        answers = [start + sentence(rng, 1, 3), start + sentence(rng, 4, 16)]
+        rng.shuffle(answers)
+        chosen, rejected = ([*prompt, {"role": "assistant", "content": answer}] for answer in answers)
+        rows.append({"chosen": chosen, "rejected": rejected})
+    return json.loads(json.dumps(rows))  # so that no two sides share a message
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Path(path)

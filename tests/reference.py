@@ -1,0 +1,209 @@
+"""The independent reference: plain transformers and torch, one process, one sample at a time.
+
+It shares no code with the product. What both must agree on is written here a second time, from the contract
+and the papers.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+
+# ------------------------------------------------------------------ tokens
+
+
+def render_tulu(messages: list[dict], eos: str) -> tuple[str, list[tuple[int, int]]]:
+    """The tulu template by hand, and the characters [start, end) of each assistant turn, EOS included."""
+    text, spans = "", []
+    for i, message in enumerate(messages):
+        text += f"<|{message['role']}|>\n"
+        if message["role"] == "assistant":
+            start = len(text)
+            text += message["content"] + eos
+            spans.append((start, len(text)))
+            text += "" if i == len(messages) - 1 else "\n"
+        else:
+            text += message["content"] + "\n"
+    return text, spans
+
+
+def conversation_tokens(tokenizer, messages: list[dict], max_length: int = 10**6) -> tuple[list[int], list[int]]:
+    """(ids, positions of the targets)."""
+    text, spans = render_tulu(messages, tokenizer.eos_token)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    targets = [t for t, (start, _) in enumerate(encoded.offset_mapping) if any(a <= start < b for a, b in spans)]
+    return encoded.input_ids[:max_length], [t for t in targets if 0 < t < max_length]
+
+
+def pair_tokens(tokenizer, row: dict, max_length: int = 10**6):
+    """(chosen, rejected), each as conversation_tokens, with the last answer's targets alone; None if there are none."""
+    sides = []
+    for side in ("chosen", "rejected"):
+        ids, _ = conversation_tokens(tokenizer, row[side])
+        prompt, _ = render_tulu(row[side][:-1], tokenizer.eos_token)
+        if row[side][-2]["role"] == "assistant":
+            prompt += "\n"
+        prompt_ids = tokenizer(prompt + "<|assistant|>\n", add_special_tokens=False).input_ids
+        assert ids[: len(prompt_ids)] == prompt_ids
+        ids = ids[:max_length]
+        sides.append((ids, list(range(len(prompt_ids), len(ids)))))
+    return tuple(sides) if all(targets for _, targets in sides) else None
+
+
+def load(folder, dtype=torch.float32, attention: str = "eager"):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+
+
+def load_tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def token_logps(model, ids: list[int], targets: list[int]) -> torch.Tensor:
+    """log p of the tokens at `targets`, from the whole sequence's logits."""
+    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    logps = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return logps[[t - 1 for t in targets], [ids[t] for t in targets]]
+
+
+# ------------------------------------------------------------------ training
+
+
+def train(
+    model,
+    num_samples: int,
+    backward: Callable,
+    *,
+    global_batch_size: int,
+    num_steps: int,
+    steps_run: int | None = None,
+    learning_rate: float = 1e-3,
+    lr_scheduler_type: str = "linear",
+    warmup_ratio: float = 0.0,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    adam_beta1: float = 0.9,
+    adam_beta2: float = 0.999,
+    adam_epsilon: float = 1e-8,
+    seed: int = 42,
+) -> list[dict]:
+    """Trains in place. backward(model, samples) adds the step's gradient and returns what the step reports."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=learning_rate,
+        betas=(adam_beta1, adam_beta2),
+        eps=adam_epsilon,
+        weight_decay=weight_decay,
+    )
+    scheduler = get_scheduler(
+        lr_scheduler_type, optimizer, num_warmup_steps=int(num_steps * warmup_ratio), num_training_steps=num_steps
+    )
+    records, order, epoch, seen = [], [], -1, 0
+    for step in range(steps_run or num_steps):
+        if not order:
+            epoch += 1
+            order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        samples, order = order[:global_batch_size], order[global_batch_size:]
+        seen += len(samples)
+        record = backward(model, samples)
+        norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in model.parameters()))
+        if max_grad_norm and norm > max_grad_norm:
+            for p in model.parameters():
+                p.grad.mul_(max_grad_norm / (norm + 1e-6))
+        records.append(
+            {
+                "step": step + 1,
+                "learning_rate": scheduler.get_last_lr()[0],
+                "grad_norm": norm,
+                "samples": seen,
+                "epoch": seen / num_samples,
+                **record,
+            }
+        )
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    return records
+
+
+def train_sft(model, samples: list[tuple[list[int], list[int]]], **settings) -> list[dict]:
+    """samples: (ids, positions of the targets)."""
+
+    def backward(model, chosen):
+        num_targets = sum(len(samples[i][1]) for i in chosen)
+        total = 0.0
+        for i in chosen:
+            nll = -token_logps(model, *samples[i]).sum()
+            (nll / num_targets).backward()
+            total += nll.item()
+        return {"train_loss": total / num_targets, "target_tokens": num_targets}
+
+    return train(model, len(samples), backward, **settings)
+
+
+def preference_loss(
+    name: str, chosen, rejected, beta: float, label_smoothing: float = 0.0, gamma_beta_ratio: float = 0.0
+):
+    """Of one pair. chosen, rejected: log-ratios to the reference (simpo: log-probabilities); means but for sigmoid."""
+
+    def minus_log_sigmoid(x):
+        return torch.log1p(torch.exp(-x)) if x > 0 else torch.log1p(torch.exp(x)) - x
+
+    difference = chosen - rejected
+    if name == "ipo":
+        return (difference - 0.5 / beta) ** 2
+    if name == "simpo":
+        return minus_log_sigmoid(beta * difference - gamma_beta_ratio * beta)
+    return (1 - label_smoothing) * minus_log_sigmoid(beta * difference) + label_smoothing * minus_log_sigmoid(
+        -beta * difference
+    )
+
+
+def train_dpo(
+    model,
+    pairs: list,
+    loss_type: str,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    gamma_beta_ratio: float = 0.3,
+    reference_model=None,
+    **settings,
+) -> list[dict]:
+    """pairs: as pair_tokens. The reference is the model as given, unless there is another."""
+
+    def side_logp(model, side):
+        logps = token_logps(model, *side)
+        return logps.sum() if loss_type == "sigmoid" else logps.mean()
+
+    with torch.no_grad():
+        start = reference_model or model
+        reference = [
+            [0.0, 0.0] if loss_type == "simpo" else [side_logp(start, side).item() for side in pair] for pair in pairs
+        ]
+
+    def backward(model, chosen_pairs):
+        names = (
+            "train_loss",
+            "rewards/chosen",
+            "rewards/rejected",
+            "rewards/margin",
+            "rewards/accuracy",
+            "logps/chosen",
+            "logps/rejected",
+        )
+        sums = dict.fromkeys(names, 0.0)
+        for i in chosen_pairs:
+            logps = [side_logp(model, side) for side in pairs[i]]
+            ratios = [logp - ref for logp, ref in zip(logps, reference[i], strict=True)]
+            loss = preference_loss(loss_type, *ratios, beta, label_smoothing, gamma_beta_ratio)
+            (loss / len(chosen_pairs)).backward()
+            chosen, rejected = (beta * ratio.item() for ratio in ratios)
+            accuracy = 0.5 if chosen == rejected else float(chosen > rejected)
+            values = (loss.item(), chosen, rejected, chosen - rejected, accuracy, logps[0].item(), logps[1].item())
+            for name, value in zip(names, values, strict=True):
+                sums[name] += value
+        targets = sum(len(targets) for i in chosen_pairs for _, targets in pairs[i])
+        return {name: value / len(chosen_pairs) for name, value in sums.items()} | {"target_tokens": targets}
+
+    return train(model, len(pairs), backward, **settings)

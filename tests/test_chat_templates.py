@@ -1,0 +1,213 @@
+"""What each template renders and which characters of it are trained.   pytest tests/test_chat_templates.py"""
+
+import pickle
+
+import jinja2
+import pytest
+import tiny_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.chat_templates import TULU, TemplateRefused, resolve_template
+from common.errors import UserError
+
+TOKENIZER = tiny_tokenizer.tiny_tokenizer()
+USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}
+
+
+def template_of(tmp_path_factory, jinja: str):
+    file = tmp_path_factory.mktemp("template") / "chat.jinja"
+    file.write_text(jinja)
+    return resolve_template(str(file), TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory):
+    named = {name: template_of(tmp_path_factory, getattr(tiny_tokenizer, name))
+             for name in ("CHATML", "LLAMA3", "QWEN3", "MISTRAL", "PLAIN")}
+    return {"TULU": resolve_template("tulu", TOKENIZER), **named}
+
+
+# --- independent references: each template written as the pieces (text, is trained) that its turns consist of
+def tulu(messages):
+    for i, message in enumerate(messages):
+        role, content, end = message["role"], message["content"], "\n" if i < len(messages) - 1 else ""
+        if role in ("system", "user"):
+            yield f"<|{role}|>\n{content}\n", False
+        elif role == "assistant":
+            yield from (("<|assistant|>\n", False), (content + "<eos>", True), (end, False))
+
+
+def chatml(messages):
+    for message in messages:
+        yield f"<|im_start|>{message['role']}\n", False
+        yield message["content"] + "<|im_end|>", message["role"] == "assistant"
+        yield "\n", False
+
+
+def llama3(messages):
+    yield "<bos>", False
+    for message in messages:
+        yield f"<|start_header_id|>{message['role']}<|end_header_id|>\n\n", False
+        yield message["content"].strip() + "<|eot_id|>", message["role"] == "assistant"
+
+
+def qwen3(messages):
+    last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    for i, message in enumerate(messages):
+        yield f"<|im_start|>{message['role']}\n", False
+        if message["role"] != "assistant":
+            yield message["content"] + "<|im_end|>\n", False
+            continue
+        is_last = i > last_user and i == len(messages) - 1
+        answer = message["content"].split("</think>")[-1].lstrip("\n") + "<|im_end|>"
+        # What the model has to write after the generation prompt. Where none can be rendered before this message (it
+        # is the first, or the one before it is the assistant's too), all that precedes the content is its header.
+        yield ("<think>\n\n</think>\n\n" if is_last else ""), i > 0 and messages[i - 1]["role"] != "assistant"
+        yield answer, True
+        yield "\n", False
+
+
+def mistral(messages):
+    yield "<bos>", False
+    for message in messages:
+        user = message["role"] == "user"
+        yield f"[INST] {message['content']} [/INST]" if user else f" {message['content']}<eos>", not user
+
+
+def plain(messages):
+    for message in messages:
+        yield f"### {message['role']}:\n", False
+        yield message["content"] + ("<eos>" if message["role"] == "assistant" else ""), message["role"] == "assistant"
+        yield "\n", False
+
+
+REFERENCES = {"TULU": tulu, "CHATML": chatml, "LLAMA3": llama3, "QWEN3": qwen3, "MISTRAL": mistral, "PLAIN": plain}
+
+
+def reference(name, messages):
+    text, spans = "", []
+    for piece, trained in REFERENCES[name](messages):
+        if trained and piece:
+            if spans and spans[-1][1] == len(text) and name == "QWEN3":
+                spans[-1] = (spans[-1][0], len(text) + len(piece))
+            else:
+                spans.append((len(text), len(text) + len(piece)))
+        text += piece
+    return text, spans
+
+
+SNIPPETS = ["so.", "why?", "\n", "\n\n", " ", "<|assistant|>\n", "<eos>", "ü漢🙂", "42", "</think>", "<think>",
+            "### user:", "<|im_end|>\n", "{{ eos_token }}", "[/INST]", "'ll", "\t"]
+CONTENTS = st.lists(st.sampled_from(SNIPPETS), max_size=5).map("".join)
+
+
+@st.composite
+def conversations(draw, roles=("system", "user", "assistant")):
+    messages = [{"role": role, "content": draw(CONTENTS)} for role in draw(st.lists(st.sampled_from(roles), min_size=1,
+                                                                                    max_size=6))]
+    if len(messages) > 2 and draw(st.booleans()):  # somebody quotes somebody else word for word
+        i, j = draw(st.integers(0, len(messages) - 1)), draw(st.integers(0, len(messages) - 1))
+        messages[i]["content"] = messages[j]["content"]
+    return messages
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+@settings(deadline=None, max_examples=50)
+@given(data=st.data())
+def test_trained_text_is_every_assistant_content_and_what_closes_it(templates, name, data):
+    messages = data.draw(conversations(("system", "user", "assistant", "tool") if name == "TULU" else
+                                       ("user", "assistant") if name == "MISTRAL" else ("system", "user", "assistant")))
+    if name == "MISTRAL":
+        for i, message in enumerate(messages):
+            message["role"] = "assistant" if i % 2 else "user"
+    text, spans = templates[name].render(messages)
+    assert (text, spans) == reference(name, messages)
+    assert text == TOKENIZER.apply_chat_template(messages, chat_template=templates[name].jinja, tokenize=False)
+    if any(message["role"] == "assistant" for message in messages):
+        assert templates[name].render(messages, only_last=True) == (text, spans[-1:])
+
+
+def test_a_user_who_quotes_the_answer_is_not_trained_on(templates):
+    for name, template in templates.items():
+        messages = [{"role": "user", "content": "so."}, ANSWER, {"role": "user", "content": "so."}, ANSWER]
+        text, spans = template.render(messages)
+        assert len(spans) == 2, name
+        assert text.count("so.") == 4 and sum(text[start:end].count("so.") for start, end in spans) == 2
+
+
+def test_tulu_renders_the_same_without_transformers_environment():
+    messages = [{"role": "system", "content": "s"}, USER, {"role": "tool", "content": "t"}, ANSWER, USER, ANSWER]
+    rendered = jinja2.Environment().from_string(TULU).render(messages=messages, eos_token="<eos>")
+    assert rendered == "".join(text for text, _ in tulu(messages))
+    prompted = jinja2.Environment().from_string(TULU).render(messages=messages[:3], add_generation_prompt=True)
+    assert prompted == "<|system|>\ns\n<|user|>\nwhy?\n<|assistant|>\n"
+
+
+def test_an_exported_tokenizer_renders_what_was_trained(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = tiny_tokenizer.tiny_tokenizer()
+    template = resolve_template("tulu", tokenizer)
+    tokenizer.chat_template = template.jinja
+    tokenizer.save_pretrained(tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    messages = [USER, ANSWER, USER, ANSWER]
+    assert exported.apply_chat_template(messages, tokenize=False) == template.render(messages)[0]
+    assert resolve_template("tokenizer", exported).digest == template.digest
+
+
+def test_a_pickled_template_renders_the_same(templates):
+    for template in templates.values():
+        copy = pickle.loads(pickle.dumps(template))
+        assert copy.render([USER, ANSWER]) == template.render([USER, ANSWER]) and copy.digest == template.digest
+
+
+def test_roles_that_are_not_shown_are_told(templates):
+    assert [templates["TULU"].shows_role(role) for role in ("system", "user", "assistant", "tool")] == [1, 1, 1, 0]
+    assert templates["CHATML"].shows_role("tool") and templates["MISTRAL"].shows_role("system")
+
+
+def test_a_templates_own_refusal_is_told_from_its_failure(templates, tmp_path_factory):
+    with pytest.raises(TemplateRefused, match="alternate"):
+        templates["MISTRAL"].render([USER, USER])
+    failing = template_of(tmp_path_factory,
+                          "{% if messages|length > 2 %}{{ 1 / 0 }}{% endif %}" + tiny_tokenizer.CHATML)
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        failing.render([USER, ANSWER, USER])
+
+
+@pytest.mark.parametrize("jinja, said", [
+    ("{% for m in messages %}{{ m.content }}", "line 1"), ("{{ messages[0].content }}", "content exactly once"),
+    ("hello", "content exactly once"), ("{% for m in messages %}{{ m.content * 2 }}{% endfor %}", "exactly once"),
+    ("{{ raise_exception('never') }}", "never"), ("{{ messages[9].content }}", "Undefined"), ("{{ 1 / 0 }}", "ZeroDiv"),
+])
+def test_a_template_that_cannot_serve_is_refused_by_name(tmp_path, jinja, said):
+    (tmp_path / "bad.jinja").write_text(jinja)
+    with pytest.raises(UserError, match=said) as error:
+        resolve_template(str(tmp_path / "bad.jinja"), TOKENIZER)
+    assert "bad.jinja" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_template_that_is_not_there_is_refused(tmp_path):
+    (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe\x00")
+    for name in ("tuluu", str(tmp_path), str(tmp_path / "binary.jinja")):
+        with pytest.raises(UserError, match="tulu"):
+            resolve_template(name, TOKENIZER)
+    with pytest.raises(UserError, match="no chat template of its own"):
+        resolve_template("tokenizer", TOKENIZER)
+    endless = tiny_tokenizer.tiny_tokenizer()
+    endless.eos_token = None
+    with pytest.raises(UserError, match="eos_token"):
+        resolve_template("tulu", endless)
+
+
+def test_a_turn_that_cannot_be_told_from_the_rest_is_refused(tmp_path_factory):
+    """Here each turn is rendered differently once another follows, and what it says also appears in the first line."""
+    changing = template_of(tmp_path_factory, """\
+{%- if messages|length > 2 %}{{ messages[1].content|length }}{% endif %}
+{%- for message in messages %}{{- '<' + message.role + '>' + message.content + eos_token }}
+{%- if not loop.last %}{{ messages|length }}{% endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<assistant>' }}{% endif %}""")
+    with pytest.raises(UserError, match="message 2"):
+        changing.render([USER, {"role": "assistant", "content": "a long answer"}, USER, ANSWER])

@@ -1,0 +1,96 @@
+"""What only a GPU can show: the variable-length kernels compute what the block mask says, packed and shared prompts alike.
+
+    python -m pytest -m cuda tests/test_cuda.py
+"""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from common import attention, packing
+from common.model import PackedModel, model_inputs
+from common.token_cache import PreferencePair, SFTSample
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+KERNELS = [k for k in ("varlen", "flash_attention_2") if torch.cuda.is_available() and (
+    k == "varlen" or attention.importlib.util.find_spec("flash_attn"))]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def pairs(rng, sizes) -> list[PreferencePair]:
+    return [PreferencePair(*(rng.integers(1, 500, n).astype(np.int32) for n in size), 0, 0) for size in sizes]
+
+
+def conversations(rng, sizes) -> list[SFTSample]:
+    return [SFTSample(rng.integers(1, 500, n).astype(np.int32), np.array([[n // 2, n]], np.int32)) for n in sizes]
+
+
+PACKS = {
+    "sft": lambda rng: [packing.sft_documents(s) for s in conversations(rng, [1, 2, 130, 700, 64])],
+    "pairs": lambda rng: [packing.pair_documents(p, False) for p in pairs(rng, [(5, 3, 9), (200, 130, 1), (1, 300, 40)])],
+    "shared": lambda rng: [packing.pair_documents(p, True) for p in pairs(rng, [(5, 3, 9), (200, 130, 1), (1, 300, 40)])],
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("pack", PACKS)
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
+def test_varlen_kernel_equals_block_mask_forward_and_backward(kernel, pack, heads):
+    rng = np.random.default_rng(0)
+    micro_batch = packing.pack(PACKS[pack](rng))
+    length, device = len(micro_batch.input_ids), torch.device("cuda")
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, length, 64, device=device) for h in (heads[0], heads[1], heads[1]))
+    upstream = torch.randn(1, length, heads[0], 64, device=device)
+    results = []
+    for name, dtype in (("sdpa", torch.float32), (kernel, torch.bfloat16)):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        module = torch.nn.Module()
+        function = {"sdpa": attention._sdpa, "varlen": attention._varlen, "flash_attention_2": attention._flash_attention_2}[name]
+        out, _ = function(module, *inputs, scaling=0.125, **attention.attention_kwargs(micro_batch, name, device))
+        out.backward(upstream.to(dtype))
+        results.append([out, *(x.grad for x in inputs)])
+    for expected, seen in zip(*results, strict=True):
+        assert seen.isfinite().all()
+        assert relative(seen, expected) < 1e-2  # bfloat16 operands
+
+
+def tiny(kernel: str, dtype) -> PackedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32,
+                                          attn_implementation=attention.registered_name(kernel)).to(dtype).cuda()
+    return PackedModel(lm)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("pack", PACKS)
+def test_model_on_varlen_kernel_equals_float32_block_mask(kernel, pack, compiled):
+    micro_batch = packing.pack(PACKS[pack](np.random.default_rng(0)))
+    results = []
+    for name, dtype in (("sdpa", torch.float32), (kernel, torch.bfloat16)):
+        model = tiny(name, dtype)
+        if compiled and name == kernel:
+            model.compile_layers()
+        logps = model(**model_inputs(micro_batch, name, torch.device("cuda")))
+        logps.sum().backward()
+        results.append((logps, {n: p.grad for n, p in model.named_parameters()}))
+    (logps, grads), (seen_logps, seen_grads) = results
+    assert float((seen_logps - logps).abs().max()) < 0.05
+    for name, grad in grads.items():
+        assert relative(seen_grads[name], grad) < 3e-2, name
+
+
+def test_shared_prompts_equal_two_documents_on_the_gpu():
+    documents = pairs(np.random.default_rng(1), [(7, 3, 9), (120, 30, 61)])
+    sums = []
+    for share in (False, True):
+        micro_batch = packing.pack([packing.pair_documents(p, share) for p in documents])
+        sums.append(tiny("varlen", torch.bfloat16)(**model_inputs(micro_batch, "varlen", torch.device("cuda"))))
+    assert float((sums[0] - sums[1]).abs().max()) < 0.05

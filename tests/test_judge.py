@@ -1,0 +1,230 @@
+"""The judge: a good history passes every check, and each check fails on a history made to fail it alone.
+
+    python -m pytest tests/test_judge.py
+"""
+
+import json
+import math
+
+import pytest
+
+from common.judge import ADVICE, Score, format_table, judge, judge_answers, judge_run
+
+NUM_STEPS = 100
+
+
+def good_run(tmp_path, method="dpo", loss_type="dpo_norm"):
+    """(history, run_config) of a run with nothing wrong."""
+    history = []
+    for step in range(1, NUM_STEPS + 1):
+        row = {"step": step, "train_loss": 1.2 * 0.98**step, "grad_norm": 1.5, "tokens_per_second": 5000.0,
+               "step_seconds": 2.0, "max_memory_gb": 61.5}
+        if method == "dpo":
+            row |= {"train_loss": math.log(2) * 0.99 ** (step - 1), "rewards/accuracy": 0.5 + step / 400,
+                    "rewards/margin": step / 1000}
+        history.append(row)
+    history[1]["step_seconds"] = 300.0  # compiling: before the sixth step nothing is slow
+    config = {"logging_steps": 1}
+    result = {"steps": NUM_STEPS, "rank_agreement": True}
+    if method == "dpo":
+        config |= {"loss_type": loss_type, "ref_model_name_or_path": None}
+        (tmp_path / "reference").write_text("logps")
+        result["reference_cache"] = str(tmp_path / "reference")
+    return history, {
+        "config": config, "world_size": 4, "device": {"name": "GPU", "total_memory_gb": 80.0}, "result": result,
+        "zero": {"stage": 3, "num_parameters": 1001, "partitioned_parameters_per_rank": [251, 251, 251, 251]},
+    }
+
+
+def failed(checks):
+    return [check.name for check in checks if not check.passed]
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_good_run_passes_every_check(tmp_path, method):
+    checks = judge(*good_run(tmp_path, method), exit_code=0)
+    assert failed(checks) == []
+    assert len(checks) == {"sft": 8, "dpo": 12}[method]
+
+
+def edit_rows(**values):
+    """An edit that sets fields of steps: edit_rows(grad_norm={3: 0.0}); steps=None means every step."""
+    def edit(history, run_config):
+        for field, by_step in values.items():
+            for row in history:
+                if None in by_step or row["step"] in by_step:
+                    row[field.replace("__", "/")] = by_step.get(row["step"], by_step.get(None))
+    return edit
+
+
+def edit_config(part, **values):
+    return lambda history, run_config: (run_config[part] if part else run_config).update(values)
+
+
+def flat(start):
+    """Every loss from step 2 on at `start`."""
+    return edit_rows(train_loss=dict.fromkeys(range(2, NUM_STEPS + 1), start))
+
+
+ALONE = [  # (the one check that must fail, method, what is done to a good run)
+    ("run finished", "sft", lambda history, run_config: history.pop()),
+    ("run finished", "sft", lambda history, run_config: history.pop(40)),
+    ("run finished", "sft", lambda history, run_config: history.insert(40, dict(history[40]))),
+    ("SFT loss falls", "sft", flat(1.2)),
+    ("SFT loss falls", "sft", lambda history, run_config: [
+        row.update(train_loss=2.0 - 0.11 * (row["step"] > 50)) for row in history]),  # 5.5% lower is not enough
+    ("DPO loss falls", "dpo", flat(math.log(2) + 1e-6)),
+    ("loss value", "sft", edit_rows(train_loss={50: math.nan})),
+    ("loss value", "sft", edit_rows(train_loss={50: math.inf})),
+    ("loss value", "sft", edit_rows(train_loss={50: -math.inf})),
+    ("loss value", "sft", edit_rows(train_loss={50: 10.5})),
+    ("grad norm", "sft", edit_rows(grad_norm={50: 0.0})),
+    ("grad norm", "sft", edit_rows(grad_norm={50: 1000.5})),
+    ("grad norm", "sft", edit_rows(grad_norm={50: math.nan})),
+    ("grad norm", "sft", edit_rows(grad_norm={None: 0.09})),
+    ("grad norm", "sft", edit_rows(grad_norm={None: 11.0})),
+    ("speed", "sft", edit_rows(tokens_per_second={50: 0.0})),
+    ("speed", "sft", edit_rows(step_seconds={50: 20.5})),
+    ("DPO starts at ln 2", "dpo", edit_rows(train_loss={1: math.log(2) + 0.011})),
+    ("DPO starts at ln 2", "dpo", edit_rows(train_loss={1: math.log(2) - 0.011})),
+    ("reference cached", "dpo", edit_config("result", reference_cache=None)),
+    ("reference cached", "dpo", edit_config("result", reference_cache="/no/such/file")),
+    ("rewards/accuracy", "dpo", edit_rows(rewards__accuracy={None: 0.5})),
+    ("rewards/margin", "dpo", edit_rows(rewards__margin={None: 0.0})),
+    ("ZeRO-3 partitions", "sft", lambda history, run_config: run_config["zero"].update(stage=2)),
+    ("ZeRO-3 partitions", "sft", lambda history, run_config: run_config["zero"].update(
+        partitioned_parameters_per_rank=[1001] * 4)),
+    ("ZeRO-3 partitions", "sft", lambda history, run_config: run_config["zero"].update(
+        partitioned_parameters_per_rank=[251] * 3)),
+    ("ranks agree", "sft", edit_config("result", rank_agreement=False)),
+    ("ranks agree", "sft", lambda history, run_config: run_config["result"].pop("rank_agreement")),
+]
+
+
+@pytest.mark.parametrize("name, method, edit", ALONE, ids=[f"{row[0]}-{i}" for i, row in enumerate(ALONE)])
+def test_each_check_fails_alone_on_its_own_fault(tmp_path, name, method, edit):
+    history, run_config = good_run(tmp_path, method)
+    edit(history, run_config)
+    others = {"loss value": {"SFT loss falls"}}.get(name, set())  # a loss that is not finite does not fall either
+    assert set(failed(judge(history, run_config, exit_code=0))) - others == {name}
+
+
+@pytest.mark.parametrize("exit_code", [1, 2, 3, 143])
+def test_an_exit_code_other_than_0_fails_the_run(tmp_path, exit_code):
+    assert failed(judge(*good_run(tmp_path, "sft"), exit_code)) == ["run finished"]
+
+
+def test_out_of_memory_is_seen_in_the_runs_output_and_peak_and_headroom_are_shown(tmp_path):
+    history, run_config = good_run(tmp_path, "sft")
+    memory = next(c for c in judge(history, run_config, 0) if c.name == "memory")
+    assert memory.passed and "peak 61.5 GB" in memory.seen and "headroom 18.5 of 80.0 GB" in memory.seen
+    del run_config["result"]
+    output = "step 100/500 ...\nerror: step 101: out of memory; try a smaller budget\n"
+    checks = judge(history, run_config, 3, output)
+    assert failed(checks) == ["run finished", "memory", "ranks agree"]
+    assert "error: step 101" in checks[0].seen
+
+
+def test_accuracy_of_exactly_055_and_a_step_of_exactly_10_medians_are_the_limits(tmp_path):
+    history, run_config = good_run(tmp_path)
+    edit_rows(rewards__accuracy={None: 0.55}, step_seconds={50: 20.0})(history, run_config)
+    assert failed(judge(history, run_config, 0)) == ["rewards/accuracy"]
+
+
+def test_ln_2_is_asked_only_of_logistic_losses_and_of_a_reference_that_is_the_starting_policy(tmp_path):
+    names = {loss_type: {c.name for c in judge(*good_run(tmp_path, loss_type=loss_type), 0)}
+             for loss_type in ("sigmoid", "dpo_norm", "ipo", "simpo")}
+    assert [("DPO starts at ln 2" in names[t], "reference cached" in names[t]) for t in names] == [
+        (True, True), (True, True), (False, True), (False, False)]
+    history, run_config = good_run(tmp_path)
+    run_config["config"]["ref_model_name_or_path"] = "another/model"
+    assert "DPO starts at ln 2" not in {c.name for c in judge(history, run_config, 0)}
+
+
+def test_ipo_has_to_fall_below_its_own_first_steps(tmp_path):
+    history, run_config = good_run(tmp_path, loss_type="ipo")
+    flat(2.0)(history, run_config)
+    assert failed(judge(history, run_config, 0)) == ["DPO loss falls"]
+
+
+def test_an_unlogged_first_step_is_not_taken_for_step_1(tmp_path):
+    history, run_config = good_run(tmp_path)
+    run_config["config"]["logging_steps"] = 2
+    assert failed(judge(history[1::2], run_config, 0)) == ["DPO starts at ln 2"]
+
+
+def test_a_floor_for_slow_steps_forgives_a_tiny_models_hiccup_and_no_hang(tmp_path):
+    history, run_config = good_run(tmp_path, "sft")
+    edit_rows(step_seconds={None: 0.1, 50: 4.0})(history, run_config)
+    assert failed(judge(history, run_config, 0)) == ["speed"]
+    assert failed(judge(history, run_config, 0, slow_step_floor=5.0)) == []
+    history[60]["step_seconds"] = 6.0
+    assert failed(judge(history, run_config, 0, slow_step_floor=5.0)) == ["speed"]
+
+
+def test_a_single_step_is_judged_without_a_traceback(tmp_path):
+    history, run_config = good_run(tmp_path, "sft")
+    run_config["result"]["steps"] = 1
+    assert failed(judge(history[:1], run_config, 0)) == ["SFT loss falls"]
+
+
+# ------------------------------------------------------------------ files
+def write_run(tmp_path, method="dpo"):
+    history, run_config = good_run(tmp_path, method)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+    (tmp_path / "run_config.json").write_text(json.dumps(run_config))
+
+
+def test_judge_run_reads_what_a_run_left(tmp_path):
+    write_run(tmp_path)
+    assert failed(judge_run(tmp_path, 0)) == []
+
+
+def spoil(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("harm, word", [
+    (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl: No such file"),
+    (lambda folder: (folder / "run_config.json").unlink(), "run_config.json: No such file"),
+    (spoil("metrics.jsonl", ""), "metrics.jsonl is empty"),
+    (spoil("metrics.jsonl", '{"step": 1, "train_lo'), "metrics.jsonl line 1 is not JSON"),
+    (spoil("metrics.jsonl", '{"step": 1}\n'), "metrics.jsonl line 1 has no number `train_loss`"),
+    (spoil("metrics.jsonl", "[1]\n"), "metrics.jsonl line 1 has no number `step`"),
+    (spoil("run_config.json", "{"), "unreadable"),
+    (spoil("run_config.json", "[]"), "unreadable"),
+    (spoil("run_config.json", "{}"), "unreadable"),
+])
+def test_missing_torn_and_empty_files_fail_with_a_clear_line(tmp_path, harm, word):
+    write_run(tmp_path)
+    harm(tmp_path)
+    checks = judge_run(tmp_path, 0)
+    assert failed(checks) == ["run finished"] and word in checks[0].seen
+    assert word in format_table(checks)
+
+
+def test_a_run_that_never_began_shows_its_error_line(tmp_path):
+    checks = judge_run(tmp_path, 2, "loading\nerror: unknown flag --lr; did you mean --learning_rate?\n")
+    assert "did you mean --learning_rate" in checks[0].seen
+
+
+# ------------------------------------------------------------------ answers and the table
+@pytest.mark.parametrize("sft, dpo, names", [
+    ((400, 280, 200), (400, 260, 360), []),
+    ((400, 279, 200), (400, 279, 360), ["SFT answers right"]),
+    ((400, 400, 139), (400, 400, 400), ["SFT style"]),
+    ((400, 400, 261), (400, 400, 400), ["SFT style"]),
+    ((400, 400, 200), (400, 400, 359), ["DPO style"]),
+    ((400, 400, 200), (400, 379, 400), ["DPO keeps answers"]),
+])
+def test_answers_are_held_to_the_limits(sft, dpo, names):
+    assert failed(judge_answers(Score(*sft), Score(*dpo))) == names
+
+
+def test_the_table_shows_every_check_and_advises_on_the_failed_one_only(tmp_path):
+    history, run_config = good_run(tmp_path)
+    edit_rows(rewards__margin={None: -0.1})(history, run_config)
+    text = format_table(judge(history, run_config, 0))
+    assert text.count("PASS") == 11 and text.count("FAIL") == 1
+    assert ADVICE["rewards/margin"] in text and ADVICE["speed"] not in text
+    assert "\033[31mFAIL" in format_table(judge(history, run_config, 0), colour=True)

@@ -1,0 +1,143 @@
+"""The log-probability head is log_softmax of the output projection, in value and gradient.
+
+pytest tests/test_logprobs.py
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from common import logprobs
+from common.logprobs import LogProbHead, sequence_logps
+
+HIDDEN, VOCAB = 12, 37
+
+
+def projection(bias: bool, dtype=torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    linear = nn.Linear(HIDDEN, VOCAB, bias=bias)
+    nn.init.normal_(linear.weight)
+    return linear.to(dtype)
+
+
+def by_definition(linear: nn.Linear, hidden, targets, weights):
+    """Values and gradients in float64, all logits at once."""
+    weight = linear.weight.detach().double().requires_grad_()
+    bias = None if linear.bias is None else linear.bias.detach().double().requires_grad_()
+    hidden = hidden.detach().double().requires_grad_()
+    logps = torch.log_softmax(nn.functional.linear(hidden, weight, bias), -1)[torch.arange(len(targets)), targets]
+    (logps * weights.double()).sum().backward()
+    return logps.detach(), hidden.grad, weight.grad, None if bias is None else bias.grad
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 2, 5, 11, 100])
+@pytest.mark.parametrize("bias", [False, True])
+def test_head_is_log_softmax_in_value_and_gradient(monkeypatch, chunk_rows, bias):
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_rows * VOCAB)
+    linear = projection(bias)
+    hidden = torch.randn(11, HIDDEN, requires_grad=True)
+    targets, weights = torch.randint(0, VOCAB, (11,)), torch.randn(11)
+    targets[:2] = torch.tensor([0, VOCAB - 1])
+    expected = by_definition(linear, hidden, targets, weights)
+    head = LogProbHead(linear)
+    logps = head(hidden, targets)
+    (logps * weights).sum().backward()
+    assert logps.dtype == torch.float32
+    for seen, wanted in zip(
+        (logps, hidden.grad, head.weight.grad, head.bias.grad if bias else None), expected, strict=True
+    ):
+        if wanted is not None:
+            torch.testing.assert_close(seen.double(), wanted, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Input")
+def test_head_passes_gradcheck():
+    """Numerical derivatives; wide steps, for the head reduces in float32."""
+    linear = projection(True)
+    targets = torch.tensor([3, 0, 36])
+    hidden = torch.randn(3, HIDDEN, requires_grad=True)
+    inputs = (hidden, linear.weight, linear.bias)
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: logprobs._ChunkedLogProbs.apply(
+            h, w, b, targets, 2, logprobs.target_logps, logprobs.logits_gradient), inputs, eps=1e-2, atol=5e-3, rtol=5e-3
+    )
+
+
+def test_tied_weight_gets_the_gradient_of_both_uses():
+    torch.manual_seed(1)
+    ids, targets = torch.tensor([4, 8, 15]), torch.tensor([16, 23, 36])
+    gradients = []
+    for dtype, use_head in ((torch.float32, True), (torch.float64, False)):
+        torch.manual_seed(2)
+        embedding = nn.Embedding(VOCAB, HIDDEN)
+        linear = nn.Linear(HIDDEN, VOCAB, bias=False)
+        linear.weight = embedding.weight
+        embedding.to(dtype)
+        linear.weight = embedding.weight
+        hidden = torch.tanh(embedding(ids))
+        logps = (
+            LogProbHead(linear)(hidden, targets)
+            if use_head
+            else torch.log_softmax(linear(hidden), -1)[torch.arange(3), targets]
+        )
+        logps.sum().backward()
+        gradients.append(embedding.weight.grad.double())
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-6)
+
+
+def test_bfloat16_reduces_in_float32():
+    """Against float64 of the same bfloat16 logits: as exact as float32, not as bfloat16."""
+    linear = projection(False, torch.bfloat16)
+    hidden = torch.randn(9, HIDDEN).bfloat16().requires_grad_()
+    targets = torch.randint(0, VOCAB, (9,))
+    logps = LogProbHead(linear)(hidden, targets)
+    logits = nn.functional.linear(hidden, linear.weight).double()
+    torch.testing.assert_close(
+        logps.double(), torch.log_softmax(logits, -1)[torch.arange(9), targets], rtol=1e-6, atol=1e-6
+    )
+    logps.sum().backward()
+    assert linear.weight.grad.dtype == hidden.grad.dtype == torch.bfloat16
+    expected = by_definition(linear, hidden, targets, torch.ones(9))
+    for seen, wanted in ((hidden.grad, expected[1]), (linear.weight.grad, expected[2])):
+        assert (seen.double() - wanted).norm() <= 0.01 * wanted.norm()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_no_targets_give_zero_gradients_not_none(bias):
+    head = LogProbHead(projection(bias))
+    hidden = torch.randn(0, HIDDEN, requires_grad=True)
+    logps = head(hidden, torch.zeros(0, dtype=torch.int64))
+    assert logps.shape == (0,)
+    logps.sum().backward()
+    assert hidden.grad.shape == (0, HIDDEN)
+    assert head.weight.grad.abs().sum() == 0 and (not bias or head.bias.grad.abs().sum() == 0)
+
+
+def test_logits_exist_a_chunk_at_a_time(monkeypatch):
+    rows = []
+    linear = nn.functional.linear
+
+    def recorded(hidden, *rest):
+        rows.append(len(hidden))
+        return linear(hidden, *rest)
+
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 4 * VOCAB)
+    monkeypatch.setattr(nn.functional, "linear", recorded)
+    LogProbHead(projection(False))(
+        torch.randn(30, HIDDEN, requires_grad=True), torch.zeros(30, dtype=torch.int64)
+    ).sum().backward()
+    assert max(rows) == 4 and sum(rows) == 2 * 30
+
+
+def test_head_without_targets_is_the_projection_and_keeps_its_names():
+    linear = projection(True)
+    head, hidden = LogProbHead(linear), torch.randn(2, 3, HIDDEN)
+    assert torch.equal(head(hidden), linear(hidden))
+    assert head.state_dict().keys() == linear.state_dict().keys()
+    assert head.weight is linear.weight
+
+
+def test_sequence_logps_sums_each_sequence():
+    logps = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    assert sequence_logps(logps, [2, 1, 2]).tolist() == [3.0, 4.0, 24.0]
+    assert sequence_logps(logps[:0], []).shape == (0,)

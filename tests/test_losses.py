@@ -1,0 +1,138 @@
+"""Preference losses against the papers' formulas and hand-worked numbers: pytest tests/test_losses.py"""
+
+import math
+
+import pytest
+import torch
+
+from common.config import DPOConfig
+from common.errors import TrainingStopped, UserError
+from common.losses import LOSSES, SUMMED, check_first_step, preference_loss, preference_sums
+
+CHOSEN = torch.tensor([-1.5, 0.25, 3.0, 0.0, -40.0], dtype=torch.float64)
+REJECTED = torch.tensor([0.5, -2.0, 2.75, 0.0, 40.0], dtype=torch.float64)
+
+
+def loss(loss_type, chosen=CHOSEN, rejected=REJECTED, **settings):
+    config = DPOConfig(loss_type=loss_type, **settings)
+    return preference_loss(config).function(chosen, rejected, config)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "dpo_norm"])
+@pytest.mark.parametrize(("beta", "smoothing"), [(0.1, 0.0), (5.0, 0.0), (0.3, 0.1), (1.0, 0.5)])
+def test_logistic_losses_are_the_papers(loss_type, beta, smoothing):
+    """Rafailov et al. 2023, eq. 7; with smoothing Mitchell 2023: both labels, weighed by their probability."""
+    seen = loss(loss_type, CHOSEN[:4], REJECTED[:4], beta=beta, label_smoothing=smoothing)
+    for i in range(4):
+        p = sigmoid(beta * (CHOSEN[i].item() - REJECTED[i].item()))
+        assert seen[i].item() == pytest.approx(
+            -(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p), rel=1e-12
+        )
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_ipo_is_the_papers(beta):
+    """Azar et al. 2023, eq. 17."""
+    expected = [(c - r - 1 / (2 * beta)) ** 2 for c, r in zip(CHOSEN.tolist(), REJECTED.tolist(), strict=True)]
+    assert loss("ipo", beta=beta).tolist() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("beta", "ratio"), [(2.0, 0.5), (5.0, 0.3), (1.0, 0.0)])
+def test_simpo_is_the_papers(beta, ratio):
+    """Meng et al. 2024, eq. 6, with gamma = ratio x beta."""
+    seen = loss("simpo", CHOSEN[:4], REJECTED[:4], beta=beta, gamma_beta_ratio=ratio)
+    for i in range(4):
+        margin = beta * CHOSEN[i].item() - beta * REJECTED[i].item() - ratio * beta
+        assert seen[i].item() == pytest.approx(-math.log(sigmoid(margin)), rel=1e-12)
+
+
+def test_hand_worked_numbers():
+    """Ratios 2 and 1, so a difference of 1."""
+    two, one = torch.tensor([2.0], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
+    assert loss("sigmoid", two, one, beta=math.log(3)).item() == pytest.approx(math.log(4 / 3))  # sigmoid(ln 3) = 3/4
+    assert loss("dpo_norm", one, two, beta=math.log(3)).item() == pytest.approx(math.log(4))
+    assert loss("sigmoid", two, one, beta=math.log(3), label_smoothing=0.25).item() == pytest.approx(
+        0.75 * math.log(4 / 3) + 0.25 * math.log(4)
+    )
+    assert loss("ipo", two, one, beta=0.25).item() == pytest.approx(1.0)  # (1 - 2)^2
+    assert loss("simpo", two, one, beta=2 * math.log(3), gamma_beta_ratio=0.5).item() == pytest.approx(
+        math.log(4 / 3)
+    )
+
+
+@pytest.mark.parametrize("loss_type", sorted(LOSSES))
+def test_far_apart_log_probabilities_overflow_nothing(loss_type):
+    chosen = CHOSEN.float().requires_grad_()
+    value = loss(loss_type, chosen, REJECTED.float(), beta=5.0)
+    value.sum().backward()
+    assert value.isfinite().all() and chosen.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss_type", sorted(LOSSES))
+def test_a_better_chosen_side_lowers_the_loss(loss_type):
+    beta = 0.1 if loss_type == "ipo" else 1.0  # ipo pulls towards 1 / (2 beta)
+    better, worse = (loss(loss_type, torch.tensor([c]), torch.tensor([0.0]), beta=beta) for c in (1.0, 0.0))
+    assert better < worse
+
+
+def test_first_step_of_each_loss():
+    zero = torch.zeros(1, dtype=torch.float64)
+    for name, entry in LOSSES.items():
+        config = DPOConfig(loss_type=name, beta=0.4)
+        if entry.first_step is not None:
+            assert entry.function(zero, zero, config).item() == pytest.approx(entry.first_step(config), rel=1e-12)
+    assert {name for name, entry in LOSSES.items() if entry.first_step_tolerance} == {"sigmoid", "dpo_norm"}
+    assert {name for name, entry in LOSSES.items() if entry.averages_over_length} == {"dpo_norm", "ipo", "simpo"}
+    assert {name for name, entry in LOSSES.items() if not entry.needs_reference} == {"simpo"}
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "dpo_norm"])
+def test_a_first_step_that_is_not_ln_2_stops_the_run(loss_type):
+    config = DPOConfig(loss_type=loss_type)
+    check_first_step(math.log(2) + 0.0099, LOSSES[loss_type], config)
+    for wrong in (math.log(2) + 0.011, math.log(2) - 0.011, 6 * math.log(2)):
+        with pytest.raises(TrainingStopped, match=r"must be 0\.6931"):
+            check_first_step(wrong, LOSSES[loss_type], config)
+
+
+def test_other_losses_have_no_first_step_check():
+    check_first_step(12.0, LOSSES["simpo"], DPOConfig(loss_type="simpo"))
+    check_first_step(12.0, LOSSES["ipo"], DPOConfig(loss_type="ipo"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"loss_type": "simpo", "label_smoothing": 0.1}, "label_smoothing"),
+        ({"loss_type": "simpo", "ref_model_name_or_path": "x"}, "ref_model_name_or_path"),
+    ],
+)
+def test_settings_that_a_loss_does_not_define_are_refused(settings, named):
+    with pytest.raises(UserError, match=named):
+        preference_loss(DPOConfig(**settings))
+
+
+def test_sums_by_hand():
+    """Two pairs, beta 2: one right by 3, one a tie."""
+    ratios = torch.tensor([[1.0, -2.0], [0.5, 0.5]])
+    logps = torch.tensor([[-10.0, -20.0], [-1.0, -2.0]])
+    sums = dict(zip(SUMMED, preference_sums(torch.tensor(7.0), ratios, logps, 2.0).tolist(), strict=True))
+    assert sums == {
+        "train_loss": 7.0,
+        "rewards/chosen": 3.0,
+        "rewards/rejected": -3.0,
+        "rewards/margin": 6.0,
+        "rewards/accuracy": 1.5,
+        "logps/chosen": -11.0,
+        "logps/rejected": -22.0,
+    }
+
+
+def test_sums_of_an_empty_micro_batch_are_zero():
+    empty = torch.zeros(0, 2)
+    assert preference_sums(torch.tensor(0.0), empty, empty, 2.0).tolist() == [0.0] * len(SUMMED)

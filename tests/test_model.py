@@ -1,0 +1,295 @@
+"""The model that is trained is the model of the folder, and what is exported is what was trained.
+
+pytest tests/test_model.py
+"""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import launch
+import models
+import pytest
+import reference
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common import distributed, model
+from common.config import SFTConfig
+from common.engine import build_engine
+from common.errors import UserError
+from common.placement import deepspeed_config
+
+IDS = torch.randint(1, models.VOCAB, (1, 70), generator=torch.Generator().manual_seed(3))
+CAUSAL = torch.ones(70, 70, dtype=torch.bool).tril()[None, None]
+CASES = {
+    **{name: (name, {}) for name in models.ARCHITECTURES},
+    "llama_tied": ("llama", {"tie_word_embeddings": True}),
+    "llama3_rope": ("llama", {"rope_parameters": models.LLAMA3_ROPE}),
+}
+
+
+# ------------------------------------------------------------------ load and export, under ZeRO-3 on two ranks
+
+
+def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
+    """On each rank: what the partitioned model holds and computes; then its export, in shards of a few tensors."""
+    model.SHARD_BYTES = 9000
+    ranks = distributed.start(5)
+    seen = []
+    for folder, output in zip(folders, outputs, strict=True):
+        Path(output).mkdir(exist_ok=True)
+        config = SFTConfig()
+        ds_config = deepspeed_config(config)
+        packed = model.load_partitioned(folder, model.load_config(folder), torch.bfloat16, "sdpa", ds_config, ranks)
+        engine = build_engine(packed, config, ds_config)
+        rows = torch.arange(IDS.shape[1])
+        with torch.no_grad():
+            logits = engine(
+                input_ids=IDS, position_ids=rows[None], target_rows=rows, target_ids=None, packed_mask=CAUSAL
+            )[None]
+        held = sum(p.ds_tensor.numel() for p in packed.lm.parameters())
+        total = sum(p.ds_numel for p in packed.lm.parameters())
+        seen.append(
+            {
+                "logits": logits,
+                "buffers": dict(packed.lm.named_buffers()),
+                "held": held,
+                "total": total,
+                "whole": sum(p.numel() for p in packed.lm.parameters()),
+            }
+        )
+        tokenizer = model.load_tokenizer(folder)
+        model.export_model(packed, output, tokenizer, folder, ranks)
+    ranks.leave()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """{case: (folder, exported folder, what each of the two ranks saw)}"""
+    root = tmp_path_factory.mktemp("models")
+    folders = [
+        models.make_model(root / name, architecture, torch.bfloat16, **changes)
+        for name, (architecture, changes) in CASES.items()
+    ]
+    outputs = [root / f"{name}-exported" for name in CASES]
+    per_rank = launch.on_ranks(load_and_export, 2, list(map(str, folders)), list(map(str, outputs)))
+    return {name: (folders[i], outputs[i], [seen[i] for seen in per_rank]) for i, name in enumerate(CASES)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_partitioned_model_computes_what_a_plain_load_computes(loaded, case):
+    """bfloat16 logits to the bit, through transformers' own sdpa under an explicit mask."""
+    folder, _, seen = loaded[case]
+    plain = reference.load(folder, torch.bfloat16, "sdpa")
+    with torch.no_grad():
+        expected = plain(input_ids=IDS, attention_mask=CAUSAL).logits
+    for rank in seen:
+        assert torch.equal(rank["logits"], expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_buffers_are_those_of_a_plain_load_in_float32(loaded, case):
+    folder, _, seen = loaded[case]
+    expected = dict(reference.load(folder, torch.bfloat16).named_buffers())
+    for rank in seen:
+        assert rank["buffers"].keys() == expected.keys() and expected
+        for name, buffer in expected.items():
+            assert rank["buffers"][name].dtype == buffer.dtype == torch.float32
+            assert torch.equal(rank["buffers"][name], buffer), name
+
+
+def test_llama3_rope_is_not_plain_rope(loaded):
+    """Or the case above would prove nothing."""
+    frequencies = [loaded[case][2][0]["buffers"]["model.rotary_emb.inv_freq"] for case in ("llama", "llama3_rope")]
+    assert not torch.equal(*frequencies)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_rank_holds_its_part_alone(loaded, case):
+    _, _, seen = loaded[case]
+    for rank in seen:
+        assert rank["total"] / 2 <= rank["held"] <= rank["total"] / 2 + 40
+        assert rank["whole"] < rank["total"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_export_loads_without_a_word_and_holds_the_same_bits(loaded, case):
+    folder, output, seen = loaded[case]
+    assert len(list(output.glob("model-*.safetensors"))) > 2
+    exported = load_silently(output)
+    expected = reference.load(folder, torch.bfloat16).state_dict()
+    assert exported.dtype == torch.bfloat16
+    assert exported.state_dict().keys() == expected.keys()
+    assert all(torch.equal(exported.state_dict()[name], tensor) for name, tensor in expected.items())
+    tied = AutoConfig.from_pretrained(folder).tie_word_embeddings
+    assert (exported.get_input_embeddings().weight is exported.get_output_embeddings().weight) == tied
+    with torch.no_grad():
+        assert torch.equal(exported(input_ids=IDS, attention_mask=CAUSAL).logits, seen[0]["logits"])
+
+
+def test_export_has_an_index_of_all_its_files_and_no_other(loaded):
+    for _, output, _ in loaded.values():
+        index = json.loads((output / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == {path.name for path in output.glob("*.safetensors")}
+        assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in all_tensors(output))
+        assert not list(output.glob(".*")), "leftovers"
+        assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 0
+
+
+def all_tensors(folder):
+    from safetensors import safe_open
+
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            yield from (file.get_tensor(name) for name in file.keys())  # noqa: SIM118
+
+
+def load_silently(folder):
+    """from_pretrained with nothing to say: no warning, no log record, no key missing, left over or of another shape."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    finally:
+        logger.removeHandler(handler)
+    assert [record.getMessage() for record in records if record.levelno >= logging.WARNING] == []
+    assert {name: list(found) for name, found in info.items() if found} == {}
+    return loaded.eval()
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+def config_of(model_type, **changes):
+    return AutoConfig.for_model(model_type, **changes)
+
+
+REFUSED = {
+    "window": (lambda: models.make_config("mistral", sliding_window=50), "sliding window of 50"),
+    "window of some layers": (
+        lambda: models.make_config(
+            "qwen2",
+            use_sliding_window=True,
+            sliding_window=50,
+            max_window_layers=1,
+            layer_types=["full_attention", "sliding_attention"],
+        ),
+        "sliding window",
+    ),
+    "soft cap": (lambda: config_of("gemma2", sliding_window=4096), "softcap"),
+    "experts": (lambda: config_of("mixtral", sliding_window=None), "experts"),
+    "experts, Qwen": (lambda: config_of("qwen3_moe"), "experts"),
+    "dropout": (lambda: models.make_config(attention_dropout=0.1), "attention_dropout"),
+    "dropout, GPT-2": (lambda: config_of("gpt2"), "gpt2"),
+    "logit scaling, Granite": (lambda: config_of("granite", logits_scaling=8.0), "logits_scaling"),
+    "logit scaling, Cohere": (lambda: config_of("cohere", logit_scale=0.0625), "logit_scale"),
+    "state, Mamba": (lambda: config_of("mamba"), "mamba"),
+    "state, Jamba": (lambda: config_of("jamba"), "jamba"),
+    "linear attention": (lambda: config_of("qwen3_next"), "qwen3_next"),
+    "chunks": (lambda: config_of("llama4_text"), "llama4"),
+    "encoder": (lambda: config_of("t5"), "not a causal language model"),
+    "bert as encoder": (lambda: config_of("vit"), "not a causal language model"),
+    "images": (lambda: config_of("gemma3"), "gemma3"),
+    "ALiBi": (lambda: config_of("bloom", hidden_dropout=0.0, attention_dropout=0.0), "bloom"),
+    "dynamic RoPE": (
+        lambda: models.make_config(
+            max_position_embeddings=64, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+        ),
+        "RoPE",
+    ),
+    "small embedding": (lambda: models.make_config(vocab_size=200), "embedding only 200 rows"),
+    "quantized": (lambda: models.make_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantized"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_be_trained_wrongly_is_refused_by_name(name):
+    make, named = REFUSED[name]
+    with pytest.raises(UserError, match=named) as error:
+        model.check_supported(make(), 100, 300)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+def test_the_five_architectures_are_accepted(architecture):
+    model.check_supported(models.make_config(architecture), 2048, 300)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: models.make_config("mistral", sliding_window=100),
+        lambda: models.make_config("qwen2", use_sliding_window=False, sliding_window=50),
+        lambda: models.make_config(rope_parameters=models.LLAMA3_ROPE),
+        lambda: config_of("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None, sliding_window=100),
+        lambda: models.make_config(vocab_size=300),
+    ],
+)
+def test_what_changes_nothing_here_is_accepted(make):
+    """A window as long as the longest sample, one that is switched off, ..."""
+    model.check_supported(make(), 100, 300)
+
+
+def test_folders_that_hold_no_model_are_refused(tmp_path):
+    for name in (str(tmp_path / "absent"), "./absent", "a/b/c"):
+        with pytest.raises(UserError, match="no such folder") as error:
+            model.find_model(name)
+        assert name in str(error.value)
+    with pytest.raises(UserError, match=r"no config\.json"):
+        model.find_model(str(tmp_path))
+    with pytest.raises(UserError, match="hub"):
+        model.find_model("nobody/nothing")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "no_such_type"}', "[]"])
+def test_a_config_that_cannot_be_read_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        model.load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["torn", "absent", "shard absent", "index torn", "tensor missing", "other shape"])
+def test_weights_that_are_not_whole_are_refused_by_name(tmp_path, damage):
+    folder = models.make_model(tmp_path / "model")
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    shape = models.make_config()
+    if damage == "torn":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "absent":
+        weights.unlink()
+    elif damage == "shard absent":
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-2.safetensors"}}))
+    elif damage == "index torn":
+        index.write_text("{")
+    elif damage == "tensor missing":
+        shape = models.make_config(num_hidden_layers=3)
+    else:
+        shape = models.make_config(intermediate_size=64)
+    with pytest.raises(UserError) as error, torch.device("meta"):
+        model.WeightReader(str(folder)).check(AutoModelForCausalLM.from_config(shape))
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_cannot_end_answers_is_refused(tmp_path):
+    tokenizer = models.make_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no EOS"):
+        model.load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("files", [{}, {"tokenizer.json": "{"}])
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        model.load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(error.value)

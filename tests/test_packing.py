@@ -1,0 +1,207 @@
+"""Packing changes speed, never the numbers: pytest tests/test_packing.py"""
+
+import models
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.attention import registered_name
+from common.logprobs import sequence_logps
+from common.model import PackedModel, model_inputs
+from common.packing import pack, pair_documents, pair_length, plan_step, sft_documents
+from common.tokenization import PreferencePair, SFTSample
+
+CPU = torch.device("cpu")
+
+
+# ------------------------------------------------------------------ the plan of a step
+
+
+@st.composite
+def steps(draw):
+    lengths = draw(st.lists(st.integers(1, 300), min_size=1, max_size=60))
+    return lengths, draw(st.integers(1, 9)), max(lengths) + draw(st.integers(0, 400))
+
+
+@given(steps())
+@settings(max_examples=300, deadline=None)
+def test_every_sample_has_one_place_within_the_budget_and_ranks_are_alike(step):
+    lengths, num_ranks, budget = step
+    plan = plan_step(lengths, num_ranks, budget)
+    assert len(plan) == num_ranks
+    assert len({len(rank) for rank in plan}) == 1, "an unequal number of micro-batches hangs the collectives"
+    micro_batches = [members for rank in plan for members in rank]
+    assert sorted(i for members in micro_batches for i in members) == list(range(len(lengths)))
+    tokens = [sum(lengths[i] for i in members) for members in micro_batches]
+    assert max(tokens) <= budget
+    assert max(tokens) - min(tokens) <= max(lengths), "tokens are not spread evenly"
+
+
+@given(steps())
+@settings(max_examples=200, deadline=None)
+def test_no_micro_batch_more_than_needed(step):
+    """Two micro-batches of a rank are never both so empty that first-fit of the whole step would save one."""
+    lengths, num_ranks, budget = step
+    per_rank = len(plan_step(lengths, num_ranks, budget)[0])
+    enough = -(-sum(lengths) // (budget - max(lengths) + 1))  # any greedy filling closes a bin above budget - longest
+    assert -(-sum(lengths) // (num_ranks * budget)) <= per_rank <= max(1, -(-enough // num_ranks))
+
+
+def test_a_step_with_fewer_samples_than_ranks_leaves_ranks_empty():
+    plan = plan_step([7], 4, 100)
+    assert sorted(len(rank[0]) for rank in plan) == [0, 0, 0, 1]
+
+
+def test_an_empty_micro_batch_is_one_token_without_a_target():
+    row = pack([])
+    assert (len(row.input_ids), len(row.target_rows), row.sequence_targets) == (1, 0, [])
+    assert (row.num_tokens, row.sum_squared_lengths) == (0, 0)
+
+
+# ------------------------------------------------------------------ what a row holds
+
+
+def test_targets_of_a_conversation_are_its_spans_and_positions_restart():
+    first = SFTSample(np.arange(10, 20), np.array([[0, 2], [4, 7]]))
+    second = SFTSample(np.arange(30, 34), np.array([[3, 4]]))
+    row = pack([sft_documents(first), sft_documents(second)])
+    assert row.position_ids.tolist() == [*range(10), *range(4)]
+    assert row.target_ids.tolist() == [11, 14, 15, 16, 33]  # nothing predicts the token at position 0
+    assert row.target_rows.tolist() == [0, 3, 4, 5, 12]
+    assert row.sequence_targets == [4, 1]
+    assert row.num_tokens == 14
+    assert row.sum_squared_lengths == 10**2 + 4**2
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_targets_of_a_pair_are_the_scored_tokens_of_both_completions(share):
+    pair = PreferencePair(np.array([1, 2, 3]), np.array([4, 5]), np.array([6, 7, 8]), 0, 1)
+    row = pack([pair_documents(pair, share)])
+    assert row.target_ids.tolist() == [4, 5, 7, 8]
+    assert row.sequence_targets == [2, 2]
+    assert row.num_tokens == len(row.input_ids) == pair_length(3, 2, 3, share) == (8 if share else 11)
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8] if share else [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8]
+    assert row.input_ids.tolist() == tokens
+    assert row.position_ids.tolist() == ([0, 1, 2, 3, 4, 3, 4, 5] if share else [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5])
+    predicted_from = {4: 3, 5: 4, 7: 6, 8: 7}  # 4 comes after the prompt's last token
+    assert [tokens[r] for r in row.target_rows] == [predicted_from[t] for t in row.target_ids]
+
+
+# ------------------------------------------------------------------ the numbers, through real architectures
+
+
+@pytest.fixture(scope="module", params=sorted(models.ARCHITECTURES))
+def folder(request, tmp_path_factory):
+    return models.make_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def packed_model(folder) -> PackedModel:
+    return PackedModel(reference.load(folder, attention=registered_name("sdpa")))
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("lm."): p.grad.double() for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(seen: dict, expected: dict, tolerance: float = 1e-5) -> None:
+    assert seen.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient.norm() > 0, f"{name} is idle"
+        assert (seen[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+@pytest.fixture(scope="module")
+def samples(folder):
+    tokenizer = reference.load_tokenizer(folder)
+    return [reference.conversation_tokens(tokenizer, row["messages"]) for row in models.conversations(5)]
+
+
+@pytest.fixture(scope="module")
+def pairs(folder):
+    tokenizer = reference.load_tokenizer(folder)
+    return [reference.pair_tokens(tokenizer, row) for row in models.preferences(5)]
+
+
+def as_sft_sample(ids, targets) -> SFTSample:
+    return SFTSample(np.array(ids), np.array([[t, t + 1] for t in targets]))
+
+
+def as_pair(pair) -> PreferencePair:
+    (chosen, chosen_targets), (rejected, rejected_targets) = pair
+    prompt = min(chosen_targets[0], rejected_targets[0])
+    return PreferencePair(*map(np.array, (chosen[:prompt], chosen[prompt:], rejected[prompt:])), 0, 0)
+
+
+def packed_logps(model, documents) -> torch.Tensor:
+    return model(**model_inputs(pack(documents), "sdpa", CPU))
+
+
+def test_packed_gradient_is_that_of_samples_one_at_a_time(folder, samples):
+    plain, packed = reference.load(folder), packed_model(folder)
+    losses = [-reference.token_logps(plain, *sample).sum() for sample in samples]
+    sum(losses).backward()
+    loss = 0
+    for part in (samples[:3], samples[3:]):
+        micro_batch_loss = -packed_logps(packed, [sft_documents(as_sft_sample(*sample)) for sample in part]).sum()
+        micro_batch_loss.backward()
+        loss += micro_batch_loss.item()
+    assert loss == pytest.approx(sum(x.item() for x in losses), rel=1e-6)
+    assert_same_gradients(gradients(packed), gradients(plain))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_packed_pair_gradient_is_that_of_sides_one_at_a_time(folder, pairs, share):
+    plain, packed = reference.load(folder), packed_model(folder)
+    weights = torch.linspace(-1, 2, 2 * len(pairs))  # every side pulls differently
+    expected = torch.stack([reference.token_logps(plain, *side).sum() for pair in pairs for side in pair])
+    (weights * expected).sum().backward()
+    micro_batch = pack([pair_documents(as_pair(pair), share) for pair in pairs])
+    logps = sequence_logps(packed(**model_inputs(micro_batch, "sdpa", CPU)), micro_batch.sequence_targets)
+    (weights * logps).sum().backward()
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
+    assert_same_gradients(gradients(packed), gradients(plain), 2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_sample_sees_another(folder, samples, dtype):
+    """Other tokens of the same length in one sample leave every other sample's log-probabilities bitwise the same."""
+    packed = packed_model(folder).to(dtype)
+    sizes = [len(targets) for _, targets in samples]
+    before = packed_logps(packed, [sft_documents(as_sft_sample(*s)) for s in samples]).split(sizes)
+    for changed in (0, 2, len(samples) - 1):
+        other = [((np.array(ids) + 7) % 300).tolist() for ids, _ in samples]
+        mixed = [(other[i] if i == changed else ids, targets) for i, (ids, targets) in enumerate(samples)]
+        after = packed_logps(packed, [sft_documents(as_sft_sample(*s)) for s in mixed]).split(sizes)
+        for i in range(len(samples)):
+            assert torch.equal(before[i], after[i]) == (i != changed), (i, changed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [True, False])
+def test_no_completion_sees_the_other(folder, pairs, share, dtype):
+    """Other tokens in one completion leave the other completion, and every other pair, bitwise the same."""
+    packed = packed_model(folder).to(dtype)
+    sizes = [len(targets) for pair in pairs for _, targets in pair]
+    originals = [as_pair(pair) for pair in pairs]
+    before = packed_logps(packed, [pair_documents(p, share) for p in originals]).split(sizes)
+    for changed in (0, 3, len(sizes) - 1):
+        mixed = list(originals)
+        field = ("chosen_ids", "rejected_ids")[changed % 2]
+        pair = originals[changed // 2]
+        mixed[changed // 2] = pair._replace(**{field: (getattr(pair, field) + 7) % 300})
+        after = packed_logps(packed, [pair_documents(p, share) for p in mixed]).split(sizes)
+        for i in range(len(sizes)):
+            assert torch.equal(before[i], after[i]) == (i != changed), (i, changed)
+
+
+def test_both_completions_see_the_whole_prompt(folder, pairs):
+    """Shared: a change of the prompt's first token reaches both completions."""
+    packed = packed_model(folder)
+    pair = as_pair(pairs[0])
+    other = pair._replace(prompt_ids=np.concatenate([[(pair.prompt_ids[0] + 7) % 300], pair.prompt_ids[1:]]))
+    sizes = [len(targets) for _, targets in pairs[0]]
+    before, after = (packed_logps(packed, [pair_documents(p, True)]).split(sizes) for p in (pair, other))
+    assert all(not torch.equal(b, a) for b, a in zip(before, after, strict=True))

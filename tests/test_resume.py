@@ -1,0 +1,590 @@
+"""Kill it anywhere, run the same command, get the same model, on any number of ranks.
+
+    python -m pytest tests/test_resume.py                 two kills a method
+    python -m pytest tests/test_resume.py -m soak         thirty
+
+Real runs of both scripts: float32, 2 CPU processes, 12 steps of a tiny model, a checkpoint every 3. Every rerun
+has to end with the metrics (all but times, speeds and memory) and the weights of the run that nothing stopped.
+"""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import deepspeed
+import launch
+import models
+import numpy as np
+import pytest
+import torch
+from faults import Disk
+from safetensors.numpy import load_file
+
+METHODS = ("sft", "dpo")
+LAST_STEP = 12
+NUM_OPERATIONS = (375, 275)  # about as many changes to the disk as rank 0 and rank 1 make
+TIMES = {"step_seconds", "tokens_per_second", "per_device_tps", "max_memory_gb", "mfu"}
+both = pytest.mark.parametrize("method", METHODS)
+
+
+class Setting:
+    """A model and data for both methods, one cache, and the uninterrupted run of each."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.model = models.make_model(root / "llama")
+        self.data = {"sft": models.write_jsonl(root / "sft.jsonl", models.conversations(10)),
+                     "dpo": models.write_jsonl(root / "dpo.jsonl", models.preferences(10))}
+        self.uninterrupted = {}
+        self.num_folders = 0
+
+    def flags(self, method: str, output_dir: Path, **changes) -> dict:
+        """10 samples, 4 a step: an epoch is 3 steps, the last of 2 samples."""
+        flags = {"model_name_or_path": self.model, "dataset_mixer": self.data[method], "dtype": "float32",
+                 "global_batch_size": 4, "num_train_epochs": 4, "learning_rate": 1e-3, "output_dir": output_dir,
+                 "cache_dir": self.root / "cache", "checkpointing_steps": 3, "keep_last_n_checkpoints": 2,
+                 "max_tokens_per_micro_batch": 300}
+        return flags | changes
+
+    def folder(self) -> Path:
+        self.num_folders += 1
+        return self.root / f"run_{self.num_folders}"
+
+    def start(self, method: str, output_dir: Path, num_ranks: int = 2, patches=None, **changes) -> launch.Run:
+        return launch.start(f"train_{method}", self.flags(method, output_dir, **changes), num_ranks, patches)
+
+    def run(self, method: str, output_dir: Path, num_ranks: int = 2, patches=None, **changes) -> launch.Finished:
+        return self.start(method, output_dir, num_ranks, patches, **changes).wait()
+
+    def whole(self, method: str) -> launch.Finished:
+        """The run that nothing stops, its checkpoints at the ends of its epochs."""
+        if method not in self.uninterrupted:
+            done = self.run(method, self.root / f"whole_{method}", checkpointing_steps="epoch").succeeded()
+            self.uninterrupted[method] = done
+        return self.uninterrupted[method]
+
+    def copy_of_whole(self, method: str) -> Path:
+        """Its folder as it was after its last step: the checkpoints of steps 9 and 12, no model yet."""
+        output_dir = self.folder()
+        shutil.copytree(self.whole(method).output_dir, output_dir)
+        for path in [*output_dir.glob("model*"), output_dir / "config.json"]:
+            path.unlink()
+        record = json.loads((output_dir / "run_config.json").read_text())
+        del record["result"]
+        (output_dir / "run_config.json").write_text(json.dumps(record))
+        return output_dir
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Setting:
+    return Setting(tmp_path_factory.mktemp("resume"))
+
+
+def checkpoints(output_dir: Path) -> list[int]:
+    folder = output_dir / "checkpoints"
+    return sorted(int(path.name[5:]) for path in folder.glob("step_*")) if folder.is_dir() else []
+
+
+def weights(output_dir: Path) -> dict[str, np.ndarray]:
+    read = {}
+    for file in output_dir.glob("model*.safetensors"):
+        read |= load_file(file)
+    return read
+
+
+def without_times(metrics: list[dict]) -> list[dict]:
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in metrics]
+
+
+def assert_same_run(done: launch.Finished, whole: launch.Finished) -> None:
+    """Bitwise: every metric but times, every weight."""
+    assert without_times(done.metrics) == without_times(whole.metrics)
+    assert_same_weights(done.output_dir, whole.output_dir)
+    assert not [path for path in (done.output_dir / "checkpoints").iterdir() if path.name.startswith(".")]
+    assert json.loads((done.output_dir / "run_config.json").read_text())["result"]["steps"] == LAST_STEP
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert ours
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def steps_run(stdout: str) -> list[int]:
+    return [int(step) for step in re.findall(r"^step (\d+)/", stdout, re.MULTILINE)]
+
+
+def assert_continued(done: launch.Finished, step: int) -> None:
+    """It began after `step`, and ran the others once each."""
+    assert steps_run(done.stdout) == list(range(step + 1, LAST_STEP + 1))
+    assert (f"resuming after step {step} from" in done.stdout) == (step > 0)
+
+
+def wait_for(run: launch.Run, text: str, timeout: float = 60) -> bool:
+    """Until the run has printed `text`; False if it ended before."""
+    log, deadline = run.logs / "stdout", time.monotonic() + timeout
+    log.touch()
+    while time.monotonic() < deadline:
+        was_alive = run.is_alive()
+        if text in log.read_text():
+            return True
+        if not was_alive:
+            return False
+        time.sleep(0.002)
+    raise AssertionError(f"{text!r} not printed in {timeout} s\n" + log.read_text()[-2000:])
+
+
+# ------------------------------------------------------------------ kill -9
+
+
+def rerun_until_done(setting: Setting, method: str, output_dir: Path, whole: launch.Finished) -> None:
+    """The same command again; it must go on from the newest checkpoint and end as `whole` did."""
+    stands = max(checkpoints(output_dir), default=0)
+    was_finished = "result" in (json.loads((output_dir / "run_config.json").read_text())
+                                if (output_dir / "run_config.json").exists() else {})
+    done = setting.run(method, output_dir).succeeded()
+    if was_finished:
+        assert "nothing to do" in done.stdout
+    else:
+        assert_continued(done, stands)
+    assert_same_run(done, whole)
+
+
+def kill_some(run: launch.Run, rank: int | None) -> None:
+    """SIGKILL to one rank; None: to all."""
+    if rank is None:
+        run.kill()
+    else:
+        run.processes[rank].kill()
+    end_as_a_launcher_does(run)
+
+
+def end_as_a_launcher_does(run: launch.Run) -> None:
+    """When a rank has died, the others are ended."""
+    while all(process.is_alive() for process in run.processes):
+        time.sleep(0.002)
+    time.sleep(random.choice((0, 0.05, 1)))
+    run.kill()
+    run.wait(timeout=60)
+
+
+def kill_at_a_moment(setting: Setting, method: str, rng: random.Random) -> None:
+    """At any time between the first step and the end, one rank or all."""
+    whole, output_dir = setting.whole(method), setting.folder()
+    run = setting.start(method, output_dir)
+    wait_for(run, "\nstep 1/")
+    time.sleep(rng.uniform(0, 1.2 * sum(whole.column("step_seconds")) + 0.3))
+    kill_some(run, rng.choice([None, 0, 1]))
+    rerun_until_done(setting, method, output_dir, whole)
+
+
+def kill_in_a_file_operation(setting: Setting, method: str, rng: random.Random) -> None:
+    """A rank dies by its own hand between two changes to the disk: in a save, a rename, a delete, the export."""
+    whole, output_dir = setting.whole(method), setting.folder()
+    flags = launch.argv(setting.flags(method, output_dir))
+    rank = rng.randrange(2)
+    operation = rng.randrange(1, NUM_OPERATIONS[rank])
+    print(f"rank {rank} dies at its file operation {operation}")
+    run = launch.Run(dying_rank, 2, (f"train_{method}", flags, rank, operation), output_dir)
+    end_as_a_launcher_does(run)
+    rerun_until_done(setting, method, output_dir, whole)
+
+
+def dying_rank(logs: str, script: str, words: list[str], rank: int, operation: int) -> None:
+    """In a rank's process: `rank` gets SIGKILL at its n-th change to the disk once it has an engine."""
+    from common import checkpoint, model
+    real = checkpoint.require_disk_space
+
+    if int(os.environ["RANK"]) == rank:
+        disk = Disk(pytest.MonkeyPatch(), [checkpoint, model], operation, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        if rank == 0:  # who asks for the disk's space
+            checkpoint.require_disk_space = lambda *arguments: (real(*arguments), disk.__enter__())[0]
+        else:
+            disk.__enter__()
+    launch._script_main(logs, script, words, {f"{script}.draw_curves": launch._no_curves})
+
+
+@both
+def test_a_killed_run_ends_as_if_nothing_had_happened(setting, method):
+    """One kill at a random moment, one at a random file operation; a new seed every day, shown where it fails."""
+    seed = int(time.time()) // 86400
+    print(f"seed {seed} {method}")
+    rng = random.Random(f"{seed} {method}")
+    kill_at_a_moment(setting, method, rng)
+    kill_in_a_file_operation(setting, method, rng)
+
+
+@pytest.mark.soak
+@both
+@pytest.mark.parametrize("number", range(15))
+def test_killed_at_a_random_moment(setting, method, number):
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    (kill_at_a_moment if number % 2 else kill_in_a_file_operation)(setting, method, rng)
+
+
+@pytest.mark.soak
+def test_killed_again_and_again_until_it_is_done(setting):
+    """Each rerun of one folder is killed too, a second after its first step at the latest."""
+    rng, output_dir = random.Random(0), setting.folder()
+    for _ in range(8):
+        run = setting.start("sft", output_dir)
+        if not wait_for(run, "\nstep "):
+            break
+        time.sleep(rng.uniform(0, 0.7))
+        kill_some(run, rng.choice([None, 0, 1]))
+    rerun_until_done(setting, "sft", output_dir, setting.whole("sft"))
+
+
+@both
+def test_a_crash_after_the_last_step_leaves_only_the_export_to_do(setting, method):
+    output_dir = setting.copy_of_whole(method)
+    (output_dir / ".export").mkdir()
+    (output_dir / ".export" / "model-00001-of-00001.safetensors").write_bytes(b"half")
+    with open(output_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 13, "train_l')  # and a line torn
+    done = setting.run(method, output_dir).succeeded()
+    assert_continued(done, LAST_STEP)
+    assert_same_run(done, setting.whole(method))
+
+
+# ------------------------------------------------------------------ other numbers of ranks
+
+
+@both
+def test_2_then_1_then_4_then_3_ranks_are_one_curve(setting, method):
+    whole, output_dir = setting.whole(method), setting.folder()
+    for i, num_ranks in enumerate((2, 1, 4, 3)):
+        done = setting.run(method, output_dir, num_ranks, stop_after_steps=3 * (i + 1)).succeeded()
+        assert steps_run(done.stdout) == [3 * i + 1, 3 * i + 2, 3 * i + 3]
+    for name, tolerance in {"step": 0, "samples": 0, "target_tokens": 0, "epoch": 0, "learning_rate": 0,
+                            "train_loss": 1e-5, "grad_norm": 1e-4}.items():
+        np.testing.assert_allclose(done.column(name), whole.column(name), rtol=0, atol=tolerance, err_msg=name)
+    theirs = weights(whole.output_dir)
+    for name, values in weights(output_dir).items():
+        np.testing.assert_allclose(values, theirs[name], atol=2e-5, err_msg=name)
+
+
+def engine_states(script: str, words: list[str], checkpoint_path: str) -> dict[str, torch.Tensor]:
+    """In a rank's process: what a loaded engine holds, whole, through DeepSpeed's own reading of it."""
+    from common import checkpoint, config, distributed, engine, model, placement
+
+    settings = config.parse_config(config.SFTConfig if script == "train_sft" else config.DPOConfig, words)
+    ds_config = placement.deepspeed_config(settings)
+    ranks = distributed.start(settings.collective_timeout_minutes)
+    folder = str(settings.model_name_or_path)
+    dtype = getattr(torch, settings.dtype)
+    policy = model.load_partitioned(folder, model.load_config(folder), dtype, "sdpa", ds_config, ranks)
+    built = engine.build_engine(policy, settings, ds_config)
+    parameters = dict(policy.lm.named_parameters())
+    checkpoint.load(built, parameters, Path(checkpoint_path), 9, ranks)
+    states = {}
+    for name, param in parameters.items():
+        states[f"master/{name}"] = deepspeed.utils.safe_get_full_fp32_param(param).clone()
+        for kind in ("exp_avg", "exp_avg_sq"):
+            states[f"{kind}/{name}"] = deepspeed.utils.safe_get_full_optimizer_state(param, kind).clone()
+        with deepspeed.zero.GatheredParameters([param]):
+            states[f"model/{name}"] = param.detach().clone()
+    steps = {float(state["step"]) for state in built.optimizer.optimizer.state.values()}
+    return {name: values.float().numpy() for name, values in states.items()} | {"steps": steps}
+
+
+@pytest.mark.parametrize(("num_ranks", "dtype"), [(1, "float32"), (2, "bfloat16"), (3, "float32")])
+def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, num_ranks, dtype):
+    """Written by 2. The expected arrays are put together from the files by the names they bear, with numpy alone."""
+    folder = setting.whole("sft").output_dir / "checkpoints" / "step_00000009"
+    by_rank = [{}, {}]
+    for file in folder.glob("*.safetensors"):
+        by_rank[int(file.name[5:10])] |= load_file(file)
+    shapes = json.loads((folder / "manifest.json").read_text())["parameters"]
+    whole = {key: np.concatenate([by_rank[0][key], by_rank[1][key]]).reshape(shapes[key.partition("/")[2]])
+             for key in by_rank[0]}
+    words = launch.argv(setting.flags("sft", setting.folder(), dtype=dtype))
+    for held in launch.on_ranks(engine_states, num_ranks, "train_sft", words, str(folder)):
+        assert held.pop("steps") == {9.0}
+        assert len(held) == 4 * len(shapes)
+        for key, values in held.items():
+            kind, _, name = key.partition("/")
+            expected = whole[f"master/{name}" if kind == "model" else key]
+            if kind == "model":
+                expected = torch.from_numpy(expected).to(getattr(torch, dtype)).float().numpy()
+            np.testing.assert_array_equal(values, expected, err_msg=key)
+        assert any(np.abs(values).max() > 0 for key, values in held.items() if key.startswith("exp_avg_sq"))
+
+
+# ------------------------------------------------------------------ the same command, and others
+
+
+@both
+def test_resume_auto_never_and_a_path(setting, method):
+    whole, output_dir = setting.whole(method), setting.copy_of_whole(method)
+
+    refused = setting.run(method, output_dir, learning_rate=2e-3, seed=1, dataset_mixer=f"{setting.data[method]}=9")
+    assert refused.exit_codes == [2, 2]
+    error = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    for part in ("step_00000012 belongs to another run", "learning_rate was 0.001, is 0.002", "seed was 42, is 1",
+                 "dataset_mixer (contents) was"):
+        assert part in error[0]
+    assert "Traceback" not in refused.stderr
+    assert checkpoints(output_dir) == [9, 12]
+
+    # The newest one damaged: the one before it goes on, with other flags that are free to differ.
+    newest = output_dir / "checkpoints" / "step_00000012"
+    file = newest / "rank_00001_of_00002.part_000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    done = setting.run(method, output_dir, logging_steps=2, checkpointing_steps=50,
+                       collective_timeout_minutes=5).succeeded()
+    assert f"checkpoint {newest} is not whole, passing it over: {file.name} has been changed" in done.stdout
+    assert "resuming after step 9" in done.stdout
+    assert "warning: --checkpointing_steps 50 is more than this run's 12 steps" in done.stdout
+    assert done.column("step") == [*range(1, 11), 12]
+    assert_same_weights(output_dir, whole.output_dir)
+
+    finished = setting.run(method, output_dir).succeeded()
+    assert "finished after 12 steps; nothing to do" in finished.stdout
+    assert steps_run(finished.stdout) == []
+    refused = setting.run(method, output_dir, learning_rate=2e-3)
+    assert refused.exit_codes == [2, 2]
+    assert "learning_rate was 0.001, is 0.002" in refused.stderr
+
+    # From a path, into a folder that holds a later checkpoint.
+    path = whole.output_dir / "checkpoints" / "step_00000009"
+    done = setting.run(method, setting.copy_of_whole(method), resume=path).succeeded()
+    assert_continued(done, 9)
+    assert_same_run(done, whole)
+    refused = setting.run(method, setting.folder(), resume=setting.model)
+    assert refused.exit_codes == [2, 2]
+    assert "not a whole checkpoint of this project: COMPLETE is missing" in refused.stderr
+
+    path = whole.output_dir / "checkpoints" / "step_00000012"
+    elsewhere = setting.run(method, setting.folder(), resume=path).succeeded()
+    assert elsewhere.metrics == []
+    assert_same_weights(elsewhere.output_dir, whole.output_dir)
+
+    done = setting.run(method, output_dir, resume="never", stop_after_steps=1, clean_checkpoints_at_end="true",
+                       checkpointing_steps=1).succeeded()
+    assert steps_run(done.stdout) == [1]
+    assert done.column("step") == [1]
+    assert checkpoints(output_dir) == []
+
+
+def test_epoch_checkpoints_stand_at_the_ends_of_epochs(setting):
+    whole = setting.whole("sft")
+    assert re.findall(r"^checkpoint .*step_0*(\d+)$", whole.stdout, re.MULTILINE) == ["3", "6", "9", "12"]
+    assert checkpoints(whole.output_dir) == [9, 12]
+    assert whole.column("epoch")[2::3] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_the_micro_batch_budget_is_kept_at_the_same_number_of_ranks(setting):
+    """Else a resume under another release's `auto` would not be bitwise."""
+    output_dir = setting.copy_of_whole("sft")
+    again = setting.run("sft", output_dir, max_tokens_per_micro_batch="auto").succeeded()
+    assert json.loads((output_dir / "run_config.json").read_text())["micro_batch_budget"] == 300
+    assert "micro-batches of up to 300 tokens" in again.stdout
+    other = setting.run("sft", setting.copy_of_whole("sft"), 1, max_tokens_per_micro_batch="auto").succeeded()
+    assert "micro-batches of up to 4,096 tokens" in other.stdout
+
+
+# ------------------------------------------------------------------ stops
+
+
+@both
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(setting, method):
+    whole, output_dir = setting.whole(method), setting.folder()
+    run = setting.start(method, output_dir)
+    wait_for(run, "\nstep 1/")
+    os.kill(run.processes[1].pid, signal.SIGTERM)
+    done = run.wait()
+    assert done.exit_codes == [143, 143]
+    stopped_after = steps_run(done.stdout)[-1]
+    assert stopped_after < LAST_STEP
+    assert checkpoints(output_dir)[-1] == stopped_after
+    assert done.stdout.index("asked to stop") < done.stdout.index(f"checkpoint {output_dir}")
+
+    run = setting.start(method, output_dir)
+    wait_for(run, f"\nstep {stopped_after + 1}/")
+    for process, number in zip(run.processes, (signal.SIGINT, signal.SIGINT), strict=True):
+        os.kill(process.pid, number)  # a terminal's Ctrl-C, to all at once
+    done = run.wait()
+    assert done.exit_codes == [130, 130]
+    assert "Traceback" not in done.stderr
+    second_stop = checkpoints(output_dir)[-1]
+    assert second_stop == steps_run(done.stdout)[-1] > stopped_after
+
+    done = setting.run(method, output_dir).succeeded()
+    assert_continued(done, second_stop)
+    assert_same_run(done, whole)
+
+
+def slow_save(*_) -> None:
+    print("saving", flush=True)
+    time.sleep(60)
+
+
+def test_a_second_request_leaves_at_once(setting):
+    output_dir = setting.folder()
+    patches = {"common.checkpoint.save": slow_save, "common.distributed.SAME_REQUEST": 0.2}
+    run = setting.start("sft", output_dir, patches=patches)
+    wait_for(run, "\nstep 1/")
+    os.kill(run.processes[0].pid, signal.SIGTERM)
+    assert wait_for(run, "saving")
+    time.sleep(0.4)
+    asked = time.monotonic()
+    for process in run.processes:
+        os.kill(process.pid, signal.SIGTERM)
+    assert run.wait().exit_codes == [143, 143]
+    assert time.monotonic() - asked < 10
+    assert checkpoints(output_dir) == []
+
+
+def test_a_signal_before_the_first_step_ends_the_run_without_a_traceback(setting):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        run = setting.start("sft", setting.folder(), patches={"common.model.load_partitioned": slow_save})
+        assert wait_for(run, "saving")
+        for process in run.processes:
+            os.kill(process.pid, number)
+        done = run.wait(timeout=20)
+        assert done.exit_codes == [-number, -number]
+        assert "Traceback" not in done.stderr
+
+
+def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
+    """And what its 30 s mean is said before step 1."""
+    output_dir = setting.folder()
+    bin_folder = Path(sys.executable).parent
+    command = [str(bin_folder / "deepspeed"), "--num_gpus", "2", "--master_port", str(launch.free_port()),
+               "train_sft.py", *launch.argv(setting.flags("sft", output_dir, num_train_epochs=400))]
+    environment = os.environ | launch.CPU_ENVIRONMENT | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("PLAINTUNE_RUN_SH", None)
+    log = setting.root / "real_launcher"
+    with open(log, "w") as out:
+        launcher = subprocess.Popen(command, cwd=launch.REPO, env=environment, stdout=out, stderr=subprocess.STDOUT,
+                                    start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while "\nstep 2/" not in log.read_text() and launcher.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ranks = list(map(int, re.findall(r"process (\d+) spawned", log.read_text())))
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGTERM)
+        assert launcher.wait(timeout=60) == 143
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    text = log.read_text()
+    assert text.index("note: this launcher") < text.index("\nstep 1/")
+    assert "Traceback" not in text
+    assert checkpoints(output_dir)[-1] == steps_run(text)[-1]
+
+
+# ------------------------------------------------------------------ disk and dead ranks
+
+
+def files_of_at_most(num_bytes: int, rank: int, from_step: int):
+    """In a rank's process: from `from_step`'s checkpoint on, the system refuses `rank` larger files."""
+    from common import checkpoint
+    real = checkpoint.save
+
+    def limited(parameters, state, *arguments):
+        if state.step >= from_step and int(os.environ["RANK"]) == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
+        return real(parameters, state, *arguments)
+    checkpoint.save = limited
+
+
+def limited_rank(logs: str, script: str, words: list[str], num_bytes: int, rank: int) -> None:
+    files_of_at_most(num_bytes, rank, from_step=6)
+    launch._script_main(logs, script, words, {f"{script}.draw_curves": launch._no_curves})
+
+
+@both
+def test_a_write_that_the_system_refuses_stops_all_ranks_with_one_line(setting, method):
+    whole, output_dir = setting.whole(method), setting.folder()
+    words = launch.argv(setting.flags(method, output_dir))
+    done = launch.Run(limited_rank, 2, (f"train_{method}", words, 20_000, 1), output_dir).wait()
+    assert done.exit_codes == [3, 3]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "could not be written: File too large; older checkpoints are intact" in errors[0]
+    assert "Traceback" not in done.stderr
+    assert checkpoints(output_dir) == [3]
+    rerun_until_done(setting, method, output_dir, whole)
+
+
+def test_too_small_a_disk_is_an_error_before_the_first_step(setting):
+    output_dir = setting.folder()
+    done = setting.run("sft", output_dir, patches={"common.checkpoint.shutil": TinyDisk()})
+    assert done.exit_codes == [2, 2]
+    assert re.search(r"error: --output_dir .* needs 0.0 GB for 3 checkpoints and the model, 0.0 GB", done.stderr)
+    assert steps_run(done.stdout) == []
+
+
+def export_on_a_full_disk(policy, output_dir, tokenizer, source_folder, ranks) -> None:
+    """As safetensors says it, on the rank that writes; the others wait for it."""
+    if ranks.is_main:
+        raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+    ranks.once(lambda: None)
+
+
+def test_a_disk_that_is_full_during_the_export_is_one_line_and_the_rerun_exports(setting):
+    output_dir = setting.copy_of_whole("sft")
+    done = setting.run("sft", output_dir, patches={"common.model.export_model": export_on_a_full_disk})
+    assert done.exit_codes[0] == 3
+    assert "error: Error while serializing: I/O error: No space left on device" in done.stderr
+    rerun_until_done(setting, "sft", output_dir, setting.whole("sft"))
+
+
+class TinyDisk:
+    """shutil, on a disk with 1,000 free bytes."""
+
+    rmtree = staticmethod(shutil.rmtree)
+
+    def disk_usage(self, path):
+        return shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)
+
+
+def wait_for_a_dead_rank(what: str) -> float:
+    """In a rank's process: seconds until rank 0 gives up on rank 1, which dies; the timeout is 3 s."""
+    from common import distributed
+
+    ranks = distributed.start(timeout_minutes=0.05)
+    assert ranks.once(lambda: time.sleep(4) or "work longer than the timeout") == "work longer than the timeout"
+    started = time.monotonic()
+    if ranks.rank == 1:
+        if what == "stuck":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        os._exit(0)
+    try:
+        ranks.gather(lambda: 1)
+    except RuntimeError as e:
+        assert "rank 1 has shown no sign of life" in str(e)
+        return time.monotonic() - started
+    raise AssertionError("rank 1 answered")
+
+
+def patience(logs: str, what: str) -> None:
+    Path(logs, "seconds").write_text(str(wait_for_a_dead_rank(what)))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("what", ["dead", "stuck"])
+def test_a_rank_that_waits_outside_of_a_collective_gives_up_after_the_timeout(what):
+    """No launcher here ends the others. A rank that works for longer than the timeout is waited for."""
+    run = launch.Run(patience, 2, (what,), Path("."))
+    run.processes[0].join(60)
+    run.processes[1].kill()
+    done = run.wait()
+    assert done.exit_codes[0] == 0, done.stderr
+    assert 2 < float((run.logs / "seconds").read_text()) < 10

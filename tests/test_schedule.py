@@ -1,0 +1,83 @@
+"""Order and learning rate are functions of the step alone, as the contract writes them.
+
+pytest tests/test_schedule.py
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import get_scheduler
+
+from common.config import LR_SCHEDULERS
+from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "batch", "seed"), [(10, 3, 42), (10, 10, 0), (9, 3, 7), (5, 8, 1), (1, 1, 2**40)]
+)
+def test_order_is_the_contracts_formula(num_samples, batch, seed):
+    visited = []
+    for epoch in range(3):
+        order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        while order:
+            visited.append(order[:batch])
+            del order[:batch]
+    assert [step_samples(step, num_samples, batch, seed) for step in range(len(visited))] == visited
+    assert step_samples(1, num_samples, batch, seed) == visited[1], "a step asked for out of turn is the same step"
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_visits_every_sample_once_and_the_counts_follow(num_samples, batch, seed):
+    steps = steps_per_epoch(num_samples, batch)
+    for epoch in range(2):
+        epoch_steps = [step_samples(epoch * steps + s, num_samples, batch, seed) for s in range(steps)]
+        assert sorted(i for samples in epoch_steps for i in samples) == list(range(num_samples))
+        assert {len(samples) for samples in epoch_steps[:-1]} <= {batch}
+    seen = 0
+    for step in range(2 * steps + 1):
+        assert samples_seen(step, num_samples, batch) == seen
+        seen += len(step_samples(step, num_samples, batch, seed))
+
+
+def test_epochs_differ_in_order():
+    assert step_samples(0, 20, 20, 42) != step_samples(1, 20, 20, 42)
+
+
+def test_total_steps_counts_a_short_last_step_in_every_epoch():
+    assert total_steps(10, 3, 2, None) == 8
+    assert total_steps(10, 3, 2, 5) == 5
+    assert total_steps(10, 3, 2, 50) == 50
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+@pytest.mark.parametrize(
+    ("num_steps", "warmup_ratio"), [(40, 0.03), (40, 0.1), (33, 0.5), (1, 0.0), (7, 1.0), (20, 0.0)]
+)
+def test_learning_rates_are_those_of_a_stepped_transformers_scheduler(name, num_steps, warmup_ratio):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
+    scheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=int(num_steps * warmup_ratio), num_training_steps=num_steps
+    )
+    rates = []
+    for step in range(num_steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step < num_steps - 1:
+            scheduler.step()
+    learning_rate = learning_rate_schedule(name, 3e-4, num_steps, warmup_ratio)
+    assert [learning_rate(step) for step in range(num_steps)] == pytest.approx(rates, rel=1e-12, abs=0)
+
+
+def test_linear_by_hand():
+    """int(40 x 0.1) = 4 warm-up steps from 0, then down to 0 at step 40."""
+    learning_rate = learning_rate_schedule("linear", 8e-4, 40, 0.1)
+    assert [learning_rate(step) for step in (0, 1, 4, 22)] == pytest.approx([0, 2e-4, 8e-4, 4e-4])
+
+
+def test_cosine_by_hand():
+    learning_rate = learning_rate_schedule("cosine", 1.0, 30, 0.0)
+    assert learning_rate(10) == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))
