@@ -13,6 +13,7 @@ usage: bash run.sh VERB [...]
   sanity                    train a tiny model with SFT, then DPO, talk to both, judge (minutes, no GPU needed)
   sanity sft|dpo [N] [flags]  the real recipe for 100 steps on N GPUs (default 1), judged; output/sanity-sft or -dpo
   sft|dpo [N] [flags]       the full recipe on N GPUs (default: all; without a GPU: 2 CPU processes)
+  bench sft|dpo [N] [flags] throughput of a named shape with random weights (--shape llama-8b --steps 10 --lengths tulu|full)
   test [pytest flags]       the test suite
   setup                     make .venv from requirements.txt (the other verbs do it when needed)
     TORCH_INDEX_URL=URL       where torch comes from; the CPU index saves gigabytes
@@ -210,6 +211,10 @@ main() {
         sanity)
             setup
             exec "$python" -m common.sanity "$@" ;;
+        bench)
+            setup
+            [[ $(num_gpus) != 0 ]] || export DS_ACCELERATOR=cpu
+            exec "$python" -m common.bench "$@" ;;
         *)
             [[ -z $verb ]] || echo "error: \`$verb\` is not a verb" >&2
             usage

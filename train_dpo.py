@@ -20,7 +20,7 @@ from common.errors import not_finite
 from common.logprobs import sequence_logps
 from common.losses import SUMMED, check_first_step, preference_loss, preference_sums
 from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
-from common.packing import pack, pair_documents, pair_length, plan_step
+from common.packing import pack, packing_report, pair_documents, pair_length, plan_step
 from common.placement import deepspeed_config
 from common.planner import settle
 from common.reference_cache import reference_logps
@@ -123,6 +123,8 @@ def main() -> None:
     tokens_per_step = float(pair_lengths.mean()) * config.global_batch_size
     budget = settle(engine, config, kernel, budget, is_kept, longest_side, tokens_per_step, ranks)
     state.micro_batch_budget, state.world_size = budget, ranks.world_size
+    first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))
+    ranks.say(packing_report((pair_lengths[samples].tolist() for samples in first), ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
     if loss_of.needs_reference and reference is None:  # the policy, which still is the starting model
         reference = reference_logps(engine, data, pairs, model_folder, config, kernel, budget, ranks)

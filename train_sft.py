@@ -18,7 +18,7 @@ from common.distributed import Stopped, StopRequest, main_with_exit_codes, num_c
 from common.engine import build_engine, micro_batch_budget, out_of_memory_explained, set_learning_rate
 from common.errors import not_finite
 from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
-from common.packing import pack, plan_step, sft_documents
+from common.packing import pack, packing_report, plan_step, sft_documents
 from common.placement import deepspeed_config
 from common.planner import settle
 from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
@@ -97,6 +97,8 @@ def main() -> None:
     tokens_per_step = float(data.lengths.mean()) * config.global_batch_size
     budget = settle(engine, config, kernel, budget, is_kept, longest, tokens_per_step, ranks)
     state.micro_batch_budget, state.world_size = budget, ranks.world_size
+    first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))
+    ranks.say(packing_report((data.lengths[samples].tolist() for samples in first), ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
 
     # ------------------------------------------------------------------ resume

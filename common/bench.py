@@ -143,18 +143,21 @@ def write_data(method: str, lengths: str, num: int, path: Path) -> None:
 
 
 def main() -> None:
-    method, num_ranks, *flags = sys.argv[1:]
+    method, *flags = sys.argv[1:] or [""]
+    if method not in ("sft", "dpo"):
+        raise UserError(f"`bench {method}`: it is bench sft|dpo [N] [flags]")
+    ranks = int(flags.pop(0)) if flags and flags[0].isdigit() else torch.cuda.device_count() if ON_GPU else 2
     options = {"--shape": "llama-8b" if ON_GPU else "tiny", "--steps": "10", "--lengths": "tulu"}
     passed = []
     while flags:
         flag = flags.pop(0)
-        if flag in options:
+        if flag in options and flags:
             options[flag] = flags.pop(0)
         else:
             passed.append(flag)
     if options["--shape"] not in SHAPES:
         raise UserError(f"--shape {options['--shape']}: known shapes are {', '.join(SHAPES)}")
-    steps, ranks = int(options["--steps"]) + WARMUP_STEPS, int(num_ranks)
+    steps = int(options["--steps"]) + WARMUP_STEPS
     folder = Path("output/bench")
     model, data, out = (
         folder / options["--shape"],

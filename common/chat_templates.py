@@ -74,8 +74,11 @@ class ChatTemplate:
 
     def apply(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """transformers' own rendering. Raises TemplateRefused; UserError for any other failure of the template."""
+        return self._apply([messages], add_generation_prompt)[0]
+
+    def _apply(self, conversations: list[list[dict]], add_generation_prompt: bool = False) -> list[str]:
         try:
-            return self.tokenizer.apply_chat_template(messages, chat_template=self.jinja, tokenize=False,
+            return self.tokenizer.apply_chat_template(conversations, chat_template=self.jinja, tokenize=False,
                                                       add_generation_prompt=add_generation_prompt)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat template {self.name!r}, line {error.lineno}: {error.message}") from error
@@ -92,24 +95,32 @@ class ChatTemplate:
         """
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         turns = turns[-1:] if only_last else turns
-        text = self.apply(messages) if messages else ""
-        spans = self._plain_spans(messages, turns, text)
+        if not turns:
+            return self.apply(messages) if messages else "", []
+        marked = list(messages)
+        for i in turns:
+            marked[i] = {**messages[i], "content": MARKER}
+        try:
+            text, marked = self._apply([messages, marked])
+        except (UserError, TemplateRefused):  # maybe for the markers only
+            text, marked = self.apply(messages), ""
+        spans = self._plain_spans(text, [messages[i]["content"] for i in turns], marked.split(MARKER))
         return text, [span or self._span(messages, i, text) for i, span in zip(turns, spans, strict=True)]
 
-    def _plain_spans(self, messages: list[dict], turns: list[int], text: str) -> list[tuple[int, int] | None]:
-        """[start, end) of each of these turns, None for those that step 1 of the module's docstring does not bound."""
-        contents = {i: messages[i]["content"] for i in turns}
-        marked = [{**message, "content": MARKER} if i in contents else message for i, message in enumerate(messages)]
-        parts = self.apply(marked).split(MARKER) if turns else []
-        whole = "".join(chain(*zip(parts, [*contents.values(), ""], strict=False)))
-        if len(parts) != len(turns) + 1 or whole != text or not self._generation_prompt or not self.closing:
-            return [None] * len(turns)
+    def _plain_spans(self, text: str, contents: list[str], parts: list[str]) -> list[tuple[int, int] | None]:
+        """[start, end) of the turns with these contents, None for those that step 1 of the docstring does not bound.
+
+        parts: what the template prints around and between markers in their place.
+        """
+        whole = "".join(chain(*zip(parts, [*contents, ""], strict=False)))
+        if len(parts) != len(contents) + 1 or whole != text or not self._generation_prompt or not self.closing:
+            return [None] * len(contents)
         spans, position = [], 0
-        for content, before, after in zip(contents.values(), parts, parts[1:], strict=False):
+        for content, before, after in zip(contents, parts, parts[1:], strict=False):
             start = position + len(before)
             position = start + len(content)
-            plain = before.endswith(self._generation_prompt) and after.startswith(self.closing)
-            spans.append((start, position + len(self.closing)) if plain else None)
+            is_plain = before.endswith(self._generation_prompt) and after.startswith(self.closing)
+            spans.append((start, position + len(self.closing)) if is_plain else None)
         return spans
 
     def _span(self, messages: list[dict], i: int, text: str) -> tuple[int, int]:

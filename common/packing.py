@@ -7,6 +7,7 @@ continue the stem's positions. How that is enforced on a device is common/attent
 """
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,19 @@ def plan_step(lengths: list[int], num_ranks: int, budget: int) -> list[list[list
             break
         num_micro_batches += 1
     return [[bins[m * num_ranks + rank][1] for m in range(num_micro_batches)] for rank in range(num_ranks)]
+
+
+def packing_report(steps: Iterable[list[int]], num_ranks: int, budget: int) -> str:
+    """One line on how full the micro-batches of `steps` (the lengths of each step's samples) will be."""
+    tokens, micro_batches = 0, []
+    for lengths in steps:
+        tokens += sum(lengths)
+        micro_batches.append(len(plan_step(lengths, num_ranks, budget)[0]))
+    efficiency = tokens / (sum(micro_batches) * num_ranks * budget)
+    return (
+        f"packing: {np.mean(micro_batches):.1f} micro-batches a step on each rank, {efficiency:.1%} of their {budget:,} "
+        f"tokens used (first {len(micro_batches)} steps)"
+    )
 
 
 def _longest_first(order: list[int], lengths: list[int], num_bins: int) -> list[tuple[int, list[int]]]:

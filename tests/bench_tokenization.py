@@ -4,7 +4,8 @@
 
 Both sides run in num_proc processes of the same pool and get the same rows in the same blocks. Ours parses, checks,
 renders, tokenizes, finds the targets and returns arrays; the bare tokenizer gets texts that are already rendered and
-returns nothing. Rounds alternate between the two; the ratio is that of the medians. Prints one JSON line.
+returns nothing. Rounds alternate between the two; ratios are of the medians: `ratio` of wall-clock time, `cpu_ratio`
+of the processes' CPU time, which other users of the machine disturb less. Prints one JSON line.
 """
 
 import argparse
@@ -28,15 +29,17 @@ from common.tokenization import Encoder
 SHARED = Path(__file__).parents[2] / "shared"
 
 
-def bare(texts: list[str]) -> int:
-    """The number of tokens, by the backend tokenizer alone, in a worker process."""
-    backend = token_cache._tokenize.encoder.backend
-    return sum(len(backend.encode(text, add_special_tokens=False)) for text in texts)
+def bare(texts: list[str]) -> tuple[int, float]:
+    """Number of tokens and CPU seconds, by the backend tokenizer alone, in a worker process."""
+    started, backend = time.process_time(), token_cache._tokenize.encoder.backend
+    num_tokens = sum(len(backend.encode(text, add_special_tokens=False)) for text in texts)
+    return num_tokens, time.process_time() - started
 
 
-def ours(block) -> int:
+def ours(block) -> tuple[int, float]:
+    started = time.process_time()
     arrays, _ = token_cache._tokenize(block)
-    return int(arrays["lengths"].sum())
+    return int(arrays["lengths"].sum()), time.process_time() - started
 
 
 def generated_rows(num_rows: int) -> list[dict]:
@@ -82,18 +85,21 @@ def main():
     state = pickle.dumps(BlockTokenizer("sft", template, Encoder(tokenizer), 1_000_000))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.num_proc, spawn, token_cache._start_worker, (state,)) as pool:
-        seconds, num_tokens = {"bare": [], "ours": []}, {}
+        wall, cpu, num_tokens = {"bare": [], "ours": []}, {"bare": [], "ours": []}, {}
         for i in range(options.rounds + 1):  # the first warms up
             for name, work, items in (("bare", bare, batches), ("ours", ours, blocks)):
                 started = time.perf_counter()
-                num_tokens[name] = sum(pool.map(work, items))
+                counts, seconds = zip(*pool.map(work, items), strict=True)
+                num_tokens[name] = sum(counts)
                 if i:
-                    seconds[name].append(time.perf_counter() - started)
+                    wall[name].append(time.perf_counter() - started)
+                    cpu[name].append(sum(seconds))
     assert num_tokens["bare"] == num_tokens["ours"]
-    speed = {name: num_tokens[name] / statistics.median(times) for name, times in seconds.items()}
+    wall, cpu = ({name: statistics.median(times) for name, times in both.items()} for both in (wall, cpu))
     print(json.dumps({"rows": len(rows), "tokens": num_tokens["ours"], "num_proc": options.num_proc,
-                      "rounds": options.rounds, "bare_tokens_per_second": round(speed["bare"]),
-                      "tokens_per_second": round(speed["ours"]), "ratio": round(speed["ours"] / speed["bare"], 3)}))
+                      "rounds": options.rounds, "tokens_per_second": round(num_tokens["ours"] / wall["ours"]),
+                      "bare_tokens_per_second": round(num_tokens["bare"] / wall["bare"]),
+                      "ratio": round(wall["bare"] / wall["ours"], 3), "cpu_ratio": round(cpu["bare"] / cpu["ours"], 3)}))
 
 
 if __name__ == "__main__":

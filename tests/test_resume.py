@@ -43,15 +43,20 @@ class Setting:
         self.model = models.make_model(root / "llama")
         self.data = {"sft": models.write_jsonl(root / "sft.jsonl", models.conversations(10)),
                      "dpo": models.write_jsonl(root / "dpo.jsonl", models.preferences(10))}
+        placement = json.loads((launch.REPO / "ds_configs" / "zero3.json").read_text())
+        placement["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        self.released = root / "released.json"  # as of a large model: no parameter stays whole between its uses
+        self.released.write_text(json.dumps(placement))
         self.uninterrupted = {}
         self.num_folders = 0
 
     def flags(self, method: str, output_dir: Path, **changes) -> dict:
-        """10 samples, 4 a step: an epoch is 3 steps, the last of 2 samples."""
+        """10 samples, 4 a step: an epoch is 3 steps, the last of 2 samples. SFT keeps its parameters, DPO releases them."""
         flags = {"model_name_or_path": self.model, "dataset_mixer": self.data[method], "dtype": "float32",
                  "global_batch_size": 4, "num_train_epochs": 4, "learning_rate": 1e-3, "output_dir": output_dir,
                  "cache_dir": self.root / "cache", "checkpointing_steps": 3, "keep_last_n_checkpoints": 2,
-                 "max_tokens_per_micro_batch": 300}
+                 "max_tokens_per_micro_batch": 300,
+                 "ds_config": self.released if method == "dpo" else "ds_configs/zero3.json"}
         return flags | changes
 
     def folder(self) -> Path:
@@ -300,18 +305,19 @@ def engine_states(script: str, words: list[str], checkpoint_path: str) -> dict[s
     return {name: values.float().numpy() for name, values in states.items()} | {"steps": steps}
 
 
-@pytest.mark.parametrize(("num_ranks", "dtype"), [(1, "float32"), (2, "bfloat16"), (3, "float32")])
-def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, num_ranks, dtype):
+@pytest.mark.parametrize(("method", "num_ranks", "dtype"),
+                         [("sft", 1, "float32"), ("dpo", 2, "bfloat16"), ("dpo", 3, "float32")])
+def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, method, num_ranks, dtype):
     """Written by 2. The expected arrays are put together from the files by the names they bear, with numpy alone."""
-    folder = setting.whole("sft").output_dir / "checkpoints" / "step_00000009"
+    folder = setting.whole(method).output_dir / "checkpoints" / "step_00000009"
     by_rank = [{}, {}]
     for file in folder.glob("*.safetensors"):
         by_rank[int(file.name[5:10])] |= load_file(file)
     shapes = json.loads((folder / "manifest.json").read_text())["parameters"]
     whole = {key: np.concatenate([by_rank[0][key], by_rank[1][key]]).reshape(shapes[key.partition("/")[2]])
              for key in by_rank[0]}
-    words = launch.argv(setting.flags("sft", setting.folder(), dtype=dtype))
-    for held in launch.on_ranks(engine_states, num_ranks, "train_sft", words, str(folder)):
+    words = launch.argv(setting.flags(method, setting.folder(), dtype=dtype))
+    for held in launch.on_ranks(engine_states, num_ranks, f"train_{method}", words, str(folder)):
         assert held.pop("steps") == {9.0}
         assert len(held) == 4 * len(shapes)
         for key, values in held.items():
