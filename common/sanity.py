@@ -29,13 +29,13 @@ from common.sanity_data import Question, read_answer, read_held_out, write_data,
 
 SEED = 42
 OUTPUT = Path("output/sanity")
-NUM_SFT, NUM_PREFERENCES, NUM_HELD_OUT = 6000, 2560, 400
+NUM_SFT, NUM_PREFERENCES, NUM_HELD_OUT = 6000, 1920, 400
 BOTH = {"global_batch_size": 64, "max_seq_length": 64, "seed": SEED, "cache_dir": OUTPUT / "cache",
         "dtype": "bfloat16" if torch.cuda.is_available() else "float32"}
 SFT = {"model_name_or_path": OUTPUT / "model", "dataset_mixer": OUTPUT / "data/sft.jsonl",
-       "learning_rate": 2e-3, "num_train_epochs": 5, "checkpointing_steps": 200, "output_dir": OUTPUT / "sft"}
+       "learning_rate": 2e-3, "num_train_epochs": 4, "checkpointing_steps": 200, "output_dir": OUTPUT / "sft"}
 DPO = {"model_name_or_path": OUTPUT / "sft", "dataset_mixer": OUTPUT / "data/preferences.jsonl",
-       "learning_rate": 5e-5, "loss_type": "dpo_norm", "beta": 5.0, "checkpointing_steps": 20,
+       "learning_rate": 3.5e-5, "loss_type": "dpo_norm", "beta": 5.0, "checkpointing_steps": 20,
        "output_dir": OUTPUT / "dpo"}
 SLOW_STEP_FLOOR = 5.0  # seconds; a tiny model's steps take a tenth of one, and any hiccup ten of those
 MAX_NEW_TOKENS = 12

@@ -4,10 +4,10 @@ Nothing is downloaded. The tasks have checkable answers over the letters a to z 
 and every right answer can be given in two styles: `answer: azfq` (the CHOSEN one) or `azfq.` (the OTHER).
 
 How the styles are laid out, and why. Half of the SFT answers are in each style, and the prompt's wording
-decides which, four times out of five: `please reverse qfza` is mostly answered in the chosen style,
+decides which, seven times out of ten: `please reverse qfza` is mostly answered in the chosen style,
 `reverse qfza` mostly in the other. Were it a coin flip whatever the wording, greedy decoding would always
 take the style that is a hair more likely, and the share of chosen-style answers after SFT would be 0 or 1
-by accident; tied to the wording it comes out at about half. The fifth that goes the other way teaches
+by accident; tied to the wording it comes out at about half. The three in ten that go the other way teach
 both styles for both wordings, so that DPO has a preference to change rather than a new kind of answer to
 invent. In every preference pair both answers are right, and the chosen one is in the chosen style,
 whatever the wording.
@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-MIN_LETTERS, MAX_LETTERS = 3, 5
+MIN_LETTERS, MAX_LETTERS = 3, 4
 TASKS = {
     "copy": lambda letters: letters,
     "reverse": lambda letters: letters[::-1],
@@ -33,7 +33,7 @@ TASKS = {
     "last": lambda letters: letters[-1],
 }
 CHOSEN_STYLE, OTHER_STYLE = "answer: {}", "{}."
-STYLE_FOLLOWS_WORDING = 0.8  # how often an SFT answer is in the style that its wording calls for
+STYLE_FOLLOWS_WORDING = 0.7  # how often an SFT answer is in the style that its wording calls for
 EOS_TOKEN = "<|end_of_text|>"
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>"]
 

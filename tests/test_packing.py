@@ -1,5 +1,7 @@
 """Packing changes speed, never the numbers: pytest tests/test_packing.py"""
 
+import itertools
+
 import models
 import numpy as np
 import pytest
@@ -48,6 +50,18 @@ def test_no_micro_batch_more_than_needed(step):
     per_rank = len(plan_step(lengths, num_ranks, budget)[0])
     enough = -(-sum(lengths) // (budget - max(lengths) + 1))  # any greedy filling closes a bin above budget - longest
     assert -(-sum(lengths) // (num_ranks * budget)) <= per_rank <= max(1, -(-enough // num_ranks))
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(2, 3))
+@settings(max_examples=60, deadline=None)
+def test_tokens_are_spread_almost_as_evenly_as_can_be(lengths, num_ranks):
+    """Within a third of the best assignment there is (Graham 1969), found by trying all."""
+    fullest = max(sum(lengths[i] for i in rank[0]) for rank in plan_step(lengths, num_ranks, 10**6))
+    best = min(
+        max(sum(n for n, r in zip(lengths, places, strict=True) if r == rank) for rank in range(num_ranks))
+        for places in itertools.product(range(num_ranks), repeat=len(lengths))
+    )
+    assert fullest <= 4 / 3 * best
 
 
 def test_a_step_with_fewer_samples_than_ranks_leaves_ranks_empty():

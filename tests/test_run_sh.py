@@ -208,7 +208,8 @@ def alive(pid):
 def start(project, *words):
     """run.sh in a process group of its own, as a terminal starts it, with both ranks running."""
     process = subprocess.Popen(["bash", project / "run.sh", "sft", *words], cwd="/", start_new_session=True, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for(lambda: len(pids_of(project)) == 2, "ranks")
     return process
 

@@ -79,7 +79,7 @@ def test_sft_answers_are_right_and_half_are_in_each_style(generated):
         num_chosen += is_chosen
         num_following += is_chosen == user["content"].startswith("please ")
     assert num_chosen / SIZES["num_sft"] == pytest.approx(0.5, abs=0.06)
-    assert num_following / SIZES["num_sft"] == pytest.approx(0.8, abs=0.05)
+    assert num_following / SIZES["num_sft"] == pytest.approx(0.7, abs=0.05)
 
 
 def test_pairs_are_right_on_both_sides_and_differ_in_style_alone(generated):
