@@ -106,11 +106,11 @@ def main() -> None:
     pairs = sorted(
         {i for step in range(last_step) for i in step_samples(step, len(data), config.global_batch_size, config.seed)}
     )
-    reference = None
+    reference = cached_in = None
     if reference_folder is not None:  # another model than the policy: it is gone before the policy loads
         other = model.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
         with inference_engine(other, ds_config) as engine:
-            reference = reference_logps(engine, data, pairs, reference_folder, config, kernel, budget, ranks)
+            reference, cached_in = reference_logps(engine, data, pairs, reference_folder, config, kernel, budget, ranks)
         del other, engine
 
     # ------------------------------------------------------------------ model and engine
@@ -127,7 +127,7 @@ def main() -> None:
     ranks.say(packing_report((pair_lengths[samples].tolist() for samples in first), ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
     if loss_of.needs_reference and reference is None:  # the policy, which still is the starting model
-        reference = reference_logps(engine, data, pairs, model_folder, config, kernel, budget, ranks)
+        reference, cached_in = reference_logps(engine, data, pairs, model_folder, config, kernel, budget, ranks)
 
     # ------------------------------------------------------------------ resume
     if resume_from is not None:
@@ -140,6 +140,7 @@ def main() -> None:
         "num_steps": num_steps,
         "kernel": kernel,
         "micro_batch_budget": budget,
+        "reference_cache": cached_in,
         "data": data.stats,
         "zero": model.partition_report(parameters, ranks),
         **run_record.environment(ranks),

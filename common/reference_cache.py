@@ -78,12 +78,12 @@ def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
 
 def reference_logps(
     engine, data, needed: list[int], model_folder: str, config: DPOConfig, kernel: str, budget: int, ranks: Ranks
-) -> torch.Tensor:
-    """float32 [len(data), 2] on the device: log-probabilities of the `needed` pairs under the engine's present weights.
+) -> tuple[torch.Tensor, str]:
+    """Log-probabilities of the `needed` pairs under the engine's present weights, and the folder that caches them.
 
-    The engine must hold the weights of model_folder, whose bytes are part of the cache's key. Summed over each
-    completion's scored tokens, chosen first; other pairs are NaN. What the cache holds is used once a few of its
-    pairs were computed again and found the same; the rest is computed and added.
+    float32 [len(data), 2] on the device, summed over each completion's scored tokens, chosen first; other pairs are
+    NaN. The engine must hold the weights of model_folder, whose bytes are part of the cache's key. What the cache
+    holds is used once a few of its pairs were computed again and found the same; the rest is computed and added.
     Raises TrainingStopped if the cache disagrees with the weights.
     """
     key = reference_key(model_folder, data.digest, config, kernel, ranks)
@@ -113,7 +113,7 @@ def reference_logps(
         num_parts += 1
         bar.update(len(pairs))
     bar.close()
-    return torch.from_numpy(logps).to(ranks.device)
+    return torch.from_numpy(logps).to(ranks.device), str(folder)
 
 
 def compute_logps(

@@ -291,9 +291,9 @@ def test_a_first_step_that_is_not_ln_2_stops_with_3(tiny_llama, dpo_data, tmp_pa
 
 
 def shifted_reference_logps(engine, data, *rest):
-    logps = reference_logps(engine, data, *rest)
+    logps, cached_in = reference_logps(engine, data, *rest)
     logps[:, 1] += 3.0
-    return logps
+    return logps, cached_in
 
 
 def without_weights(folder):
