@@ -132,7 +132,7 @@ os.execvp(sys.argv[1], sys.argv[1:])' "$@" &
     trap 'forward INT' INT
     while :; do  # a signal ends a wait early; a wait that is repeated tells the exit code again
         interrupted=""
-        wait "$launcher" && rc=0 || rc=$?
+        wait "$launcher" 2>/dev/null && rc=0 || rc=$?  # silent: bash would print the whole command that was killed
         [[ -n $interrupted ]] || break
     done
     stop_strays

@@ -90,7 +90,8 @@ def main() -> None:
         ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
         return
     state, resume_from = checkpoint.starting_point(config.output_dir, config.resume, identity, last_step, ranks)
-    budget = micro_batch_budget(config, longest, ranks.device, state.budget_at(ranks.world_size))
+    longest_at = data.where(int(pair_lengths.argmax()))
+    budget = micro_batch_budget(config, longest, ranks.device, state.budget_at(ranks.world_size), longest_at)
     ranks.say(
         f"DPO ({config.loss_type}): {len(data):,} pairs; {last_step:,} of {num_steps:,} steps of "
         f"{config.global_batch_size} pairs; {ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "

@@ -75,7 +75,8 @@ def main() -> None:
         ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
         return
     state, resume_from = checkpoint.starting_point(config.output_dir, config.resume, identity, last_step, ranks)
-    budget = micro_batch_budget(config, longest, ranks.device, state.budget_at(ranks.world_size))
+    longest_at = data.where(int(data.lengths.argmax()))
+    budget = micro_batch_budget(config, longest, ranks.device, state.budget_at(ranks.world_size), longest_at)
     ranks.say(
         f"SFT: {len(data):,} samples; {last_step:,} of {num_steps:,} steps of {config.global_batch_size} samples; "
         f"{ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "

@@ -12,8 +12,10 @@ from common.errors import TrainingStopped, UserError
 from common.model import PackedModel
 
 
-def micro_batch_budget(config: TrainConfig, longest: int, device: torch.device, kept: int | None = None) -> int:
-    """Tokens that one micro-batch may hold, at least `longest`, the longest sample's (pair's).
+def micro_batch_budget(
+    config: TrainConfig, longest: int, device: torch.device, kept: int | None = None, where: str = "the longest sample"
+) -> int:
+    """Tokens that one micro-batch may hold, at least `longest`, those of the longest sample (pair), at `where`.
 
     kept: what `auto` takes in place of its own choice: the budget of the checkpoint that the run continues.
     Raises UserError if a given budget is smaller.
@@ -22,8 +24,8 @@ def micro_batch_budget(config: TrainConfig, longest: int, device: torch.device, 
         return max(longest, kept or (16384 if device.type == "cuda" else 4096))
     if longest > config.max_tokens_per_micro_batch:
         raise UserError(
-            f"--max_tokens_per_micro_batch {config.max_tokens_per_micro_batch} is less than the longest "
-            f"sample's {longest} tokens; give at least {longest}, or lower --max_seq_length"
+            f"--max_tokens_per_micro_batch {config.max_tokens_per_micro_batch} is less than the {longest} tokens of "
+            f"{where}; give at least {longest}, or lower --max_seq_length"
         )
     return config.max_tokens_per_micro_batch
 

@@ -76,6 +76,9 @@ def preference_loss(config: DPOConfig) -> PreferenceLoss:
     return loss
 
 
+ROUNDING = 1e-6  # relative error of a float32 log-probability of a sequence, between two ways to pack it
+
+
 # What preference_sums adds up over a step's pairs; divided by their number, the fields of metrics.jsonl.
 SUMMED = (
     "train_loss",
@@ -94,13 +97,14 @@ def preference_sums(loss: torch.Tensor, ratios: torch.Tensor, logps: torch.Tenso
 
     loss: the sum of their losses; ratios [P, 2]: what the loss was computed from, (chosen, rejected);
     logps [P, 2]: the policy's, in the loss's reduction. A reward is beta times a ratio (Rafailov et al.
-    2023, section 5); an accuracy is 1 where the chosen reward is the greater, 0.5 for a tie.
+    2023, section 5); an accuracy is 1 where the chosen reward is the greater, 0.5 for a tie. Ratios that differ by
+    less than the rounding of the log-probabilities they come from are a tie: so is every pair at step 1.
     """
     rewards, logps = beta * ratios.double(), logps.double()
     margins = rewards[:, 0] - rewards[:, 1]
-    return torch.stack(
-        [loss.double(), *rewards.sum(0), margins.sum(), (0.5 * (margins.sign() + 1)).sum(), *logps.sum(0)]
-    )
+    is_tie = margins.abs() <= beta * ROUNDING * logps.abs().sum(1)
+    accuracy = torch.where(is_tie, 0.5, (margins > 0).double())
+    return torch.stack([loss.double(), *rewards.sum(0), margins.sum(), accuracy.sum(), *logps.sum(0)])
 
 
 def check_first_step(train_loss: float, loss: PreferenceLoss, config: DPOConfig) -> None:

@@ -126,14 +126,14 @@ def load_source(source: Source) -> Rows:
     return Rows(source, identity, len(numbers), indices, read, numbers)
 
 
-def decode_row(raw: bytes | dict, where: str) -> dict:
-    """One item of Rows.read -> the row. Raises UserError naming `where` if it is not a JSON object."""
+def decode_row(raw: bytes | dict) -> dict:
+    """One item of Rows.read -> the row. Raises UserError, without the row's place, if it is not a JSON object."""
     try:
         row = json.loads(raw) if isinstance(raw, bytes) else raw
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON: {error}") from error
+        raise UserError(f"not valid JSON: {error}") from error
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be a JSON object, not {type(row).__name__}")
+        raise UserError(f"a row must be a JSON object, not {type(row).__name__}")
     return row
 
 

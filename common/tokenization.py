@@ -167,9 +167,34 @@ class Encoder:
             raise Dropped("the tokenizer fails on its text") from error
 
 
-def tokenize_sft(messages: list[dict], template: ChatTemplate, encoder: Encoder, max_seq_length: int):
-    """-> (SFTSample, whether it was truncated). Raises Dropped, or UserError without the row's place."""
-    text, char_spans = _render(messages, template)
+def render(messages: list[dict], template: ChatTemplate, only_last: bool = False) -> tuple[str, list[tuple[int, int]]]:
+    """ChatTemplate.render, but for Dropped where the template refuses the conversation."""
+    try:
+        return template.render(messages, only_last)
+    except TemplateRefused as error:
+        raise Dropped(f"refused by the chat template: {str(error)[:80]}") from error
+
+
+def render_pair(chosen: list[dict], rejected: list[dict], template: ChatTemplate) -> tuple[str, str, str]:
+    """-> (prompt, chosen's completion, rejected's). Raises Dropped; UserError if the template makes two prompts."""
+    prompts, completions = [], []
+    for messages in (chosen, rejected):
+        if not messages or messages[-1]["role"] != "assistant":
+            raise Dropped("does not end with the assistant's message")
+        text, [(start, end)] = render(messages, template, only_last=True)
+        prompts.append(text[:start])
+        completions.append(text[start:end])
+    if prompts[0] != prompts[1]:
+        raise UserError(f"chat template {template.name!r} renders the prompts of chosen and rejected differently")
+    if not all(completion.removesuffix(template.closing).strip() for completion in completions):
+        raise Dropped("empty completion")
+    if completions[0] == completions[1]:
+        raise Dropped("equal completions")
+    return prompts[0], *completions
+
+
+def tokenize_sft(text: str, char_spans: list[tuple[int, int]], encoder: Encoder, max_seq_length: int):
+    """-> (SFTSample, whether it was truncated). char_spans: what is trained of the text. Raises Dropped."""
     encoding, truncated = encoder.encode(text, max_seq_length)
     # Position 0 is no target: there is nothing to predict it from.
     spans = [(max(1, _first_token(encoding, start)), _first_token(encoding, end)) for start, end in char_spans]
@@ -179,30 +204,16 @@ def tokenize_sft(messages: list[dict], template: ChatTemplate, encoder: Encoder,
     return SFTSample(np.array(encoding.ids, np.int32), np.array(spans, np.int32)), truncated
 
 
-def tokenize_pair(chosen: list[dict], rejected: list[dict], template: ChatTemplate, encoder: Encoder,
-                  max_seq_length: int):
-    """-> (PreferencePair, whether a side was truncated). Raises Dropped, or UserError without the row's place."""
-    prompts, completions = [], []
-    for messages in (chosen, rejected):
-        if not messages or messages[-1]["role"] != "assistant":
-            raise Dropped("does not end with the assistant's message")
-        text, [(start, end)] = _render(messages, template, only_last=True)
-        prompts.append(text[:start])
-        completions.append(text[start:end])
-    if prompts[0] != prompts[1]:
-        raise UserError(f"chat template {template.name!r} renders the prompts of chosen and rejected differently")
-    if not all(completion.removesuffix(template.closing).strip() for completion in completions):
-        raise Dropped("empty completion")
-    if completions[0] == completions[1]:
-        raise Dropped("equal completions")
+def tokenize_pair(prompt: str, chosen: str, rejected: str, encoder: Encoder, max_seq_length: int):
+    """-> (PreferencePair, whether a side was truncated). Raises Dropped."""
     sides, prompt_lengths, scored_from, truncated = [], [], [], False
-    for completion in completions:
-        encoding, cut = encoder.encode(prompts[0] + completion, max_seq_length)
-        first = _first_token(encoding, len(prompts[0]))
+    for completion in (chosen, rejected):
+        encoding, cut = encoder.encode(prompt + completion, max_seq_length)
+        first = _first_token(encoding, len(prompt))
         if max(1, first) >= len(encoding):
             raise Dropped("prompt fills max_seq_length")
         # The last token of the header may be the first of the content too.
-        is_merged = first > 0 and encoding.token_to_chars(first - 1)[1] > len(prompts[0])
+        is_merged = first > 0 and encoding.token_to_chars(first - 1)[1] > len(prompt)
         sides.append(np.array(encoding.ids, np.int32))
         prompt_lengths.append(first - is_merged)
         scored_from.append(max(1, first))
@@ -213,13 +224,6 @@ def tokenize_pair(chosen: list[dict], rejected: list[dict], template: ChatTempla
     pair = PreferencePair(sides[0][:shared], sides[0][shared:], sides[1][shared:],
                           scored_from[0] - shared, scored_from[1] - shared)
     return pair, truncated
-
-
-def _render(messages: list[dict], template: ChatTemplate, only_last: bool = False):
-    try:
-        return template.render(messages, only_last)
-    except TemplateRefused as error:
-        raise Dropped(f"refused by the chat template: {str(error)[:80]}") from error
 
 
 def _first_token(encoding: Encoding, char: int) -> int:

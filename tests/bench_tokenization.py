@@ -77,9 +77,9 @@ def main():
     template = resolve_template("tulu", tokenizer)
     lines = [json.dumps(row).encode() for row in rows]
     texts = [template.render(row["messages"])[0] for row in rows]
-    starts = range(0, len(rows), BLOCK_ROWS // 4)
-    blocks = [(0, "bench", list(range(len(lines[i:i + BLOCK_ROWS // 4]))), lines[i:i + BLOCK_ROWS // 4]) for i in starts]
-    batches = [texts[i:i + BLOCK_ROWS // 4] for i in starts]
+    starts = range(0, len(rows), BLOCK_ROWS)
+    blocks = [(0, "bench", list(range(len(lines[i:i + BLOCK_ROWS]))), lines[i:i + BLOCK_ROWS]) for i in starts]
+    batches = [texts[i:i + BLOCK_ROWS] for i in starts]
 
     # No truncation: both sides tokenize every character.
     state = pickle.dumps(BlockTokenizer("sft", template, Encoder(tokenizer), 1_000_000))

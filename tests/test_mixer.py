@@ -105,7 +105,7 @@ def test_every_local_format_gives_the_same_subset(tmp_path, suffix):
     rows = load_source(parse_source(f"{file}=25%"))
     assert rows.identity == {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     expected = np.random.RandomState(42).choice(20, size=5, replace=False)
-    got = [decode_row(raw, "") for raw in rows.read(rows.indices)]
+    got = [decode_row(raw) for raw in rows.read(rows.indices)]
     assert [row["messages"] for row in got] == [ROWS[i]["messages"] for i in expected]
     assert rows.numbers[rows.indices].tolist() == [i + 1 for i in expected]
 
@@ -115,7 +115,7 @@ def test_json_lines_in_a_json_file_and_blank_lines_keep_their_line_numbers(tmp_p
     file.write_bytes(b'{"messages": 1}\n\n  \r\n{"messages": 2}\r\n{"messages": 3}')
     rows = load_source(parse_source(str(file)))
     assert rows.numbers.tolist() == [1, 4, 5]
-    assert [decode_row(raw, "")["messages"] for raw in rows.read(rows.indices)] == [1, 2, 3]
+    assert [decode_row(raw)["messages"] for raw in rows.read(rows.indices)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name, content, amount, said", [
@@ -132,9 +132,9 @@ def test_an_unusable_file_is_refused_by_name(tmp_path, name, content, amount, sa
 
 
 @pytest.mark.parametrize("raw", [b'{"messages": [', b"[1, 2]", b"\xff\xfe{}", b"null", b"[" * 100_000, ["x"]])
-def test_a_row_that_is_not_an_object_is_refused_with_its_place(raw):
-    with pytest.raises(UserError, match=r"^file:7: "):
-        decode_row(raw, "file:7")
+def test_a_row_that_is_not_an_object_is_refused(raw):
+    with pytest.raises(UserError, match="JSON"):
+        decode_row(raw)
 
 
 # --- a hub on the loopback interface, in a process of its own: huggingface_hub reads HF_ENDPOINT when it is imported

@@ -135,7 +135,7 @@ def assert_continued(done: launch.Finished, step: int) -> None:
     assert (f"resuming after step {step} from" in done.stdout) == (step > 0)
 
 
-def wait_for(run: launch.Run, text: str, timeout: float = 60) -> bool:
+def wait_for(run: launch.Run, text: str, timeout: float = 180) -> bool:
     """Until the run has printed `text`; False if it ended before."""
     log, deadline = run.logs / "stdout", time.monotonic() + timeout
     log.touch()
@@ -452,7 +452,7 @@ def test_a_second_request_leaves_at_once(setting):
     for process in run.processes:
         os.kill(process.pid, signal.SIGTERM)
     assert run.wait().exit_codes == [143, 143]
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - asked < 30  # a save takes 60
     assert checkpoints(output_dir) == []
 
 
@@ -462,7 +462,7 @@ def test_a_signal_before_the_first_step_ends_the_run_without_a_traceback(setting
         assert wait_for(run, "saving")
         for process in run.processes:
             os.kill(process.pid, number)
-        done = run.wait(timeout=20)
+        done = run.wait(timeout=60)
         assert done.exit_codes == [-number, -number]
         assert "Traceback" not in done.stderr
 
@@ -480,13 +480,13 @@ def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
         launcher = subprocess.Popen(command, cwd=launch.REPO, env=environment, stdout=out, stderr=subprocess.STDOUT,
                                     start_new_session=True)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200
         while "\nstep 2/" not in log.read_text() and launcher.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         ranks = list(map(int, re.findall(r"process (\d+) spawned", log.read_text())))
         assert len(ranks) == 2
         os.kill(ranks[1], signal.SIGTERM)
-        assert launcher.wait(timeout=60) == 143
+        assert launcher.wait(timeout=120) == 143
     finally:
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)

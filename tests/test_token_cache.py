@@ -27,7 +27,7 @@ from common.token_cache import (
     prepare_tokens,
     preview,
 )
-from common.tokenization import Encoder, tokenize_pair, tokenize_sft
+from common.tokenization import Encoder, render, render_pair, tokenize_pair, tokenize_sft
 
 REPO = Path(__file__).parents[1]
 
@@ -78,7 +78,7 @@ def test_an_sft_cache_holds_every_kept_sample_in_order(kit, tmp_path):
     assert len(ds) == len(expected) and ds.kind == "sft" and ds.pair_lengths is None
     num_truncated = 0
     for i, (chat, where) in enumerate(expected):
-        sample, truncated = tokenize_sft(chat, template, Encoder(tokenizer), 64)
+        sample, truncated = tokenize_sft(*render(chat, template), Encoder(tokenizer), 64)
         np.testing.assert_array_equal(ds[i].input_ids, sample.input_ids)
         np.testing.assert_array_equal(ds[i].trained_spans, sample.trained_spans)
         assert (ds.where(i), ds.lengths[i]) == (where, len(sample.input_ids))
@@ -104,7 +104,7 @@ def test_a_dpo_cache_holds_every_kept_pair_in_order(kit, tmp_path):
     kept = [i for i in range(40) if i != 3]
     assert len(ds) == 39 and ds.kind == "dpo" and ds.stats["dropped"] == {"equal completions": 1}
     for i, row in enumerate(kept):
-        pair, _ = tokenize_pair(*PAIRS[row], template, Encoder(tokenizer), 64)
+        pair, _ = tokenize_pair(*render_pair(*PAIRS[row], template), Encoder(tokenizer), 64)
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
             np.testing.assert_array_equal(getattr(ds[i], name), getattr(pair, name))
             assert getattr(ds[i], name).dtype == np.int32

@@ -17,15 +17,23 @@ from common.tokenization import (
     Dropped,
     Encoder,
     preference_conversations,
+    render,
+    render_pair,
     sft_conversation,
-    tokenize_pair,
-    tokenize_sft,
 )
 
 TOKENIZER = tiny_tokenizer.tiny_tokenizer()
 ENCODER = Encoder(TOKENIZER)
 TULU = resolve_template("tulu", TOKENIZER)
 USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}
+
+
+def tokenize_sft(messages, template, encoder, max_seq_length):
+    return tokenization.tokenize_sft(*render(messages, template), encoder, max_seq_length)
+
+
+def tokenize_pair(chosen, rejected, template, encoder, max_seq_length):
+    return tokenization.tokenize_pair(*render_pair(chosen, rejected, template), encoder, max_seq_length)
 
 
 def ids_of(text: str) -> list[int]:

@@ -274,6 +274,24 @@ def test_real_launcher_torchrun_runs_it(tiny_llama, dpo_data, plain, tmp_path):
     assert (run.output_dir / "curves.png").is_file()
 
 
+def test_another_reference_model_equals_the_plain_loop(tiny_llama, dpo_data, pairs, tmp_path):
+    """Of another shape even: it is loaded first, in the policy's place."""
+    other = models.make_model(tmp_path / "other", "qwen3", seed=5)
+    settings = {**SETTINGS, **LOSSES["dpo_norm"], "ref_model_name_or_path": other, "max_train_steps": NUM_STEPS}
+    run = launch.launch("train_dpo", flags(tiny_llama, dpo_data, tmp_path, **settings), 2).succeeded()
+    expected = reference.train_dpo(
+        reference.load(tiny_llama),
+        pairs,
+        num_steps=NUM_STEPS,
+        reference_model=reference.load(other),
+        **SETTINGS,
+        **LOSSES["dpo_norm"],
+    )
+    assert abs(expected[0]["train_loss"] - math.log(2)) > 0.01
+    for column in ("train_loss", "grad_norm", "logps/chosen", "rewards/margin"):
+        assert run.column(column) == pytest.approx([record[column] for record in expected], rel=1e-4), column
+
+
 # ------------------------------------------------------------------ ends and mistakes
 
 
@@ -296,6 +314,10 @@ def shifted_reference_logps(engine, data, *rest):
     return logps, cached_in
 
 
+def with_another_vocabulary(folder):
+    return models.make_model(folder, vocab_size=models.make_config().vocab_size + 8)
+
+
 def without_weights(folder):
     models.make_config().save_pretrained(folder)
     models.make_tokenizer().save_pretrained(folder)
@@ -316,7 +338,18 @@ MISTAKES = {
     "beta 0": (lambda t: {"beta": 0}, ["--beta"]),
     "label_smoothing above a half": (lambda t: {"label_smoothing": 0.6}, ["--label_smoothing"]),
     "label_smoothing for ipo": (lambda t: {"label_smoothing": 0.1, "loss_type": "ipo"}, ["--label_smoothing", "ipo"]),
-    "a pair above the budget": (lambda t: {"max_tokens_per_micro_batch": 60}, ["60", "--max_tokens_per_micro_batch"]),
+    "a pair above the budget": (
+        lambda t: {"max_tokens_per_micro_batch": 60},
+        ["60", "--max_tokens_per_micro_batch", ".jsonl:"],
+    ),
+    "a reference with another vocabulary": (
+        lambda t: {"ref_model_name_or_path": with_another_vocabulary(t / "other")},
+        ["--ref_model_name_or_path", "vocabulary"],
+    ),
+    "a reference for simpo": (
+        lambda t: {"ref_model_name_or_path": t, "loss_type": "simpo"},
+        ["--ref_model_name_or_path", "simpo"],
+    ),
     "conversations in place of preferences": (
         lambda t: {"dataset_mixer": models.write_jsonl(t / "sft.jsonl", models.conversations(3))},
         ["sft.jsonl:1", "chosen"],

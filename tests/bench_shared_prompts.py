@@ -1,0 +1,48 @@
+"""Pairs a second with and without shared prompts, side by side, on real or generated preferences.
+
+    python tests/bench_shared_prompts.py [PREFERENCES.jsonl]
+
+Trains a small model with train_dpo.py, once each way, in turn, three times; prints the medians, their ratio, and
+what the tokens say: 2 (p + c) / (p + 2 c) for prompts of p and answers of c tokens.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import models
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared/data/preferences.jsonl"
+ROUNDS, STEPS, WARMUP = 3, 6, 2
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        data = Path(sys.argv[1]) if len(sys.argv) > 1 else SHARED
+        if not data.is_file():
+            data = models.write_jsonl(folder / "preferences.jsonl", models.preferences(200))
+        model = models.make_model(folder / "model", hidden_size=128, intermediate_size=256)
+        speeds, tokens = {True: [], False: []}, {}
+        for _ in range(ROUNDS):
+            for share in (True, False):
+                out = folder / f"out-{share}"
+                flags = {"model_name_or_path": model, "dataset_mixer": data, "dtype": "float32", "max_seq_length": 1024,
+                         "global_batch_size": 8, "max_train_steps": STEPS, "share_prompt": str(share).lower(),
+                         "output_dir": out, "cache_dir": folder / "cache", "resume": "never"}  # fmt: skip
+                words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+                subprocess.run([sys.executable, ROOT / "train_dpo.py", *words], check=True, stdout=subprocess.DEVNULL)
+                records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+                tokens[share] = records[-1]["total_tokens"]
+                speeds[share].append(8 / statistics.median(record["step_seconds"] for record in records[WARMUP:]))
+    shared, whole = (statistics.median(speeds[share]) for share in (True, False))
+    print(f"{data}: {shared:.2f} pairs/s shared, {whole:.2f} pairs/s whole: {shared / whole:.2f}x; "
+          f"tokens {tokens[True]:,} and {tokens[False]:,}: {tokens[False] / tokens[True]:.2f}x")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
