@@ -70,7 +70,7 @@ def main() -> None:
         if config.checkpointing_steps == "epoch"
         else config.checkpointing_steps
     )
-    identity = run_record.run_identity(config, data.digest, template.digest, model_folder)
+    identity = ranks.once(lambda: run_record.run_identity(config, data.digest, template.digest, model_folder))
     if ranks.once(lambda: run_record.check_output_dir(config, identity, last_step)):
         ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
         return

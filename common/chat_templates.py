@@ -83,9 +83,10 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat template {self.name!r}, line {error.lineno}: {error.message}") from error
         except Exception as error:  # a template is a program of the user's, and can fail in any way
+            words = " ".join(str(error).split())
             if type(error) is jinja2.TemplateError:  # what raise_exception raises
-                raise TemplateRefused(str(error)) from error
-            raise UserError(f"chat template {self.name!r}: {type(error).__name__}: {error}") from error
+                raise TemplateRefused(words) from error
+            raise UserError(f"chat template {self.name!r}: {type(error).__name__}: {words}") from error
 
     def render(self, messages: list[dict], only_last: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and the [start, end) characters of it that are trained.
@@ -164,9 +165,11 @@ def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
             raise UserError(f"chat template {name_or_path!r} ends answers with EOS, but the tokenizer has no eos_token")
         return ChatTemplate(name_or_path, BUILT_IN[name_or_path], tokenizer)
     if name_or_path == "tokenizer":
-        if not tokenizer.chat_template:
-            raise UserError("chat_template 'tokenizer': the tokenizer has no chat template of its own; use 'tulu'")
-        return ChatTemplate(name_or_path, tokenizer.get_chat_template(), tokenizer)
+        try:
+            jinja = tokenizer.get_chat_template()
+        except ValueError as error:
+            raise UserError("chat_template 'tokenizer': the tokenizer has none, or several; use 'tulu'") from error
+        return ChatTemplate(name_or_path, jinja, tokenizer)
     try:
         jinja = Path(name_or_path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

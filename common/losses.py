@@ -76,7 +76,7 @@ def preference_loss(config: DPOConfig) -> PreferenceLoss:
     return loss
 
 
-ROUNDING = 1e-6  # relative error of a float32 log-probability of a sequence, between two ways to pack it
+ROUNDING = 1e-6  # error of a float32 log-probability x, over 1 + |x|, between two ways to pack its sequence
 
 
 # What preference_sums adds up over a step's pairs; divided by their number, the fields of metrics.jsonl.
@@ -102,7 +102,7 @@ def preference_sums(loss: torch.Tensor, ratios: torch.Tensor, logps: torch.Tenso
     """
     rewards, logps = beta * ratios.double(), logps.double()
     margins = rewards[:, 0] - rewards[:, 1]
-    is_tie = margins.abs() <= beta * ROUNDING * logps.abs().sum(1)
+    is_tie = margins.abs() <= beta * ROUNDING * (2 + logps.abs().sum(1))
     accuracy = torch.where(is_tie, 0.5, (margins > 0).double())
     return torch.stack([loss.double(), *rewards.sum(0), margins.sum(), accuracy.sum(), *logps.sum(0)])
 

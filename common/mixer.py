@@ -201,9 +201,9 @@ def _open_hub(source: Source):
         dataset = load_dataset(source.path, revision=commit, split=source.split)
     except Exception as error:  # whatever it is, the user has to see which source cannot be had, and why
         raise UserError(f"dataset_mixer {source.text!r}: {_one_line(error)}") from error
-    if not all(commit in file["filename"] for file in dataset.cache_files):  # offline, any cached commit is given
-        raise UserError(f"dataset_mixer {source.text!r}: the hub cannot be reached, and the local cache holds another "
-                        f"commit than {commit}")
+    if not all(commit in file["filename"] for file in dataset.cache_files):  # offline, the last one cached is given
+        raise UserError(f"dataset_mixer {source.text!r}: the hub cannot be reached, and what was last cached from it is "
+                        f"not commit {commit}")
     return {"revision": commit, "split": source.split}, *_arrow_rows(dataset)
 
 

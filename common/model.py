@@ -172,9 +172,6 @@ class WeightReader:
                 f"{self.folder / name}: not a whole safetensors file ({' '.join(str(e).split())})"
             ) from None
 
-    def files(self) -> list[Path]:
-        return [self.folder / name for name in sorted(set(self.file_of.values()))]
-
     def check(self, model: nn.Module) -> None:
         """Raises UserError if a parameter of `model` is missing or has another shape."""
         shapes = {}

@@ -63,7 +63,7 @@ def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
         memo = json.loads(memo_path.read_text())
     except (OSError, ValueError):
         memo = {}
-    files = model.WeightReader(model_folder).files()
+    files = sorted(Path(model_folder).glob("*.safetensors"))
     stamps = {path: f"{path.resolve()}:{s.st_size}:{s.st_mtime_ns}:{s.st_ino}" for path in files for s in [path.stat()]}
     unknown = [path for path in files if stamps[path] not in memo]
     if unknown:

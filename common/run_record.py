@@ -13,6 +13,7 @@ from common.checkpoint import RunState, delete_after, file_digest, replace_file,
 from common.config import TrainConfig
 from common.distributed import Ranks
 from common.errors import UserError
+from common.reference_cache import weight_digests
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
 # What may differ between a run and its resume: it changes speed, logging or placement, not the result.
@@ -25,12 +26,14 @@ FREE_TO_CHANGE = {"output_dir", "cache_dir", "resume", "logging_steps", "checkpo
 def run_identity(config: TrainConfig, data_digest: str, template_digest: str, model_folder: str) -> dict:
     """Every value that decides what is trained, by the name under which a user knows it.
 
-    The mixer and the template are represented by digests of what they were read as, the model by its name
-    and its config.json.
+    The mixer and the template are represented by digests of what they were read as, the model also by its config.json
+    and its weights: an SFT folder that a new run has overwritten is another model. Reads the weights once (see
+    reference_cache.weight_digests), so call it on one rank.
     """
     identity = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
     return {**identity, "dataset_mixer (contents)": data_digest, "chat_template (contents)": template_digest,
-            "config.json of the model": file_digest(Path(model_folder) / "config.json")}
+            "model (config.json)": file_digest(Path(model_folder) / "config.json"),
+            "model (weights)": weight_digests(model_folder, config.cache_dir)}
 
 
 def write_run_config(output_dir: str, record: dict) -> None:

@@ -150,7 +150,7 @@ def prepare_tokens(kind: str, dataset_mixer: list[str], tokenizer, tokenizer_pat
 def cache_key(tokenize: "BlockTokenizer", sources: list[Rows], tokenizer_path: str) -> str:
     """sha256, in hex, of all that the tokens and their rows' names depend on."""
     tokenizer = tokenize.template.tokenizer
-    paths = [path for pattern in TOKENIZER_FILES for path in Path(tokenizer_path).glob(pattern)]
+    paths = [path for pattern in TOKENIZER_FILES for path in Path(tokenizer_path).glob(pattern) if path.is_file()]
     code = [module.__file__ for module in (mixer, chat_templates, tokenization)] + [__file__]
     return _digest_json({
         "kind": tokenize.kind,

@@ -172,7 +172,7 @@ def render(messages: list[dict], template: ChatTemplate, only_last: bool = False
     try:
         return template.render(messages, only_last)
     except TemplateRefused as error:
-        raise Dropped(f"refused by the chat template: {str(error)[:80]}") from error
+        raise Dropped(f"refused by the chat template: {error}"[:120]) from error
 
 
 def render_pair(chosen: list[dict], rejected: list[dict], template: ChatTemplate) -> tuple[str, str, str]:

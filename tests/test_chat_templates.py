@@ -136,6 +136,29 @@ def test_a_user_who_quotes_the_answer_is_not_trained_on(templates):
         assert text.count("so.") == 4 and sum(text[start:end].count("so.") for start, end in spans) == 2
 
 
+def test_what_a_template_adds_to_a_turn_after_its_content_is_trained(tmp_path_factory):
+    """Tool calls: the model has to write them too."""
+    calling = template_of(tmp_path_factory, """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content }}
+{%- if message.tool_calls %}{{- '\\n<call>' + message.tool_calls[0].name + '</call>' }}{% endif %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}""")
+    call = {"role": "assistant", "content": "let me see", "tool_calls": [{"name": "look"}]}
+    text, spans = calling.render([USER, call, {"role": "tool", "content": "let me see"}, ANSWER, USER, call])
+    called = "let me see\n<call>look</call><|im_end|>"
+    assert [text[start:end] for start, end in spans] == [called, "so.<|im_end|>", called]
+
+
+def test_a_template_that_fails_on_the_marker_only_still_serves(tmp_path_factory):
+    picky = template_of(tmp_path_factory, tiny_tokenizer.CHATML + """\
+{%- if messages|length == 2 and messages[1].content == 'so.' %}{% endif %}
+{%- if messages|length == 4 and messages[1].content != 'so.' %}{{ raise_exception('so!') }}{% endif %}""")
+    text, spans = picky.render([USER, ANSWER, USER, ANSWER])
+    assert [text[start:end] for start, end in spans] == ["so.<|im_end|>"] * 2
+
+
 def test_tulu_renders_the_same_without_transformers_environment():
     messages = [{"role": "system", "content": "s"}, USER, {"role": "tool", "content": "t"}, ANSWER, USER, ANSWER]
     rendered = jinja2.Environment().from_string(TULU).render(messages=messages, eos_token="<eos>")
@@ -194,7 +217,7 @@ def test_a_template_that_is_not_there_is_refused(tmp_path):
     for name in ("tuluu", str(tmp_path), str(tmp_path / "binary.jinja")):
         with pytest.raises(UserError, match="tulu"):
             resolve_template(name, TOKENIZER)
-    with pytest.raises(UserError, match="no chat template of its own"):
+    with pytest.raises(UserError, match="the tokenizer has none"):
         resolve_template("tokenizer", TOKENIZER)
     endless = tiny_tokenizer.tiny_tokenizer()
     endless.eos_token = None

@@ -15,6 +15,7 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -486,3 +487,13 @@ def test_a_bare_launcher_s_30_seconds_are_said(request_of_one, monkeypatch, envi
         monkeypatch.setenv(name, value)
     make()
     assert ("30 s" in "".join(ranks.said)) == warned
+
+
+def test_other_weights_under_the_same_name_are_another_run(tmp_path):
+    """A DPO run's SFT folder that a new SFT run has overwritten: neither finished nor to be resumed."""
+    config = SFTConfig(cache_dir=str(tmp_path / "cache"))
+    one, other = (
+        run_record.run_identity(config, "data", "template", str(models.make_model(tmp_path / "model", seed=seed)))
+        for seed in (0, 1)
+    )
+    assert {name for name in one if one[name] != other[name]} == {"model (weights)"}

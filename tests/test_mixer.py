@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -40,6 +41,13 @@ def test_a_local_path_may_hold_the_separators(tmp_path, name, amount):
     (tmp_path / name).write_text("{}")
     source = parse_source(f"{tmp_path / name}" + (f"={amount}" if amount else ""))
     assert (source.path, source.amount, source.local) == (str(tmp_path / name), amount, True)
+
+
+def test_the_longest_path_that_exists_is_meant(tmp_path):
+    for name in ("a.json", "a.json=5.jsonl"):
+        (tmp_path / name).write_text("{}")
+    assert parse_source(f"{tmp_path}/a.json=5.jsonl").path.endswith("5.jsonl")
+    assert parse_source(f"{tmp_path}/a.json=5").path.endswith("a.json")
 
 
 @pytest.mark.parametrize("text, said", [
@@ -138,12 +146,14 @@ def test_a_row_that_is_not_an_object_is_refused(raw):
 
 
 # --- a hub on the loopback interface, in a process of its own: huggingface_hub reads HF_ENDPOINT when it is imported
-COMMIT = "ab" * 20
-HUB_FILES = {"train.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS).encode()}
+COMMIT, OLD_COMMIT = "ab" * 20, "cd" * 20
+REVISIONS = {"main": COMMIT, "v1": OLD_COMMIT, COMMIT: COMMIT, OLD_COMMIT: OLD_COMMIT}
+HUB_FILES = {COMMIT: "".join(json.dumps(row) + "\n" for row in ROWS).encode()}
+HUB_FILES[OLD_COMMIT] = HUB_FILES[COMMIT].splitlines(keepends=True)[0]
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The few routes that `datasets` asks of a hub, for the one data set org/data at COMMIT."""
+    """The few routes that `datasets` asks of a hub, for the one data set org/data, a train.jsonl at each commit."""
 
     def log_message(self, *_):
         pass
@@ -157,16 +167,20 @@ class Hub(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_GET(self):
-        path, name = self.path.split("?")[0], self.path.split("?")[0].split("/")[-1]
-        if path in ("/api/datasets/org/data", f"/api/datasets/org/data/revision/{COMMIT}",
-                    "/api/datasets/org/data/revision/main"):
-            self.answer(json.dumps({"id": "org/data", "sha": COMMIT, "siblings": [{"rfilename": n} for n in HUB_FILES]})
-                        .encode(), Content_Type="application/json")
-        elif path == f"/api/datasets/org/data/tree/{COMMIT}":
-            self.answer(json.dumps([{"type": "file", "path": n, "size": len(content), "oid": "0" * 40}
-                                    for n, content in HUB_FILES.items()]).encode(), Content_Type="application/json")
-        elif path == f"/datasets/org/data/resolve/{COMMIT}/{name}" and name in HUB_FILES:
-            self.answer(HUB_FILES[name], ETag='"0"', X_Repo_Commit=COMMIT)
+        path, json_type = self.path.split("?")[0], {"Content_Type": "application/json"}
+        info = re.fullmatch("/api/datasets/org/data(?:/revision/(.+))?", path)
+        tree = re.fullmatch("/api/datasets/org/data/tree/([^/]+)", path)
+        file = re.fullmatch("/datasets/org/data/resolve/([^/]+)/train.jsonl", path)
+        if info and (info[1] or "main") in REVISIONS:
+            answer = {"id": "org/data", "sha": REVISIONS[info[1] or "main"], "siblings": [{"rfilename": "train.jsonl"}]}
+            self.answer(json.dumps(answer).encode(), **json_type)
+        elif tree:
+            size = len(HUB_FILES[REVISIONS[tree[1]]])
+            self.answer(json.dumps([{"type": "file", "path": "train.jsonl", "size": size, "oid": "0" * 40}]).encode(),
+                        **json_type)
+        elif file:
+            commit = REVISIONS[file[1]]
+            self.answer(HUB_FILES[commit], ETag=f'"{commit}"', X_Repo_Commit=commit)
         else:
             self.answer(b"{}", 404, X_Error_Code="EntryNotFound" if "org/data" in path else "RepoNotFound")
 
@@ -198,16 +212,17 @@ def test_hub_rows_come_from_the_commit_that_is_recorded(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    part, tagged, no_split, no_such = ask("org/data=25%", "org/data@main:train", "org/data:test", "org/none",
-                                          HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
+    tagged, part, whole, no_split, no_such = ask("org/data@v1", "org/data=25%", "org/data@main:train", "org/data:test",
+                                                 "org/none", HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
     server.shutdown()
     indices = np.random.RandomState(42).choice(20, size=5, replace=False).tolist()
     assert part[:2] == [{"revision": COMMIT, "split": "train"}, indices]
     assert part[2] == [{"messages": ROWS[i]["messages"]} for i in indices]
-    assert tagged[0] == part[0] and tagged[1] == list(range(20))
+    assert whole[0] == part[0] and whole[1] == list(range(20))
+    assert tagged == [{"revision": OLD_COMMIT, "split": "train"}, [0], [{"messages": ROWS[0]["messages"]}]]
     assert "org/data:test" in no_split and "['train']" in no_split
     assert "org/none" in no_such and "\n" not in no_such
 
-    pinned, other = ask(f"org/data@{COMMIT}=3", f"org/data@{'c' * 40}", HF_HUB_OFFLINE="1")
+    pinned, other = ask(f"org/data@{COMMIT}=3", f"org/data@{OLD_COMMIT}", HF_HUB_OFFLINE="1")
     assert pinned[0] == part[0]
-    assert "another commit" in other  # `datasets` would have given the cached one
+    assert f"not commit {OLD_COMMIT}" in other  # `datasets` gives the commit that it cached last
