@@ -97,6 +97,9 @@ def main() -> None:
         f"{config.global_batch_size} pairs; {ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "
         f"a checkpoint every {save_every} steps"
     )
+    if config.share_prompt:
+        whole = pair_length(*data.pair_lengths.T, share_prompt=False)
+        ranks.say(f"shared prompts: {pair_lengths.sum():,} tokens an epoch in place of {whole.sum():,}")
     if save_every > last_step:
         ranks.say(
             f"warning: --checkpointing_steps {save_every} is more than this run's {last_step} steps: "
