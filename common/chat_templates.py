@@ -5,8 +5,9 @@ turn is trained from where its generation prompt ends (where there is none, its 
 turn: the content and the token that stops generation. Headers are not trained, nor white space after that token.
 Where a turn lies is found by rendering, never by searching for its content:
 
-1. With a marker for every assistant content the text must stay the same but for the contents. Where a marker follows
-   the generation prompt and is followed by the closing token, that bounds the turn. Nearly always this is all.
+1. A marker for every content shows what the template prints around contents. If that and the contents make up the
+   whole text, an assistant's content between the generation prompt and the closing token is a turn. Nearly always
+   this is all.
 2. Else `messages[:i]` with the generation prompt, and `messages[:i + 1]`, must render to beginnings of the whole
    text: their lengths are where turn i begins and ends (a template that writes more than the content into a turn).
 3. Where one of them does not, a marker for content i alone must leave the text before and after it as it is, and
@@ -15,7 +16,7 @@ Where a turn lies is found by rendering, never by searching for its content:
 """
 
 import hashlib
-from itertools import chain
+import re
 from pathlib import Path
 
 import jinja2
@@ -26,11 +27,9 @@ from common.errors import UserError
 # the end. Other roles render nothing.
 TULU = """\
 {%- for message in messages %}
-{%- set role = message['role'] %}
-{%- if role == 'system' or role == 'user' %}
-{{- '<|' + role + '|>\\n' + message['content'] + '\\n' }}
-{%- elif role == 'assistant' %}
-{{- '<|assistant|>\\n' + message['content'] + eos_token }}
+{%- if message['role'] == 'system' %}{{- '<|system|>\\n' }}{{- message['content'] }}{{- '\\n' }}
+{%- elif message['role'] == 'user' %}{{- '<|user|>\\n' }}{{- message['content'] }}{{- '\\n' }}
+{%- elif message['role'] == 'assistant' %}{{- '<|assistant|>\\n' }}{{- message['content'] }}{{- eos_token }}
 {%- if not loop.last %}{{- '\\n' }}{%- endif %}
 {%- endif %}
 {%- endfor %}
@@ -55,7 +54,7 @@ class ChatTemplate:
         """Raises UserError if it does not compile, cannot render a question and an answer, or hides the answer."""
         self.name, self.jinja, self.tokenizer = name, jinja, tokenizer
         self.digest = hashlib.sha256(jinja.encode()).hexdigest()
-        self._shows_role = {"user": True, "assistant": True}
+        self._shows_role, self._printed = {"user": True, "assistant": True}, {}
         question = {"role": "user", "content": "question"}
         try:
             answered = self.apply([question, {"role": "assistant", "content": MARKER}])
@@ -74,11 +73,8 @@ class ChatTemplate:
 
     def apply(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """transformers' own rendering. Raises TemplateRefused; UserError for any other failure of the template."""
-        return self._apply([messages], add_generation_prompt)[0]
-
-    def _apply(self, conversations: list[list[dict]], add_generation_prompt: bool = False) -> list[str]:
         try:
-            return self.tokenizer.apply_chat_template(conversations, chat_template=self.jinja, tokenize=False,
+            return self.tokenizer.apply_chat_template(messages, chat_template=self.jinja, tokenize=False,
                                                       add_generation_prompt=add_generation_prompt)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat template {self.name!r}, line {error.lineno}: {error.message}") from error
@@ -96,33 +92,42 @@ class ChatTemplate:
         """
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         turns = turns[-1:] if only_last else turns
-        if not turns:
-            return self.apply(messages) if messages else "", []
-        marked = list(messages)
-        for i in turns:
-            marked[i] = {**messages[i], "content": MARKER}
-        try:
-            text, marked = self._apply([messages, marked])
-        except (UserError, TemplateRefused):  # maybe for the markers only
-            text, marked = self.apply(messages), ""
-        spans = self._plain_spans(text, [messages[i]["content"] for i in turns], marked.split(MARKER))
-        return text, [span or self._span(messages, i, text) for i, span in zip(turns, spans, strict=True)]
+        text = self.apply(messages) if messages else ""
+        plain = self._plain_spans(messages, text) if turns else {}
+        return text, [plain.get(i) or self._span(messages, i, text) for i in turns]
 
-    def _plain_spans(self, text: str, contents: list[str], parts: list[str]) -> list[tuple[int, int] | None]:
-        """[start, end) of the turns with these contents, None for those that step 1 of the docstring does not bound.
-
-        parts: what the template prints around and between markers in their place.
-        """
-        whole = "".join(chain(*zip(parts, [*contents, ""], strict=False)))
-        if len(parts) != len(contents) + 1 or whole != text or not self._generation_prompt or not self.closing:
-            return [None] * len(contents)
-        spans, position = [], 0
-        for content, before, after in zip(contents, parts, parts[1:], strict=False):
+    def _plain_spans(self, messages: list[dict], text: str) -> dict[int, tuple[int, int]]:
+        """[start, end) of those assistant messages that step 1 of the module's docstring bounds, by their index."""
+        printed = self._printed_around(messages)
+        numbers, contents = map(int, printed[1::2]), list(printed)
+        contents[1::2] = [messages[i]["content"] for i in map(int, printed[1::2])]
+        if "".join(contents) != text or not self._generation_prompt or not self.closing:
+            return {}
+        spans, position = {}, 0
+        for i, before, content, after in zip(numbers, printed[::2], contents[1::2], printed[2::2], strict=False):
             start = position + len(before)
             position = start + len(content)
-            is_plain = before.endswith(self._generation_prompt) and after.startswith(self.closing)
-            spans.append((start, position + len(self.closing)) if is_plain else None)
+            if messages[i]["role"] == "assistant" and before.endswith(self._generation_prompt) \
+                    and after.startswith(self.closing):
+                spans[i] = start, position + len(self.closing)
         return spans
+
+    def _printed_around(self, messages: list[dict]) -> list[str]:
+        """What is printed around the contents: [text, index of the message whose content follows, text, ..., text].
+
+        Depends on the contents for no template that step 1 is for, so each order of roles is rendered once.
+        """
+        roles = tuple(message["role"] for message in messages)
+        if any(len(message) > 2 for message in messages) or roles not in self._printed:
+            marked = [{**message, "content": f"{MARKER}{i}{MARKER}"} for i, message in enumerate(messages)]
+            try:
+                printed = re.split(f"{MARKER}([0-9]+){MARKER}", self.apply(marked))
+            except (UserError, TemplateRefused):  # for a content that is a marker
+                printed = []
+            if any(len(message) > 2 for message in messages):
+                return printed
+            self._printed[roles] = printed
+        return self._printed[roles]
 
     def _span(self, messages: list[dict], i: int, text: str) -> tuple[int, int]:
         """[start, end) of assistant message i in the text of all messages: steps 2 to 4 of the module's docstring."""

@@ -149,6 +149,10 @@ def test_what_a_template_adds_to_a_turn_after_its_content_is_trained(tmp_path_fa
     text, spans = calling.render([USER, call, {"role": "tool", "content": "let me see"}, ANSWER, USER, call])
     called = "let me see\n<call>look</call><|im_end|>"
     assert [text[start:end] for start, end in spans] == [called, "so.<|im_end|>", called]
+    seldom = template_of(tmp_path_factory, calling.jinja.replace(
+        "if add_generation_prompt", "if add_generation_prompt and messages[-1].role == 'user'"))
+    text, spans = seldom.render([USER, ANSWER, call])
+    assert [text[start:end] for start, end in spans] == ["so.<|im_end|>", called]
 
 
 def test_a_template_that_fails_on_the_marker_only_still_serves(tmp_path_factory):

@@ -1,6 +1,7 @@
 """The token cache: what is in it, what changes its key, and what breaks it.   pytest tests/test_token_cache.py"""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -327,8 +328,10 @@ def prepare():
 
 
 def start(kit, folder: Path, script: str, num_proc: int = 1) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", SCRIPT + script, str(folder), str(kit[0]), str(num_proc)], cwd=REPO,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    file = folder / "script.py"
+    file.write_text(SCRIPT + script)
+    return subprocess.Popen([sys.executable, file, str(folder), str(kit[0]), str(num_proc)], text=True,
+                            env={**os.environ, "PYTHONPATH": str(REPO)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import string
 import time
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from common import tokenization
 from common.chat_templates import resolve_template
@@ -198,6 +201,19 @@ def test_what_a_template_prints_is_all_the_special_tokens_there_are():
     assert sample.input_ids.tolist().count(bos) == 1 and sample.input_ids[0] == bos
 
 
+def test_offsets_are_those_of_the_bare_tokenizer():
+    """A post-processor that trims white space off them would hide that a token begins in the header."""
+    spaced = "{% for message in messages %}{{ '\\n' + message.role + ': ' + message.content + eos_token }}{% endfor %}" \
+             "{% if add_generation_prompt %}{{ '\\nassistant: ' }}{% endif %}"
+    tokenizer = tiny_tokenizer.tiny_tokenizer(chat_template=spaced)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    answer = {"role": "assistant", "content": "answer. It is so."}
+    sample, _ = tokenize_sft([USER, answer], resolve_template("tokenizer", tokenizer), Encoder(tokenizer), 100)
+    (start, end), = sample.trained_spans
+    assert tokenizer.decode(sample.input_ids[start - 1]) == " answer"
+    assert tokenizer.decode(sample.input_ids[start:end]) == ". It is so.<eos>"
+
+
 def test_position_0_is_no_target():
     bare = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
     tokenizer = tiny_tokenizer.tiny_tokenizer(chat_template=bare)
@@ -274,6 +290,19 @@ def test_an_odd_conversation_is_dropped_for_its_reason(messages, reason):
         tokenize_sft(messages, TULU, ENCODER, 30)
 
 
+def test_a_pair_with_two_renderings_of_its_prompt_is_refused():
+    class TwoFaced:
+        name, closing = "two-faced", "<eos>"
+
+        def render(self, messages, only_last):
+            prompt = f"({len(messages[-1]['content'])})"
+            text = prompt + messages[-1]["content"] + "<eos>"
+            return text, [(len(prompt), len(text))]
+
+    with pytest.raises(UserError, match="two-faced"):
+        render_pair([USER, ANSWER], [USER, {**OTHER, "content": "longer"}], TwoFaced())
+
+
 def test_a_row_that_the_template_refuses_is_dropped():
     tokenizer = tiny_tokenizer.tiny_tokenizer(chat_template=tiny_tokenizer.MISTRAL)
     with pytest.raises(Dropped, match="roles must alternate"):
@@ -309,6 +338,24 @@ def test_the_beginning_of_a_text_gives_the_first_llama3_tokens(shared, llama3, m
         whole = encoder.backend.encode(text, add_special_tokens=False).ids
         for max_tokens in (1, 50, 200, 400):
             assert encoder.encode(text, max_tokens)[0].ids == whole[:max_tokens]
+
+
+def test_a_word_or_an_added_token_that_the_beginning_cuts_is_not_trusted(monkeypatch):
+    """Both are made so that their first token depends on their last character."""
+    letters = string.ascii_letters
+    pairs = [(letters[i], letters[i + 1]) for i in reversed(range(len(letters) - 1))]
+    vocabulary = {token: i for i, token in enumerate([*letters, *map("".join, pairs), "!", "<", ">"])}
+    many_words = "<" + " x" * 40 + ">"
+    monkeypatch.setattr(tokenization, "CHARS_PER_TOKEN", 0)
+    for added, text in (([], f"a {letters} "), ([many_words], f"a {many_words} ")):
+        backend = Tokenizer(models.BPE(vocabulary, pairs))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        backend.add_special_tokens(added)
+        encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=backend))
+        text += "b ! " * 40
+        for size in range(1, len(text)):
+            monkeypatch.setattr(tokenization, "SPARE_CHARS", size)
+            assert encoder.encode(text, 2)[0].ids == backend.encode(text).ids[:2], size
 
 
 def test_a_text_that_makes_the_tokenizer_panic_is_dropped():
