@@ -15,26 +15,45 @@ from transformers import AttentionInterface
 from common.errors import UserError
 from common.packing import REJECTED, STEM, MicroBatch
 
-KERNELS = ("flash_attention_2", "varlen", "sdpa")
+KERNELS = ("flash_attention_4", "flash_attention_2", "varlen", "sdpa")
 
 
 def resolve_kernel(name: str, device_type: str, dtype: torch.dtype) -> str:
     """The kernel behind `--attn_implementation`; raises UserError where it cannot run."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    on_gpu = device_type == "cuda" and half
-    flash_installed = importlib.util.find_spec("flash_attn") is not None
+    on_gpu = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
-        return "sdpa" if not on_gpu else "flash_attention_2" if flash_installed else "varlen"
-    if name != "sdpa" and not on_gpu:
-        raise UserError(f"--attn_implementation {name} needs a CUDA device and bfloat16; use auto or sdpa")
-    if name == "flash_attention_2" and not flash_installed:
-        raise UserError("--attn_implementation flash_attention_2: the package flash-attn is not installed; use auto")
+        return next(kernel for kernel in KERNELS if _why_not(kernel, on_gpu) is None)
+    if reason := _why_not(name, on_gpu):
+        raise UserError(f"--attn_implementation {name}: {reason}; use auto")
     return name
 
 
+def _why_not(kernel: str, on_gpu: bool) -> str | None:
+    """What keeps a kernel from running here; None if nothing does."""
+    if kernel == "sdpa":
+        return None
+    if not on_gpu:
+        return "needs a CUDA device and bfloat16"
+    if kernel == "flash_attention_4":
+        if torch.cuda.get_device_capability()[0] not in (9, 10):
+            return "needs a Hopper or Blackwell GPU"
+        return None if _is_installed("flash_attn.cute") else "the package flash-attn-4 is not installed"
+    if kernel == "flash_attention_2" and not _is_installed("flash_attn.flash_attn_interface"):
+        return "the package flash-attn is not installed"
+    return None
+
+
+def _is_installed(module: str) -> bool:
+    """Whether a module can be found, without running it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its package is not there
+        return False
+
+
 def registered_name(kernel: str) -> str:
-    """The name under which a model's config selects one of KERNELS."""
-    return f"plaintune_{kernel}"
+    """The name under which a model's config selects one of KERNELS; transformers takes over any that says "flash"."""
+    return f"plaintune_{kernel.replace('flash_attention_', 'fa')}"
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -214,7 +233,81 @@ def _flash_attention_2(
     return out[None], None
 
 
+def _flash_attention_4(
+    module,
+    query,
+    key,
+    value,
+    attention_mask=None,
+    scaling=None,
+    dropout=0.0,
+    packed_cu_seqlens_q=None,
+    packed_cu_seqlens_k=None,
+    packed_max_seqlen=None,
+    packed_key_index=None,
+    **kwargs,
+):
+    """The flash-attn-4 package: kernels for Hopper and Blackwell, compiled when they first run."""
+    query, key, value = _varlen_inputs(
+        module, query, key, value, dropout, packed_cu_seqlens_q, packed_key_index, kwargs
+    )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out, _ = _fa4_forward(query, key, value, packed_cu_seqlens_q, packed_cu_seqlens_k, packed_max_seqlen, scale)
+    return out[None], None
+
+
+# One operator to torch.compile, which cannot look into the package's kernels.
+@torch.library.custom_op("plaintune::flash_attention_4", mutates_args=())
+def _fa4_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets_q: torch.Tensor, offsets_k: torch.Tensor,
+    max_length: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """[T, H, D] queries, [T_k, H_kv, D] keys and values -> (output [T, H, D], float32 log-sum-exp [H, T])."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out, lse, *_ = _flash_attn_fwd(
+        query, key, value, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k, max_seqlen_q=max_length,
+        max_seqlen_k=max_length, softmax_scale=scale, causal=True, return_lse=True,
+    )  # fmt: skip
+    return out.contiguous(), lse.contiguous()
+
+
+@torch.library.custom_op("plaintune::flash_attention_4_backward", mutates_args=())
+def _fa4_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    offsets_q: torch.Tensor, offsets_k: torch.Tensor, max_length: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    grads = _flash_attn_bwd(
+        query, key, value, out, grad, lse, softmax_scale=scale, causal=True, cu_seqlens_q=offsets_q,
+        cu_seqlens_k=offsets_k, max_seqlen_q=max_length, max_seqlen_k=max_length,
+    )  # fmt: skip
+    return tuple(g.contiguous() for g in grads[:3])
+
+
+@_fa4_forward.register_fake
+def _(query, key, value, offsets_q, offsets_k, max_length, scale):
+    return query.new_empty(query.shape), query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+
+
+@_fa4_backward.register_fake
+def _(grad, query, key, value, out, lse, offsets_q, offsets_k, max_length, scale):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+def _fa4_save(ctx, inputs, output):
+    query, key, value, offsets_q, offsets_k, ctx.max_length, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, *output, offsets_q, offsets_k)
+
+
+def _fa4_gradient(ctx, grad, _):
+    return *_fa4_backward(grad.contiguous(), *ctx.saved_tensors, ctx.max_length, ctx.scale), None, None, None, None
+
+
+_fa4_forward.register_autograd(_fa4_gradient, setup_context=_fa4_save)
+
 _VARLEN_HAS_GQA_FLAG = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
-for _kernel, _function in zip(KERNELS, (_flash_attention_2, _varlen, _sdpa), strict=True):
+for _kernel, _function in zip(KERNELS, (_flash_attention_4, _flash_attention_2, _varlen, _sdpa), strict=True):
     AttentionInterface.register(registered_name(_kernel), _function)

@@ -1,15 +1,17 @@
 """Throughput of a named shape with random weights, measured on the training scripts themselves.
 
-    bash run.sh bench sft|dpo [N] [--shape llama-8b] [--steps 10] [--lengths tulu|full] [flags of the script]
+    bash run.sh bench sft|dpo [N] [--shape llama-8b] [--steps 10] [--lengths tulu|full] [--profile] [flags of the script]
 
 Writes a model folder with random weights and a data set with generated lengths, trains on them with
 train_sft.py or train_dpo.py under the launcher, and reads metrics.jsonl: medians over the steps after
 warm-up, of tokens/s/GPU, MFU (FLOPs as in common/metrics.py, recomputation not counted) and peak memory.
-Fails if a layer was compiled again after warm-up.
+Fails if a layer was compiled again after warm-up. --profile adds torch's profiler over two of the steps, which slows
+them.
 """
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -23,12 +25,22 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from common.errors import UserError
+from common.metrics import PROFILE_VARIABLE
 
 SHAPES = {
     "llama-8b": dict(
         hidden_size=4096,
         intermediate_size=14336,
         num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=False,
+    ),
+    "llama-8b-half": dict(  # 16 of 32 layers: what one of two GPUs would hold of llama-8b fits one
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=16,
         num_attention_heads=32,
         num_key_value_heads=8,
         vocab_size=128256,
@@ -148,11 +160,13 @@ def main() -> None:
         raise UserError(f"`bench {method}`: it is bench sft|dpo [N] [flags]")
     ranks = int(flags.pop(0)) if flags and flags[0].isdigit() else torch.cuda.device_count() if ON_GPU else 2
     options = {"--shape": "llama-8b" if ON_GPU else "tiny", "--steps": "10", "--lengths": "tulu"}
-    passed = []
+    passed, environment = [], os.environ | {"PYTHONUNBUFFERED": "1"}
     while flags:
         flag = flags.pop(0)
         if flag in options and flags:
             options[flag] = flags.pop(0)
+        elif flag == "--profile":
+            environment[PROFILE_VARIABLE] = str(Path("output/bench/profile.txt").absolute())
         else:
             passed.append(flag)
     if options["--shape"] not in SHAPES:
@@ -165,7 +179,7 @@ def main() -> None:
         folder / f"run-{method}",
     )
     write_model(options["--shape"], model)
-    write_data(method, options["--lengths"], 4 * SAMPLES_PER_RANK * ranks, data)
+    write_data(method, options["--lengths"], 12 * SAMPLES_PER_RANK * ranks, data)
     shutil.rmtree(out, ignore_errors=True)
     command = [
         sys.executable,
@@ -193,9 +207,14 @@ def main() -> None:
         *passed,
     ]
     print(" ".join(command), flush=True)
-    code = subprocess.run(command, env=os.environ | {"PYTHONUNBUFFERED": "1"}).returncode
-    if code:
-        raise SystemExit(code)
+    reference_speed = None
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if match := re.search(r"reference pass: ([0-9,]+) tokens/s", line):
+                reference_speed = float(match[1].replace(",", ""))
+    if process.returncode:
+        raise SystemExit(process.returncode)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][WARMUP_STEPS:]
 
     def median(name: str) -> float | None:
@@ -213,6 +232,7 @@ def main() -> None:
         "tokens_per_step": tokens,
         "tokens_per_second_per_device": median("per_device_tps"),
         "mfu": median("mfu"),
+        "reference_tokens_per_second_per_device": reference_speed,
         "samples_per_second": SAMPLES_PER_RANK * ranks / median("step_seconds"),
         "step_seconds": median("step_seconds"),
         "max_memory_gb": max(r["max_memory_gb"] for r in records),
@@ -220,6 +240,8 @@ def main() -> None:
         "recompiles": records[-1].get("compiled_graphs", 0) - records[0].get("compiled_graphs", 0),
     }
     (folder / f"bench-{method}-{options['--shape']}.json").write_text(json.dumps(result, indent=2) + "\n")
+    if PROFILE_VARIABLE in environment:
+        print(Path(environment[PROFILE_VARIABLE]).read_text(encoding="utf-8"))
     for name, value in result.items():
         print(f"{name:30} {value:,.4g}" if isinstance(value, float) else f"{name:30} {value}")
     if result["recompiles"]:

@@ -49,8 +49,8 @@ class TrainConfig:
     )
     attn_implementation: str = _field(
         "auto",
-        "packed attention: flash_attention_2, varlen (torch's own, CUDA) or sdpa (a block mask)",
-        ("auto", "flash_attention_2", "varlen", "sdpa"),
+        "packed attention: flash_attention_4, flash_attention_2, varlen (torch's own, CUDA) or sdpa (a block mask)",
+        ("auto", "flash_attention_4", "flash_attention_2", "varlen", "sdpa"),
     )
     dataset_mixer: list[str] = _field([], "one or more SOURCE[@REVISION][:SPLIT][=AMOUNT]")
     max_seq_length: int = _field(4096, "samples keep their first max_seq_length tokens")

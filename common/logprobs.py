@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 CHUNK_ELEMENTS = 2**27  # logits that exist at once: 512 MiB in float32
+COMPILED_CHUNK_ELEMENTS = 2**31 - 1  # 4 GiB in bfloat16, no float32 copy; kernels that index further are slower
 
 
 def target_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -12,45 +13,49 @@ def target_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
 
 
-def logits_gradient(logits: torch.Tensor, targets: torch.Tensor, grad_logps: torch.Tensor) -> torch.Tensor:
-    """[N, V] in the logits' dtype: d target_logps / d logits, times grad_logps float32 [N]: g (onehot - softmax)."""
+def logits_gradient_(logits: torch.Tensor, targets: torch.Tensor, grad_logps: torch.Tensor) -> None:
+    """Replaces logits [N, V] by d target_logps / d logits, times grad_logps float32 [N]: g (onehot - softmax)."""
     hit = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
-    return (grad_logps[:, None] * (hit.float() - torch.softmax(logits.float(), dim=1))).to(logits.dtype)
+    logits.copy_(grad_logps[:, None] * (hit.float() - torch.softmax(logits.float(), dim=1)))
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
     """log softmax(h W^T + b)[target], row by row, without ever holding more than a chunk of logits.
 
-    With z = h W^T + b and g the gradient of the rows' log-probabilities: dz = logits_gradient(z, targets, g),
-    dh = dz W, dW = sum over rows of dz^T h, db = sum over rows of dz. The backward pass computes z again.
+    With z = h W^T + b and g the gradient of the rows' log-probabilities: dz = logits_gradient_(z, targets, g),
+    dh = dz W, dW = sum over rows of dz^T h, db = sum over rows of dz. If one chunk holds all rows, z is kept for
+    the backward pass, which can then run once; else it is computed again.
     Logits are computed in the weight's dtype, as transformers does, and reduced in float32; dW and db are
-    summed in float32 over the chunks.
+    summed in float32.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk_rows, logps_of, gradient_of):
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        logits = None
         for i in range(0, len(hidden), chunk_rows):
             rows = slice(i, i + chunk_rows)
-            logps[rows] = logps_of(nn.functional.linear(hidden[rows], weight, bias), targets[rows])
-        ctx.save_for_backward(hidden, weight, bias, targets)
+            logits = nn.functional.linear(hidden[rows], weight, bias)
+            logps[rows] = logps_of(logits, targets[rows])
+        ctx.save_for_backward(hidden, weight, bias, targets, logits if len(hidden) <= chunk_rows else None)
         ctx.chunk_rows, ctx.gradient_of = chunk_rows, gradient_of
         return logps
 
     @staticmethod
     def backward(ctx, grad_logps):
-        hidden, weight, bias, targets = ctx.saved_tensors
+        hidden, weight, bias, targets, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        sum_dtype = torch.float32 if kept is None else weight.dtype  # one chunk: the product is the sum
+        grad_weight = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device)
         grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         for i in range(0, len(hidden), ctx.chunk_rows):
             rows = slice(i, i + ctx.chunk_rows)
-            logits = nn.functional.linear(hidden[rows], weight, bias)
-            grad_logits = ctx.gradient_of(logits, targets[rows], grad_logps[rows])
-            grad_hidden[rows] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden[rows]
+            logits = nn.functional.linear(hidden[rows], weight, bias) if kept is None else kept
+            ctx.gradient_of(logits, targets[rows], grad_logps[rows])
+            grad_hidden[rows] = logits @ weight
+            grad_weight += logits.T @ hidden[rows]
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0, dtype=torch.float32)
+                grad_bias += logits.sum(0, dtype=torch.float32)
         return (
             grad_hidden,
             grad_weight.to(weight.dtype),
@@ -73,14 +78,15 @@ class LogProbHead(nn.Module):
         super().__init__()
         self.weight = projection.weight
         self.register_parameter("bias", projection.bias)
-        self.chunk_rows = max(1, CHUNK_ELEMENTS // projection.out_features)
-        self.logps_of, self.gradient_of = target_logps, logits_gradient
+        self.vocab_size = projection.out_features
+        self.chunk_rows = max(1, CHUNK_ELEMENTS // self.vocab_size)
+        self.logps_of, self.gradient_of = target_logps, logits_gradient_
 
     def compile_arithmetic(self) -> None:
-        """Fuses what happens to a chunk's logits: no float32 copy of them is made, so chunks can be larger."""
+        """Fuses what happens to a chunk's logits: no float32 copy of them is made, so a chunk can be a whole row's."""
         self.logps_of = torch.compile(target_logps, dynamic=True)
-        self.gradient_of = torch.compile(logits_gradient, dynamic=True)
-        self.chunk_rows *= 4
+        self.gradient_of = torch.compile(logits_gradient_, dynamic=True)
+        self.chunk_rows = max(1, COMPILED_CHUNK_ELEMENTS // self.vocab_size)
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         if targets is None:

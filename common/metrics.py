@@ -30,6 +30,8 @@ PEAK_FLOPS = (
     ("RTX 3090", 71e12),
 )
 
+PROFILE_VARIABLE = "PLAINTUNE_PROFILE"
+
 
 def device_peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of this device, None where it is not known."""
@@ -57,6 +59,44 @@ def num_matmul_parameters(lm: nn.Module) -> int:
     return total if embedding is lm.get_output_embeddings().weight else total - embedding.ds_numel
 
 
+def step_profiler(device: torch.device) -> torch.profiler.profile | None:
+    """torch's profiler over two steps after warm-up, if PLAINTUNE_PROFILE names the file for its table; else None.
+
+    The table goes by operations and kernels, the longest first; its first line says for how much of the two
+    steps the device ran a kernel.
+    """
+    path = os.environ.get(PROFILE_VARIABLE)
+    if path is None or os.environ.get("RANK", "0") != "0":
+        return None
+    on_gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * on_gpu]
+
+    def write(profiler: torch.profiler.profile) -> None:
+        totals = profiler.key_averages()
+        table = totals.table(sort_by="self_cuda_time_total" if on_gpu else "self_cpu_time_total", row_limit=40,
+                             max_name_column_width=90)  # fmt: skip
+        Path(path).write_text(f"{_busy(profiler)}{table}\n", encoding="utf-8")
+
+    profiler = torch.profiler.profile(
+        activities=activities, on_trace_ready=write, schedule=torch.profiler.schedule(wait=4, warmup=1, active=2, repeat=1)
+    )
+    profiler.start()
+    return profiler
+
+
+def _busy(profiler: torch.profiler.profile) -> str:
+    """The union of the kernels' intervals over the time from the first's start to the last's end."""
+    spans = sorted((e.time_range.start, e.time_range.end) for e in profiler.events()
+                   if e.device_type == torch.autograd.DeviceType.CUDA)  # fmt: skip
+    if not spans:
+        return ""
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return f"a kernel was running for {busy / (reached - spans[0][0]):.1%} of {(reached - spans[0][0]) / 1e6:.3f} s\n"
+
+
 class StepMeter:
     """The fields of metrics.jsonl that SFT and DPO share, from what one optimizer step did over all ranks."""
 
@@ -72,10 +112,12 @@ class StepMeter:
         self.num_parameters, self.config = num_matmul_parameters(lm), config
         self.world_size, self.budget, self.num_samples, self.device = world_size, budget, num_samples, device
         self.peak_flops = device_peak_flops(device)
-        self.start()
+        self.profiler = step_profiler(device)
 
     def start(self) -> None:
         """Call when a step begins."""
+        if self.profiler is not None:
+            self.profiler.step()
         self.started = time.perf_counter()
 
     def record(

@@ -12,6 +12,7 @@ computes it. There is no key by name or by path.
 
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -106,13 +107,17 @@ def reference_logps(
         mininterval=1,
     )
     for start in range(0, len(missing), PAIRS_PER_PART):
-        pairs = missing[start : start + PAIRS_PER_PART]
+        pairs, started = missing[start : start + PAIRS_PER_PART], time.perf_counter()
         logps[pairs] = compute_logps(engine, data, pairs, config, kernel, budget, ranks)
+        seconds = time.perf_counter() - started
         if ranks.is_main:
             _write_part(folder / f"part_{num_parts:06d}.safetensors", np.asarray(pairs), logps[pairs])
         num_parts += 1
         bar.update(len(pairs))
     bar.close()
+    if missing:  # the first part also compiles, so the last one's speed is told
+        tokens = sum(packing.pair_length(*data.pair_lengths[i], config.share_prompt) for i in pairs)
+        ranks.say(f"reference pass: {tokens / seconds / ranks.world_size:,.0f} tokens/s a device (last {len(pairs)} pairs)")
     return torch.from_numpy(logps).to(ranks.device), str(folder)
 
 

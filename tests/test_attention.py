@@ -1,10 +1,15 @@
 """Who sees whom in a packed row, and what packed attention refuses: pytest tests/test_attention.py"""
 
+import sys
+import types
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common import attention
 from common.attention import attention_kwargs, block_mask, registered_name, resolve_kernel
@@ -89,6 +94,98 @@ def test_sdpa_kernel_is_softmax_attention_under_the_mask(shapes):
         torch.testing.assert_close(out[0, :, head], expected)
 
 
+def segments(query, key, value, offsets_q, offsets_k, scale):
+    """Of each segment: its queries' slice, its keys' slice, keys and values of every head, probabilities, lse."""
+    groups = query.shape[1] // key.shape[1]
+    for (q, q_end), (k, k_end) in zip(pairwise(offsets_q), pairwise(offsets_k), strict=True):
+        keys, values = (x[k:k_end].repeat_interleave(groups, 1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query[q:q_end], keys) * scale
+        hidden = torch.ones(q_end - q, k_end - k).tril(int((k_end - k) - (q_end - q))) == 0  # aligned bottom-right
+        scores = scores.masked_fill(hidden, -torch.inf)
+        yield slice(q, q_end), slice(k, k_end), keys, values, scores.softmax(-1), scores.logsumexp(-1)
+
+
+def attention_by_definition(query, key, value, *packing):
+    """[T, H, D], [T_k, H_kv, D] twice -> (output [T, H, D], log-sum-exp [H, T])."""
+    out, lse = torch.zeros_like(query), torch.zeros(query.shape[1], query.shape[0])
+    for q, _, _, values, probabilities, sums in segments(query, key, value, *packing):
+        out[q], lse[:, q] = torch.einsum("hqk,khd->qhd", probabilities, values), sums
+    return out, lse
+
+
+def gradients_by_definition(grad, out, query, key, value, offsets_q, offsets_k, scale):
+    """dS = P (dP - sum dO O), dQ = dS K, dK = dS^T Q, dV = P^T dO."""
+    grads, heads = [torch.zeros_like(x) for x in (query, key, value)], key.shape[1]
+    for q, k, keys, values, probabilities, _ in segments(query, key, value, offsets_q, offsets_k, scale):
+        grad_scores = torch.einsum("qhd,khd->hqk", grad[q], values) - (grad[q] * out[q]).sum(-1).T[:, :, None]
+        grad_scores = grad_scores * probabilities * scale
+        grads[0][q] = torch.einsum("hqk,khd->qhd", grad_scores, keys)
+        for i, scores, other in ((1, grad_scores, query[q]), (2, probabilities, grad[q])):
+            grads[i][k] += torch.einsum("hqk,qhd->khd", scores, other).unflatten(1, (heads, -1)).sum(2)
+    return tuple(grads)
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    """Both packages of that name, with the arguments that they have and the definition in place of kernels."""
+
+    def forward(query, key, value, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+                return_lse):  # fmt: skip
+        assert causal and return_lse and max_seqlen_q >= cu_seqlens_q.diff().max()
+        assert max_seqlen_k >= cu_seqlens_k.diff().max()
+        packing = cu_seqlens_q, cu_seqlens_k, softmax_scale
+        return *attention_by_definition(query, key, value, *packing), None, None, None
+
+    def backward(query, key, value, out, grad, lse, *, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+                 max_seqlen_k):  # fmt: skip
+        packing = cu_seqlens_q, cu_seqlens_k, softmax_scale
+        torch.testing.assert_close((out, lse), attention_by_definition(query, key, value, *packing))
+        return gradients_by_definition(grad, out, query, key, value, *packing)
+
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal):
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        return attention_by_definition(q, k, v, cu_q, cu_k, scale)[0]
+
+    for name, contents in {
+        "flash_attn": {"flash_attn_varlen_func": flash_attn_varlen_func},
+        "flash_attn.cute": {},
+        "flash_attn.cute.interface": {"_flash_attn_fwd": forward, "_flash_attn_bwd": backward},
+    }.items():
+        module = types.ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("shapes", ROWS)
+@pytest.mark.parametrize("kernel", ["flash_attention_4", "flash_attention_2"])
+def test_variable_length_kernels_are_told_what_the_block_mask_says(flash_attn, kernel, shapes):
+    """Output and gradients, grouped heads; the segments, their alignment and which keys belong to a branch."""
+    row, generator = row_of(shapes), torch.Generator().manual_seed(0)
+    tensors = [torch.randn(1, h, len(row.input_ids), 8, generator=generator) for h in (4, 2, 2)]
+    upstream = torch.randn(1, len(row.input_ids), 4, 8, generator=generator)
+    results = []
+    for name in ("sdpa", kernel):
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        function = attention.AttentionInterface()[registered_name(name)]
+        out, _ = function(torch.nn.Module(), *inputs, scaling=None, **attention_kwargs(row, name, CPU))
+        results.append((out.detach(), *torch.autograd.grad(out, inputs, upstream)))
+    for expected, seen in zip(*results, strict=True):
+        torch.testing.assert_close(seen, expected)
+
+
+def test_torch_compile_may_trust_what_is_said_of_flash_attention_4(flash_attn):
+    """Shapes, strides and gradients of the operator without its kernel, for rows whose heads are not contiguous."""
+    row = attention_kwargs(row_of(ROWS[3]), "flash_attention_4", CPU)
+    length = int(row["packed_cu_seqlens_q"].max())
+    tensors = [torch.randn(h, length, 8).transpose(0, 1).requires_grad_() for h in (4, 2, 2)]
+    keys = row["packed_key_index"]
+    inputs = tensors[0], tensors[1].detach()[keys].requires_grad_(), tensors[2].detach()[keys].requires_grad_()
+    torch.library.opcheck(
+        attention._fa4_forward,
+        (*inputs, row["packed_cu_seqlens_q"], row["packed_cu_seqlens_k"], row["packed_max_seqlen"], 0.3),
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -99,31 +196,47 @@ def test_sdpa_kernel_is_softmax_attention_under_the_mask(shapes):
         ({"is_causal": False}, "not causal"),
     ],
 )
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen", "flash_attention_2"])
-def test_kernels_refuse_what_they_do_not_compute(kernel, arguments, named):
-    if kernel == "flash_attention_2":
-        pytest.importorskip("flash_attn")
+@pytest.mark.parametrize("kernel", attention.KERNELS)
+def test_kernels_refuse_what_they_do_not_compute(flash_attn, kernel, arguments, named):
     kwargs = attention_kwargs(row_of([(4, 0, 0)]), kernel, CPU)
     x = torch.zeros(1, 2, 4, 8)
     with pytest.raises(UserError, match=named):
         attention.AttentionInterface()[registered_name(kernel)](torch.nn.Module(), x, x, x, **kwargs, **arguments)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
-def test_a_layer_that_was_not_told_of_the_packing_stops(kernel):
+@pytest.mark.parametrize("kernel", attention.KERNELS)
+def test_a_layer_that_was_not_told_of_the_packing_stops(flash_attn, kernel):
     x = torch.zeros(1, 2, 4, 8)
     with pytest.raises(UserError, match="keyword arguments"):
         attention.AttentionInterface()[registered_name(kernel)](torch.nn.Module(), x, x, x)
 
 
+@pytest.mark.parametrize("kernel", attention.KERNELS)
+def test_a_model_takes_every_kernel_as_it_is(kernel):
+    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=registered_name(kernel))
+    assert model.config._attn_implementation == registered_name(kernel)
+
+
 def test_kernel_choice(monkeypatch):
     assert resolve_kernel("auto", "cpu", torch.bfloat16) == "sdpa"
     assert resolve_kernel("auto", "cuda", torch.float32) == "sdpa"
-    for installed, kernel in ((object(), "flash_attention_2"), (None, "varlen")):
-        monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name, installed=installed: installed)
+    flash_4, flash_2 = "flash_attn.cute", "flash_attn.flash_attn_interface"
+    for installed, capability, kernel in (
+        ({flash_4, flash_2}, 9, "flash_attention_4"),
+        ({flash_4, flash_2}, 8, "flash_attention_2"),
+        ({flash_2}, 9, "flash_attention_2"),
+        ({flash_4}, 12, "varlen"),
+        (set(), 9, "varlen"),
+    ):
+        monkeypatch.setattr(attention, "_is_installed", lambda module, installed=installed: module in installed)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: (capability, 0))
         assert resolve_kernel("auto", "cuda", torch.bfloat16) == kernel
-    for name in ("varlen", "flash_attention_2"):
+    for name in ("varlen", "flash_attention_2", "flash_attention_4"):
         with pytest.raises(UserError, match="needs a CUDA device"):
             resolve_kernel(name, "cpu", torch.bfloat16)
-    with pytest.raises(UserError, match="not installed"):
-        resolve_kernel("flash_attention_2", "cuda", torch.bfloat16)
+    for name in ("flash_attention_2", "flash_attention_4"):
+        with pytest.raises(UserError, match="not installed"):
+            resolve_kernel(name, "cuda", torch.bfloat16)
+    monkeypatch.undo()
+    assert attention._is_installed("torch.nn") and not attention._is_installed("no_such_package.module")

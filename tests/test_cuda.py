@@ -13,8 +13,8 @@ from common.model import PackedModel, model_inputs
 from common.token_cache import PreferencePair, SFTSample
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-KERNELS = [k for k in ("varlen", "flash_attention_2") if torch.cuda.is_available() and (
-    k == "varlen" or attention.importlib.util.find_spec("flash_attn"))]
+KERNELS = [k for k in attention.KERNELS if k != "sdpa" and torch.cuda.is_available() and not attention._why_not(k, True)]
+
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -50,7 +50,7 @@ def test_varlen_kernel_equals_block_mask_forward_and_backward(kernel, pack, head
     for name, dtype in (("sdpa", torch.float32), (kernel, torch.bfloat16)):
         inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         module = torch.nn.Module()
-        function = {"sdpa": attention._sdpa, "varlen": attention._varlen, "flash_attention_2": attention._flash_attention_2}[name]
+        function = attention.AttentionInterface()[attention.registered_name(name)]
         out, _ = function(module, *inputs, scaling=0.125, **attention.attention_kwargs(micro_batch, name, device))
         out.backward(upstream.to(dtype))
         results.append([out, *(x.grad for x in inputs)])
