@@ -5,6 +5,7 @@
 Reads top to bottom: config, process group, data, plan, model, engine, reference, resume, loop, export.
 """
 
+import gc
 import math
 import sys
 
@@ -22,7 +23,7 @@ from common.losses import SUMMED, check_first_step, preference_loss, preference_
 from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
 from common.packing import pack, packing_report, pair_documents, pair_length, plan_step
 from common.placement import deepspeed_config
-from common.planner import settle
+from common.planner import place_parameters, settle
 from common.reference_cache import reference_logps
 from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
 from common.token_cache import data_table, open_tokens, prepare_tokens, preview
@@ -110,6 +111,7 @@ def main() -> None:
     pairs = sorted(
         {i for step in range(last_step) for i in step_samples(step, len(data), config.global_batch_size, config.seed)}
     )
+    ds_config = place_parameters(ds_config, model_config, dtype, ranks)
     reference = cached_in = None
     if reference_folder is not None:  # another model than the policy: it is gone before the policy loads
         other = model.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
@@ -157,6 +159,8 @@ def main() -> None:
     stop_request = StopRequest(ranks)
 
     # ------------------------------------------------------------------ loop
+    gc.collect()
+    gc.freeze()  # what lives until the end is not searched for garbage again
     for step in range(state.step, last_step):
         meter.start()
         samples = step_samples(step, len(data), config.global_batch_size, config.seed)
@@ -166,9 +170,10 @@ def main() -> None:
 
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
-        with out_of_memory_explained(step + 1, budget):
+        with out_of_memory_explained(step + 1, budget, longest) as size:
             for m, members in enumerate(plan):
                 micro_batch = pack([pair_documents(data[samples[i]], config.share_prompt) for i in members])
+                size.tokens = micro_batch.num_tokens
                 token_logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
                 logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(
                     len(members), 2

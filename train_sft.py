@@ -5,6 +5,7 @@
 Reads top to bottom: config, process group, data, plan, model, engine, resume, loop, export.
 """
 
+import gc
 import math
 import sys
 
@@ -20,7 +21,7 @@ from common.errors import not_finite
 from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
 from common.packing import pack, packing_report, plan_step, sft_documents
 from common.placement import deepspeed_config
-from common.planner import settle
+from common.planner import place_parameters, settle
 from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
 from common.token_cache import data_table, open_tokens, prepare_tokens, preview
 
@@ -89,6 +90,7 @@ def main() -> None:
         )
 
     # ------------------------------------------------------------------ model and engine
+    ds_config = place_parameters(ds_config, model_config, dtype, ranks)
     policy = model.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config)
     model.verify_packed_forward(engine, kernel, ranks)
@@ -125,6 +127,8 @@ def main() -> None:
     stop_request = StopRequest(ranks)
 
     # ------------------------------------------------------------------ loop
+    gc.collect()
+    gc.freeze()  # what lives until the end is not searched for garbage again
     for step in range(state.step, last_step):
         meter.start()
         samples = step_samples(step, len(data), config.global_batch_size, config.seed)
@@ -134,9 +138,10 @@ def main() -> None:
 
         nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
-        with out_of_memory_explained(step + 1, budget):
+        with out_of_memory_explained(step + 1, budget, longest) as size:
             for m, members in enumerate(plan):
                 micro_batch = pack([sft_documents(data[samples[i]]) for i in members])
+                size.tokens = micro_batch.num_tokens
                 logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
                 loss = -logps.sum()
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)

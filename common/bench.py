@@ -167,6 +167,7 @@ def main() -> None:
             options[flag] = flags.pop(0)
         elif flag == "--profile":
             environment[PROFILE_VARIABLE] = str(Path("output/bench/profile.txt").absolute())
+            options["--steps"] = str(max(3, int(options["--steps"])))  # those that are profiled
         else:
             passed.append(flag)
     if options["--shape"] not in SHAPES:

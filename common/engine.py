@@ -1,6 +1,7 @@
 """The DeepSpeed engine: AdamW over ZeRO-3 partitions, driven by the scripts' loops."""
 
 import gc
+import resource
 from contextlib import contextmanager
 
 import deepspeed
@@ -66,21 +67,31 @@ def set_learning_rate(engine, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
+class MicroBatchSize:
+    tokens = 0
+
+
 @contextmanager
-def out_of_memory_explained(step: int, budget: int):
-    """Turns running out of memory into a TrainingStopped that says what was tried and which flag to change."""
+def out_of_memory_explained(step: int, budget: int, longest: int):
+    """Turns running out of memory into a TrainingStopped that says what was tried and which flag to change.
+
+    Gives an object whose `tokens` the loop sets to those of the micro-batch in hand. longest: tokens of the longest
+    sample (pair), the least that a micro-batch can be.
+    """
+    size = MicroBatchSize()
     try:
-        yield
-    except RuntimeError as e:  # torch.OutOfMemoryError is one; the CPU allocator raises a bare one
-        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+        yield size
+    except (RuntimeError, MemoryError) as e:  # torch.OutOfMemoryError is one; the CPU allocator raises a bare one
+        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(e):
             raise
-        allocated = (
-            f", {torch.cuda.memory_allocated() / 1e9:.1f} GB were allocated" if torch.cuda.is_available() else ""
-        )
+        if torch.cuda.is_available():
+            used = f"{torch.cuda.memory_allocated() / 1e9:.1f} GB of {torch.cuda.mem_get_info()[1] / 1e9:.1f} GB were allocated"
+        else:
+            used = f"the process had used up to {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB"
+        smaller = f"--max_tokens_per_micro_batch {max(longest, budget // 2)}, " if budget > longest else ""
         stopped = TrainingStopped(
-            f"step {step}: out of memory on a micro-batch of up to {budget:,} tokens{allocated}. Try "
-            f"--max_tokens_per_micro_batch {budget // 2} (at least the longest sample), --gradient_checkpointing full, "
-            f"a lower --max_seq_length, or more devices"
+            f"step {step}: out of memory on a micro-batch of {size.tokens:,} tokens (at most {budget:,}); {used}. Try "
+            f"{smaller}--gradient_checkpointing full, a lower --max_seq_length, or more devices"
         )
         stopped.on_this_rank_only = True
         raise stopped from e

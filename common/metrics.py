@@ -87,7 +87,7 @@ def step_profiler(device: torch.device) -> torch.profiler.profile | None:
 def _busy(profiler: torch.profiler.profile) -> str:
     """The union of the kernels' intervals over the time from the first's start to the last's end."""
     spans = sorted((e.time_range.start, e.time_range.end) for e in profiler.events()
-                   if e.device_type == torch.autograd.DeviceType.CUDA)  # fmt: skip
+                   if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)  # fmt: skip
     if not spans:
         return ""
     busy, reached = 0.0, spans[0][0]

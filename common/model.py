@@ -138,6 +138,14 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, vocab_needed:
         )
 
 
+def num_parameters(config: PretrainedConfig) -> int:
+    """Of the model that this config describes; a tied parameter counts once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    return sum(p.numel() for p in model.parameters())
+
+
 def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig) -> None:
     """Raises UserError for a reference whose token ids cannot mean the policy's."""
     if policy.vocab_size != reference.vocab_size:

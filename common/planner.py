@@ -1,4 +1,8 @@
-"""How large a micro-batch is and how many layers recompute their activations, from measured memory.
+"""How parameters live between micro-batches, how large those are, how many layers recompute their activations.
+
+Before the model loads, from its size, the ranks and the free memory: whether every rank keeps all parameters
+whole for a whole optimizer step (`resident`) or gathers a layer when it runs and releases it (`streamed`).
+Then, from measured memory:
 
 Peak memory of a micro-batch of t tokens with u layers that keep their activations is taken as
     B + t (D + A u)
@@ -8,7 +12,8 @@ fourth, of the chosen size, confirms the choice before step 1. Gradients get exa
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +21,7 @@ import torch
 from common.config import TrainConfig
 from common.distributed import Ranks
 from common.engine import out_of_memory_explained
-from common.model import model_inputs
+from common.model import model_inputs, num_parameters
 from common.packing import pack, sft_documents
 from common.token_cache import SFTSample
 
@@ -25,6 +30,33 @@ OVERHEAD_TOKENS = 700  # what one more micro-batch costs, in tokens' time: 29 ms
 HEADROOM = 0.06  # of the device's memory is left free
 MEASURED_LAYERS = (2, 8)  # u of the dry runs
 MEASURED_TOKENS = 4608
+RESIDENT_SHARE = 0.1  # of the memory that activations could have; what it saves, two gathers, mostly runs beside compute
+STATE_BYTES = 16  # of a parameter, divided over the ranks: master, two moments and gradient in float32
+RESIDENCY_KEYS = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+
+
+def is_resident(num_parameters: int, bytes_each: int, free: float, world_size: int) -> bool:
+    """Whether whole parameters take at most RESIDENT_SHARE of what the partitioned state leaves of `free` bytes.
+
+    On one rank nothing is gathered from elsewhere (measured on an H200: no difference), so nothing is kept.
+    To keep them from forward to backward only would need the same peak memory and save half the gathers.
+    """
+    room = free * (1 - HEADROOM) - (STATE_BYTES + bytes_each) * num_parameters / world_size
+    return world_size > 1 and bytes_each * num_parameters <= RESIDENT_SHARE * room
+
+
+def place_parameters(ds_config: dict, model_config, dtype: torch.dtype, ranks: Ranks) -> dict:
+    """ds_config with `resident` or `streamed` parameters; as it is on a CPU, and where its file says. Collective."""
+    zero = ds_config["zero_optimization"]
+    if ranks.device.type != "cuda" or zero.keys() & {*RESIDENCY_KEYS, "offload_param", "offload_optimizer"}:
+        return ds_config
+    free = -max(ranks.gather(lambda: -torch.cuda.mem_get_info(ranks.device)[0]))
+    numel = num_parameters(model_config)
+    resident = is_resident(numel, dtype.itemsize, free, ranks.world_size)
+    ranks.say(f"parameters: {'resident' if resident else 'streamed'}; whole they take {numel * dtype.itemsize / 1e9:.1f} GB, "
+              f"{free / 1e9:.1f} GB are free on each of {ranks.world_size} devices")  # fmt: skip
+    everything = dict.fromkeys(RESIDENCY_KEYS, 2**62)
+    return ds_config | {"zero_optimization": zero | (everything if resident else {})}
 
 
 @dataclass(frozen=True)
@@ -39,15 +71,28 @@ class MemoryModel:
     def peak(self, tokens: int, keeping_layers: int) -> float:
         return self.fixed + self.optimizer + tokens * (self.per_token + self.per_token_and_layer * keeping_layers)
 
+    def corrected(self, tokens: int, keeping_layers: int, seen: float) -> "MemoryModel":
+        """With what grows with the tokens scaled so that this micro-batch's peak is the larger one that was seen."""
+        growing = self.peak(tokens, keeping_layers) - self.peak(0, keeping_layers)
+        scale = max(1.0, (seen - self.peak(0, keeping_layers)) / growing)
+        return replace(self, per_token=self.per_token * scale, per_token_and_layer=self.per_token_and_layer * scale)
+
 
 def choose(
-    memory: MemoryModel, limit: float, num_layers: int, longest: int, tokens_per_rank: float, budgets: list[int] | None
+    memory: MemoryModel,
+    limit: float,
+    num_layers: int,
+    longest: int,
+    tokens_per_rank: float,
+    budgets: list[int] | None,
+    given: int | None = None,
 ) -> tuple[int, int]:
     """(tokens of a micro-batch, layers that recompute) of the least time that fits `limit` bytes.
 
     Time in tokens: a recomputed layer costs a third of its forward and backward passes again, a micro-batch
-    OVERHEAD_TOKENS. tokens_per_rank: of an optimizer step. budgets: the only sizes allowed, None for any.
-    If nothing fits, the smallest size with every layer recomputed: the dry run then says so.
+    OVERHEAD_TOKENS. tokens_per_rank: of an optimizer step. budgets: the only sizes allowed, None for any. given: the
+    layers that recompute, None for any number.
+    If nothing fits, the smallest size with every (or the given) layer recomputed: the dry run then says so.
     """
     if budgets is None:
         least = max(longest, 1024)
@@ -55,15 +100,31 @@ def choose(
         budgets = sorted({min(max(size, least), max(LARGEST_BUDGET, least)) for size in sizes})
     best = None
     for budget in budgets:
-        room = (limit - memory.peak(budget, 0)) / (budget * memory.per_token_and_layer)
-        if room < 0:
+        room = (limit - memory.peak(budget, 0)) / (budget * memory.per_token_and_layer)  # layers that can keep
+        if room < (0 if given is None else num_layers - given):
             continue
-        recomputing = num_layers - min(num_layers, int(room))
+        recomputing = num_layers - min(num_layers, int(room)) if given is None else given
         count = math.ceil(tokens_per_rank / budget)
         cost = tokens_per_rank * (1 + recomputing / num_layers / 3) + count * OVERHEAD_TOKENS
         if best is None or cost < best[0]:
             best = (cost, budget, recomputing)
-    return (budgets[0], num_layers) if best is None else best[1:]
+    return (budgets[0], num_layers if given is None else given) if best is None else best[1:]
+
+
+def confirmed(memory: MemoryModel, limit: float, layers: int, choose_by: Callable, peak_of: Callable) -> tuple[int, int, float]:
+    """(tokens, layers that recompute, peak bytes seen) of the first choice whose dry run stays within `limit`.
+
+    choose_by(memory) makes a choice, peak_of(tokens, recomputing) runs it. A peak above the limit, which is below
+    what the device has, corrects the memory model, and so the next choice; the smallest choice is taken as it is.
+    """
+    while True:
+        tokens, recomputing = choose_by(memory)
+        seen = peak_of(tokens, recomputing)
+        if seen <= limit:
+            return tokens, recomputing, seen
+        memory = memory.corrected(tokens, layers - recomputing, seen)
+        if choose_by(memory) == (tokens, recomputing):
+            return tokens, recomputing, seen
 
 
 def settle(engine, config: TrainConfig, kernel: str, budget: int, is_kept: bool, longest: int, tokens_per_step: float,
@@ -94,10 +155,16 @@ def settle(engine, config: TrainConfig, kernel: str, budget: int, is_kept: bool,
         usable = free + torch.cuda.memory_reserved(ranks.device) - HEADROOM * total
         limit = -max(ranks.gather(lambda: -usable))
         allowed = None if choose_budget else [budget]
-        budget, recomputing = choose(memory, limit, layers, longest, tokens_per_step / ranks.world_size, allowed)
-        if not choose_layers:
-            recomputing = min(wanted, layers)
-        peak = _dry_run(engine, policy, kernel, budget, recomputing, longest, ranks) + memory.optimizer
+        tokens_per_rank = tokens_per_step / ranks.world_size
+
+        def choose_by(memory: MemoryModel) -> tuple[int, int]:
+            given = None if choose_layers else min(wanted, layers)
+            return choose(memory, limit, layers, longest, tokens_per_rank, allowed, given)
+
+        def peak_of(budget: int, recomputing: int) -> float:
+            return _dry_run(engine, policy, kernel, budget, recomputing, longest, ranks) + memory.optimizer
+
+        budget, recomputing, peak = confirmed(memory, limit, layers, choose_by, peak_of)
         predicted = memory.peak(budget, layers - recomputing)
         ranks.say(
             f"memory plan: {memory.fixed / 1e9:.1f} GB for parameters and gradients, {memory.optimizer / 1e9:.1f} GB for "
@@ -116,7 +183,8 @@ def _dry_run(engine, policy, kernel: str, tokens: int, recomputing: int, longest
     row = pack([sft_documents(SFTSample(i, np.array([[0, len(i)]]))) for i in ids])
     torch.cuda.synchronize(ranks.device)
     torch.cuda.reset_peak_memory_stats(ranks.device)
-    with out_of_memory_explained(0, tokens):
+    with out_of_memory_explained(0, tokens, longest) as size:
+        size.tokens = row.num_tokens
         engine.set_gradient_accumulation_boundary(False)
         engine.backward(engine(**model_inputs(row, kernel, ranks.device)).sum() * 0.0)
     return max(ranks.gather(lambda: torch.cuda.max_memory_allocated(ranks.device)))

@@ -5,7 +5,7 @@ pytest tests/test_planner.py
 
 import pytest
 
-from common.planner import MemoryModel, choose
+from common.planner import MemoryModel, choose, confirmed, is_resident
 
 GB = 1e9
 LLAMA_8B_ON_2 = MemoryModel(fixed=44 * GB, per_token=0.6e6, per_token_and_layer=1e5, optimizer=32 * GB)
@@ -40,3 +40,58 @@ def test_a_given_budget_is_kept_and_only_the_layers_are_chosen():
 
 def test_nothing_fits_gives_the_smallest_with_all_layers_recomputed():
     assert choose(LLAMA_8B_ON_2, 70 * GB, 32, 4096, 42_000, None) == (4096, 32)
+
+
+@pytest.mark.parametrize(
+    ("num_parameters", "free", "world_size", "resident"),
+    [
+        (8.0e9, 140, 2, False),  # 16 GB of the 62 that the state leaves
+        (8.0e9, 140, 8, False),
+        (3.2e9, 140, 8, True),
+        (1.2e9, 140, 2, True),
+        (1.2e9, 24, 2, False),
+        (1.2e9, 140, 1, False),  # nothing to gather
+        (8.0e9, 80, 1, False),  # the state itself does not fit: what is left is negative
+    ],
+)
+def test_parameters_stay_whole_where_they_take_little_of_what_activations_could_have(
+    num_parameters, free, world_size, resident
+):
+    assert is_resident(int(num_parameters), 2, free * GB, world_size) is resident
+
+
+def choice_within(limit: float):
+    return lambda memory: choose(memory, limit, 32, 4096, 42_000, None)
+
+
+def test_a_choice_that_fits_is_taken_after_one_dry_run():
+    seen = []
+
+    def peak_of(tokens, recomputing):
+        seen.append((tokens, recomputing))
+        return LLAMA_8B_ON_2.peak(tokens, 32 - recomputing)
+
+    choice = confirmed(LLAMA_8B_ON_2, 110 * GB, 32, choice_within(110 * GB), peak_of)
+    assert choice[:2] == seen[0] == choice_within(110 * GB)(LLAMA_8B_ON_2) and len(seen) == 1
+
+
+@pytest.mark.parametrize("factor", [1.02, 1.1, 1.5])
+def test_a_peak_above_the_limit_lowers_the_choice_until_it_fits(factor):
+    """Micro-batches that take more than three small ones foretold."""
+    real = MemoryModel(44 * GB, factor * 0.6e6, factor * 1e5, 32 * GB)
+    budget, recomputing, peak = confirmed(
+        LLAMA_8B_ON_2, 110 * GB, 32, choice_within(110 * GB), lambda tokens, r: real.peak(tokens, 32 - r)
+    )
+    assert peak <= 110 * GB and (budget, recomputing) == choice_within(110 * GB)(real)
+
+
+def test_if_even_the_smallest_choice_is_above_the_limit_it_is_tried_all_the_same():
+    for seen in (72, 90):
+        assert confirmed(LLAMA_8B_ON_2, 70 * GB, 32, choice_within(70 * GB), lambda *_: seen * GB)[:2] == (4096, 32)
+
+
+@pytest.mark.parametrize("given", [0, 10, 32])
+def test_given_layers_are_what_the_budget_is_chosen_for(given):
+    budget, recomputing = choose(LLAMA_8B_ON_2, 110 * GB, 32, 4096, 42_000, None, given)
+    assert recomputing == given and LLAMA_8B_ON_2.peak(budget, 32 - given) <= 110 * GB
+    assert choose(LLAMA_8B_ON_2, 78 * GB, 32, 4096, 42_000, None, given) == (4096, given)

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import random
+import resource
 
 import launch
 import models
@@ -10,6 +12,8 @@ import pytest
 import reference
 import torch
 from test_model import load_silently
+
+from common.packing import plan_step
 
 # Clipping is active, weight decay and warm-up are on, the last step of an epoch holds one sample.
 SETTINGS = {
@@ -396,6 +400,36 @@ def test_a_gradient_that_is_not_finite_stops_with_3_and_updates_nothing(sft_data
     assert not run.metrics and not (run.output_dir / "checkpoints").exists()
     errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "step 1: the gradient norm" in errors[0]
+
+
+def short_of_memory(lengths, num_ranks, budget):
+    """plan_step that leaves rank 1 no memory to speak of in the second step, as another program might."""
+    short_of_memory.calls = getattr(short_of_memory, "calls", 0) + 1
+    if short_of_memory.calls == 2 and os.environ["RANK"] == "1":
+        in_use = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
+        limit = int(in_use.split()[1]) * 1024 + 8 * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    return plan_step(lengths, num_ranks, budget)
+
+
+def test_running_out_of_memory_stops_with_3_says_what_to_change_and_keeps_the_last_checkpoint(tmp_path):
+    model = models.make_model(tmp_path / "model", max_position_embeddings=8192)
+    rows = [[{"role": "user", "content": "a b c"}, {"role": "assistant", "content": "d e f " * 700}] for _ in range(4)]
+    data = models.write_jsonl(tmp_path / "long.jsonl", [{"messages": messages} for messages in rows])
+    run = launch.launch(
+        "train_sft",
+        flags(model, data, tmp_path, max_seq_length=4096, global_batch_size=2, max_train_steps=4, checkpointing_steps=1),
+        2,
+        patches={"train_sft.plan_step": short_of_memory},
+    )
+    assert run.exit_codes[1] == 3 and run.exit_codes[0] != 0, run.stderr[-2000:]
+    assert run.column("step") == [1]
+    assert [path.name for path in (run.output_dir / "checkpoints").iterdir()] == ["step_00000001"]
+    assert not list(run.output_dir.glob("*.safetensors")), "nothing is exported"
+    error = next(line for line in run.stderr.splitlines() if line.startswith("error: step 2: out of memory"))
+    length = len(reference.conversation_tokens(reference.load_tokenizer(model), rows[0])[0])
+    assert f"micro-batch of {length:,} tokens (at most 4,096)" in error
+    assert f"--max_tokens_per_micro_batch {length}, --gradient_checkpointing full" in error
 
 
 # ------------------------------------------------------------------ through the real launchers
