@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 python=.venv/bin/python
-flash_attn="flash-attn==2.8.3"
+flash_attn_2="flash-attn==2.8.3"
+flash_attn_4=('flash-attn-4[cu13]==4.0.0b36' nvidia-cutlass-dsl==4.8.1 quack-kernels==0.6.5 apache-tvm-ffi==0.1.15.post2)
 
 usage() {
     cat >&2 <<'END'
@@ -17,7 +18,7 @@ usage: bash run.sh VERB [...]
   test [pytest flags]       the test suite
   setup                     make .venv from requirements.txt (the other verbs do it when needed)
     TORCH_INDEX_URL=URL       where torch comes from; the CPU index saves gigabytes
-    INSTALL_FLASH_ATTN=1      also build flash-attn (optional; tens of minutes; needs an NVIDIA GPU and nvcc)
+    INSTALL_FLASH_ATTN=1      also install flash-attn (optional: version 4 on Hopper and Blackwell, else 2, built by nvcc)
 END
 }
 
@@ -74,15 +75,28 @@ pip_install() {
 }
 
 install_flash_attn() {  # an optional addition: no failure of its stops anything
+    local capability
     if "$python" -c 'import flash_attn' 2>/dev/null; then
         return
-    elif ! command -v nvidia-smi >/dev/null || ! command -v nvcc >/dev/null; then
-        echo "flash-attn left out: it needs an NVIDIA GPU and nvcc. torch's own attention is used"
+    elif ! command -v nvidia-smi >/dev/null; then
+        echo "flash-attn left out: it needs an NVIDIA GPU. torch's own attention is used"
         return
     fi
-    echo "building $flash_attn (tens of minutes)"
+    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -n | head -n 1)
+    case $capability in
+        9.* | 10.*)
+            echo "installing ${flash_attn_4[0]}"
+            "$python" -m pip install --quiet --disable-pip-version-check "${flash_attn_4[@]}" ||
+                echo "flash-attn could not be installed and is left out. torch's own attention is used"
+            return ;;
+    esac
+    if ! command -v nvcc >/dev/null; then
+        echo "flash-attn left out: for this GPU it is built, which needs nvcc. torch's own attention is used"
+        return
+    fi
+    echo "building $flash_attn_2 (tens of minutes)"
     "$python" -m pip install --quiet --disable-pip-version-check setuptools wheel packaging ninja psutil &&
-        "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation "$flash_attn" ||
+        "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation "$flash_attn_2" ||
         echo "flash-attn could not be built and is left out. torch's own attention is used"
 }
 

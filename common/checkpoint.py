@@ -81,7 +81,7 @@ def replace_file(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     _write(temporary, [text.encode()])
     os.replace(temporary, path)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _write(path: Path, blocks: Iterable) -> dict:
@@ -97,7 +97,7 @@ def _write(path: Path, blocks: Iterable) -> dict:
     return {"size": size, "digest": state.hexdigest()}
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -136,7 +136,7 @@ def save(parameters: dict[str, torch.nn.Parameter], state: RunState, output_dir:
     def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
 
     def publish(entries: list[dict]) -> None:
         files = {file: entry for part in entries for file, entry in part.items()}
@@ -145,9 +145,9 @@ def save(parameters: dict[str, torch.nn.Parameter], state: RunState, output_dir:
                     "parameters": {name: list(p.ds_shape) for name, p in parameters.items()}}
         entry = _write(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
         _write(temporary / "COMPLETE", [entry["digest"].encode()])
-        _sync_folder(temporary)
+        sync_folder(temporary)
         os.rename(temporary, folder / name)
-        _sync_folder(folder)
+        sync_folder(folder)
         for old in _complete(output_dir)[keep_last_n:]:
             _delete(old)
 

@@ -1,7 +1,6 @@
 """The process group, what ranks agree on, how they stop, and how a run exits."""
 
 import contextlib
-import errno
 import functools
 import json
 import math
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 
-from common.errors import TrainingStopped, UserError
+from common.errors import TrainingStopped, UserError, full_disk
 
 LONG = timedelta(days=7)  # of the rendezvous store; Ranks itself watches that the others are alive
 SAME_REQUEST = 2.0  # seconds
@@ -95,8 +94,11 @@ class Ranks:
     def _offer(self, key: str, work: Callable[[], object]) -> None:
         try:
             outcome = {"result": work()}
-        except (UserError, TrainingStopped) as e:
-            outcome = {"error": str(e), "exit_code": e.EXIT_CODE}
+        except Exception as e:
+            told = e if isinstance(e, (UserError, TrainingStopped)) else full_disk(e)
+            if told is None:
+                raise
+            outcome = {"error": str(told), "exit_code": told.EXIT_CODE}
         self.store.set(key, json.dumps(outcome))
 
     def _take(self, key: str, worker: int):
@@ -184,9 +186,9 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
         except Stopped as e:
             code = 128 + e.signal_number
         except Exception as e:
-            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(e):
-                code = TrainingStopped.EXIT_CODE
-                print(f"error: {' '.join(str(e).split())}; free disk space and run the same command", file=sys.stderr)
+            if (stopped := full_disk(e)) is not None:
+                code = stopped.EXIT_CODE
+                print(f"error: {stopped}", file=sys.stderr)
             else:
                 code = 1
                 traceback.print_exc()

@@ -1,6 +1,9 @@
 """The two ways in which a run ends early on purpose, and their exit codes (INTERFACE: "Exit codes")."""
 
 
+import errno
+
+
 class UserError(ValueError):
     """A mistake in what was asked for, found before any training.
 
@@ -18,6 +21,13 @@ class TrainingStopped(RuntimeError):
     """
 
     EXIT_CODE = 3
+
+
+def full_disk(error: Exception) -> TrainingStopped | None:
+    """What to raise for an error that says that a disk is full (safetensors says so in its text only), else None."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error):
+        return TrainingStopped(f"{' '.join(str(error).split())}; free disk space and run the same command")
+    return None
 
 
 def not_finite(step: int, what: str, value: float, data, samples: list[int]) -> TrainingStopped:

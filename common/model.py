@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
@@ -19,8 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from common.attention import attention_kwargs, registered_name, to_device
+from common.checkpoint import sync_folder
 from common.distributed import Ranks
-from common.errors import UserError
+from common.errors import TrainingStopped, UserError
 from common.logprobs import LogProbHead
 from common.packing import MicroBatch, pack, sft_documents
 from common.token_cache import SFTSample
@@ -375,9 +377,7 @@ def export_model(model: PackedModel, output_dir: str, tokenizer, source_folder: 
         shards[-1].append((name, param))
         size += num_bytes
     temporary = target / ".export"
-    if ranks.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    ranks.once(lambda: _writing(target, _empty_folder, temporary))
     weight_map = {}
     for i, shard in enumerate(shards):
         file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -387,11 +387,26 @@ def export_model(model: PackedModel, output_dir: str, tokenizer, source_folder: 
                 if ranks.is_main:
                     tensors[name] = param.detach().to("cpu", copy=True).contiguous()
             weight_map[name] = file_name
-        if ranks.is_main:
-            save_file(tensors, temporary / file_name, metadata={"format": "pt"})
+        ranks.once(lambda: _writing(target, save_file, tensors, temporary / file_name, {"format": "pt"}))
     for name, buffer in lm.named_buffers():
         assert name not in lm.state_dict(), f"persistent buffer {name} would be lost: {buffer.shape}"
-    ranks.once(lambda: _finish_export(lm, tokenizer, source_folder, temporary, target, weight_map))
+    ranks.once(lambda: _writing(target, _finish_export, lm, tokenizer, source_folder, temporary, target, weight_map))
+
+
+def _writing(target: Path, write: Callable, *arguments) -> None:
+    """write(*arguments). Raises TrainingStopped where the files of the model cannot be written."""
+    try:
+        write(*arguments)
+    except (OSError, SafetensorError) as e:
+        raise TrainingStopped(
+            f"the model could not be written to {target}: {' '.join(str(e).split())}; the last checkpoint stands: once "
+            f"there is room, the same command goes on from there"
+        ) from e
+
+
+def _empty_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
 
 
 def _finish_export(lm, tokenizer, source_folder: str, temporary: Path, target: Path, weight_map: dict) -> None:
@@ -422,3 +437,4 @@ def _finish_export(lm, tokenizer, source_folder: str, temporary: Path, target: P
         path.chmod(0o644)  # safetensors writes files that only their owner can read
         os.replace(path, target / path.name)
     temporary.rmdir()
+    sync_folder(target)

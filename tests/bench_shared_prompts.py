@@ -2,8 +2,8 @@
 
     python tests/bench_shared_prompts.py [PREFERENCES.jsonl]
 
-Trains a small model with train_dpo.py, once each way, in turn, three times; prints the medians, their ratio, and
-what the tokens say: 2 (p + c) / (p + 2 c) for prompts of p and answers of c tokens.
+Trains a small model with train_dpo.py, once each way, in turn, three times; prints the medians, the median ratio of
+steps of the same pairs, and what the tokens say: 2 (p + c) / (p + 2 c) for prompts of p and answers of c tokens.
 """
 
 import json
@@ -17,7 +17,7 @@ import models
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared/data/preferences.jsonl"
-ROUNDS, STEPS, WARMUP = 3, 6, 2
+ROUNDS, STEPS, WARMUP, PAIRS = 3, 6, 1, 4
 
 
 def main() -> None:
@@ -32,15 +32,18 @@ def main() -> None:
             for share in (True, False):
                 out = folder / f"out-{share}"
                 flags = {"model_name_or_path": model, "dataset_mixer": data, "dtype": "float32", "max_seq_length": 1024,
-                         "global_batch_size": 8, "max_train_steps": STEPS, "share_prompt": str(share).lower(),
-                         "output_dir": out, "cache_dir": folder / "cache", "resume": "never"}  # fmt: skip
+                         "global_batch_size": PAIRS, "max_train_steps": STEPS, "max_tokens_per_micro_batch": 2048,
+                         "share_prompt": str(share).lower(), "output_dir": out, "cache_dir": folder / "cache",
+                         "resume": "never"}  # fmt: skip
                 words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
                 subprocess.run([sys.executable, ROOT / "train_dpo.py", *words], check=True, stdout=subprocess.DEVNULL)
                 records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
                 tokens[share] = records[-1]["total_tokens"]
-                speeds[share].append(8 / statistics.median(record["step_seconds"] for record in records[WARMUP:]))
-    shared, whole = (statistics.median(speeds[share]) for share in (True, False))
-    print(f"{data}: {shared:.2f} pairs/s shared, {whole:.2f} pairs/s whole: {shared / whole:.2f}x; "
+                speeds[share].append([record["step_seconds"] for record in records[WARMUP:]])
+    seconds = {share: [s for steps in speeds[share] for s in steps] for share in speeds}
+    ratio = statistics.median(whole / shared for shared, whole in zip(seconds[True], seconds[False], strict=True))
+    shared, whole = (PAIRS / statistics.median(seconds[share]) for share in (True, False))
+    print(f"{data}: {shared:.2f} pairs/s shared, {whole:.2f} pairs/s whole; a step of the same pairs: {ratio:.2f}x; "
           f"tokens {tokens[True]:,} and {tokens[False]:,}: {tokens[False] / tokens[True]:.2f}x")  # fmt: skip
 
 

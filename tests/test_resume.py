@@ -7,6 +7,7 @@ Real runs of both scripts: float32, 2 CPU processes, 12 steps of a tiny model, a
 has to end with the metrics (all but times, speeds and memory) and the weights of the run that nothing stopped.
 """
 
+import errno
 import json
 import os
 import random
@@ -27,6 +28,7 @@ import pytest
 import torch
 from faults import Disk
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 METHODS = ("sft", "dpo")
 LAST_STEP = 12
@@ -306,7 +308,7 @@ def engine_states(script: str, words: list[str], checkpoint_path: str) -> dict[s
 
 
 @pytest.mark.parametrize(("method", "num_ranks", "dtype"),
-                         [("sft", 1, "float32"), ("dpo", 2, "bfloat16"), ("dpo", 3, "float32")])
+                         [("sft", 1, "float32"), ("dpo", 2, "bfloat16"), ("dpo", 3, "float32"), ("sft", 8, "float32")])
 def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, method, num_ranks, dtype):
     """Written by 2. The expected arrays are put together from the files by the names they bear, with numpy alone."""
     folder = setting.whole(method).output_dir / "checkpoints" / "step_00000009"
@@ -538,18 +540,31 @@ def test_too_small_a_disk_is_an_error_before_the_first_step(setting):
     assert steps_run(done.stdout) == []
 
 
-def export_on_a_full_disk(policy, output_dir, tokenizer, source_folder, ranks) -> None:
-    """As safetensors says it, on the rank that writes; the others wait for it."""
-    if ranks.is_main:
-        raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
-    ranks.once(lambda: None)
+def save_where_no_file_may_be_large(tensors, path, metadata) -> None:
+    """safetensors' own, with a limit on the size of files in the place of a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    save_file(tensors, path, metadata)
 
 
-def test_a_disk_that_is_full_during_the_export_is_one_line_and_the_rerun_exports(setting):
+def index_on_a_full_disk(*arguments) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "patches",
+    [
+        {"common.model.save_file": save_where_no_file_may_be_large},
+        {"common.model._finish_export": index_on_a_full_disk},
+    ],
+)
+def test_an_export_that_cannot_be_written_is_one_line_from_one_rank_and_the_rerun_exports(setting, patches):
     output_dir = setting.copy_of_whole("sft")
-    done = setting.run("sft", output_dir, patches={"common.model.export_model": export_on_a_full_disk})
-    assert done.exit_codes[0] == 3
-    assert "error: Error while serializing: I/O error: No space left on device" in done.stderr
+    done = setting.run("sft", output_dir, patches=patches)
+    assert done.exit_codes == [3, 3], done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"the model could not be written to {output_dir}: " in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not list(output_dir.glob("*.safetensors"))
     rerun_until_done(setting, "sft", output_dir, setting.whole("sft"))
 
 

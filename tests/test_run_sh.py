@@ -128,11 +128,15 @@ def test_flash_attn_is_built_only_on_request_and_its_failure_stops_nothing(bare,
     if not shutil.which("nvidia-smi") or not shutil.which("nvcc"):
         assert without_gpu.returncode == 0 and "left out" in without_gpu.stdout
         assert not any("pip install" in call and "flash" in call for call in calls(project))
-    for name in ("nvidia-smi", "nvcc"):
-        executable(tmp_path / "bin" / name, "#!/bin/sh\n")
+    executable(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 8.0\n")
+    executable(tmp_path / "bin" / "nvcc", "#!/bin/sh\n")
     failing = run_sh(project, "setup", **environment)
     assert failing.returncode == 0 and "could not be built" in failing.stdout
     assert any("pip install" in call and "flash-attn==" in call for call in calls(project))
+    executable(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\nprintf '10.0\\n9.0\\n'\n")
+    failing = run_sh(project, "setup", **environment)
+    assert failing.returncode == 0 and "could not be installed" in failing.stdout
+    assert any("pip install" in call and "flash-attn-4[cu13]==" in call for call in calls(project))
 
 
 # ------------------------------------------------------------------ verbs
