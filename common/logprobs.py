@@ -4,25 +4,26 @@ import torch
 from torch import nn
 
 CHUNK_ELEMENTS = 2**27  # logits that exist at once: 512 MiB in float32
-COMPILED_CHUNK_ELEMENTS = 2**31 - 1  # 4 GiB in bfloat16, no float32 copy; kernels that index further are slower
+COMPILED_CHUNK_BYTES = 2**32  # of logits in their own dtype; in bfloat16 just below 2**31 elements, an index of 32 bits
 
 
-def target_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """float32 [N]: log softmax(logits)[target], from logits [N, V] in any dtype, targets int64 [N]."""
+def target_logps(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log softmax(logits)[target], log-sum-exp), float32 [N] each, from logits [N, V] in any dtype, targets int64 [N]."""
     logits = logits.float()
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+    lse = logits.logsumexp(dim=1)
+    return logits.gather(1, targets[:, None])[:, 0] - lse, lse
 
 
-def logits_gradient_(logits: torch.Tensor, targets: torch.Tensor, grad_logps: torch.Tensor) -> None:
+def logits_gradient_(logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, grad_logps: torch.Tensor) -> None:
     """Replaces logits [N, V] by d target_logps / d logits, times grad_logps float32 [N]: g (onehot - softmax)."""
     hit = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
-    logits.copy_(grad_logps[:, None] * (hit.float() - torch.softmax(logits.float(), dim=1)))
+    logits.copy_(grad_logps[:, None] * (hit.float() - torch.exp(logits.float() - lse[:, None])))
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
     """log softmax(h W^T + b)[target], row by row, without ever holding more than a chunk of logits.
 
-    With z = h W^T + b and g the gradient of the rows' log-probabilities: dz = logits_gradient_(z, targets, g),
+    With z = h W^T + b and g the gradient of the rows' log-probabilities: dz = logits_gradient_(z, targets, lse, g),
     dh = dz W, dW = sum over rows of dz^T h, db = sum over rows of dz. If one chunk holds all rows, z is kept for
     the backward pass, which can then run once; else it is computed again.
     Logits are computed in the weight's dtype, as transformers does, and reduced in float32; dW and db are
@@ -31,19 +32,19 @@ class _ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk_rows, logps_of, gradient_of):
-        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        logps, lse = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
         logits = None
         for i in range(0, len(hidden), chunk_rows):
-            rows = slice(i, i + chunk_rows)
+            rows, logits = slice(i, i + chunk_rows), None  # the last chunk goes before the next one comes
             logits = nn.functional.linear(hidden[rows], weight, bias)
-            logps[rows] = logps_of(logits, targets[rows])
-        ctx.save_for_backward(hidden, weight, bias, targets, logits if len(hidden) <= chunk_rows else None)
+            logps[rows], lse[rows] = logps_of(logits, targets[rows])
+        ctx.save_for_backward(hidden, weight, bias, targets, lse, logits if len(hidden) <= chunk_rows else None)
         ctx.chunk_rows, ctx.gradient_of = chunk_rows, gradient_of
         return logps
 
     @staticmethod
     def backward(ctx, grad_logps):
-        hidden, weight, bias, targets, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, lse, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         sum_dtype = torch.float32 if kept is None else weight.dtype  # one chunk: the product is the sum
         grad_weight = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device)
@@ -51,11 +52,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for i in range(0, len(hidden), ctx.chunk_rows):
             rows = slice(i, i + ctx.chunk_rows)
             logits = nn.functional.linear(hidden[rows], weight, bias) if kept is None else kept
-            ctx.gradient_of(logits, targets[rows], grad_logps[rows])
+            ctx.gradient_of(logits, targets[rows], lse[rows], grad_logps[rows])
             grad_hidden[rows] = logits @ weight
             grad_weight += logits.T @ hidden[rows]
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=torch.float32)
+            del logits
         return (
             grad_hidden,
             grad_weight.to(weight.dtype),
@@ -86,7 +88,7 @@ class LogProbHead(nn.Module):
         """Fuses what happens to a chunk's logits: no float32 copy of them is made, so a chunk can be a whole row's."""
         self.logps_of = torch.compile(target_logps, dynamic=True)
         self.gradient_of = torch.compile(logits_gradient_, dynamic=True)
-        self.chunk_rows = max(1, COMPILED_CHUNK_ELEMENTS // self.vocab_size)
+        self.chunk_rows = max(1, (COMPILED_CHUNK_BYTES // self.weight.element_size() - 1) // self.vocab_size)
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         if targets is None:

@@ -102,6 +102,32 @@ def test_bfloat16_reduces_in_float32():
         assert (seen.double() - wanted).norm() <= 0.01 * wanted.norm()
 
 
+@pytest.mark.parametrize("num_targets", [4, 11])
+def test_compiled_arithmetic_is_the_same_and_sees_a_chunk_at_a_time(monkeypatch, num_targets):
+    """One chunk, whose logits are kept, and three."""
+    monkeypatch.setattr(logprobs, "COMPILED_CHUNK_BYTES", 4 * (4 * VOCAB + 1))
+    hidden, targets, weights = torch.randn(11, HIDDEN), torch.randint(0, VOCAB, (11,)), torch.randn(11)
+    hidden, targets, weights = hidden[:num_targets], targets[:num_targets], weights[:num_targets]
+    results = []
+    for compiled in (False, True):
+        head, inputs = LogProbHead(projection(True)), hidden.clone().requires_grad_()
+        if compiled:
+            head.compile_arithmetic()
+            assert head.chunk_rows == 4
+        logps = head(inputs, targets)
+        (logps * weights).sum().backward()
+        results.append((logps.detach(), inputs.grad, head.weight.grad, head.bias.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=2e-6)
+
+
+def test_kept_logits_are_used_once(monkeypatch):
+    """The backward pass writes over them: a second one would be wrong without a word."""
+    logps = LogProbHead(projection(False))(torch.randn(3, HIDDEN, requires_grad=True), torch.zeros(3, dtype=torch.int64))
+    logps.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_no_targets_give_zero_gradients_not_none(bias):
     head = LogProbHead(projection(bias))
