@@ -3,9 +3,14 @@
 pytest tests/test_planner.py
 """
 
-import pytest
+from types import SimpleNamespace
 
-from common.planner import MemoryModel, choose, confirmed, is_resident
+import models
+import pytest
+import torch
+
+from common.model import num_parameters
+from common.planner import RESIDENCY_KEYS, MemoryModel, choose, confirmed, is_resident, place_parameters
 
 GB = 1e9
 LLAMA_8B_ON_2 = MemoryModel(fixed=44 * GB, per_token=0.6e6, per_token_and_layer=1e5, optimizer=32 * GB)
@@ -47,6 +52,7 @@ def test_nothing_fits_gives_the_smallest_with_all_layers_recomputed():
     [
         (8.0e9, 140, 2, False),  # 16 GB of the 62 that the state leaves
         (8.0e9, 140, 8, False),
+        (5.5e9, 140, 2, False),  # 11 GB of 82, though of 132 it were little
         (3.2e9, 140, 8, True),
         (1.2e9, 140, 2, True),
         (1.2e9, 24, 2, False),
@@ -95,3 +101,38 @@ def test_given_layers_are_what_the_budget_is_chosen_for(given):
     budget, recomputing = choose(LLAMA_8B_ON_2, 110 * GB, 32, 4096, 42_000, None, given)
     assert recomputing == given and LLAMA_8B_ON_2.peak(budget, 32 - given) <= 110 * GB
     assert choose(LLAMA_8B_ON_2, 78 * GB, 32, 4096, 42_000, None, given) == (4096, given)
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "frees", "own", "resident"),
+    [
+        ("cuda", 2, (10**9, 10**9), {}, True),
+        ("cuda", 2, (10**5, 10**5), {}, False),
+        ("cuda", 2, (10**9, 10**5), {}, False),
+        ("cuda", 1, (10**9,), {}, False),
+        ("cpu", 2, (10**9, 10**9), {}, False),
+        ("cuda", 2, (10**9, 10**9), {RESIDENCY_KEYS[0]: 0}, False),
+        ("cuda", 2, (10**9, 10**9), {"offload_param": {"device": "cpu"}}, False),
+    ],
+)
+def test_the_configs_own_words_on_placement_stand(monkeypatch, device, world_size, frees, own, resident):
+    said = []
+    free = iter(frees)
+    ranks = SimpleNamespace(device=torch.device(device), world_size=world_size, say=said.append,
+                            gather=lambda work: [work() for _ in frees])  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 0))
+    zero = {"stage": 3, **own}
+    placed = place_parameters({"zero_optimization": zero}, models.make_config(), torch.bfloat16, ranks)
+    assert zero == {"stage": 3, **own}, "what was given is left as it is"
+    added = dict.fromkeys(RESIDENCY_KEYS, 2**62) if resident else {}
+    assert placed["zero_optimization"] == zero | added
+    measured = device == "cuda" and not own
+    assert len(said) == measured and (not measured or ("resident" in said[0]) == resident)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_counted_once(tied):
+    config = models.make_config(tie_word_embeddings=tied, vocab_size=100, hidden_size=8, intermediate_size=16,
+                                num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    layer = 8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16 + 2 * 8
+    assert num_parameters(config) == 100 * 8 * (1 if tied else 2) + 2 * layer + 8
