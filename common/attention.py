@@ -153,107 +153,39 @@ def _sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=
     return out.transpose(1, 2).contiguous(), None
 
 
-def _varlen_inputs(module, query, key, value, dropout, packed_cu_seqlens_q, packed_key_index, kwargs):
-    """[1, H, T, D] -> [T, H, D] for the queries, and the same for the keys and values of every segment."""
+def _segments(module, query, key, value, dropout, kwargs):
+    """[1, H, T, D] -> [T, H, D] for the queries, and the same for the keys and values of every segment; then where
+    segments begin among queries and among keys, and the most tokens of one (see attention_kwargs)."""
     _refuse_unimplemented(module, dropout, kwargs)
-    _require_packing(module, packed_cu_seqlens_q)
+    _require_packing(module, kwargs.get("packed_cu_seqlens_q"))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    if packed_key_index is not None:
-        key, value = key[packed_key_index], value[packed_key_index]
-    return query, key, value
+    if (index := kwargs["packed_key_index"]) is not None:
+        key, value = key[index], value[index]
+    offsets = kwargs["packed_cu_seqlens_q"], kwargs["packed_cu_seqlens_k"]
+    return query, key, value, *offsets, kwargs["packed_max_seqlen"]
 
 
-def _varlen(
-    module,
-    query,
-    key,
-    value,
-    attention_mask=None,
-    scaling=None,
-    dropout=0.0,
-    packed_cu_seqlens_q=None,
-    packed_cu_seqlens_k=None,
-    packed_max_seqlen=None,
-    packed_key_index=None,
-    **kwargs,
-):
+def _varlen(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
     """Torch's own variable-length flash attention; window (-1, 0) is causal."""
     from torch.nn.attention.varlen import varlen_attn
 
-    query, key, value = _varlen_inputs(
-        module, query, key, value, dropout, packed_cu_seqlens_q, packed_key_index, kwargs
-    )
+    *tensors, length = _segments(module, query, key, value, dropout, kwargs)
     gqa = {"enable_gqa": True} if _VARLEN_HAS_GQA_FLAG and query.shape[1] != key.shape[1] else {}
-    out = varlen_attn(
-        query,
-        key,
-        value,
-        packed_cu_seqlens_q,
-        packed_cu_seqlens_k,
-        packed_max_seqlen,
-        packed_max_seqlen,
-        scale=scaling,
-        window_size=(-1, 0),
-        **gqa,
-    )
-    return out[None], None
+    return varlen_attn(*tensors, length, length, scale=scaling, window_size=(-1, 0), **gqa)[None], None
 
 
-def _flash_attention_2(
-    module,
-    query,
-    key,
-    value,
-    attention_mask=None,
-    scaling=None,
-    dropout=0.0,
-    packed_cu_seqlens_q=None,
-    packed_cu_seqlens_k=None,
-    packed_max_seqlen=None,
-    packed_key_index=None,
-    **kwargs,
-):
+def _flash_attention_2(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
     """The flash-attn package."""
     from flash_attn import flash_attn_varlen_func
 
-    query, key, value = _varlen_inputs(
-        module, query, key, value, dropout, packed_cu_seqlens_q, packed_key_index, kwargs
-    )
-    out = flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        packed_cu_seqlens_q,
-        packed_cu_seqlens_k,
-        packed_max_seqlen,
-        packed_max_seqlen,
-        softmax_scale=scaling,
-        causal=True,
-    )
-    return out[None], None
+    *tensors, length = _segments(module, query, key, value, dropout, kwargs)
+    return flash_attn_varlen_func(*tensors, length, length, softmax_scale=scaling, causal=True)[None], None
 
 
-def _flash_attention_4(
-    module,
-    query,
-    key,
-    value,
-    attention_mask=None,
-    scaling=None,
-    dropout=0.0,
-    packed_cu_seqlens_q=None,
-    packed_cu_seqlens_k=None,
-    packed_max_seqlen=None,
-    packed_key_index=None,
-    **kwargs,
-):
+def _flash_attention_4(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
     """The flash-attn-4 package: kernels for Hopper and Blackwell, compiled when they first run."""
-    query, key, value = _varlen_inputs(
-        module, query, key, value, dropout, packed_cu_seqlens_q, packed_key_index, kwargs
-    )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out, _ = _fa4_forward(query, key, value, packed_cu_seqlens_q, packed_cu_seqlens_k, packed_max_seqlen, scale)
-    return out[None], None
+    return _fa4_forward(*_segments(module, query, key, value, dropout, kwargs), scale)[0][None], None
 
 
 # One operator to torch.compile, which cannot look into the package's kernels.

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from common import attention
 from common.attention import attention_kwargs, block_mask, registered_name, resolve_kernel
 from common.errors import UserError
+from common.model import PackedModel, model_inputs
 from common.packing import Document, pack
 
 CPU = torch.device("cpu")
@@ -171,6 +172,33 @@ def test_variable_length_kernels_are_told_what_the_block_mask_says(flash_attn, k
         results.append((out.detach(), *torch.autograd.grad(out, inputs, upstream)))
     for expected, seen in zip(*results, strict=True):
         torch.testing.assert_close(seen, expected)
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_4", "sdpa"])
+def test_layers_compile_without_breaks_and_once_for_rows_of_every_length(flash_attn, kernel):
+    """A row of pairs and one of plain samples are warm-up."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2)  # fmt: skip
+    model = PackedModel(AutoModelForCausalLM.from_config(config, attn_implementation=registered_name(kernel)))
+    results = {False: [], True: []}
+    for compiled in (False, True):
+        if compiled:
+            model.compile_layers()
+        for i, shapes in enumerate((ROWS[3], ROWS[1], [(9, 0, 0), (4, 3, 2)], [(3, 0, 0), (8, 0, 0)])):
+            if i == 2:
+                warm = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            row = row_of(shapes)
+            targets = torch.arange(1, len(row.input_ids))
+            inputs = model_inputs(row, kernel, CPU) | {"target_rows": targets - 1, "target_ids": targets % 50}
+            logps = model(**inputs)
+            logps.sum().backward()
+            results[compiled] += [logps.detach(), *(p.grad for p in model.parameters())]
+            model.zero_grad(set_to_none=True)
+    torch.testing.assert_close(results[True], results[False])
+    assert 0 < warm == torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_torch_compile_may_trust_what_is_said_of_flash_attention_4(flash_attn):
