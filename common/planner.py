@@ -11,7 +11,6 @@ more in a layer that keeps. Three dry micro-batches, whose loss is multiplied by
 fourth, of the chosen size, confirms the choice before step 1. Gradients get exact zeros from them.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -90,22 +89,22 @@ def choose(
     """(tokens of a micro-batch, layers that recompute) of the least time that fits `limit` bytes.
 
     Time in tokens: a recomputed layer costs a third of its forward and backward passes again, a micro-batch
-    OVERHEAD_TOKENS. tokens_per_rank: of an optimizer step. budgets: the only sizes allowed, None for any. given: the
+    OVERHEAD_TOKENS; a step of tokens_per_rank, which steps have more or less of, takes half a micro-batch more than
+    their quotient. budgets: the only sizes allowed, None for any. given: the
     layers that recompute, None for any number.
     If nothing fits, the smallest size with every (or the given) layer recomputed: the dry run then says so.
     """
     if budgets is None:
         least = max(longest, 1024)
-        sizes = {1024 * math.ceil(1.05 * tokens_per_rank / count / 1024) for count in range(1, 65)}
-        budgets = sorted({min(max(size, least), max(LARGEST_BUDGET, least)) for size in sizes})
+        budgets = range(least, max(least, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank))) + 1, 1024)
     best = None
     for budget in budgets:
         room = (limit - memory.peak(budget, 0)) / (budget * memory.per_token_and_layer)  # layers that can keep
         if room < (0 if given is None else num_layers - given):
             continue
         recomputing = num_layers - min(num_layers, int(room)) if given is None else given
-        count = math.ceil(tokens_per_rank / budget)
-        cost = tokens_per_rank * (1 + recomputing / num_layers / 3) + count * OVERHEAD_TOKENS
+        num_micro_batches = tokens_per_rank / budget + 0.5
+        cost = tokens_per_rank * (1 + recomputing / num_layers / 3) + num_micro_batches * OVERHEAD_TOKENS
         if best is None or cost < best[0]:
             best = (cost, budget, recomputing)
     return (budgets[0], num_layers if given is None else given) if best is None else best[1:]
