@@ -4,10 +4,12 @@ A fork server imports the product once; each rank is a fork of it with the envir
 `torchrun` set. `launch_for_real` goes through a real launcher, for the few tests that are about it.
 """
 
+import atexit
 import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
@@ -64,6 +66,7 @@ class Run:
     def __init__(self, target, num_ranks: int, arguments: tuple, output_dir: Path):
         self.output_dir = output_dir
         self.logs = Path(tempfile.mkdtemp(prefix="plaintune-run-"))
+        atexit.register(shutil.rmtree, self.logs, ignore_errors=True)
         port = free_port()
         environment = os.environ | CPU_ENVIRONMENT
         environment["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
