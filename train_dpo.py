@@ -164,27 +164,30 @@ def main() -> None:
     for step in range(state.step, last_step):
         meter.start()
         samples = step_samples(step, len(data), config.global_batch_size, config.seed)
-        plan = plan_step(pair_lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
+        places = plan_step(pair_lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
+        plan = [[samples[i] for i in members] for members in places]  # this rank's micro-batches
         num_targets = int(data.num_targets[samples].sum())
         set_learning_rate(engine, learning_rate(step))
 
+        losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
         with out_of_memory_explained(step + 1, budget, longest) as size:
             for m, members in enumerate(plan):
-                micro_batch = pack([pair_documents(data[samples[i]], config.share_prompt) for i in members])
+                micro_batch = pack([pair_documents(data[i], config.share_prompt) for i in members])
                 size.tokens = micro_batch.num_tokens
                 token_logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
                 logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(
                     len(members), 2
                 )  # (chosen, rejected)
-                ratios = logps if reference is None else logps - reference[[samples[i] for i in members]]
+                ratios = logps if reference is None else logps - reference[members]
                 if loss_of.averages_over_length:
                     lengths = torch.tensor(micro_batch.sequence_targets, device=ranks.device).view(len(members), 2)
                     logps, ratios = logps / lengths, ratios / lengths
                 loss = loss_of.function(ratios[:, 0], ratios[:, 1], config).sum()
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
                 engine.backward(loss * ranks.world_size / len(samples))  # DeepSpeed averages gradients over ranks
+                losses[m] = loss.detach()
                 sums += preference_sums(loss, ratios, logps, config.beta)
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
@@ -195,12 +198,12 @@ def main() -> None:
         means = {name: value / len(samples) for name, value in zip(SUMMED, sums, strict=True)}
         train_loss = means.pop("train_loss")
         if not math.isfinite(train_loss):
-            raise not_finite(step + 1, "loss", train_loss, data, samples)
+            raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), pair_lengths, data, ranks)
         if step == 0 and reference_folder is None:
             check_first_step(train_loss, loss_of, config)
         engine.step()
         if not engine.was_step_applied():
-            raise not_finite(step + 1, "gradient norm", math.nan, data, samples)
+            raise not_finite(step + 1, "gradient norm", math.nan, plan, None, pair_lengths, data, ranks)
 
         state.step = step + 1
         state.samples = samples_seen(state.step, len(data), config.global_batch_size)

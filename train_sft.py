@@ -132,33 +132,34 @@ def main() -> None:
     for step in range(state.step, last_step):
         meter.start()
         samples = step_samples(step, len(data), config.global_batch_size, config.seed)
-        plan = plan_step(data.lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
+        places = plan_step(data.lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
+        plan = [[samples[i] for i in members] for members in places]  # this rank's micro-batches
         num_targets = int(data.num_targets[samples].sum())  # of the whole step: all ranks, all micro-batches
         set_learning_rate(engine, learning_rate(step))
 
-        nll = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
         with out_of_memory_explained(step + 1, budget, longest) as size:
             for m, members in enumerate(plan):
-                micro_batch = pack([sft_documents(data[samples[i]]) for i in members])
+                micro_batch = pack([sft_documents(data[i]) for i in members])
                 size.tokens = micro_batch.num_tokens
                 logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
                 loss = -logps.sum()
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
                 engine.backward(loss * ranks.world_size / num_targets)  # DeepSpeed averages gradients over ranks
-                nll += loss.detach().double()
+                losses[m] = loss.detach()
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
 
         nll, num_tokens, squared_lengths, terminate, interrupt = ranks.sum(
-            [nll.item(), num_tokens, squared_lengths, *stop_request.votes()]
+            [losses.sum().item(), num_tokens, squared_lengths, *stop_request.votes()]
         )
         train_loss = nll / num_targets
         if not math.isfinite(train_loss):
-            raise not_finite(step + 1, "loss", train_loss, data, samples)
+            raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), data.lengths, data, ranks)
         engine.step()
         if not engine.was_step_applied():
-            raise not_finite(step + 1, "gradient norm", math.nan, data, samples)
+            raise not_finite(step + 1, "gradient norm", math.nan, plan, None, data.lengths, data, ranks)
 
         state.step = step + 1
         state.samples = samples_seen(state.step, len(data), config.global_batch_size)

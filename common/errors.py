@@ -2,6 +2,7 @@
 
 
 import errno
+import math
 
 
 class UserError(ValueError):
@@ -30,15 +31,25 @@ def full_disk(error: Exception) -> TrainingStopped | None:
     return None
 
 
-def not_finite(step: int, what: str, value: float, data, samples: list[int]) -> TrainingStopped:
-    """What to raise when a step's loss or gradient is NaN or infinite; nothing was updated.
+def not_finite(step: int, what: str, value: float, micro_batches: list[list[int]], losses: list[float] | None, lengths,
+               data, ranks) -> TrainingStopped:  # fmt: skip
+    """What to raise when a step's loss or gradient is NaN or infinite; nothing was updated. Collective.
 
-    data: the TokenDataset; samples: indices of the step's samples.
+    micro_batches: this rank's, as indices of samples; losses: of each, None where the gradient alone is not finite, so
+    that none can be blamed; lengths: tokens of each sample; data: the TokenDataset.
     """
-    named = ", ".join(data.where(i) for i in samples[:4]) + (
-        f" and {len(samples) - 4} more" if len(samples) > 4 else ""
-    )
+    mine = [
+        f"rank {ranks.rank}, micro-batch {m + 1} of {sum(int(lengths[i]) for i in members):,} tokens: {_some(members, data)}"
+        for m, members in enumerate(micro_batches)
+        if members and (losses is None or not math.isfinite(losses[m]))
+    ]
+    named = [place for places in ranks.gather(lambda: mine) for place in places]
+    more = f"; and {len(named) - 4} micro-batches more" if len(named) > 4 else ""
     return TrainingStopped(
-        f"step {step}: the {what} is {value} and nothing was updated; the step's samples: {named}. Try a lower "
+        f"step {step}: the {what} is {value} and nothing was updated ({'; '.join(named[:4])}{more}). Try a lower "
         f"--learning_rate, --dtype float32, or look at those samples; the last checkpoint stands"
     )
+
+
+def _some(samples: list[int], data) -> str:
+    return ", ".join(data.where(i) for i in samples[:8]) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")

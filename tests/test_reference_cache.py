@@ -235,9 +235,10 @@ def kill_at(delay: float, given: dict, num_ranks: int) -> None:
 
 
 def check_kill(written, tiny_llama, data, tmp_path, delay: float, num_ranks: int) -> int:
-    """Kills a run `delay` seconds after its first part was written, and finishes it. How many parts were left."""
+    """Kills a run `delay` seconds after its first part was written, wherever it is, even at its end, and runs another
+    with that cache. How many parts were left."""
     given = flags(tiny_llama, data, tmp_path / "cache", tmp_path / "output")
-    kill_at(delay, given, num_ranks)
+    kill_at(delay, given | {"output_dir": tmp_path / "killed"}, num_ranks)
     before = stamps(tmp_path / "cache")
     assert before
     run = launch.launch("train_dpo", given, 2, SMALL_PARTS).succeeded()

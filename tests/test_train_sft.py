@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import re
 import resource
 
 import launch
@@ -367,7 +368,37 @@ def test_a_loss_that_is_not_finite_stops_with_3_and_keeps_the_last_checkpoint(ti
     assert len(errors) == 1 and "Traceback" not in run.stderr
     assert "step 2" in errors[0] and "--learning_rate" in errors[0]
     for i in order[3:6]:
-        assert f"conversations.jsonl:{i + 1}" in errors[0], "the step's samples are named by file and row"
+        assert re.search(rf"rank [01], micro-batch 1 of \d+ tokens: [^;]*conversations.jsonl:{i + 1}\b", errors[0])
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_the_sample_that_makes_a_loss_not_finite_is_named_with_its_rank_and_tokens(tmp_path, method):
+    """One row of the embedding is infinite, and one sample has that token."""
+    rows = models.conversations(6) if method == "sft" else models.preferences(6)
+    for messages in [rows[3]["messages"]] if method == "sft" else [rows[3]["chosen"], rows[3]["rejected"]]:
+        messages[0]["content"] += " \u00df"
+    data = models.write_jsonl(tmp_path / "data.jsonl", rows)
+    folder = models.make_model(tmp_path / "model")
+    tokenizer, weights = reference.load_tokenizer(folder), reference.load(folder)
+    if method == "sft":
+        tokens = [reference.conversation_tokens(tokenizer, row["messages"])[0] for row in rows]
+    else:
+        tokens = [reference.pair_tokens(tokenizer, row)[0][0] for row in rows]
+    checked = torch.randint(weights.config.vocab_size, (24 + 17,), generator=torch.Generator().manual_seed(0)).tolist()
+    alone = [(i, t) for i, ids in enumerate(tokens) for t in ids[:-2]
+             if t not in checked and sum(t in other for other in tokens) == 1]  # fmt: skip
+    culprit, token = alone[0]
+    with torch.no_grad():
+        weights.get_input_embeddings().weight[token] = torch.inf
+    weights.save_pretrained(folder)
+    run = launch.launch(
+        f"train_{method}", flags(folder, data, tmp_path, global_batch_size=6, max_tokens_per_micro_batch=LONGEST), 2
+    )
+    assert run.exit_codes == [3, 3], run.stderr[-1000:]
+    error = next(line for line in run.stderr.splitlines() if line.startswith("error: step 1: the loss is"))
+    found = re.findall(r"rank ([01]), micro-batch (\d) of ([\d,]+) tokens: ([^;)]*)", error)
+    assert len(found) == 1 and f"data.jsonl:{culprit + 1}" in found[0][3], error
+    assert int(found[0][2].replace(",", "")) <= LONGEST and found[0][3].count("data.jsonl") < 6
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
