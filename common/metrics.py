@@ -194,13 +194,18 @@ class MetricsFile:
 
 
 def _lines(path: Path):
-    """(line, record) of each whole line; a last line torn by a crash is not whole."""
+    """(line, record) of each whole line; a last line torn by a crash is not whole, and what is no record is left out."""
     if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            return
-        yield line, json.loads(line)
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if line.endswith("\n") and isinstance(record, dict) and isinstance(record.get("step"), int):
+            yield line, record
+        elif line.endswith("\n"):
+            print(f"warning: {path}: left out a line that is not a record: {line[:40]!r}", flush=True)
 
 
 def draw_curves(output_dir: str) -> None:

@@ -260,7 +260,7 @@ def test_a_crash_after_the_last_step_leaves_only_the_export_to_do(setting, metho
     (output_dir / ".export").mkdir()
     (output_dir / ".export" / "model-00001-of-00001.safetensors").write_bytes(b"half")
     with open(output_dir / "metrics.jsonl", "a") as file:
-        file.write('{"step": 13, "train_l')  # and a line torn
+        file.write('\0\0\0\n[13]\n{"step": 13, "train_l')  # what a power loss can leave, and a line torn
     done = setting.run(method, output_dir).succeeded()
     assert_continued(done, LAST_STEP)
     assert_same_run(done, setting.whole(method))
