@@ -21,7 +21,7 @@ from common.errors import not_finite
 from common.logprobs import sequence_logps
 from common.losses import SUMMED, check_first_step, preference_loss, preference_sums
 from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
-from common.packing import pack, packing_report, pair_documents, pair_length, plan_step
+from common.packing import MicroBatch, one_ahead, pack, packing_report, pair_documents, pair_length, plan_step
 from common.placement import deepspeed_config
 from common.planner import place_parameters, settle
 from common.reference_cache import reference_logps
@@ -159,13 +159,17 @@ def main() -> None:
     stop_request = StopRequest(ranks)
 
     # ------------------------------------------------------------------ loop
+    def prepared(step: int) -> tuple[list[int], list[list[int]], list[MicroBatch]]:
+        """The step's samples, and this rank's micro-batches: the samples in each, and packed."""
+        samples = step_samples(step, len(data), config.global_batch_size, config.seed)
+        plan = plan_step(pair_lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
+        plan = [[samples[i] for i in members] for members in plan]
+        return samples, plan, [pack([pair_documents(data[i], config.share_prompt) for i in members]) for members in plan]
+
     gc.collect()
     gc.freeze()  # what lives until the end is not searched for garbage again
-    for step in range(state.step, last_step):
-        meter.start()
-        samples = step_samples(step, len(data), config.global_batch_size, config.seed)
-        places = plan_step(pair_lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
-        plan = [[samples[i] for i in members] for members in places]  # this rank's micro-batches
+    meter.start()
+    for step, (samples, plan, micro_batches) in one_ahead(prepared, range(state.step, last_step)):
         num_targets = int(data.num_targets[samples].sum())
         set_learning_rate(engine, learning_rate(step))
 
@@ -173,8 +177,7 @@ def main() -> None:
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
         with out_of_memory_explained(step + 1, budget, longest) as size:
-            for m, members in enumerate(plan):
-                micro_batch = pack([pair_documents(data[i], config.share_prompt) for i in members])
+            for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 size.tokens = micro_batch.num_tokens
                 token_logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
                 logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(
@@ -234,6 +237,7 @@ def main() -> None:
             ranks.say(f"checkpoint {path}")
         if stop_signal:
             raise Stopped(stop_signal)
+        meter.start()
 
     # ------------------------------------------------------------------ export
     stop_request.wait_for_export()

@@ -19,7 +19,7 @@ from common.distributed import Stopped, StopRequest, main_with_exit_codes, num_c
 from common.engine import build_engine, micro_batch_budget, out_of_memory_explained, set_learning_rate
 from common.errors import not_finite
 from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
-from common.packing import pack, packing_report, plan_step, sft_documents
+from common.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
 from common.placement import deepspeed_config
 from common.planner import place_parameters, settle
 from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
@@ -127,21 +127,24 @@ def main() -> None:
     stop_request = StopRequest(ranks)
 
     # ------------------------------------------------------------------ loop
+    def prepared(step: int) -> tuple[list[int], list[list[int]], list[MicroBatch]]:
+        """The step's samples, and this rank's micro-batches: the samples in each, and packed."""
+        samples = step_samples(step, len(data), config.global_batch_size, config.seed)
+        plan = plan_step(data.lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
+        plan = [[samples[i] for i in members] for members in plan]
+        return samples, plan, [pack([sft_documents(data[i]) for i in members]) for members in plan]
+
     gc.collect()
     gc.freeze()  # what lives until the end is not searched for garbage again
-    for step in range(state.step, last_step):
-        meter.start()
-        samples = step_samples(step, len(data), config.global_batch_size, config.seed)
-        places = plan_step(data.lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
-        plan = [[samples[i] for i in members] for members in places]  # this rank's micro-batches
+    meter.start()
+    for step, (samples, plan, micro_batches) in one_ahead(prepared, range(state.step, last_step)):
         num_targets = int(data.num_targets[samples].sum())  # of the whole step: all ranks, all micro-batches
         set_learning_rate(engine, learning_rate(step))
 
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
         with out_of_memory_explained(step + 1, budget, longest) as size:
-            for m, members in enumerate(plan):
-                micro_batch = pack([sft_documents(data[i]) for i in members])
+            for m, micro_batch in enumerate(micro_batches):
                 size.tokens = micro_batch.num_tokens
                 logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
                 loss = -logps.sum()
@@ -187,6 +190,7 @@ def main() -> None:
             ranks.say(f"checkpoint {path}")
         if stop_signal:
             raise Stopped(stop_signal)
+        meter.start()
 
     # ------------------------------------------------------------------ export
     stop_request.wait_for_export()

@@ -115,7 +115,7 @@ class StepMeter:
         self.profiler = step_profiler(device)
 
     def start(self) -> None:
-        """Call when a step begins."""
+        """Call when the wait for a step's micro-batches begins."""
         if self.profiler is not None:
             self.profiler.step()
         self.started = time.perf_counter()

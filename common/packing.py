@@ -7,8 +7,10 @@ continue the stem's positions. How that is enforced on a device is common/attent
 """
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -35,6 +37,18 @@ def plan_step(lengths: list[int], num_ranks: int, budget: int) -> list[list[list
             break
         num_micro_batches += 1
     return [[bins[m * num_ranks + rank][1] for m in range(num_micro_batches)] for rank in range(num_ranks)]
+
+
+def one_ahead(prepared: Callable[[int], object], steps: Iterable[int]) -> Iterator[tuple[int, object]]:
+    """(step, prepared(step)) of each step in order; a thread prepares the next one meanwhile, and never more."""
+    steps = iter(steps)
+    with ThreadPoolExecutor(1) as thread:
+        ahead = [(step, thread.submit(prepared, step)) for step in islice(steps, 1)]
+        while ahead:
+            step, future = ahead.pop()
+            value = future.result()
+            ahead = [(later, thread.submit(prepared, later)) for later in islice(steps, 1)]
+            yield step, value
 
 
 def packing_report(steps: Iterable[list[int]], num_ranks: int, budget: int) -> str:

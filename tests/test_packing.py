@@ -1,6 +1,8 @@
 """Packing changes speed, never the numbers: pytest tests/test_packing.py"""
 
 import itertools
+import threading
+import time
 
 import models
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from common.attention import registered_name
 from common.logprobs import sequence_logps
 from common.model import PackedModel, model_inputs
-from common.packing import pack, pair_documents, pair_length, plan_step, sft_documents
+from common.packing import one_ahead, pack, pair_documents, pair_length, plan_step, sft_documents
 from common.tokenization import PreferencePair, SFTSample
 
 CPU = torch.device("cpu")
@@ -219,3 +221,25 @@ def test_both_completions_see_the_whole_prompt(folder, pairs):
     sizes = [len(targets) for _, targets in pairs[0]]
     before, after = (packed_logps(packed, [pair_documents(p, True)]).split(sizes) for p in (pair, other))
     assert all(not torch.equal(b, a) for b, a in zip(before, after, strict=True))
+
+
+def test_one_step_is_prepared_ahead_in_order_and_never_two():
+    """And what goes wrong in the thread comes out at the step that it belongs to."""
+    started, main = [], threading.get_ident()
+
+    def prepared(step):
+        started.append(step)
+        assert threading.get_ident() != main
+        if step == 5:
+            raise ValueError("five")
+        return step * 10
+
+    seen = []
+    with pytest.raises(ValueError, match="five"):
+        for step, value in one_ahead(prepared, range(2, 9)):
+            seen.append((step, value))
+            time.sleep(0.05)
+            assert started == list(range(2, step + 2))
+    assert seen == [(2, 20), (3, 30), (4, 40)]
+    assert list(one_ahead(prepared, range(0))) == []
+    assert list(one_ahead(prepared, [8])) == [(8, 80)]

@@ -14,7 +14,7 @@ import reference
 import torch
 from test_model import load_silently
 
-from common.packing import plan_step
+from common.engine import set_learning_rate
 
 # Clipping is active, weight decay and warm-up are on, the last step of an epoch holds one sample.
 SETTINGS = {
@@ -433,14 +433,14 @@ def test_a_gradient_that_is_not_finite_stops_with_3_and_updates_nothing(sft_data
     assert len(errors) == 1 and "step 1: the gradient norm" in errors[0]
 
 
-def short_of_memory(lengths, num_ranks, budget):
-    """plan_step that leaves rank 1 no memory to speak of in the second step, as another program might."""
+def short_of_memory(engine, learning_rate: float) -> None:
+    """set_learning_rate that leaves rank 1 no memory to speak of in the second step, as another program might."""
     short_of_memory.calls = getattr(short_of_memory, "calls", 0) + 1
     if short_of_memory.calls == 2 and os.environ["RANK"] == "1":
         in_use = next(line for line in open("/proc/self/status") if line.startswith("VmData"))
         limit = int(in_use.split()[1]) * 1024 + 8 * 2**20
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    return plan_step(lengths, num_ranks, budget)
+    set_learning_rate(engine, learning_rate)
 
 
 def test_running_out_of_memory_stops_with_3_says_what_to_change_and_keeps_the_last_checkpoint(tmp_path):
@@ -451,7 +451,7 @@ def test_running_out_of_memory_stops_with_3_says_what_to_change_and_keeps_the_la
         "train_sft",
         flags(model, data, tmp_path, max_seq_length=4096, global_batch_size=2, max_train_steps=4, checkpointing_steps=1),
         2,
-        patches={"train_sft.plan_step": short_of_memory},
+        patches={"train_sft.set_learning_rate": short_of_memory},
     )
     assert run.exit_codes[1] == 3 and run.exit_codes[0] != 0, run.stderr[-2000:]
     assert run.column("step") == [1]
