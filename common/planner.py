@@ -7,8 +7,8 @@ Then, from measured memory:
 Peak memory of a micro-batch of t tokens with u layers that keep their activations is taken as
     B + t (D + A u)
 with B what does not grow (parameters, gradients, buffers), D what every token costs and A what it costs
-more in a layer that keeps. Three dry micro-batches, whose loss is multiplied by 0, give B, D and A; a
-fourth, of the chosen size, confirms the choice before step 1. Gradients get exact zeros from them.
+more in a layer that keeps. Three dry micro-batches, whose loss is multiplied by 0, give B, D and A; a few
+more, the last of the chosen size, confirm the choice before step 1. Gradients get exact zeros from them.
 """
 
 from collections.abc import Callable
@@ -110,19 +110,23 @@ def choose(
     return (budgets[0], num_layers if given is None else given) if best is None else best[1:]
 
 
-def confirmed(memory: MemoryModel, limit: float, layers: int, choose_by: Callable, peak_of: Callable) -> tuple[int, int, float]:
+def confirmed(
+    memory: MemoryModel, limit: float, layers: int, tried: float, choose_by: Callable, peak_of: Callable
+) -> tuple[int, int, float]:
     """(tokens, layers that recompute, peak bytes seen) of the first choice whose dry run stays within `limit`.
 
-    choose_by(memory) makes a choice, peak_of(tokens, recomputing) runs it. A peak above the limit, which is below
-    what the device has, corrects the memory model, and so the next choice; the smallest choice is taken as it is.
+    choose_by(memory) makes a choice, peak_of(tokens, recomputing) runs a micro-batch. A larger peak than was foretold
+    corrects the memory model, and so the choice; the smallest choice is taken as it is. What grows with the tokens, of
+    which `tried` bytes have been seen, at most doubles at a time, so that a surprise shows before memory runs out.
     """
     while True:
         tokens, recomputing = choose_by(memory)
-        seen = peak_of(tokens, recomputing)
-        if seen <= limit:
-            return tokens, recomputing, seen
-        memory = memory.corrected(tokens, layers - recomputing, seen)
-        if choose_by(memory) == (tokens, recomputing):
+        keeping = layers - recomputing
+        size = min(tokens, int(2 * tried / max(1.0, memory.per_token + memory.per_token_and_layer * keeping)))
+        seen = peak_of(size, recomputing)
+        tried = max(tried, memory.peak(size, keeping) - memory.peak(0, keeping))
+        memory = memory.corrected(size, keeping, seen)
+        if size == tokens and (seen <= limit or choose_by(memory) == (tokens, recomputing)):
             return tokens, recomputing, seen
 
 
@@ -163,7 +167,7 @@ def settle(engine, config: TrainConfig, kernel: str, budget: int, is_kept: bool,
         def peak_of(budget: int, recomputing: int) -> float:
             return _dry_run(engine, policy, kernel, budget, recomputing, longest, ranks) + memory.optimizer
 
-        budget, recomputing, peak = confirmed(memory, limit, layers, choose_by, peak_of)
+        budget, recomputing, peak = confirmed(memory, limit, layers, max(peaks) - memory.fixed, choose_by, peak_of)
         predicted = memory.peak(budget, layers - recomputing)
         ranks.say(
             f"memory plan: {memory.fixed / 1e9:.1f} GB for parameters and gradients, {memory.optimizer / 1e9:.1f} GB for "

@@ -70,30 +70,46 @@ def choice_within(limit: float):
     return lambda memory: choose(memory, limit, 32, 4096, 42_000, None)
 
 
-def test_a_choice_that_fits_is_taken_after_one_dry_run():
-    seen = []
+TRIED = 4096 * (0.6e6 + 8 * 1e5)  # bytes of 4,096 tokens with 8 layers that keep
+
+
+def test_a_choice_that_fits_is_taken_and_memory_at_most_doubles_on_the_way():
+    peaks, sizes = [TRIED + 76 * GB], []
 
     def peak_of(tokens, recomputing):
-        seen.append((tokens, recomputing))
-        return LLAMA_8B_ON_2.peak(tokens, 32 - recomputing)
+        sizes.append((tokens, recomputing))
+        peaks.append(LLAMA_8B_ON_2.peak(tokens, 32 - recomputing))
+        assert peaks[-1] - 76 * GB <= 2 * (peaks[-2] - 76 * GB)
+        return peaks[-1]
 
-    choice = confirmed(LLAMA_8B_ON_2, 110 * GB, 32, choice_within(110 * GB), peak_of)
-    assert choice[:2] == seen[0] == choice_within(110 * GB)(LLAMA_8B_ON_2) and len(seen) == 1
+    choice = confirmed(LLAMA_8B_ON_2, 150 * GB, 32, TRIED, choice_within(150 * GB), peak_of)
+    assert choice[:2] == sizes[-1] == choice_within(150 * GB)(LLAMA_8B_ON_2) and len(sizes) == 4
 
 
-@pytest.mark.parametrize("factor", [1.02, 1.1, 1.5])
-def test_a_peak_above_the_limit_lowers_the_choice_until_it_fits(factor):
+@pytest.mark.parametrize("factor", [1.02, 1.1, 1.5, 3.0])
+def test_a_larger_peak_than_foretold_lowers_the_choice_before_memory_runs_out(factor):
     """Micro-batches that take more than three small ones foretold."""
     real = MemoryModel(44 * GB, factor * 0.6e6, factor * 1e5, 32 * GB)
-    budget, recomputing, peak = confirmed(
-        LLAMA_8B_ON_2, 110 * GB, 32, choice_within(110 * GB), lambda tokens, r: real.peak(tokens, 32 - r)
-    )
+    peaks = []
+
+    def peak_of(tokens, recomputing):
+        peaks.append(real.peak(tokens, 32 - recomputing))
+        return peaks[-1]
+
+    budget, recomputing, peak = confirmed(LLAMA_8B_ON_2, 110 * GB, 32, TRIED, choice_within(110 * GB), peak_of)
     assert peak <= 110 * GB and (budget, recomputing) == choice_within(110 * GB)(real)
+    assert max(peaks) <= 118 * GB
+
+
+def test_less_than_was_foretold_changes_no_choice():
+    choice = confirmed(LLAMA_8B_ON_2, 150 * GB, 32, TRIED, choice_within(150 * GB), lambda *_: 77 * GB)
+    assert choice == (*choice_within(150 * GB)(LLAMA_8B_ON_2), 77 * GB)
 
 
 def test_if_even_the_smallest_choice_is_above_the_limit_it_is_tried_all_the_same():
     for seen in (72, 90):
-        assert confirmed(LLAMA_8B_ON_2, 70 * GB, 32, choice_within(70 * GB), lambda *_: seen * GB)[:2] == (4096, 32)
+        choice = confirmed(LLAMA_8B_ON_2, 70 * GB, 32, TRIED, choice_within(70 * GB), lambda *_, seen=seen: seen * GB)
+        assert choice[:2] == (4096, 32)
 
 
 @pytest.mark.parametrize("given", [0, 10, 32])
