@@ -9,8 +9,9 @@ import models
 import pytest
 import torch
 
+from common.config import SFTConfig
 from common.model import num_parameters
-from common.planner import RESIDENCY_KEYS, MemoryModel, choose, confirmed, is_resident, place_parameters
+from common.planner import RESIDENCY_KEYS, MemoryModel, choose, confirmed, is_resident, place_parameters, settle
 
 GB = 1e9
 LLAMA_8B_ON_2 = MemoryModel(fixed=44 * GB, per_token=0.6e6, per_token_and_layer=1e5, optimizer=32 * GB)
@@ -45,6 +46,45 @@ def test_a_given_budget_is_kept_and_only_the_layers_are_chosen():
 
 def test_nothing_fits_gives_the_smallest_with_all_layers_recomputed():
     assert choose(LLAMA_8B_ON_2, 70 * GB, 32, 4096, 42_000, None) == (4096, 32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_kept", "expected"),
+    [
+        ({}, False, (14336, 0)),  # 56.5 GB for 3.8 MB a token
+        ({"gradient_checkpointing": "full"}, False, (32768, 32)),
+        ({"gradient_checkpointing": 5}, False, (16384, 5)),  # 3.3 MB a token
+        ({"max_tokens_per_micro_batch": 16384}, False, (16384, 4)),  # 46.7 GB for layers of 1.64 GB
+        ({}, True, (16384, 4)),
+        ({"max_tokens_per_micro_batch": 16384, "gradient_checkpointing": 9}, False, (16384, 9)),
+    ],
+)
+def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, is_kept, expected):
+    """The dry runs are played by a memory model, on a device of 141 GB with 8B parameters on 2 ranks."""
+    real, runs = LLAMA_8B_ON_2, []
+
+    def dry_run(engine, policy, kernel, tokens, recomputing, longest, ranks):
+        runs.append((tokens, recomputing))
+        return real.peak(tokens, 32 - recomputing) - real.optimizer
+
+    said, recomputed = [], []
+    parameter = SimpleNamespace(ds_tensor=torch.empty(int(real.optimizer / 8), device="meta"))
+    policy = SimpleNamespace(decoder_layers=lambda: [None] * 32, checkpoint_activations=recomputed.append,
+                             parameters=lambda: [parameter])  # fmt: skip
+    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=2, say=said.append, gather=lambda work: [work()])
+    monkeypatch.setattr("common.planner._dry_run", dry_run)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (141 * GB - real.fixed, 141 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: real.fixed)
+    config = SFTConfig(**flags)
+    budget = settle(SimpleNamespace(module=policy), config, "varlen", 16384, is_kept, 832, 90_000, ranks)
+    layers = runs[-1][1] if runs else recomputed[-1]
+    assert (budget, layers) == expected
+    if "max_tokens_per_micro_batch" in flags and "gradient_checkpointing" in flags:
+        assert not runs and not said, "nothing is left to choose"
+    else:
+        assert runs[-1] == expected, "the last dry run is of what was chosen"
+        assert real.peak(budget, 32 - layers) <= 0.94 * 141 * GB
+        assert f"micro-batches of {budget:,} tokens, {layers} of 32 layers recomputed" in said[-1]
 
 
 @pytest.mark.parametrize(
