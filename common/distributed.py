@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 
-from common.errors import TrainingStopped, UserError, full_disk
+from common.errors import TrainingStopped, UserError, full_disk, is_out_of_memory
 
 LONG = timedelta(days=7)  # of the rendezvous store; Ranks itself watches that the others are alive
 SAME_REQUEST = 2.0  # seconds
@@ -189,6 +189,11 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
             if (stopped := full_disk(e)) is not None:
                 code = stopped.EXIT_CODE
                 print(f"error: {stopped}", file=sys.stderr)
+            elif is_out_of_memory(e):
+                code = TrainingStopped.EXIT_CODE
+                print(f"error: rank {os.environ.get('RANK', '0')}: out of memory before or after a micro-batch "
+                      f"({(str(e).strip() or type(e).__name__).splitlines()[0]}): the model and its optimizer need more devices, or a --ds_config "
+                      f"that offloads", file=sys.stderr)
             else:
                 code = 1
                 traceback.print_exc()

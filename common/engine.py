@@ -9,7 +9,7 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 
 from common.config import TrainConfig
-from common.errors import TrainingStopped, UserError
+from common.errors import TrainingStopped, UserError, is_out_of_memory
 from common.model import PackedModel
 
 
@@ -81,8 +81,8 @@ def out_of_memory_explained(step: int, budget: int, longest: int):
     size = MicroBatchSize()
     try:
         yield size
-    except (RuntimeError, MemoryError) as e:  # torch.OutOfMemoryError is one; the CPU allocator raises a bare one
-        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(e):
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
             raise
         if torch.cuda.is_available():
             used = f"{torch.cuda.memory_allocated() / 1e9:.1f} GB of {torch.cuda.mem_get_info()[1] / 1e9:.1f} GB were allocated"

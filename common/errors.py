@@ -4,6 +4,8 @@
 import errno
 import math
 
+import torch
+
 
 class UserError(ValueError):
     """A mistake in what was asked for, found before any training.
@@ -29,6 +31,13 @@ def full_disk(error: Exception) -> TrainingStopped | None:
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error):
         return TrainingStopped(f"{' '.join(str(error).split())}; free disk space and run the same command")
     return None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of a device or of the host: torch's CPU allocator raises a bare RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def not_finite(step: int, what: str, value: float, micro_batches: list[list[int]], losses: list[float] | None, lengths,

@@ -463,6 +463,18 @@ def test_running_out_of_memory_stops_with_3_says_what_to_change_and_keeps_the_la
     assert f"--max_tokens_per_micro_batch {length}, --gradient_checkpointing full" in error
 
 
+def update_without_memory(engine, learning_rate: float) -> None:
+    """set_learning_rate for an optimizer that needs more than there is."""
+    engine.optimizer.step = lambda: torch.empty(2**46)
+
+
+def test_running_out_of_memory_elsewhere_is_one_line_and_3(tiny_llama, sft_data, tmp_path):
+    patches = {"train_sft.set_learning_rate": update_without_memory}
+    run = launch.launch("train_sft", flags(tiny_llama, sft_data, tmp_path, global_batch_size=2), 1, patches)
+    assert run.exit_codes == [3] and "Traceback" not in run.stderr
+    assert [line for line in run.stderr.splitlines() if line.startswith("error: rank 0: out of memory before or after")]
+
+
 # ------------------------------------------------------------------ through the real launchers
 
 
