@@ -191,9 +191,9 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
                 print(f"error: {stopped}", file=sys.stderr)
             elif is_out_of_memory(e):
                 code = TrainingStopped.EXIT_CODE
-                print(f"error: rank {os.environ.get('RANK', '0')}: out of memory before or after a micro-batch "
-                      f"({(str(e).strip() or type(e).__name__).splitlines()[0]}): the model and its optimizer need more devices, or a --ds_config "
-                      f"that offloads", file=sys.stderr)
+                reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+                print(f"error: rank {os.environ.get('RANK', '0')}: out of memory before or after a micro-batch ({reason}): "
+                      f"the model and its optimizer need more devices, or a --ds_config that offloads", file=sys.stderr)
             else:
                 code = 1
                 traceback.print_exc()
