@@ -9,10 +9,11 @@ import gc
 import math
 import sys
 
+import numpy as np
 import torch
 
 from common import checkpoint, model, run_record
-from common.attention import resolve_kernel
+from common.attention import resolve_kernel, to_device
 from common.chat_templates import resolve_template
 from common.config import DPOConfig, parse_config
 from common.distributed import Stopped, StopRequest, main_with_exit_codes, num_cpus, start
@@ -23,7 +24,7 @@ from common.losses import SUMMED, check_first_step, preference_loss, preference_
 from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
 from common.packing import MicroBatch, one_ahead, pack, packing_report, pair_documents, pair_length, plan_step
 from common.placement import deepspeed_config
-from common.planner import place_parameters, settle
+from common.planner import place, settle
 from common.reference_cache import reference_logps
 from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
 from common.token_cache import data_table, open_tokens, prepare_tokens, preview
@@ -111,7 +112,8 @@ def main() -> None:
     pairs = sorted(
         {i for step in range(last_step) for i in step_samples(step, len(data), config.global_batch_size, config.seed)}
     )
-    ds_config = place_parameters(ds_config, model_config, dtype, ranks)
+    kept, tokens_per_step = state.gradients_at(ranks.world_size), float(pair_lengths.mean()) * config.global_batch_size
+    ds_config, placement = place(ds_config, model_config, dtype, kept, longest, tokens_per_step, ranks)
     reference = cached_in = None
     if reference_folder is not None:  # another model than the policy: it is gone before the policy loads
         other = model.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
@@ -126,9 +128,9 @@ def main() -> None:
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
     is_kept = state.budget_at(ranks.world_size) is not None
-    tokens_per_step = float(pair_lengths.mean()) * config.global_batch_size
-    budget = settle(engine, config, kernel, budget, is_kept, longest_side, tokens_per_step, ranks)
+    budget = settle(engine, config, kernel, placement, budget, is_kept, longest_side, tokens_per_step, ranks)
     state.micro_batch_budget, state.world_size = budget, ranks.world_size
+    state.gradients = placement.gradients
     first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))
     ranks.say(packing_report((pair_lengths[samples].tolist() for samples in first), ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
@@ -146,6 +148,7 @@ def main() -> None:
         "num_steps": num_steps,
         "kernel": kernel,
         "micro_batch_budget": budget,
+        "placement": placement._asdict(),
         "reference_cache": cached_in,
         "data": data.stats,
         "zero": model.partition_report(parameters, ranks),
@@ -183,9 +186,9 @@ def main() -> None:
                 logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(
                     len(members), 2
                 )  # (chosen, rejected)
-                ratios = logps if reference is None else logps - reference[members]
+                ratios = logps if reference is None else logps - to_device(reference[members], ranks.device)
                 if loss_of.averages_over_length:
-                    lengths = torch.tensor(micro_batch.sequence_targets, device=ranks.device).view(len(members), 2)
+                    lengths = to_device(np.reshape(micro_batch.sequence_targets, (len(members), 2)), ranks.device)
                     logps, ratios = logps / lengths, ratios / lengths
                 loss = loss_of.function(ratios[:, 0], ratios[:, 1], config).sum()
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)

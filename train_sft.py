@@ -21,7 +21,7 @@ from common.errors import not_finite
 from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
 from common.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
 from common.placement import deepspeed_config
-from common.planner import place_parameters, settle
+from common.planner import place, settle
 from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
 from common.token_cache import data_table, open_tokens, prepare_tokens, preview
 
@@ -90,16 +90,17 @@ def main() -> None:
         )
 
     # ------------------------------------------------------------------ model and engine
-    ds_config = place_parameters(ds_config, model_config, dtype, ranks)
+    kept, tokens_per_step = state.gradients_at(ranks.world_size), float(data.lengths.mean()) * config.global_batch_size
+    ds_config, placement = place(ds_config, model_config, dtype, kept, longest, tokens_per_step, ranks)
     policy = model.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config)
     model.verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
     is_kept = state.budget_at(ranks.world_size) is not None
-    tokens_per_step = float(data.lengths.mean()) * config.global_batch_size
-    budget = settle(engine, config, kernel, budget, is_kept, longest, tokens_per_step, ranks)
+    budget = settle(engine, config, kernel, placement, budget, is_kept, longest, tokens_per_step, ranks)
     state.micro_batch_budget, state.world_size = budget, ranks.world_size
+    state.gradients = placement.gradients
     first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))
     ranks.say(packing_report((data.lengths[samples].tolist() for samples in first), ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
@@ -115,6 +116,7 @@ def main() -> None:
         "num_steps": num_steps,
         "kernel": kernel,
         "micro_batch_budget": budget,
+        "placement": placement._asdict(),
         "data": data.stats,
         "zero": model.partition_report(parameters, ranks),
         **run_record.environment(ranks),

@@ -56,11 +56,16 @@ class RunState:
     target_tokens: int = 0  # tokens trained on
     micro_batch_budget: int = 0  # tokens that a micro-batch may hold
     world_size: int = 0
+    gradients: str = ""  # how they are summed: common/planner.py's Placement
     identity: dict = field(default_factory=dict)  # every value that changes the result, by its flag's name
 
     def budget_at(self, world_size: int) -> int | None:
         """The micro-batch budget that keeps a resume bitwise; None at another number of ranks, where nothing does."""
         return self.micro_batch_budget if self.world_size == world_size else None
+
+    def gradients_at(self, world_size: int) -> str:
+        """As budget_at, of how gradients are summed; "" for none."""
+        return self.gradients if self.world_size == world_size else ""
 
 
 def digest(data: bytes) -> str:

@@ -3,6 +3,7 @@
 import gc
 import resource
 from contextlib import contextmanager
+from functools import partial
 
 import deepspeed
 import torch
@@ -11,6 +12,7 @@ from deepspeed.utils import set_z3_leaf_modules
 from common.config import TrainConfig
 from common.errors import TrainingStopped, UserError, is_out_of_memory
 from common.model import PackedModel
+from common.residency import ResidentParameters, WholeGradients
 
 
 def micro_batch_budget(
@@ -32,7 +34,10 @@ def micro_batch_budget(
 
 
 def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
-    """deepspeed.initialize with torch's fused AdamW over every parameter, weight decay on all of them."""
+    """deepspeed.initialize with torch's fused AdamW over every parameter, weight decay on all of them.
+
+    ds_config's `gradients` and `parameters` say what is kept whole during a step (common/residency.py).
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
@@ -44,7 +49,29 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     # One gather and one reduction a layer, in place of one for every module in it.
     set_z3_leaf_modules(model, list({type(layer) for layer in model.decoder_layers()}))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    zero = engine.optimizer
+    zero.get_grad_norm_direct = partial(_gradient_norm, zero)
+    zero.unscale_and_clip_grads = partial(_clip, zero)
+    if ds_config.get("gradients") == "whole":
+        WholeGradients(engine, model, engine.zero_reduce_bucket_size())
+    if ds_config.get("parameters") == "resident":
+        ResidentParameters(engine, model)
     return engine
+
+
+def _gradient_norm(zero, gradients: list[torch.Tensor], params: list, norm_type: float = 2.0) -> torch.Tensor:
+    """float64: the 2-norm of what all ranks hold, -1 if it is not finite. What DeepSpeed's does, in one pass over the
+    gradients, which are not copied to float64 first."""
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
+    square = torch.stack(norms).square().sum()
+    torch.distributed.all_reduce(square)
+    return torch.where(square.isfinite(), square.sqrt(), -1.0)
+
+
+def _clip(zero, group: int, norm: torch.Tensor) -> None:
+    """Scales a group's gradients by max_grad_norm / (norm + 1e-6) if that is below 1, as torch's clip_grad_norm_."""
+    if zero.clip_grad > 0 and (scale := zero.clip_grad / (float(norm) + 1e-6)) < 1:
+        zero.fp32_partitioned_groups_flat[group].grad.mul_(scale)
 
 
 @contextmanager

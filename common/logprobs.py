@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from common.residency import add_product
+
 CHUNK_ELEMENTS = 2**27  # logits that exist at once: 512 MiB in float32
 COMPILED_CHUNK_BYTES = 2**32  # of logits in their own dtype; in bfloat16 just below 2**31 elements, an index of 32 bits
 
@@ -27,11 +29,11 @@ class _ChunkedLogProbs(torch.autograd.Function):
     dh = dz W, dW = sum over rows of dz^T h, db = sum over rows of dz. If one chunk holds all rows, z is kept for
     the backward pass, which can then run once; else it is computed again.
     Logits are computed in the weight's dtype, as transformers does, and reduced in float32; dW and db are
-    summed in float32.
+    summed in float32. With weight_sum (common/residency.py) dW is added to it and autograd gets none.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk_rows, logps_of, gradient_of):
+    def forward(ctx, hidden, weight, bias, weight_sum, targets, chunk_rows, logps_of, gradient_of):
         logps, lse = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
         logits = None
         for i in range(0, len(hidden), chunk_rows):
@@ -39,33 +41,31 @@ class _ChunkedLogProbs(torch.autograd.Function):
             logits = nn.functional.linear(hidden[rows], weight, bias)
             logps[rows], lse[rows] = logps_of(logits, targets[rows])
         ctx.save_for_backward(hidden, weight, bias, targets, lse, logits if len(hidden) <= chunk_rows else None)
-        ctx.chunk_rows, ctx.gradient_of = chunk_rows, gradient_of
+        ctx.weight_sum, ctx.chunk_rows, ctx.gradient_of = weight_sum, chunk_rows, gradient_of
         return logps
 
     @staticmethod
     def backward(ctx, grad_logps):
         hidden, weight, bias, targets, lse, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        sum_dtype = torch.float32 if kept is None else weight.dtype  # one chunk: the product is the sum
-        grad_weight = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device)
+        weight_sum = ctx.weight_sum
+        if weight_sum is None:
+            weight_sum = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         for i in range(0, len(hidden), ctx.chunk_rows):
             rows = slice(i, i + ctx.chunk_rows)
             logits = nn.functional.linear(hidden[rows], weight, bias) if kept is None else kept
             ctx.gradient_of(logits, targets[rows], lse[rows], grad_logps[rows])
             grad_hidden[rows] = logits @ weight
-            grad_weight += logits.T @ hidden[rows]
+            add_product(weight_sum, logits, hidden[rows])
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=torch.float32)
             del logits
         return (
             grad_hidden,
-            grad_weight.to(weight.dtype),
+            weight_sum.to(weight.dtype) if ctx.weight_sum is None else None,
             None if bias is None else grad_bias.to(bias.dtype),
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
 
 
@@ -80,6 +80,7 @@ class LogProbHead(nn.Module):
         super().__init__()
         self.weight = projection.weight
         self.register_parameter("bias", projection.bias)
+        self.weight_sum: torch.Tensor | None = None  # where the weight's gradient goes, in place of autograd
         self.vocab_size = projection.out_features
         self.chunk_rows = max(1, CHUNK_ELEMENTS // self.vocab_size)
         self.logps_of, self.gradient_of = target_logps, logits_gradient_
@@ -94,7 +95,7 @@ class LogProbHead(nn.Module):
         if targets is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
         return _ChunkedLogProbs.apply(
-            hidden, self.weight, self.bias, targets, self.chunk_rows, self.logps_of, self.gradient_of
+            hidden, self.weight, self.bias, self.weight_sum, targets, self.chunk_rows, self.logps_of, self.gradient_of
         )
 
 

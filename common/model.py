@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -30,6 +31,7 @@ from common.token_cache import SFTSample
 TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 SHARD_BYTES = 5 * 10**9
+ACTIVATION_MEMORY_BUDGET = 0.8  # at this a compiled layer keeps no outputs of norms and activation functions
 LOAD_GROUP_ELEMENTS = 250_000_000  # parameters that are whole on a device at once while the model loads
 
 
@@ -140,12 +142,13 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, vocab_needed:
         )
 
 
-def num_parameters(config: PretrainedConfig) -> int:
-    """Of the model that this config describes; a tied parameter counts once."""
+def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
+    """Elements of all parameters and of one layer's, of the model that this config describes; tied ones count once."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    model.tie_weights()
-    return sum(p.numel() for p in model.parameters())
+        model = PackedModel(AutoModelForCausalLM.from_config(config))
+    model.lm.tie_weights()
+    of_layers = sum(p.numel() for layer in model.decoder_layers() for p in layer.parameters())
+    return sum(p.numel() for p in model.parameters()), of_layers // config.num_hidden_layers
 
 
 def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig) -> None:
@@ -278,6 +281,7 @@ class PackedModel(nn.Module):
     def __init__(self, lm: nn.Module):
         super().__init__()
         self.lm = lm
+        self.finish_gathering: Callable[[], None] = lambda: None  # common/residency.py
         lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings()))
         assert "position_ids" in inspect.signature(lm.base_model.forward).parameters
         lm.train()
@@ -297,6 +301,7 @@ class PackedModel(nn.Module):
 
     def compile_layers(self) -> None:
         """Compiles the decoder layers, all into one graph, and the head's arithmetic, for rows of any length."""
+        functorch_config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
         for layer in self.decoder_layers():
             layer.forward = torch.compile(layer.forward, dynamic=True)
         self.lm.get_output_embeddings().compile_arithmetic()
@@ -365,6 +370,7 @@ def export_model(model: PackedModel, output_dir: str, tokenizer, source_folder: 
     Parameters are gathered one at a time; rank 0 writes shards of at most 5 GB. Everything is written
     to a temporary folder first; the index, which makes the shards a model, is moved last.
     """
+    model.finish_gathering()
     lm, target = model.lm, Path(output_dir)
     parameters = list(lm.named_parameters())
     shards: list[list[tuple[str, nn.Parameter]]] = [[]]

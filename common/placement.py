@@ -22,7 +22,10 @@ OWNED_BY_FLAGS = {
     "gradient_predivide_factor": "nothing: gradients are exact sums",
     "prescale_gradients": "nothing: gradients are exact sums",
 }
+# What the planner decides where the file does not say it: the two keys that are not DeepSpeed's.
+RESIDENCY = {"gradients": ("whole", "partitioned"), "parameters": ("resident", "streamed")}
 PLACEMENT_KEYS = {
+    *RESIDENCY,
     "zero_optimization",
     "aio",
     "comms_logger",
@@ -63,6 +66,14 @@ def deepspeed_config(config: TrainConfig) -> dict:
             )
     if placement["zero_optimization"].get("stage") != 3:
         raise UserError(f"--ds_config {config.ds_config}: `zero_optimization.stage` must be 3")
+    offloads = [key for key in placement["zero_optimization"] if key.startswith("offload_")]
+    for key, values in RESIDENCY.items():
+        if key in placement and placement[key] not in values:
+            raise UserError(f"--ds_config {config.ds_config}: `{key}` must be {' or '.join(values)}, not {placement[key]!r}")
+        if offloads:  # what lives elsewhere cannot be kept whole here
+            if placement.get(key) == values[0]:
+                raise UserError(f"--ds_config {config.ds_config}: {key} cannot be {values[0]} with `{offloads[0]}`")
+            placement[key] = values[1]
     if auto := _find_auto(placement):
         raise UserError(f'--ds_config {config.ds_config}: `{auto}` is "auto"; write a value or leave the key out')
     return {
@@ -76,6 +87,7 @@ def deepspeed_config(config: TrainConfig) -> dict:
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW: nothing to compile on the user's machine
         "zero_force_ds_cpu_optimizer": False,
+        "timers": {"throughput": {"enabled": False}},  # it makes the host wait for the device in every forward pass
     }
 
 

@@ -1,18 +1,23 @@
-"""How parameters live between micro-batches, how large those are, how many layers recompute their activations.
-
-Before the model loads, from its size, the ranks and the free memory: whether every rank keeps all parameters
-whole for a whole optimizer step (`resident`) or gathers a layer when it runs and releases it (`streamed`).
-Then, from measured memory:
+"""Where gradients and parameters live, how large micro-batches are, how many layers recompute their activations.
 
 Peak memory of a micro-batch of t tokens with u layers that keep their activations is taken as
     B + t (D + A u)
 with B what does not grow (parameters, gradients, buffers), D what every token costs and A what it costs
-more in a layer that keeps. Three dry micro-batches, whose loss is multiplied by 0, give B, D and A; a few
-more, the last of the chosen size, confirm the choice before step 1. Gradients get exact zeros from them.
+more in a layer that keeps. A step's time follows from how many micro-batches it takes and what is recomputed.
+
+Before the model loads, B, D and A are estimated from its shape, for each way to place gradients (`whole` on every
+rank, reduced once a step, or `partitioned` after every micro-batch) and parameters (`resident`, whole on every rank
+during a step, or `streamed`, gathered layer by layer): the fastest way that fits is taken. Then three dry
+micro-batches, whose loss is multiplied by 0, measure B, D and A; a few more, the last of the chosen size, confirm
+the choice before step 1. Gradients get exact zeros from them.
 """
 
+import gc
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,42 +25,89 @@ import torch
 from common.config import TrainConfig
 from common.distributed import Ranks
 from common.engine import out_of_memory_explained
-from common.model import model_inputs, num_parameters
+from common.errors import TrainingStopped
+from common.metrics import memory_gb
+from common.model import model_inputs, parameter_counts
 from common.packing import pack, sft_documents
+from common.placement import RESIDENCY
 from common.token_cache import SFTSample
 
 LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
-OVERHEAD_TOKENS = 700  # what one more micro-batch costs, in tokens' time: 29 ms of 3B on an H200
 HEADROOM = 0.06  # of the device's memory is left free
 MEASURED_LAYERS = (2, 8)  # u of the dry runs
 MEASURED_TOKENS = 4608
-RESIDENT_SHARE = 0.1  # of the memory that activations could have; what it saves, two gathers, mostly runs beside compute
-STATE_BYTES = 16  # of a parameter, divided over the ranks: master, two moments and gradient in float32
-RESIDENCY_KEYS = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+# What one more micro-batch costs, in tokens' time (which holds for models of any size: both grow with the parameters).
+# 8B on two H200, whole and resident against partitioned and streamed: 0.1 s for each of 5 micro-batches.
+GRADIENT_TOKENS = {"whole": 150, "partitioned": 900}
+PARAMETER_TOKENS = {"resident": 0, "streamed": 400}
 
 
-def is_resident(num_parameters: int, bytes_each: int, free: float, world_size: int) -> bool:
-    """Whether whole parameters take at most RESIDENT_SHARE of what the partitioned state leaves of `free` bytes.
+class Placement(NamedTuple):
+    """One of each of common.placement.RESIDENCY."""
 
-    On one rank nothing is gathered from elsewhere (measured on an H200: no difference), so nothing is kept.
-    To keep them from forward to backward only would need the same peak memory and save half the gathers.
+    gradients: str
+    parameters: str
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """What a micro-batch costs besides its tokens, in tokens' time."""
+        return GRADIENT_TOKENS[self.gradients] + PARAMETER_TOKENS[self.parameters]
+
+
+def place(
+    ds_config: dict, model_config, dtype: torch.dtype, kept: str, longest: int, tokens_per_step: float, ranks: Ranks
+) -> tuple[dict, Placement]:
+    """ds_config with gradients and parameters placed, and how. What its file says of them stands. Collective.
+
+    kept: where the checkpoint that the run continues had its gradients, or "": elsewhere they are rounded otherwise.
+    longest: tokens of the longest sample (pair); tokens_per_step: over all ranks.
     """
-    room = free * (1 - HEADROOM) - (STATE_BYTES + bytes_each) * num_parameters / world_size
-    return world_size > 1 and bytes_each * num_parameters <= RESIDENT_SHARE * room
+    allowed = {key: (ds_config[key],) if key in ds_config else values for key, values in RESIDENCY.items()}
+    if kept and "gradients" not in ds_config:
+        allowed["gradients"] = (kept,)
+    free = -max(ranks.gather(lambda: -_free_bytes(ranks)))
+    numel, layer_numel = parameter_counts(model_config)
+
+    def cost(placement: Placement) -> tuple[float, float]:
+        memory = estimated(model_config, numel, layer_numel, dtype.itemsize, ranks.world_size, placement)
+        choice = choose(memory, free * (1 - HEADROOM), model_config.num_hidden_layers, longest,
+                        tokens_per_step / ranks.world_size, placement.micro_batch_tokens, None)  # fmt: skip
+        return choice.cost, memory.fixed  # where by the estimate nothing fits, what needs the least memory
+
+    placement = min((Placement(*pair) for pair in product(*allowed.values())), key=cost)
+    ranks.say(
+        f"placement: gradients {placement.gradients}, parameters {placement.parameters}; {numel / 1e9:.2f} billion "
+        f"parameters, {free / 1e9:.1f} GB free for each of {ranks.world_size} ranks"
+    )
+    return ds_config | placement._asdict(), placement
 
 
-def place_parameters(ds_config: dict, model_config, dtype: torch.dtype, ranks: Ranks) -> dict:
-    """ds_config with `resident` or `streamed` parameters; as it is on a CPU, and where its file says. Collective."""
-    zero = ds_config["zero_optimization"]
-    if ranks.device.type != "cuda" or zero.keys() & {*RESIDENCY_KEYS, "offload_param", "offload_optimizer"}:
-        return ds_config
-    free = -max(ranks.gather(lambda: -torch.cuda.mem_get_info(ranks.device)[0]))
-    numel = num_parameters(model_config)
-    resident = is_resident(numel, dtype.itemsize, free, ranks.world_size)
-    ranks.say(f"parameters: {'resident' if resident else 'streamed'}; whole they take {numel * dtype.itemsize / 1e9:.1f} GB, "
-              f"{free / 1e9:.1f} GB are free on each of {ranks.world_size} devices")  # fmt: skip
-    everything = dict.fromkeys(RESIDENCY_KEYS, 2**62)
-    return ds_config | {"zero_optimization": zero | (everything if resident else {})}
+def _free_bytes(ranks: Ranks) -> int:
+    """Memory that this rank can still take: of its GPU, or its share of the host's."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.mem_get_info(ranks.device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.local_world_size
+
+
+def estimated(
+    model_config, numel: int, layer_numel: int, itemsize: int, world_size: int, placement: Placement
+) -> "MemoryModel":
+    """The memory model from the shape alone: numel parameters, layer_numel of them in each layer, of itemsize bytes.
+
+    A compiled layer keeps half of its matrix products' outputs (its parameters over the hidden size) and some five rows
+    of the hidden size; outside the layers, the logits and some eight rows. Measured for Llama, within 10%.
+    """
+    hidden = model_config.hidden_size
+    part = numel / world_size
+    gradients = 4 * (numel if placement.gradients == "whole" else part + 2 * min(numel, 2e8))
+    gathered = numel if placement.parameters == "resident" else min(numel, 3 * layer_numel + 2e8)
+    parameters = itemsize * (part + (gathered if world_size > 1 else 0))
+    return MemoryModel(
+        fixed=4 * part + gradients + parameters,
+        per_token=itemsize * (model_config.vocab_size + 8 * hidden),
+        per_token_and_layer=itemsize * (layer_numel / hidden / 2 + 5 * hidden),
+        optimizer=8 * part,
+    )
 
 
 @dataclass(frozen=True)
@@ -77,37 +129,43 @@ class MemoryModel:
         return replace(self, per_token=self.per_token * scale, per_token_and_layer=self.per_token_and_layer * scale)
 
 
+class Choice(NamedTuple):
+    budget: int  # tokens of a micro-batch
+    recomputing: int  # layers
+    cost: float  # of a rank's step, in tokens' time; infinite if nothing fits
+
+
 def choose(
     memory: MemoryModel,
     limit: float,
     num_layers: int,
     longest: int,
     tokens_per_rank: float,
+    overhead: int,
     budgets: list[int] | None,
     given: int | None = None,
-) -> tuple[int, int]:
-    """(tokens of a micro-batch, layers that recompute) of the least time that fits `limit` bytes.
+) -> Choice:
+    """The micro-batch and the layers that recompute of the least time that fits `limit` bytes.
 
     Time in tokens: a recomputed layer costs a third of its forward and backward passes again, a micro-batch
-    OVERHEAD_TOKENS; a step of tokens_per_rank, which steps have more or less of, takes half a micro-batch more than
-    their quotient. budgets: the only sizes allowed, None for any. given: the
-    layers that recompute, None for any number.
+    `overhead`; a step of tokens_per_rank, which steps have more or less of, takes half a micro-batch more than
+    their quotient. budgets: the only sizes allowed, None for any. given: the layers that recompute, None for any number.
     If nothing fits, the smallest size with every (or the given) layer recomputed: the dry run then says so.
     """
     if budgets is None:
         least = max(longest, 1024)
         budgets = range(least, max(least, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank))) + 1, 1024)
-    best = None
+    best = Choice(budgets[0], num_layers if given is None else given, np.inf)
     for budget in budgets:
         room = (limit - memory.peak(budget, 0)) / (budget * memory.per_token_and_layer)  # layers that can keep
         if room < (0 if given is None else num_layers - given):
             continue
         recomputing = num_layers - min(num_layers, int(room)) if given is None else given
         num_micro_batches = tokens_per_rank / budget + 0.5
-        cost = tokens_per_rank * (1 + recomputing / num_layers / 3) + num_micro_batches * OVERHEAD_TOKENS
-        if best is None or cost < best[0]:
-            best = (cost, budget, recomputing)
-    return (budgets[0], num_layers if given is None else given) if best is None else best[1:]
+        cost = tokens_per_rank * (1 + recomputing / num_layers / 3) + num_micro_batches * overhead
+        if cost < best.cost:
+            best = Choice(budget, recomputing, cost)
+    return best
 
 
 def confirmed(
@@ -117,21 +175,33 @@ def confirmed(
 
     choose_by(memory) makes a choice, peak_of(tokens, recomputing) runs a micro-batch. A larger peak than was foretold
     corrects the memory model, and so the choice; the smallest choice is taken as it is. What grows with the tokens, of
-    which `tried` bytes have been seen, at most doubles at a time, so that a surprise shows before memory runs out.
+    which `tried` bytes have been seen, at most doubles at a time, so that a surprise shows before memory runs out. A
+    peak is infinite if it did run out; the next choice is then one that by the model needs a tenth less.
+    Raises TrainingStopped if there is none.
     """
     while True:
         tokens, recomputing = choose_by(memory)
         keeping = layers - recomputing
         size = min(tokens, int(2 * tried / max(1.0, memory.per_token + memory.per_token_and_layer * keeping)))
+        fixed, foretold = memory.peak(0, keeping), memory.peak(size, keeping)
         seen = peak_of(size, recomputing)
-        tried = max(tried, memory.peak(size, keeping) - memory.peak(0, keeping))
+        if seen == np.inf:
+            memory = memory.corrected(size, keeping, fixed + 1.1 * (max(limit, foretold) - fixed))
+            if choose_by(memory) == (tokens, recomputing):
+                raise TrainingStopped(
+                    f"step 0: out of memory on a micro-batch of {size:,} tokens, {recomputing} of {layers} layers "
+                    f"recomputed, and nothing smaller is left to try; use more devices, a lower --max_seq_length, "
+                    f"--gradient_checkpointing full, or a --ds_config that offloads"
+                )
+            continue
+        tried = max(tried, foretold - fixed)
         memory = memory.corrected(size, keeping, seen)
         if size == tokens and (seen <= limit or choose_by(memory) == (tokens, recomputing)):
             return tokens, recomputing, seen
 
 
-def settle(engine, config: TrainConfig, kernel: str, budget: int, is_kept: bool, longest: int, tokens_per_step: float,
-           ranks: Ranks) -> int:  # fmt: skip
+def settle(engine, config: TrainConfig, kernel: str, placement: Placement, budget: int, is_kept: bool, longest: int,
+           tokens_per_step: float, ranks: Ranks) -> int:  # fmt: skip
     """Sets the layers that recompute and returns the micro-batch's tokens, by measurement on a GPU. Collective.
 
     budget: what the flag gave, or the default, or (is_kept) the checkpoint's; it is replaced only if the flag is
@@ -147,9 +217,14 @@ def settle(engine, config: TrainConfig, kernel: str, budget: int, is_kept: bool,
         return budget
     if layers >= MEASURED_LAYERS[1]:
         few, many = MEASURED_LAYERS
-        peaks = [_dry_run(engine, policy, kernel, tokens, layers - keeping, longest, ranks)
+        can_recover = placement == Placement("whole", "resident")
+        peaks = [_dry_run(engine, policy, kernel, tokens, layers - keeping, longest, can_recover, ranks)
                  for tokens, keeping in ((MEASURED_TOKENS, few), (MEASURED_TOKENS, few), (MEASURED_TOKENS, many),
                                          (2 * MEASURED_TOKENS, few))][1:]  # fmt: skip
+        if max(peaks) == np.inf:
+            raise TrainingStopped(
+                f"step 0: out of memory on {MEASURED_TOKENS:,} tokens; use more devices, or a --ds_config that offloads"
+            )
         per_layer = max(1.0, (peaks[1] - peaks[0]) / MEASURED_TOKENS / (many - few))
         slope = (peaks[2] - peaks[0]) / MEASURED_TOKENS
         partition = sum(p.ds_tensor.numel() for p in policy.parameters())
@@ -159,13 +234,14 @@ def settle(engine, config: TrainConfig, kernel: str, budget: int, is_kept: bool,
         limit = -max(ranks.gather(lambda: -usable))
         allowed = None if choose_budget else [budget]
         tokens_per_rank = tokens_per_step / ranks.world_size
+        overhead = placement.micro_batch_tokens
 
         def choose_by(memory: MemoryModel) -> tuple[int, int]:
             given = None if choose_layers else min(wanted, layers)
-            return choose(memory, limit, layers, longest, tokens_per_rank, allowed, given)
+            return choose(memory, limit, layers, longest, tokens_per_rank, overhead, allowed, given)[:2]
 
         def peak_of(budget: int, recomputing: int) -> float:
-            return _dry_run(engine, policy, kernel, budget, recomputing, longest, ranks) + memory.optimizer
+            return _dry_run(engine, policy, kernel, budget, recomputing, longest, can_recover, ranks) + memory.optimizer
 
         budget, recomputing, peak = confirmed(memory, limit, layers, max(peaks) - memory.fixed, choose_by, peak_of)
         predicted = memory.peak(budget, layers - recomputing)
@@ -177,17 +253,35 @@ def settle(engine, config: TrainConfig, kernel: str, budget: int, is_kept: bool,
     return budget
 
 
-def _dry_run(engine, policy, kernel: str, tokens: int, recomputing: int, longest: int, ranks: Ranks) -> float:
-    """Peak bytes, of the rank that needed most, of one forward and backward pass over `tokens` made-up tokens."""
+def _dry_run(
+    engine, policy, kernel: str, tokens: int, recomputing: int, longest: int, can_recover: bool, ranks: Ranks
+) -> float:
+    """Peak bytes, of the rank that needed most, of one forward and backward pass over `tokens` made-up tokens.
+
+    Infinite if any rank ran out of memory. can_recover: the pass holds no collective in which the other ranks would
+    wait for one that ran out; else that rank stops the run. Collective.
+    """
     policy.checkpoint_activations(recomputing)
     rng = np.random.default_rng(0)
     lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
     ids = [rng.integers(0, policy.lm.config.vocab_size, n) for n in lengths]
     row = pack([sft_documents(SFTSample(i, np.array([[0, len(i)]]))) for i in ids])
-    torch.cuda.synchronize(ranks.device)
-    torch.cuda.reset_peak_memory_stats(ranks.device)
-    with out_of_memory_explained(0, tokens, longest) as size:
-        size.tokens = row.num_tokens
-        engine.set_gradient_accumulation_boundary(False)
-        engine.backward(engine(**model_inputs(row, kernel, ranks.device)).sum() * 0.0)
-    return max(ranks.gather(lambda: torch.cuda.max_memory_allocated(ranks.device)))
+    memory_gb(ranks.device)  # from here on
+    ran_out = False
+    try:
+        with out_of_memory_explained(0, tokens, longest) as size:
+            size.tokens = row.num_tokens
+            engine.set_gradient_accumulation_boundary(False)
+            engine.backward(engine(**model_inputs(row, kernel, ranks.device)).sum() * 0.0)
+    except TrainingStopped:
+        if not can_recover:
+            raise
+        ran_out = True
+    if ran_out:  # not above, where the error still holds what the pass had allocated
+        engine.optimizer.exit_backward()
+        for param in policy.parameters():
+            param.grad = None
+        gc.collect()
+        if ranks.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return max(ranks.gather(lambda: np.inf if ran_out else memory_gb(ranks.device) * 1e9))

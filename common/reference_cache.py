@@ -28,7 +28,7 @@ from common.config import DPOConfig
 from common.distributed import Ranks
 from common.errors import TrainingStopped
 from common.logprobs import sequence_logps
-from common.packing import pack, pair_documents, plan_step
+from common.packing import MicroBatch, one_ahead, pack, pair_documents, plan_step
 
 PAIRS_PER_PART = 256
 PAIRS_CHECKED = 8
@@ -79,10 +79,10 @@ def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
 
 def reference_logps(
     engine, data, needed: list[int], model_folder: str, config: DPOConfig, kernel: str, budget: int, ranks: Ranks
-) -> tuple[torch.Tensor, str]:
+) -> tuple[np.ndarray, str]:
     """Log-probabilities of the `needed` pairs under the engine's present weights, and the folder that caches them.
 
-    float32 [len(data), 2] on the device, summed over each completion's scored tokens, chosen first; other pairs are
+    float32 [len(data), 2] in host memory, summed over each completion's scored tokens, chosen first; other pairs are
     NaN. The engine must hold the weights of model_folder, whose bytes are part of the cache's key. What the cache
     holds is used once a few of its pairs were computed again and found the same; the rest is computed and added.
     Raises TrainingStopped if the cache disagrees with the weights.
@@ -118,7 +118,7 @@ def reference_logps(
     if missing:  # the first part also compiles, so the last one's speed is told
         tokens = sum(packing.pair_length(*data.pair_lengths[i], config.share_prompt) for i in pairs)
         ranks.say(f"reference pass: {tokens / seconds / ranks.world_size:,.0f} tokens/s a device (last {len(pairs)} pairs)")
-    return torch.from_numpy(logps).to(ranks.device), str(folder)
+    return logps, str(folder)
 
 
 def compute_logps(
@@ -128,11 +128,15 @@ def compute_logps(
     lengths = [packing.pair_length(*data.pair_lengths[i], config.share_prompt) for i in pairs]
     plan = plan_step(lengths, ranks.world_size, budget)[ranks.rank]
     result = torch.zeros(len(pairs), 2, dtype=torch.float32, device=ranks.device)
+
+    def prepared(m: int) -> MicroBatch:
+        return pack([pair_documents(data[pairs[i]], config.share_prompt) for i in plan[m]])
+
     with torch.no_grad():
-        for members in plan:
-            micro_batch = pack([pair_documents(data[pairs[i]], config.share_prompt) for i in members])
+        for m, micro_batch in one_ahead(prepared, range(len(plan))):
             values = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
-            result[members] = sequence_logps(values, micro_batch.sequence_targets).view(len(members), 2)
+            rows = attention.to_device(np.array(plan[m], np.int64), ranks.device)
+            result[rows] = sequence_logps(values, micro_batch.sequence_targets).view(len(plan[m]), 2)
     torch.distributed.all_reduce(result)  # each pair was computed by one rank and is zero on the others
     return result.cpu().numpy()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common import attention, packing
+from common import attention, packing, residency
 from common.model import PackedModel, model_inputs
 from common.token_cache import PreferencePair, SFTSample
 
@@ -85,6 +85,40 @@ def test_model_on_varlen_kernel_equals_float32_block_mask(kernel, pack, compiled
     assert float((seen_logps - logps).abs().max()) < 0.05
     for name, grad in grads.items():
         assert relative(seen_grads[name], grad) < 3e-2, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_product_is_added_in_float32_by_the_matrix_product_itself(dtype):
+    torch.manual_seed(0)
+    total = torch.randn(256, 512, device="cuda")
+    grad, inputs = (torch.randn(1, 3000, n, device="cuda").to(dtype) for n in (256, 512))
+    expected = total.double() + grad[0].double().T @ inputs[0].double()
+    residency.add_product(total, grad, inputs)
+    assert relative(total, expected) < (1e-6 if dtype == torch.bfloat16 else 1e-3)  # float32 may be tf32
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_that_sums_its_gradients_gives_autograds(compiled):
+    """Twice the same micro-batch: the sums are twice the gradient. Tokens repeat, so the embedding's rows do."""
+    micro_batch = packing.pack(PACKS["sft"](np.random.default_rng(0)))
+    plain, summing = tiny("varlen", torch.bfloat16), tiny("varlen", torch.bfloat16)
+    for module in summing.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__, module.weight_sum = residency.SummingLinear, torch.zeros_like(module.weight, dtype=torch.float32)
+    embedding, head = summing.lm.get_input_embeddings(), summing.lm.get_output_embeddings()
+    embedding.__class__ = residency.SummingEmbedding
+    for module in (embedding, head):
+        module.weight_sum = torch.zeros_like(module.weight, dtype=torch.float32)
+    for model in (plain, summing):
+        if compiled:
+            model.compile_layers()
+        for _ in range(2):
+            model(**model_inputs(micro_batch, "varlen", torch.device("cuda"))).sum().backward()
+    grads = {name: param.grad for name, param in plain.named_parameters()}
+    for name, module in summing.named_modules():
+        if hasattr(module, "weight_sum"):
+            assert module.weight.grad is None
+            assert relative(module.weight_sum, grads[f"{name}.weight"]) < 1e-2, name  # which was rounded to bfloat16
 
 
 def test_shared_prompts_equal_two_documents_on_the_gpu():

@@ -59,7 +59,7 @@ def test_head_passes_gradcheck():
     inputs = (hidden, linear.weight, linear.bias)
     assert torch.autograd.gradcheck(
         lambda h, w, b: logprobs._ChunkedLogProbs.apply(
-            h, w, b, targets, 2, logprobs.target_logps, logprobs.logits_gradient_), inputs, eps=1e-2, atol=5e-3, rtol=5e-3
+            h, w, b, None, targets, 2, logprobs.target_logps, logprobs.logits_gradient_), inputs, eps=1e-2, atol=5e-3, rtol=5e-3
     )
 
 

@@ -69,6 +69,12 @@ def test_a_value_that_a_flag_owns_is_refused(ds_config, key):
         ([], "zero_optimization"),
         ({"zero_optimization": 3}, "zero_optimization"),
         ("{", "not JSON"),
+        ({"zero_optimization": {"stage": 3}, "gradients": "here"}, "`gradients` must be whole or partitioned"),
+        ({"zero_optimization": {"stage": 3}, "parameters": 1}, "`parameters` must be resident or streamed"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}, "gradients": "whole"},
+            "gradients cannot be whole with `offload_optimizer`",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_by_name(ds_config, content, named):
@@ -76,6 +82,12 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(ds_config, content, named
     with pytest.raises(UserError) as error:
         deepspeed_config(config)
     assert named in str(error.value) and config.ds_config in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["offload_param", "offload_optimizer"])
+def test_what_is_offloaded_is_not_kept_whole(ds_config, key):
+    made = deepspeed_config(ds_config({"zero_optimization": {"stage": 3, key: {"device": "cpu"}}}))
+    assert (made["gradients"], made["parameters"]) == ("partitioned", "streamed")
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):

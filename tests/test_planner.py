@@ -10,42 +10,44 @@ import pytest
 import torch
 
 from common.config import SFTConfig
-from common.model import num_parameters
-from common.planner import RESIDENCY_KEYS, MemoryModel, choose, confirmed, is_resident, place_parameters, settle
+from common.errors import TrainingStopped
+from common.model import parameter_counts
+from common.planner import MemoryModel, Placement, choose, confirmed, estimated, place, settle
 
 GB = 1e9
+PARTITIONED = Placement("partitioned", "streamed")
 LLAMA_8B_ON_2 = MemoryModel(fixed=44 * GB, per_token=0.6e6, per_token_and_layer=1e5, optimizer=32 * GB)
 
 
 def test_with_room_nothing_is_recomputed_and_a_step_takes_few_micro_batches():
-    budget, recomputing = choose(LLAMA_8B_ON_2, 500 * GB, 32, longest=4096, tokens_per_rank=42_000, budgets=None)
+    budget, recomputing, _ = choose(LLAMA_8B_ON_2, 500 * GB, 32, longest=4096, tokens_per_rank=42_000, overhead=700, budgets=None)
     assert recomputing == 0
     assert 42_000 / budget <= 2
 
 
 def test_with_little_room_smaller_micro_batches_come_before_recomputation():
-    budget, recomputing = choose(LLAMA_8B_ON_2, 110 * GB, 32, longest=4096, tokens_per_rank=42_000, budgets=None)
+    budget, recomputing, _ = choose(LLAMA_8B_ON_2, 110 * GB, 32, longest=4096, tokens_per_rank=42_000, overhead=700, budgets=None)
     assert recomputing == 0 and budget < 16384
 
 
 @pytest.mark.parametrize("limit", [80, 90, 100, 120, 140])
 @pytest.mark.parametrize("longest", [500, 4096, 9000])
 def test_what_is_chosen_fits_and_holds_the_longest_sample(limit, longest):
-    budget, recomputing = choose(LLAMA_8B_ON_2, limit * GB, 32, longest, tokens_per_rank=42_000, budgets=None)
+    budget, recomputing, _ = choose(LLAMA_8B_ON_2, limit * GB, 32, longest, tokens_per_rank=42_000, overhead=700, budgets=None)
     assert budget >= longest
     if recomputing < 32:
         assert LLAMA_8B_ON_2.peak(budget, 32 - recomputing) <= limit * GB
 
 
 def test_a_given_budget_is_kept_and_only_the_layers_are_chosen():
-    budget, recomputing = choose(LLAMA_8B_ON_2, 110 * GB, 32, longest=4096, tokens_per_rank=42_000, budgets=[16384])
+    budget, recomputing, _ = choose(LLAMA_8B_ON_2, 110 * GB, 32, 4096, 42_000, overhead=700, budgets=[16384])
     assert budget == 16384 and 0 < recomputing < 32
     assert LLAMA_8B_ON_2.peak(budget, 32 - recomputing) <= 110 * GB
     assert LLAMA_8B_ON_2.peak(budget, 32 - recomputing + 1) > 110 * GB
 
 
 def test_nothing_fits_gives_the_smallest_with_all_layers_recomputed():
-    assert choose(LLAMA_8B_ON_2, 70 * GB, 32, 4096, 42_000, None) == (4096, 32)
+    assert choose(LLAMA_8B_ON_2, 70 * GB, 32, 4096, 42_000, 700, None) == (4096, 32, float("inf"))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
     """The dry runs are played by a memory model, on a device of 141 GB with 8B parameters on 2 ranks."""
     real, runs = LLAMA_8B_ON_2, []
 
-    def dry_run(engine, policy, kernel, tokens, recomputing, longest, ranks):
+    def dry_run(engine, policy, kernel, tokens, recomputing, longest, can_recover, ranks):
         runs.append((tokens, recomputing))
         return real.peak(tokens, 32 - recomputing) - real.optimizer
 
@@ -76,7 +78,7 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (141 * GB - real.fixed, 141 * GB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: real.fixed)
     config = SFTConfig(**flags)
-    budget = settle(SimpleNamespace(module=policy), config, "varlen", 16384, is_kept, 832, 90_000, ranks)
+    budget = settle(SimpleNamespace(module=policy), config, "varlen", PARTITIONED, 16384, is_kept, 832, 90_000, ranks)
     layers = runs[-1][1] if runs else recomputed[-1]
     assert (budget, layers) == expected
     if "max_tokens_per_micro_batch" in flags and "gradient_checkpointing" in flags:
@@ -87,27 +89,8 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
         assert f"micro-batches of {budget:,} tokens, {layers} of 32 layers recomputed" in said[-1]
 
 
-@pytest.mark.parametrize(
-    ("num_parameters", "free", "world_size", "resident"),
-    [
-        (8.0e9, 140, 2, False),  # 16 GB of the 62 that the state leaves
-        (8.0e9, 140, 8, False),
-        (5.5e9, 140, 2, False),  # 11 GB of 82, though of 132 it were little
-        (3.2e9, 140, 8, True),
-        (1.2e9, 140, 2, True),
-        (1.2e9, 24, 2, False),
-        (1.2e9, 140, 1, False),  # nothing to gather
-        (8.0e9, 80, 1, False),  # the state itself does not fit: what is left is negative
-    ],
-)
-def test_parameters_stay_whole_where_they_take_little_of_what_activations_could_have(
-    num_parameters, free, world_size, resident
-):
-    assert is_resident(int(num_parameters), 2, free * GB, world_size) is resident
-
-
 def choice_within(limit: float):
-    return lambda memory: choose(memory, limit, 32, 4096, 42_000, None)
+    return lambda memory: choose(memory, limit, 32, 4096, 42_000, 700, None)[:2]
 
 
 TRIED = 4096 * (0.6e6 + 8 * 1e5)  # bytes of 4,096 tokens with 8 layers that keep
@@ -141,6 +124,32 @@ def test_a_larger_peak_than_foretold_lowers_the_choice_before_memory_runs_out(fa
     assert max(peaks) <= 118 * GB
 
 
+@pytest.mark.parametrize("factor", [1.5, 3.0, 8.0])
+@pytest.mark.parametrize("given", [None, 0])
+def test_running_out_of_memory_lowers_the_choice_until_it_fits(factor, given):
+    """A device of 120 GB that is told from nothing but running out; 110 GB of it are to be used."""
+    real = MemoryModel(44 * GB, factor * 0.6e6, factor * 1e5, 32 * GB)
+    sizes = []
+
+    def peak_of(tokens, recomputing):
+        sizes.append((tokens, recomputing))
+        peak = real.peak(tokens, 32 - recomputing)
+        return peak if peak <= 120 * GB else float("inf")
+
+    def choose_by(memory):
+        return choose(memory, 110 * GB, 32, 1024, 42_000, 700, None, given)[:2]
+
+    budget, recomputing, peak = confirmed(LLAMA_8B_ON_2, 110 * GB, 32, 1e12, choose_by, peak_of)
+    assert peak <= 110 * GB and sizes[-1] == (budget, recomputing)
+    assert sizes[0] == choose_by(LLAMA_8B_ON_2) and real.peak(sizes[0][0], 32 - sizes[0][1]) > 120 * GB
+    assert real.peak(budget, 32 - recomputing) > 95 * GB, "not lowered further than it must be"
+
+
+def test_running_out_of_memory_on_the_smallest_choice_stops_the_run():
+    with pytest.raises(TrainingStopped, match=r"4,096 tokens, 32 of 32 layers .* nothing smaller"):
+        confirmed(LLAMA_8B_ON_2, 110 * GB, 32, 1e12, choice_within(110 * GB), lambda *_: float("inf"))
+
+
 def test_less_than_was_foretold_changes_no_choice():
     choice = confirmed(LLAMA_8B_ON_2, 150 * GB, 32, TRIED, choice_within(150 * GB), lambda *_: 77 * GB)
     assert choice == (*choice_within(150 * GB)(LLAMA_8B_ON_2), 77 * GB)
@@ -154,36 +163,67 @@ def test_if_even_the_smallest_choice_is_above_the_limit_it_is_tried_all_the_same
 
 @pytest.mark.parametrize("given", [0, 10, 32])
 def test_given_layers_are_what_the_budget_is_chosen_for(given):
-    budget, recomputing = choose(LLAMA_8B_ON_2, 110 * GB, 32, 4096, 42_000, None, given)
+    budget, recomputing, _ = choose(LLAMA_8B_ON_2, 110 * GB, 32, 4096, 42_000, 700, None, given)
     assert recomputing == given and LLAMA_8B_ON_2.peak(budget, 32 - given) <= 110 * GB
-    assert choose(LLAMA_8B_ON_2, 78 * GB, 32, 4096, 42_000, None, given) == (4096, given)
+    assert choose(LLAMA_8B_ON_2, 78 * GB, 32, 4096, 42_000, 700, None, given)[:2] == (4096, given)
+
+
+LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("device", "world_size", "frees", "own", "resident"),
+    ("world_size", "free", "expected"),
     [
-        ("cuda", 2, (10**9, 10**9), {}, True),
-        ("cuda", 2, (10**5, 10**5), {}, False),
-        ("cuda", 2, (10**9, 10**5), {}, False),
-        ("cuda", 1, (10**9,), {}, False),
-        ("cpu", 2, (10**9, 10**9), {}, False),
-        ("cuda", 2, (10**9, 10**9), {RESIDENCY_KEYS[0]: 0}, False),
-        ("cuda", 2, (10**9, 10**9), {"offload_param": {"device": "cpu"}}, False),
+        (2, 150, ("whole", "resident")),
+        (8, 150, ("whole", "resident")),
+        (2, 95, ("partitioned", "streamed")),  # whole and resident, the state takes 104 GB
+        (8, 85, ("whole", "resident")),
+        (8, 40, ("partitioned", "streamed")),
+        (1, 150, ("whole", "resident")),  # nothing fits; what is partitioned over one rank is whole
+        (1, 170, ("whole", "resident")),
     ],
 )
-def test_the_configs_own_words_on_placement_stand(monkeypatch, device, world_size, frees, own, resident):
-    said = []
-    free = iter(frees)
-    ranks = SimpleNamespace(device=torch.device(device), world_size=world_size, say=said.append,
+def test_8b_is_placed_by_what_memory_leaves_room_for(monkeypatch, world_size, free, expected):
+    assert placed(monkeypatch, models.make_config(**LLAMA_8B), [free * GB] * world_size) == expected
+
+
+def test_the_estimate_of_8b_is_what_was_measured():
+    """On two H200: 73.1 GB without moments, 139.3 GB with them and 10,240 tokens."""
+    config = models.make_config(**LLAMA_8B)
+    assert parameter_counts(config) == (8_030_261_248, 218_112_000)
+    memory = estimated(config, *parameter_counts(config), 2, 2, Placement("whole", "resident"))
+    assert memory.fixed == pytest.approx(73.1e9, rel=0.03)
+    assert memory.peak(10_240, 32) == pytest.approx(139.3e9, rel=0.03)
+
+
+def placed(monkeypatch, config, frees, own=None, kept=""):
+    """Where `place` puts gradients and parameters for ranks with `frees` bytes each, `own` being in the file."""
+    said, own, free = [], own or {}, iter(frees)
+    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=len(frees), say=said.append,
                             gather=lambda work: [work() for _ in frees])  # fmt: skip
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 0))
-    zero = {"stage": 3, **own}
-    placed = place_parameters({"zero_optimization": zero}, models.make_config(), torch.bfloat16, ranks)
-    assert zero == {"stage": 3, **own}, "what was given is left as it is"
-    added = dict.fromkeys(RESIDENCY_KEYS, 2**62) if resident else {}
-    assert placed["zero_optimization"] == zero | added
-    measured = device == "cuda" and not own
-    assert len(said) == measured and (not measured or ("resident" in said[0]) == resident)
+    monkeypatch.setattr("common.planner._free_bytes", lambda ranks: next(free))
+    given = {"zero_optimization": {"stage": 3}, **own}
+    ds_config, placement = place(given, config, torch.bfloat16, kept, 4096, 84_500, ranks)
+    assert given == {"zero_optimization": {"stage": 3}, **own}, "what was given is left as it is"
+    assert ds_config == given | {"gradients": placement.gradients, "parameters": placement.parameters}
+    assert len(said) == 1 and all(word in said[0] for word in placement)
+    return placement
+
+
+@pytest.mark.parametrize(
+    ("frees", "own", "kept", "expected"),
+    [
+        ((10**12, 10**12), {}, "", ("whole", "resident")),
+        ((10**12, 10**9), {}, "", ("partitioned", "streamed")),  # the ranks' least counts
+        ((10**12, 10**12), {}, "partitioned", ("partitioned", "resident")),
+        ((10**12, 10**12), {"gradients": "partitioned"}, "whole", ("partitioned", "resident")),
+        ((10**12, 10**12), {"parameters": "streamed"}, "", ("whole", "streamed")),
+        ((10**9, 10**9), {"gradients": "whole", "parameters": "resident"}, "", ("whole", "resident")),
+    ],
+)
+def test_the_files_own_words_on_placement_stand(monkeypatch, frees, own, kept, expected):
+    assert placed(monkeypatch, models.make_config(**LLAMA_8B), frees, own, kept) == expected
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -191,4 +231,4 @@ def test_parameters_are_counted_once(tied):
     config = models.make_config(tie_word_embeddings=tied, vocab_size=100, hidden_size=8, intermediate_size=16,
                                 num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
     layer = 8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16 + 2 * 8
-    assert num_parameters(config) == 100 * 8 * (1 if tied else 2) + 2 * layer + 8
+    assert parameter_counts(config) == (100 * 8 * (1 if tied else 2) + 2 * layer + 8, layer)

@@ -29,12 +29,14 @@ SETTINGS = {
 }
 NUM_STEPS, NUM_SAMPLES = 6, 10
 LONGEST = 271
-RUNS = {
-    "1 rank": (1, "auto"),
-    "1 rank, small micro-batches": (1, LONGEST),
-    "2 ranks": (2, "auto"),
-    "2 ranks, small micro-batches": (2, LONGEST),
-    "4 ranks": (4, 300),
+RUNS = {  # name -> (ranks, max_tokens_per_micro_batch, what ds_config says)
+    "1 rank": (1, "auto", {}),
+    "1 rank, small micro-batches": (1, LONGEST, {}),
+    "2 ranks": (2, "auto", {}),
+    "2 ranks, small micro-batches": (2, LONGEST, {}),
+    "4 ranks": (4, 300, {}),
+    "2 ranks, nothing kept whole": (2, LONGEST, {"gradients": "partitioned", "parameters": "streamed"}),
+    "4 ranks, gradients whole": (4, 300, {"gradients": "whole", "parameters": "streamed"}),
 }
 
 
@@ -72,7 +74,9 @@ def runs(tiny_llama, sft_data, tmp_path_factory):
 
     @functools.cache
     def run(name: str) -> launch.Finished:
-        num_ranks, budget = RUNS[name]
+        num_ranks, budget, residency = RUNS[name]
+        ds_config = root / f"{name}.json"
+        ds_config.write_text(json.dumps({"zero_optimization": {"stage": 3}} | residency))
         return launch.launch(
             "train_sft",
             flags(
@@ -83,6 +87,7 @@ def runs(tiny_llama, sft_data, tmp_path_factory):
                 max_train_steps=NUM_STEPS,
                 output_dir=root / name,
                 max_tokens_per_micro_batch=budget,
+                ds_config=ds_config,
             ),
             num_ranks,
         ).succeeded()
@@ -124,7 +129,7 @@ def test_exported_weights_are_those_of_the_plain_loop(runs, plain, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_metrics_are_the_contracts(runs, plain, samples, name):
-    num_ranks, budget = RUNS[name]
+    num_ranks, budget, _ = RUNS[name]
     budget = 4096 if budget == "auto" else budget
     tokens = 0
     visited = [
@@ -166,13 +171,14 @@ def test_metrics_are_the_contracts(runs, plain, samples, name):
 @pytest.mark.parametrize("name", RUNS)
 def test_run_config_says_what_was_run_and_that_parameters_were_partitioned(runs, tiny_llama, name):
     run = json.loads((runs(name).output_dir / "run_config.json").read_text())
-    num_ranks, _ = RUNS[name]
+    num_ranks, _, residency = RUNS[name]
     num_parameters = sum(p.numel() for p in reference.load(tiny_llama).parameters())
     assert run["config"]["learning_rate"] == 1e-2 and run["num_steps"] == NUM_STEPS and run["world_size"] == num_ranks
     assert run["zero"]["num_parameters"] == num_parameters
     held = run["zero"]["partitioned_parameters_per_rank"]
     assert len(held) == num_ranks
     assert all(num_parameters / num_ranks <= part < num_parameters / num_ranks + 100 for part in held)
+    assert run["placement"] == {"gradients": "whole", "parameters": "resident"} | residency
     assert run["result"]["steps"] == NUM_STEPS and run["result"]["rank_agreement"] is True
     assert run["versions"]["torch"] == torch.__version__
 

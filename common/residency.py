@@ -1,0 +1,254 @@
+"""What ZeRO-3 partitions and a rank nevertheless keeps whole during a step, where memory allows (common/planner.py).
+
+Gradients: DeepSpeed by itself copies, casts and reduces every parameter's gradient in every micro-batch, into the
+part that this rank owns. WholeGradients keeps a float32 sum as large as the parameter on each rank instead: a linear
+layer's backward product is added to it as the matrix product's own accumulation, so that no gradient of its weight
+is ever written in bfloat16, and during the last micro-batch each sum is reduced to the ranks' parts.
+
+Parameters: DeepSpeed by itself gathers a layer whenever it runs, and releases it. ResidentParameters gathers all
+once a step, each while the layers before it already run.
+
+Both replace, on one instance, methods that DeepSpeed's optimizer calls; what its step reads and writes, the parts of
+masters, moments, gradients and parameters that this rank owns, is the same either way.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from torch import nn
+from torch.distributed.distributed_c10d import _coalescing_manager  # one launch for a layer's collectives
+
+
+# ---------------------------------------------------------------------- gradients
+@torch.library.custom_op("plaintune::add_product", mutates_args=("weight_sum",))
+def add_product(weight_sum: torch.Tensor, grad: torch.Tensor, inputs: torch.Tensor) -> None:
+    """weight_sum float32 [out, in] += grad^T inputs, from [..., out] and [..., in] in one dtype, summed in float32."""
+    grad, inputs = grad.flatten(0, -2), inputs.flatten(0, -2)
+    if grad.dtype == torch.float32:
+        weight_sum.addmm_(grad.T, inputs)
+    elif grad.device.type == "cuda":
+        torch.addmm(weight_sum, grad.T, inputs, out_dtype=torch.float32, out=weight_sum)
+    else:  # torch has no such product on a CPU
+        weight_sum.addmm_(grad.T.float(), inputs.float())
+
+
+@add_product.register_fake
+def _(weight_sum, grad, inputs):
+    return None
+
+
+class _SummingLinear(torch.autograd.Function):
+    """inputs W^T, whose gradient of W goes to weight_sum and not to autograd."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight, weight_sum):
+        ctx.save_for_backward(inputs, weight, weight_sum)
+        return nn.functional.linear(inputs, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs, weight, weight_sum = ctx.saved_tensors
+        torch.ops.plaintune.add_product(weight_sum, grad, inputs)
+        return grad @ weight, None, None
+
+
+class SummingLinear(nn.Linear):
+    """A linear layer that adds its weight's gradient to `weight_sum` float32 [out_features, in_features]."""
+
+    weight_sum: torch.Tensor
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs = _SummingLinear.apply(inputs, self.weight, self.weight_sum)
+        return outputs if self.bias is None else outputs + self.bias
+
+
+class _SummingLookup(torch.autograd.Function):
+    """Rows of an embedding, whose gradient goes to weight_sum and not to autograd."""
+
+    @staticmethod
+    def forward(ctx, ids, weight, weight_sum, padding_idx):
+        ctx.save_for_backward(ids)
+        ctx.weight_sum, ctx.padding_idx = weight_sum, padding_idx
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ids, grad = ctx.saved_tensors[0].flatten(), grad.flatten(0, -2).float()
+        if ctx.padding_idx is not None:  # nn.Embedding: it gets no gradient
+            grad = grad * (ids != ctx.padding_idx)[:, None]
+        ctx.weight_sum.index_put_((ids,), grad, accumulate=True)  # sorts: the same sums every time
+        return None, None, None, None
+
+
+class SummingEmbedding(nn.Embedding):
+    """An embedding that adds its weight's gradient to `weight_sum` float32 [num_embeddings, embedding_dim]."""
+
+    weight_sum: torch.Tensor
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return _SummingLookup.apply(ids, self.weight, self.weight_sum, self.padding_idx)
+
+
+class WholeGradients:
+    """Takes over an engine's gradients: what its backward passes leave, and what its step reads.
+
+    Replaced are the optimizer's methods that its hooks call with each parameter whose part in a backward pass is
+    over, the one that ends a backward pass, and the step, after which sums are zeroed.
+    policy: the engine's common.model.PackedModel, before its layers are compiled. bucket_elements: of the sums that
+    are reduced in one go.
+    """
+
+    def __init__(self, engine, policy: nn.Module, bucket_elements: int):
+        self.zero, self.bucket_elements = engine.optimizer, bucket_elements
+        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.operation = dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM  # gloo only sums
+        # [ranks, elements of a rank's part]: the flattened parameter, padded at the end with zeros, by owner
+        self.sums = {
+            param: torch.zeros(self.world_size, param.ds_tensor.numel(), dtype=torch.float32, device=engine.device)
+            for param in policy.parameters()
+        }
+        self.ready: list[nn.Parameter] = []  # not yet on their way to their owners
+        self.sent: set[nn.Parameter] = set()
+        self.works: list = []
+
+        self.summed_by_layer: set[nn.Parameter] = set()
+        for layer in policy.decoder_layers():
+            for module in layer.modules():
+                if type(module) is nn.Linear:
+                    module.__class__, module.weight_sum = SummingLinear, self._as_parameter(module.weight)
+                    self.summed_by_layer.add(module.weight)
+            layer.register_full_backward_hook(self._stand_in, prepend=True)
+        embedding, head = policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings()
+        if type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq:
+            embedding.__class__, embedding.weight_sum = SummingEmbedding, self._as_parameter(embedding.weight)
+        head.weight_sum = self._as_parameter(head.weight)
+
+        zero = self.zero
+        self.take_step = zero.step
+        zero.reduce_ready_partitions_and_remove_grads = self._take
+        zero.independent_gradient_partition_epilogue = self._end_backward
+        zero.step = self._step
+        zero.grad_partitions_flat_buffer.untyped_storage().resize_(0)  # of DeepSpeed's own reduction
+
+    def _as_parameter(self, param: nn.Parameter) -> torch.Tensor:
+        """The parameter's sum in the parameter's shape."""
+        return self.sums[param].view(-1)[: param.ds_numel].view(param.ds_shape)
+
+    def _stand_in(self, layer: nn.Module, *_) -> None:
+        """DeepSpeed makes zeros for a layer's parameter without a gradient; one element seen everywhere is enough."""
+        for param in layer.parameters():
+            if param in self.summed_by_layer:
+                param.grad = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
+
+    @torch.no_grad()
+    def _take(self, param: nn.Parameter) -> None:
+        """Called with each parameter whose part in this backward pass is over."""
+        if param.grad is not None and param not in self.summed_by_layer:  # embedding's and head's is None
+            self._as_parameter(param).add_(param.grad)
+        param.grad = None
+        if self.zero.is_gradient_accumulation_boundary():
+            self.ready.append(param)
+            if sum(p.ds_numel for p in self.ready) >= self.bucket_elements:
+                self._reduce_ready()
+
+    def _reduce_ready(self) -> None:
+        """Starts to average the sums over the ranks; each rank gets its part of each, in place."""
+        self.sent.update(self.ready)
+        if self.ready and self.world_size > 1:
+            with _coalescing_manager(async_ops=True) as work:
+                for whole in (self.sums[param] for param in self.ready):
+                    dist.reduce_scatter_tensor(whole[self.rank], whole.view(-1), self.operation)
+            self.works.append(work)
+        self.ready = []
+
+    @torch.no_grad()
+    def _end_backward(self) -> None:
+        if not self.zero.is_gradient_accumulation_boundary():
+            return
+        self.ready += [param for param in self.sums if param not in {*self.sent, *self.ready}]  # unused this time
+        self._reduce_ready()
+        for work in self.works:
+            work.wait()
+        parts = {param: whole[self.rank] for param, whole in self.sums.items()}
+        if self.works and self.operation == dist.ReduceOp.SUM:
+            torch._foreach_div_(list(parts.values()), self.world_size)
+        self.works = []
+        self.zero.averaged_gradients = {
+            i: [parts[param] for param in group] for i, group in enumerate(self.zero.fp16_groups)
+        }
+
+    def _step(self, *arguments, **options) -> None:
+        self.take_step(*arguments, **options)
+        self.sent.clear()
+        torch._foreach_zero_(list(self.sums.values()))
+
+
+# ---------------------------------------------------------------------- parameters
+class ResidentParameters:
+    """Keeps every parameter of an engine whole on this rank: gathered here and after each of its steps.
+
+    DeepSpeed's hooks, which gather and release, are removed. A module that runs waits for its own parameters only;
+    whoever reads them in another way calls policy.finish_gathering first.
+    """
+
+    def __init__(self, engine, policy: nn.Module):
+        self.zero, self.world_size = engine.optimizer, dist.get_world_size()
+        offload = self.zero.parameter_offload
+        for hook in (*offload.forward_hooks, *offload.backward_hooks):
+            hook.remove()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        self.groups = list(_by_module(policy))
+        self.whole: dict[nn.Parameter, torch.Tensor] = {}  # the ranks' parts one after another
+        for module, params in self.groups:
+            module.register_forward_pre_hook(self._wait)
+            for param in params:
+                if self.world_size > 1:
+                    size = self.world_size * param.ds_tensor.numel()
+                    self.whole[param] = torch.empty(size, dtype=param.ds_tensor.dtype, device=engine.device)
+        self.arriving: dict[nn.Module, object] = {}
+        policy.finish_gathering = self._wait_for_all
+        self.end_step = self.zero._post_step
+        self.zero._partition_all_parameters = lambda: None
+        self.zero._post_step = self._post_step
+        self._gather()
+
+    def _post_step(self, timer_names) -> None:
+        self.end_step(timer_names)
+        self._gather()
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Starts to gather what the ranks' parts now hold."""
+        for module, params in self.groups:
+            if self.world_size > 1:
+                with _coalescing_manager(async_ops=True) as work:
+                    for param in params:
+                        dist.all_gather_into_tensor(self.whole[param], param.ds_tensor.data)
+                self.arriving[module] = work
+            for param in params:
+                whole = self.whole[param] if self.world_size > 1 else param.ds_tensor.data.view(-1)
+                param.data = whole[: param.ds_numel].view(param.ds_shape)
+                param.ds_status = ZeroParamStatus.AVAILABLE
+
+    def _wait(self, module: nn.Module, _) -> None:
+        if (work := self.arriving.pop(module, None)) is not None:
+            work.wait()
+
+    def _wait_for_all(self) -> None:
+        for module in list(self.arriving):
+            self._wait(module, None)
+
+
+def _by_module(policy: nn.Module) -> Iterable[tuple[nn.Module, list[nn.Parameter]]]:
+    """(module that needs them first, its parameters), in the order in which modules are defined: layers as wholes."""
+    layers, seen = set(policy.decoder_layers()), set()
+    inside = {module for layer in layers for module in layer.modules()} - layers
+    for module in policy.modules():
+        if module in inside:
+            continue
+        params = [p for p in module.parameters(recurse=module in layers) if p not in seen]
+        seen.update(params)
+        if params:
+            yield module, params

@@ -1,0 +1,205 @@
+"""What is kept whole during a step holds what ZeRO-3's own partitions would: pytest tests/test_residency.py"""
+
+import launch
+import models
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import nn
+
+from common import distributed, model, planner
+from common.config import SFTConfig
+from common.engine import build_engine
+from common.packing import pack, sft_documents
+from common.placement import deepspeed_config
+from common.residency import SummingLinear, add_product
+from common.token_cache import SFTSample
+
+CASES = {
+    "llama": ("llama", {}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "biases": ("qwen2", {}),
+    "norms of heads": ("qwen3", {"head_dim": 16}),
+}
+SAMPLES = [[3, 5, 8, 13, 21, 34], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8], [4, 6], [9, 9, 8, 200, 300]]
+# micro-batches of each rank, as indices into SAMPLES: the last one of rank 1 is empty
+PLANS = {1: [[[0, 1], [2], [3]]], 2: [[[0], [2]], [[1, 3], []]], 3: [[[0], [2]], [[1], []], [[3], []]]}
+
+
+# ------------------------------------------------------------------ one product
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_is_added_in_float32(dtype):
+    torch.manual_seed(0)
+    total, grad, inputs = torch.randn(5, 7), torch.randn(2, 40, 5).to(dtype), torch.randn(2, 40, 7).to(dtype)
+    expected = total.double() + torch.einsum("bto,bti->oi", grad.double(), inputs.double())
+    add_product(total, grad, inputs)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_no_rows_add_nothing():
+    total = torch.ones(5, 7)
+    add_product(total, torch.zeros(0, 5), torch.zeros(0, 7))
+    assert (total == 1).all()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(8, 24), nn.Linear(24, 8, bias=False), nn.RMSNorm(8)
+
+    def forward(self, x):
+        return x + self.down(nn.functional.silu(self.up(self.norm(x))))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_summing_layer_gives_what_autograd_gives(compiled):
+    """Two backward passes over rows of two lengths; compiled, one graph serves both blocks and both lengths."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(Block(), Block())
+    summing = nn.Sequential(Block(), Block())
+    summing.load_state_dict(plain.state_dict())
+    for block in summing:
+        for layer in (block.up, block.down):
+            layer.__class__, layer.weight_sum = SummingLinear, torch.zeros_like(layer.weight.data)
+    if compiled:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for block in summing:
+            block.forward = torch.compile(block.forward, dynamic=True, fullgraph=True)
+    for length in (10, 33):
+        x = torch.randn(1, length, 8)
+        upstream = torch.randn(1, length, 8)
+        results = []
+        for blocks in (plain, summing):
+            inputs = x.clone().requires_grad_()
+            blocks(inputs).backward(upstream)
+            results.append(inputs.grad)
+        torch.testing.assert_close(*results)
+    for expected, seen in zip(plain, summing, strict=True):
+        for name in ("up", "down"):
+            assert getattr(seen, name).weight.grad is None
+            torch.testing.assert_close(getattr(seen, name).weight_sum, getattr(expected, name).weight.grad)
+        torch.testing.assert_close(seen.up.bias.grad, expected.up.bias.grad)
+        torch.testing.assert_close(seen.norm.weight.grad, expected.norm.weight.grad)
+    if compiled:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# ------------------------------------------------------------------ under ZeRO-3
+
+
+def make_engine(folder: str, residency: dict, ranks: distributed.Ranks):
+    config = SFTConfig(dtype="float32", max_grad_norm=0, learning_rate=1e-2)
+    ds_config = deepspeed_config(config) | residency
+    policy = model.load_partitioned(folder, model.load_config(folder), torch.float32, "sdpa", ds_config, ranks)
+    return policy, build_engine(policy, config, ds_config)
+
+
+def run_micro_batches(folder: str, residency: dict, runs_out: bool = False) -> list[dict]:
+    """Two steps of PLANS. For each: {name: this rank's part of the gradient} before it, the norm, and every
+    parameter, whole, after it. runs_out: after dry runs in which the last rank runs out of memory."""
+    ranks = distributed.start(5)
+    policy, engine = make_engine(folder, residency, ranks)
+    if runs_out:
+        seen_peaks = out_of_memory_in_a_dry_run(policy, engine, ranks)
+        assert [np.isfinite(peak) for peak in seen_peaks] == [True, False, False, True], seen_peaks
+    parameters = dict(policy.lm.named_parameters())
+    names = {param: name for name, param in parameters.items()}
+    seen = []
+    for _ in range(2):
+        plan = PLANS[ranks.world_size][ranks.rank]
+        for m, members in enumerate(plan):
+            row = pack([sft_documents(SFTSample(np.array(SAMPLES[i]), np.array([[1, len(SAMPLES[i])]]))) for i in members])
+            engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
+            engine.backward(-engine(**model.model_inputs(row, "sdpa", ranks.device)).sum() * ranks.world_size)
+            assert all(param.grad is None for param in parameters.values())
+        zero = engine.optimizer
+        parts = {
+            names[param]: part.clone().flatten()
+            for i, group in enumerate(zero.fp16_groups)
+            for param, part in zip(group, zero.averaged_gradients[i], strict=True)
+        }
+        engine.step()
+        norm = float(engine.get_global_grad_norm())
+        whole = {}
+        if residency["parameters"] == "resident":
+            policy.finish_gathering()
+            whole = {name: param.detach().clone() for name, param in parameters.items()}
+        seen.append({"parts": parts, "norm": norm, "whole": whole})
+    ranks.leave()
+    return seen
+
+
+def out_of_memory_in_a_dry_run(policy, engine, ranks: distributed.Ranks) -> list[float]:
+    """The peaks of four dry runs, of which the last rank does not survive the second's backward pass and the third's
+    forward pass."""
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("no more of it")
+
+    peaks = []
+    for phase in ("none", "backward", "forward", "none"):
+        hook = None
+        if ranks.rank == ranks.world_size - 1 and phase != "none":
+            layer = policy.decoder_layers()[0]
+            if phase == "forward":
+                hook = layer.register_forward_hook(run_out)
+            else:
+                hook = layer.register_forward_hook(lambda layer, inputs, output: output.register_hook(run_out) and None)
+        peaks.append(planner._dry_run(engine, policy, "sdpa", 50, 0, 20, True, ranks))
+        if hook is not None:
+            hook.remove()
+    return peaks
+
+
+@pytest.fixture(scope="module", params=CASES)
+def folder(request, tmp_path_factory):
+    architecture, changes = CASES[request.param]
+    path = tmp_path_factory.mktemp("model")
+    return models.make_model(path, architecture, **{"intermediate_size": 49} | changes)  # odd, so that parts are padded
+
+
+WHOLE = {"gradients": "whole", "parameters": "resident"}
+
+
+@pytest.mark.parametrize("num_ranks", PLANS)
+@pytest.mark.parametrize(
+    "residency",
+    [
+        WHOLE,
+        {"gradients": "whole", "parameters": "streamed"},
+        {"gradients": "partitioned", "parameters": "resident"},
+        {"gradients": "partitioned", "parameters": "streamed"},
+    ],
+    ids=lambda residency: "-".join(residency.values()),
+)
+def test_each_ranks_part_is_its_part_of_the_plain_gradient(folder, num_ranks, residency):
+    """And two steps of AdamW on it give the plain weights: what is left of a step's sums does not get into the next."""
+    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), residency))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_rank_that_runs_out_of_memory_in_a_dry_run_leaves_no_trace(folder, num_ranks):
+    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), WHOLE, True))
+
+
+def check_against_plain(folder, seen: list) -> None:
+    num_ranks = len(seen)
+    plain = reference.load(folder)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(2):
+        for ids in SAMPLES:
+            (-reference.token_logps(plain, ids, list(range(1, len(ids)))).sum()).backward()
+        for name, param in plain.named_parameters():
+            gradient = torch.cat([rank[step]["parts"][name] for rank in seen])[: param.numel()]
+            torch.testing.assert_close(gradient, param.grad.flatten(), rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        norm = torch.cat([param.grad.double().flatten() for param in plain.parameters()]).norm().item()
+        assert [rank[step]["norm"] for rank in seen] == pytest.approx([norm] * num_ranks, rel=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+        for rank in seen:
+            for name, whole in rank[step]["whole"].items():
+                torch.testing.assert_close(whole, plain.get_parameter(name).data, rtol=1e-3, atol=1e-4)
