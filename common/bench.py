@@ -10,12 +10,15 @@ them.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -82,9 +85,7 @@ SCALE = 1 if ON_GPU else 8  # a CPU gets lengths divided by this
 
 
 def write_model(shape: str, folder: Path) -> None:
-    """config.json, random bfloat16 weights and a tokenizer of NUM_WORDS words; kept for the next run."""
-    if (folder / "tokenizer.json").is_file():
-        return
+    """config.json, random bfloat16 weights and a tokenizer of NUM_WORDS words, whose file comes last."""
     folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
         **SHAPES[shape],
@@ -179,7 +180,9 @@ def main() -> None:
         folder / f"{method}-{options['--lengths']}.jsonl",
         folder / f"run-{method}",
     )
-    write_model(options["--shape"], model)
+    if not (model / "tokenizer.json").is_file():  # in a process of its own, which leaves the GPU when it is done
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            process.submit(write_model, options["--shape"], model).result()
     write_data(method, options["--lengths"], 12 * SAMPLES_PER_RANK * ranks, data)
     shutil.rmtree(out, ignore_errors=True)
     command = [
@@ -208,14 +211,17 @@ def main() -> None:
         *passed,
     ]
     print(" ".join(command), flush=True)
-    reference_speed = None
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    reference_speed, is_measured = None, False
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         for line in process.stdout:
             print(line, end="", flush=True)
             if match := re.search(r"reference pass: ([0-9,]+) tokens/s", line):
                 reference_speed = float(match[1].replace(",", ""))
-    if process.returncode:
-        raise SystemExit(process.returncode)
+            if line.startswith(f"step {steps}/"):
+                is_measured = True
+                os.killpg(process.pid, signal.SIGKILL)  # nobody wants the model that it would now write
+    if not is_measured:
+        raise SystemExit(process.returncode or 1)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][WARMUP_STEPS:]
 
     def median(name: str) -> float | None:
