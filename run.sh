@@ -18,7 +18,8 @@ usage: bash run.sh VERB [...]
   test [pytest flags]       the test suite
   setup                     make .venv from requirements.txt (the other verbs do it when needed)
     TORCH_INDEX_URL=URL       where torch comes from; the CPU index saves gigabytes
-    INSTALL_FLASH_ATTN=1      also install flash-attn (optional: version 4 on Hopper and Blackwell, else 2, built by nvcc)
+    INSTALL_FLASH_ATTN=1|0    flash-attn, an optional addition: by default version 4's wheels on Hopper; 1: also on
+                              Blackwell, and version 2, built by nvcc for tens of minutes, elsewhere; 0: none
 END
 }
 
@@ -61,10 +62,21 @@ setup() {  # makes .venv; its stamp is written last, so that an interrupted set-
         fi
         echo "  the other packages of requirements.txt"
         DS_BUILD_OPS=0 pip_install -r requirements.txt
+        if [[ -z ${INSTALL_FLASH_ATTN:-} && $(compute_capability) == 9.* && $(torch_cuda) == 13.* ]]; then
+            install_flash_attn
+        fi
         echo "$wanted" >.venv/.stamp
         echo "set up: $("$python" -V) in .venv"
     fi
-    [[ -z ${INSTALL_FLASH_ATTN:-} ]] || install_flash_attn
+    [[ ${INSTALL_FLASH_ATTN:-0} == 0 ]] || install_flash_attn
+}
+
+compute_capability() {  # of the oldest GPU; nothing without one
+    { nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null || true; } | sort -n | head -n 1
+}
+
+torch_cuda() {  # the CUDA that torch was built with; nothing for a CPU build
+    "$python" -c 'import torch; print(torch.version.cuda or "")' 2>/dev/null || true
 }
 
 pip_install() {
@@ -75,17 +87,15 @@ pip_install() {
 }
 
 install_flash_attn() {  # an optional addition: no failure of its stops anything
-    local capability
     if "$python" -c 'import flash_attn' 2>/dev/null; then
         return
-    elif ! command -v nvidia-smi >/dev/null; then
-        echo "flash-attn left out: it needs an NVIDIA GPU. torch's own attention is used"
-        return
     fi
-    capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -n | head -n 1)
-    case $capability in
+    case $(compute_capability) in
+        "")
+            echo "flash-attn left out: it needs an NVIDIA GPU. torch's own attention is used"
+            return ;;
         9.* | 10.*)
-            echo "installing ${flash_attn_4[0]}"
+            echo "  ${flash_attn_4[0]}"
             "$python" -m pip install --quiet --disable-pip-version-check "${flash_attn_4[@]}" ||
                 echo "flash-attn could not be installed and is left out. torch's own attention is used"
             return ;;

@@ -5,6 +5,7 @@ for masks, so that models build none; what a kernel needs to know about the pack
 arguments through `model(**kwargs)` to every attention layer. What a kernel does not implement it refuses.
 """
 
+import importlib
 import importlib.util
 
 import numpy as np
@@ -37,7 +38,12 @@ def _why_not(kernel: str, on_gpu: bool) -> str | None:
     if kernel == "flash_attention_4":
         if torch.cuda.get_device_capability()[0] not in (9, 10):
             return "needs a Hopper or Blackwell GPU"
-        return None if _is_installed("flash_attn.cute") else "the package flash-attn-4 is not installed"
+        if not _is_installed("flash_attn.cute"):
+            return "the package flash-attn-4 is not installed"
+        try:
+            importlib.import_module("flash_attn.cute.interface")
+        except Exception as e:  # whatever its compiler raises where driver or CUDA do not fit it
+            return f"the package flash-attn-4 cannot be imported ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
     if kernel == "flash_attention_2" and not _is_installed("flash_attn.flash_attn_interface"):
         return "the package flash-attn is not installed"
     return None

@@ -77,6 +77,7 @@ SHAPES = {
         tie_word_embeddings=False,
     ),
 }
+REPO = Path(__file__).resolve().parent.parent
 NUM_WORDS = 1000
 WARMUP_STEPS = 4
 ON_GPU = torch.cuda.is_available()
@@ -191,7 +192,7 @@ def main() -> None:
         "deepspeed.launcher.runner",
         "--num_gpus",
         str(ranks),
-        f"train_{method}.py",
+        str(REPO / f"train_{method}.py"),
         "--model_name_or_path",
         str(model),
         "--dataset_mixer",

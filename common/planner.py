@@ -244,11 +244,16 @@ def settle(engine, config: TrainConfig, kernel: str, placement: Placement, budge
             return _dry_run(engine, policy, kernel, budget, recomputing, longest, can_recover, ranks) + memory.optimizer
 
         budget, recomputing, peak = confirmed(memory, limit, layers, max(peaks) - memory.fixed, choose_by, peak_of)
-        predicted = memory.peak(budget, layers - recomputing)
+        numel = sum(p.ds_numel for p in policy.parameters())
+        is_whole = placement.gradients == "whole", placement.parameters == "resident" and ranks.world_size > 1
+        gradients = 4 * (numel if is_whole[0] else partition)
+        parameters = policy.lm.dtype.itemsize * (partition + numel * is_whole[1])
+        activations = peak - gradients - parameters - 12 * partition
         ranks.say(
-            f"memory plan: {memory.fixed / 1e9:.1f} GB for parameters and gradients, {memory.optimizer / 1e9:.1f} GB for "
-            f"moments; micro-batches of {budget:,} tokens, {recomputing} of {layers} layers recomputed: "
-            f"{predicted / 1e9:.1f} GB predicted, {peak / 1e9:.1f} GB seen, {limit / 1e9:.1f} GB usable"
+            f"memory plan, GB on each rank: {parameters / 1e9:.1f} parameters, {gradients / 1e9:.1f} gradients, "
+            f"{12 * partition / 1e9:.1f} optimizer, {activations / 1e9:.1f} activations and buffers; {peak / 1e9:.1f} seen, "
+            f"{memory.peak(budget, layers - recomputing) / 1e9:.1f} predicted, {limit / 1e9:.1f} usable; micro-batches of "
+            f"{budget:,} tokens, {recomputing} of {layers} layers recomputed"
         )
     return budget
 

@@ -250,6 +250,8 @@ def test_kernel_choice(monkeypatch):
     assert resolve_kernel("auto", "cpu", torch.bfloat16) == "sdpa"
     assert resolve_kernel("auto", "cuda", torch.float32) == "sdpa"
     flash_4, flash_2 = "flash_attn.cute", "flash_attn.flash_attn_interface"
+    for name in ("flash_attn", flash_4, f"{flash_4}.interface"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     for installed, capability, kernel in (
         ({flash_4, flash_2}, 9, "flash_attention_4"),
         ({flash_4, flash_2}, 8, "flash_attention_2"),
@@ -266,5 +268,10 @@ def test_kernel_choice(monkeypatch):
     for name in ("flash_attention_2", "flash_attention_4"):
         with pytest.raises(UserError, match="not installed"):
             resolve_kernel(name, "cuda", torch.bfloat16)
+    monkeypatch.setattr(attention, "_is_installed", lambda module: module == flash_4)
+    monkeypatch.setitem(sys.modules, f"{flash_4}.interface", None)  # importing it is an error
+    assert resolve_kernel("auto", "cuda", torch.bfloat16) == "varlen"
+    with pytest.raises(UserError, match=r"cannot be imported \(ModuleNotFoundError"):
+        resolve_kernel("flash_attention_4", "cuda", torch.bfloat16)
     monkeypatch.undo()
     assert attention._is_installed("torch.nn") and not attention._is_installed("no_such_package.module")

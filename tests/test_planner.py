@@ -70,9 +70,10 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
         return real.peak(tokens, 32 - recomputing) - real.optimizer
 
     said, recomputed = [], []
-    parameter = SimpleNamespace(ds_tensor=torch.empty(int(real.optimizer / 8), device="meta"))
+    part = int(real.optimizer / 8)
+    parameter = SimpleNamespace(ds_tensor=torch.empty(part, device="meta"), ds_numel=2 * part)
     policy = SimpleNamespace(decoder_layers=lambda: [None] * 32, checkpoint_activations=recomputed.append,
-                             parameters=lambda: [parameter])  # fmt: skip
+                             parameters=lambda: [parameter], lm=SimpleNamespace(dtype=torch.bfloat16))  # fmt: skip
     ranks = SimpleNamespace(device=torch.device("cuda"), world_size=2, say=said.append, gather=lambda work: [work()])
     monkeypatch.setattr("common.planner._dry_run", dry_run)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (141 * GB - real.fixed, 141 * GB))
@@ -87,6 +88,8 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
         assert runs[-1] == expected, "the last dry run is of what was chosen"
         assert real.peak(budget, 32 - layers) <= 0.94 * 141 * GB
         assert f"micro-batches of {budget:,} tokens, {layers} of 32 layers recomputed" in said[-1]
+        activations = real.peak(budget, 32 - layers) / GB - 8 - 16 - 48  # of 4e9 parameters: 2, 4 and 12 bytes each
+        assert f"8.0 parameters, 16.0 gradients, 48.0 optimizer, {activations:.1f} activations and buffers" in said[-1]
 
 
 def choice_within(limit: float):

@@ -47,6 +47,9 @@ case "$*" in
     -V*) echo "Python 3.12.$PATCH"; exit ;;
     *version_info*) exit "${TOO_OLD:-0}" ;;
 esac
+case "$*" in
+    *torch.version.cuda*) echo "${TORCH_CUDA:-}"; exit ;;
+esac
 echo "$* DS_BUILD_OPS=${DS_BUILD_OPS:-}" >>calls
 if [[ -n ${FAIL_AT:-} && $* == *$FAIL_AT* ]]; then exit 1; fi
 if [[ "$1 $2" == "-m venv" ]]; then mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; fi
@@ -137,6 +140,29 @@ def test_flash_attn_is_built_only_on_request_and_its_failure_stops_nothing(bare,
     failing = run_sh(project, "setup", **environment)
     assert failing.returncode == 0 and "could not be installed" in failing.stdout
     assert any("pip install" in call and "flash-attn-4[cu13]==" in call for call in calls(project))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "cuda", "asked", "installed"),
+    [
+        ("9.0\\n9.0", "13.0", "", True),
+        ("9.0", "13.0", "0", False),
+        ("9.0", "12.8", "", False),  # its wheels are of CUDA 13
+        ("9.0", "", "", False),  # torch's CPU build
+        ("9.0\\n8.0", "13.0", "", False),
+        ("10.0", "13.0", "", False),  # not tried there
+        ("10.0", "13.0", "1", True),
+        ("8.0", "13.0", "", False),
+    ],
+)
+def test_flash_attn_4_comes_by_itself_where_it_was_tried(bare, tmp_path, capabilities, cuda, asked, installed):
+    project, environment = bare
+    executable(tmp_path / "bin" / "nvidia-smi", f"#!/bin/sh\nprintf '{capabilities}\\n'\n")
+    environment |= {"TORCH_CUDA": cuda, "INSTALL_FLASH_ATTN": asked, "FAIL_AT": "import flash_attn"}
+    result = run_sh(project, "setup", **environment)
+    assert result.returncode == 0, result.stdout
+    assert any("pip install" in call and "flash-attn-4[cu13]==" in call for call in calls(project)) == installed
+    assert (project / ".venv" / ".stamp").exists()
 
 
 # ------------------------------------------------------------------ verbs

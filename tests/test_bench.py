@@ -1,0 +1,53 @@
+"""`run.sh bench` measures the training scripts and leaves nothing running: pytest tests/test_bench.py"""
+
+import json
+import os
+import subprocess
+import sys
+
+import launch
+import numpy as np
+import pytest
+
+from common.bench import WARMUP_STEPS, generated_lengths
+
+
+def bench(folder, *words: str) -> subprocess.CompletedProcess:
+    environment = os.environ | launch.CPU_ENVIRONMENT | {"PYTHONPATH": str(launch.REPO)}
+    command = [sys.executable, "-m", "common.bench", *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=launch.TIMEOUT)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_benchmark_of_the_scripts_own_steps(tmp_path, method):
+    done = bench(tmp_path, method, "2", "--steps", "2", "--learning_rate", "1e-3")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    result = json.loads((tmp_path / "output" / "bench" / f"bench-{method}-tiny.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "output" / "bench" / f"run-{method}" / "metrics.jsonl").open()]
+    assert [record["step"] for record in records] == list(range(1, WARMUP_STEPS + 3))
+    speeds = [record["per_device_tps"] for record in records[WARMUP_STEPS:]]
+    assert result["tokens_per_second_per_device"] == pytest.approx(sum(speeds) / 2)
+    assert (result["method"], result["ranks"], result["steps"], result["recompiles"]) == (method, 2, 2, 0)
+    assert result["flags"] == ["--learning_rate", "1e-3"] and records[0]["learning_rate"] <= 1e-3
+    assert (result["reference_tokens_per_second_per_device"] is not None) == (method == "dpo")
+    assert not list((tmp_path / "output" / "bench" / f"run-{method}").glob("*.safetensors")), "nothing is exported"
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
+    assert not left, "no rank outlives its benchmark"
+
+
+def test_a_run_that_fails_fails_the_benchmark(tmp_path):
+    done = bench(tmp_path, "sft", "1", "--steps", "2", "--learning_rte", "1e-3")
+    assert done.returncode == 2 and "did you mean --learning_rate?" in done.stderr
+    assert not list((tmp_path / "output" / "bench").glob("*.json"))
+
+
+@pytest.mark.parametrize(("words", "named"), [((), "bench sft|dpo"), (("sft", "--shape", "huge"), "known shapes are")])
+def test_a_mistake_is_one_line(tmp_path, words, named):
+    done = bench(tmp_path, *words)
+    assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_lengths_have_the_mean_and_the_cap_that_are_asked_for():
+    lengths = generated_lengths(20_000, 660, 4096, np.random.default_rng(0))
+    assert lengths.mean() == pytest.approx(660, rel=0.01) and lengths.max() == 4096 and lengths.min() >= 8
+    assert (generated_lengths(5, None, 512, np.random.default_rng(0)) == 512).all()
