@@ -113,12 +113,10 @@ class WholeGradients:
         self.sent: set[nn.Parameter] = set()
         self.works: list = []
 
-        self.summed_by_layer: set[nn.Parameter] = set()
         for layer in policy.decoder_layers():
             for module in layer.modules():
                 if type(module) is nn.Linear:
                     module.__class__, module.weight_sum = SummingLinear, self._as_parameter(module.weight)
-                    self.summed_by_layer.add(module.weight)
             layer.register_full_backward_hook(self._stand_in, prepend=True)
         embedding, head = policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings()
         if type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq:
@@ -139,14 +137,15 @@ class WholeGradients:
     def _stand_in(self, layer: nn.Module, *_) -> None:
         """DeepSpeed makes zeros for a layer's parameter without a gradient; one element seen everywhere is enough."""
         for param in layer.parameters():
-            if param in self.summed_by_layer:
+            if param.grad is None:
                 param.grad = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
 
     @torch.no_grad()
     def _take(self, param: nn.Parameter) -> None:
         """Called with each parameter whose part in this backward pass is over."""
-        if param.grad is not None and param not in self.summed_by_layer:  # embedding's and head's is None
-            self._as_parameter(param).add_(param.grad)
+        grad = param.grad
+        if grad is not None and (any(grad.stride()) or grad.ndim == 0):  # not _stand_in's; embedding's and head's is None
+            self._as_parameter(param).add_(grad)
         param.grad = None
         if self.zero.is_gradient_accumulation_boundary():
             self.ready.append(param)

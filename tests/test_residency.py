@@ -98,11 +98,25 @@ def make_engine(folder: str, residency: dict, ranks: distributed.Ranks):
     return policy, build_engine(policy, config, ds_config)
 
 
-def run_micro_batches(folder: str, residency: dict, runs_out: bool = False) -> list[dict]:
+def run_micro_batches(folder: str, residency: dict, runs_out: bool = False, functional: bool = False) -> list[dict]:
     """Two steps of PLANS. For each: {name: this rank's part of the gradient} before it, the norm, and every
-    parameter, whole, after it. runs_out: after dry runs in which the last rank runs out of memory."""
+    parameter, whole, after it. runs_out: after dry runs in which the last rank runs out of memory. functional: a layer
+    uses the weight of one of its modules, and of another as well as the module itself; and no hook is called for
+    embedding and head, whose weights get no gradient from autograd, as torch may have it."""
     ranks = distributed.start(5)
     policy, engine = make_engine(folder, residency, ranks)
+    if functional:
+        mlp = policy.decoder_layers()[0].mlp
+        mlp.forward = lambda x: nn.functional.linear(
+            mlp.act_fn(mlp.gate_proj(x)) * (mlp.up_proj(x) + nn.functional.linear(x, mlp.up_proj.weight)) / 2,
+            mlp.down_proj.weight,
+        )
+        in_layers = {param for layer in policy.decoder_layers() for param in layer.parameters()}
+        outside = [param for group in engine.optimizer.fp16_groups for param in group if param not in in_layers]
+        assert len(outside) == len(engine.optimizer._grad_acc_hooks)
+        for param, hook in zip(outside, engine.optimizer._grad_acc_hooks, strict=True):
+            if param.ds_shape != torch.Size([param.ds_numel]):  # not the norm's
+                hook.remove()
     if runs_out:
         seen_peaks = out_of_memory_in_a_dry_run(policy, engine, ranks)
         assert [np.isfinite(peak) for peak in seen_peaks] == [True, False, False, True], seen_peaks
@@ -184,6 +198,11 @@ def test_each_ranks_part_is_its_part_of_the_plain_gradient(folder, num_ranks, re
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_rank_that_runs_out_of_memory_in_a_dry_run_leaves_no_trace(folder, num_ranks):
     check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), WHOLE, True))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_weight_that_is_used_without_its_module_is_not_forgotten(folder, num_ranks):
+    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), WHOLE, False, True))
 
 
 def check_against_plain(folder, seen: list) -> None:
