@@ -94,6 +94,7 @@ def main() -> None:
     state, resume_from = checkpoint.starting_point(config.output_dir, config.resume, identity, last_step, ranks)
     longest_at = data.where(int(pair_lengths.argmax()))
     budget = micro_batch_budget(config, longest, ranks.device, state.budget_at(ranks.world_size), longest_at)
+    is_settled = config.max_tokens_per_micro_batch != "auto" or state.budget_at(ranks.world_size) is not None
     ranks.say(
         f"DPO ({config.loss_type}): {len(data):,} pairs; {last_step:,} of {num_steps:,} steps of "
         f"{config.global_batch_size} pairs; {ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "
@@ -113,7 +114,9 @@ def main() -> None:
         {i for step in range(last_step) for i in step_samples(step, len(data), config.global_batch_size, config.seed)}
     )
     kept, tokens_per_step = state.gradients_at(ranks.world_size), float(pair_lengths.mean()) * config.global_batch_size
-    ds_config, placement = place(ds_config, model_config, dtype, kept, longest, tokens_per_step, ranks)
+    ds_config, placement = place(
+        ds_config, config, model_config, kept, budget if is_settled else None, longest, tokens_per_step, ranks
+    )
     reference = cached_in = None
     if reference_folder is not None:  # another model than the policy: it is gone before the policy loads
         other = model.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
@@ -127,8 +130,9 @@ def main() -> None:
     model.verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
-    is_kept = state.budget_at(ranks.world_size) is not None
-    budget = settle(engine, config, kernel, placement, budget, is_kept, longest_side, tokens_per_step, ranks)
+    budget = settle(
+        engine, config, kernel, placement, budget, is_settled, longest, longest_side, tokens_per_step, ranks
+    )
     state.micro_batch_budget, state.world_size = budget, ranks.world_size
     state.gradients = placement.gradients
     first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))

@@ -78,6 +78,7 @@ def main() -> None:
     state, resume_from = checkpoint.starting_point(config.output_dir, config.resume, identity, last_step, ranks)
     longest_at = data.where(int(data.lengths.argmax()))
     budget = micro_batch_budget(config, longest, ranks.device, state.budget_at(ranks.world_size), longest_at)
+    is_settled = config.max_tokens_per_micro_batch != "auto" or state.budget_at(ranks.world_size) is not None
     ranks.say(
         f"SFT: {len(data):,} samples; {last_step:,} of {num_steps:,} steps of {config.global_batch_size} samples; "
         f"{ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "
@@ -91,14 +92,17 @@ def main() -> None:
 
     # ------------------------------------------------------------------ model and engine
     kept, tokens_per_step = state.gradients_at(ranks.world_size), float(data.lengths.mean()) * config.global_batch_size
-    ds_config, placement = place(ds_config, model_config, dtype, kept, longest, tokens_per_step, ranks)
+    ds_config, placement = place(
+        ds_config, config, model_config, kept, budget if is_settled else None, longest, tokens_per_step, ranks
+    )
     policy = model.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config)
     model.verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
-    is_kept = state.budget_at(ranks.world_size) is not None
-    budget = settle(engine, config, kernel, placement, budget, is_kept, longest, tokens_per_step, ranks)
+    budget = settle(
+        engine, config, kernel, placement, budget, is_settled, longest, longest, tokens_per_step, ranks
+    )
     state.micro_batch_budget, state.world_size = budget, ranks.world_size
     state.gradients = placement.gradients
     first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))

@@ -9,6 +9,7 @@ Fails if a layer was compiled again after warm-up. --profile adds torch's profil
 them.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -213,14 +214,20 @@ def main() -> None:
     ]
     print(" ".join(command), flush=True)
     reference_speed, is_measured = None, False
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop, lambda number, _: sys.exit(128 + number))
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            if match := re.search(r"reference pass: ([0-9,]+) tokens/s", line):
-                reference_speed = float(match[1].replace(",", ""))
-            if line.startswith(f"step {steps}/"):
-                is_measured = True
-                os.killpg(process.pid, signal.SIGKILL)  # nobody wants the model that it would now write
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if match := re.search(r"reference pass: ([0-9,]+) tokens/s", line):
+                    reference_speed = float(match[1].replace(",", ""))
+                if is_measured := line.startswith(f"step {steps}/"):
+                    break
+        finally:  # nobody wants the model that it would now write; and a benchmark that is stopped stops its ranks
+            if is_measured or sys.exc_info()[0] is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
     if not is_measured:
         raise SystemExit(process.returncode or 1)
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][WARMUP_STEPS:]

@@ -64,7 +64,7 @@ def _gradient_norm(zero, gradients: list[torch.Tensor], params: list, norm_type:
     gradients, which are not copied to float64 first."""
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
     square = torch.stack(norms).square().sum()
-    torch.distributed.all_reduce(square)
+    torch.distributed.all_reduce(square, group=zero.dp_process_group)
     return torch.where(square.isfinite(), square.sqrt(), -1.0)
 
 

@@ -55,23 +55,26 @@ class Placement(NamedTuple):
 
 
 def place(
-    ds_config: dict, model_config, dtype: torch.dtype, kept: str, longest: int, tokens_per_step: float, ranks: Ranks
-) -> tuple[dict, Placement]:
+    ds_config: dict, config: TrainConfig, model_config, kept: str, budget: int | None, longest: int,
+    tokens_per_step: float, ranks: Ranks,
+) -> tuple[dict, Placement]:  # fmt: skip
     """ds_config with gradients and parameters placed, and how. What its file says of them stands. Collective.
 
     kept: where the checkpoint that the run continues had its gradients, or "": elsewhere they are rounded otherwise.
-    longest: tokens of the longest sample (pair); tokens_per_step: over all ranks.
+    budget: tokens of a micro-batch, if they are settled; longest: of the longest sample (pair); tokens_per_step: over
+    all ranks.
     """
     allowed = {key: (ds_config[key],) if key in ds_config else values for key, values in RESIDENCY.items()}
     if kept and "gradients" not in ds_config:
         allowed["gradients"] = (kept,)
     free = -max(ranks.gather(lambda: -_free_bytes(ranks)))
     numel, layer_numel = parameter_counts(model_config)
+    itemsize, layers = getattr(torch, config.dtype).itemsize, model_config.num_hidden_layers
 
     def cost(placement: Placement) -> tuple[float, float]:
-        memory = estimated(model_config, numel, layer_numel, dtype.itemsize, ranks.world_size, placement)
-        choice = choose(memory, free * (1 - HEADROOM), model_config.num_hidden_layers, longest,
-                        tokens_per_step / ranks.world_size, placement.micro_batch_tokens, None)  # fmt: skip
+        memory = estimated(model_config, numel, layer_numel, itemsize, ranks.world_size, placement)
+        choice = choose(memory, free * (1 - HEADROOM), layers, longest, tokens_per_step / ranks.world_size,
+                        placement.micro_batch_tokens, budget and [budget], given_layers(config, layers))  # fmt: skip
         return choice.cost, memory.fixed  # where by the estimate nothing fits, what needs the least memory
 
     placement = min((Placement(*pair) for pair in product(*allowed.values())), key=cost)
@@ -82,11 +85,18 @@ def place(
     return ds_config | placement._asdict(), placement
 
 
+def given_layers(config: TrainConfig, num_layers: int) -> int | None:
+    """How many layers `--gradient_checkpointing` has recompute their activations; None for `auto`."""
+    value = config.gradient_checkpointing
+    return None if value == "auto" else min({"none": 0, "full": num_layers}.get(value, value), num_layers)
+
+
 def _free_bytes(ranks: Ranks) -> int:
-    """Memory that this rank can still take: of its GPU, or its share of the host's."""
+    """Memory that this rank can still take: of its GPU; or, on a CPU, its share of half of the host's, whoever uses it
+    now, so that a run is placed the same every time."""
     if ranks.device.type == "cuda":
         return torch.cuda.mem_get_info(ranks.device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // ranks.local_world_size
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks.local_world_size
 
 
 def estimated(
@@ -200,25 +210,27 @@ def confirmed(
             return tokens, recomputing, seen
 
 
-def settle(engine, config: TrainConfig, kernel: str, placement: Placement, budget: int, is_kept: bool, longest: int,
-           tokens_per_step: float, ranks: Ranks) -> int:  # fmt: skip
+def settle(engine, config: TrainConfig, kernel: str, placement: Placement, budget: int, is_settled: bool,
+           longest: int, longest_sequence: int, tokens_per_step: float, ranks: Ranks) -> int:  # fmt: skip
     """Sets the layers that recompute and returns the micro-batch's tokens, by measurement on a GPU. Collective.
 
-    budget: what the flag gave, or the default, or (is_kept) the checkpoint's; it is replaced only if the flag is
-    `auto` and no checkpoint had chosen. On a CPU nothing is measured: `auto` recomputes nothing.
+    budget: is replaced unless it is_settled, by the flag or by the checkpoint that the run continues. longest: tokens of
+    the longest sample (pair), the least that a micro-batch must hold; longest_sequence: of what attends to itself in
+    it. On a CPU nothing is measured: `auto` recomputes nothing.
     """
     policy = engine.module
     layers = len(policy.decoder_layers())
-    wanted = {"none": 0, "full": layers, "auto": 0}.get(config.gradient_checkpointing, config.gradient_checkpointing)
-    choose_layers = config.gradient_checkpointing == "auto"
-    choose_budget = config.max_tokens_per_micro_batch == "auto" and not is_kept
-    policy.checkpoint_activations(min(wanted, layers))
-    if ranks.device.type != "cuda" or not (choose_layers or choose_budget):
+    given = given_layers(config, layers)
+    policy.checkpoint_activations(given or 0)
+    if ranks.device.type != "cuda" or (given is not None and is_settled):
         return budget
     if layers >= MEASURED_LAYERS[1]:
         few, many = MEASURED_LAYERS
-        can_recover = placement == Placement("whole", "resident")
-        peaks = [_dry_run(engine, policy, kernel, tokens, layers - keeping, longest, can_recover, ranks)
+        # Else a pass holds collectives, or DeepSpeed's timers are left running by one that was cut off.
+        can_recover = placement == Placement("whole", "resident") and not (
+            engine.wall_clock_breakdown() or engine.flops_profiler_enabled()
+        )
+        peaks = [_dry_run(engine, policy, kernel, tokens, layers - keeping, longest_sequence, can_recover, ranks)
                  for tokens, keeping in ((MEASURED_TOKENS, few), (MEASURED_TOKENS, few), (MEASURED_TOKENS, many),
                                          (2 * MEASURED_TOKENS, few))][1:]  # fmt: skip
         if max(peaks) == np.inf:
@@ -232,16 +244,16 @@ def settle(engine, config: TrainConfig, kernel: str, placement: Placement, budge
         free, total = torch.cuda.mem_get_info(ranks.device)
         usable = free + torch.cuda.memory_reserved(ranks.device) - HEADROOM * total
         limit = -max(ranks.gather(lambda: -usable))
-        allowed = None if choose_budget else [budget]
+        allowed = [budget] if is_settled else None
         tokens_per_rank = tokens_per_step / ranks.world_size
         overhead = placement.micro_batch_tokens
 
         def choose_by(memory: MemoryModel) -> tuple[int, int]:
-            given = None if choose_layers else min(wanted, layers)
             return choose(memory, limit, layers, longest, tokens_per_rank, overhead, allowed, given)[:2]
 
         def peak_of(budget: int, recomputing: int) -> float:
-            return _dry_run(engine, policy, kernel, budget, recomputing, longest, can_recover, ranks) + memory.optimizer
+            peak = _dry_run(engine, policy, kernel, budget, recomputing, longest_sequence, can_recover, ranks)
+            return peak + memory.optimizer
 
         budget, recomputing, peak = confirmed(memory, limit, layers, max(peaks) - memory.fixed, choose_by, peak_of)
         numel = sum(p.ds_numel for p in policy.parameters())

@@ -9,7 +9,8 @@ Parameters: DeepSpeed by itself gathers a layer whenever it runs, and releases i
 once a step, each while the layers before it already run.
 
 Both replace, on one instance, methods that DeepSpeed's optimizer calls; what its step reads and writes, the parts of
-masters, moments, gradients and parameters that this rank owns, is the same either way.
+masters, moments, gradients and parameters that this rank owns, is the same either way. Their collectives go through
+DeepSpeed's own group, so that all run in the order in which they were started.
 """
 
 from collections.abc import Iterable
@@ -44,13 +45,14 @@ class _SummingLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, inputs, weight, weight_sum):
-        ctx.save_for_backward(inputs, weight, weight_sum)
+        ctx.save_for_backward(inputs, weight)
+        ctx.weight_sum = weight_sum  # not saved: a module that is used twice changes it in between
         return nn.functional.linear(inputs, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        inputs, weight, weight_sum = ctx.saved_tensors
-        torch.ops.plaintune.add_product(weight_sum, grad, inputs)
+        inputs, weight = ctx.saved_tensors
+        torch.ops.plaintune.add_product(ctx.weight_sum, grad, inputs)
         return grad @ weight, None, None
 
 
@@ -78,7 +80,10 @@ class _SummingLookup(torch.autograd.Function):
         ids, grad = ctx.saved_tensors[0].flatten(), grad.flatten(0, -2).float()
         if ctx.padding_idx is not None:  # nn.Embedding: it gets no gradient
             grad = grad * (ids != ctx.padding_idx)[:, None]
-        ctx.weight_sum.index_put_((ids,), grad, accumulate=True)  # sorts: the same sums every time
+        if grad.device.type == "cuda":  # which of the two adds in the same order every time depends on the device
+            ctx.weight_sum.index_put_((ids,), grad, accumulate=True)
+        else:
+            ctx.weight_sum.index_add_(0, ids, grad)
         return None, None, None, None
 
 
@@ -128,7 +133,9 @@ class WholeGradients:
         zero.reduce_ready_partitions_and_remove_grads = self._take
         zero.independent_gradient_partition_epilogue = self._end_backward
         zero.step = self._step
-        zero.grad_partitions_flat_buffer.untyped_storage().resize_(0)  # of DeepSpeed's own reduction
+        zero.grad_partitions_flat_buffer.untyped_storage().resize_(0)  # of DeepSpeed's own reduction, as what follows
+        for bucket in zero.ipg_buckets.values():
+            bucket.buffer = None
 
     def _as_parameter(self, param: nn.Parameter) -> torch.Tensor:
         """The parameter's sum in the parameter's shape."""
@@ -156,9 +163,10 @@ class WholeGradients:
         """Starts to average the sums over the ranks; each rank gets its part of each, in place."""
         self.sent.update(self.ready)
         if self.ready and self.world_size > 1:
-            with _coalescing_manager(async_ops=True) as work:
+            group = self.zero.dp_process_group
+            with _coalescing_manager(group, async_ops=True) as work:
                 for whole in (self.sums[param] for param in self.ready):
-                    dist.reduce_scatter_tensor(whole[self.rank], whole.view(-1), self.operation)
+                    dist.reduce_scatter_tensor(whole[self.rank], whole.view(-1), self.operation, group)
             self.works.append(work)
         self.ready = []
 
@@ -222,9 +230,10 @@ class ResidentParameters:
         """Starts to gather what the ranks' parts now hold."""
         for module, params in self.groups:
             if self.world_size > 1:
-                with _coalescing_manager(async_ops=True) as work:
+                group = self.zero.dp_process_group
+                with _coalescing_manager(group, async_ops=True) as work:
                     for param in params:
-                        dist.all_gather_into_tensor(self.whole[param], param.ds_tensor.data)
+                        dist.all_gather_into_tensor(self.whole[param], param.ds_tensor.data, group)
                 self.arriving[module] = work
             for param in params:
                 whole = self.whole[param] if self.world_size > 1 else param.ds_tensor.data.view(-1)

@@ -1,9 +1,13 @@
 """`run.sh bench` measures the training scripts and leaves nothing running: pytest tests/test_bench.py"""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import launch
 import numpy as np
@@ -16,6 +20,16 @@ def bench(folder, *words: str) -> subprocess.CompletedProcess:
     environment = os.environ | launch.CPU_ENVIRONMENT | {"PYTHONPATH": str(launch.REPO)}
     command = [sys.executable, "-m", "common.bench", *words]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=launch.TIMEOUT)
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Living processes whose working directory is the folder."""
+    pids = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(process / "cwd") == str(folder):
+                pids.append(int(process.name))
+    return pids
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -31,14 +45,28 @@ def test_a_benchmark_of_the_scripts_own_steps(tmp_path, method):
     assert result["flags"] == ["--learning_rate", "1e-3"] and records[0]["learning_rate"] <= 1e-3
     assert (result["reference_tokens_per_second_per_device"] is not None) == (method == "dpo")
     assert not list((tmp_path / "output" / "bench" / f"run-{method}").glob("*.safetensors")), "nothing is exported"
-    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
-    assert not left, "no rank outlives its benchmark"
+    assert not ranks_of(tmp_path), "no rank outlives its benchmark"
 
 
 def test_a_run_that_fails_fails_the_benchmark(tmp_path):
     done = bench(tmp_path, "sft", "1", "--steps", "2", "--learning_rte", "1e-3")
     assert done.returncode == 2 and "did you mean --learning_rate?" in done.stderr
     assert not list((tmp_path / "output" / "bench").glob("*.json"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_benchmark_that_is_stopped_stops_its_ranks(tmp_path, number):
+    environment = os.environ | launch.CPU_ENVIRONMENT | {"PYTHONPATH": str(launch.REPO)}
+    command = [sys.executable, "-m", "common.bench", "sft", "2", "--steps", "100000"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if line.startswith("step 2/"))
+        process.send_signal(number)
+        assert process.wait(30) != 0
+    for _ in range(50):
+        if not (left := ranks_of(tmp_path)):
+            break
+        time.sleep(0.1)
+    assert not left
 
 
 @pytest.mark.parametrize(("words", "named"), [((), "bench sft|dpo"), (("sft", "--shape", "huge"), "known shapes are")])

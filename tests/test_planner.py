@@ -51,17 +51,16 @@ def test_nothing_fits_gives_the_smallest_with_all_layers_recomputed():
 
 
 @pytest.mark.parametrize(
-    ("flags", "is_kept", "expected"),
+    ("flags", "is_settled", "expected"),
     [
         ({}, False, (14336, 0)),  # 56.5 GB for 3.8 MB a token
         ({"gradient_checkpointing": "full"}, False, (32768, 32)),
         ({"gradient_checkpointing": 5}, False, (16384, 5)),  # 3.3 MB a token
-        ({"max_tokens_per_micro_batch": 16384}, False, (16384, 4)),  # 46.7 GB for layers of 1.64 GB
-        ({}, True, (16384, 4)),
-        ({"max_tokens_per_micro_batch": 16384, "gradient_checkpointing": 9}, False, (16384, 9)),
+        ({}, True, (16384, 4)),  # 46.7 GB for layers of 1.64 GB
+        ({"gradient_checkpointing": 9}, True, (16384, 9)),
     ],
 )
-def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, is_kept, expected):
+def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, is_settled, expected):
     """The dry runs are played by a memory model, on a device of 141 GB with 8B parameters on 2 ranks."""
     real, runs = LLAMA_8B_ON_2, []
 
@@ -79,10 +78,10 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (141 * GB - real.fixed, 141 * GB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: real.fixed)
     config = SFTConfig(**flags)
-    budget = settle(SimpleNamespace(module=policy), config, "varlen", PARTITIONED, 16384, is_kept, 832, 90_000, ranks)
+    budget = settle(SimpleNamespace(module=policy), config, "varlen", PARTITIONED, 16384, is_settled, 832, 832, 90_000, ranks)
     layers = runs[-1][1] if runs else recomputed[-1]
     assert (budget, layers) == expected
-    if "max_tokens_per_micro_batch" in flags and "gradient_checkpointing" in flags:
+    if is_settled and "gradient_checkpointing" in flags:
         assert not runs and not said, "nothing is left to choose"
     else:
         assert runs[-1] == expected, "the last dry run is of what was chosen"
@@ -90,6 +89,28 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
         assert f"micro-batches of {budget:,} tokens, {layers} of 32 layers recomputed" in said[-1]
         activations = real.peak(budget, 32 - layers) / GB - 8 - 16 - 48  # of 4e9 parameters: 2, 4 and 12 bytes each
         assert f"8.0 parameters, 16.0 gradients, 48.0 optimizer, {activations:.1f} activations and buffers" in said[-1]
+
+
+@pytest.mark.parametrize("tokens_per_step", [1_400, 22_000, 90_000])
+@pytest.mark.parametrize("limit", [100, 112, 500])
+def test_a_micro_batch_holds_the_longest_pair_though_no_sequence_in_it_is_as_long(monkeypatch, tokens_per_step, limit):
+    """A prompt of 1,000 tokens and two answers of 1,000 each."""
+    sequences = []
+
+    def dry_run(engine, policy, kernel, tokens, recomputing, longest, can_recover, ranks):
+        sequences.append(longest)
+        return LLAMA_8B_ON_2.peak(tokens, 32 - recomputing) - LLAMA_8B_ON_2.optimizer
+
+    parameter = SimpleNamespace(ds_tensor=torch.empty(4 * 10**9, device="meta"), ds_numel=8 * 10**9)
+    policy = SimpleNamespace(decoder_layers=lambda: [None] * 32, checkpoint_activations=lambda layers: None,
+                             parameters=lambda: [parameter], lm=SimpleNamespace(dtype=torch.bfloat16))  # fmt: skip
+    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=2, say=lambda text: None, gather=lambda work: [work()])
+    monkeypatch.setattr("common.planner._dry_run", dry_run)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (limit * GB / 0.94, limit * GB / 0.94))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    engine = SimpleNamespace(module=policy)
+    budget = settle(engine, SFTConfig(), "varlen", PARTITIONED, 16384, False, 3000, 2000, tokens_per_step, ranks)
+    assert budget >= 3000 and set(sequences) == {2000}
 
 
 def choice_within(limit: float):
@@ -200,14 +221,14 @@ def test_the_estimate_of_8b_is_what_was_measured():
     assert memory.peak(10_240, 32) == pytest.approx(139.3e9, rel=0.03)
 
 
-def placed(monkeypatch, config, frees, own=None, kept=""):
+def placed(monkeypatch, config, frees, own=None, kept="", budget=None, **flags):
     """Where `place` puts gradients and parameters for ranks with `frees` bytes each, `own` being in the file."""
     said, own, free = [], own or {}, iter(frees)
     ranks = SimpleNamespace(device=torch.device("cuda"), world_size=len(frees), say=said.append,
                             gather=lambda work: [work() for _ in frees])  # fmt: skip
     monkeypatch.setattr("common.planner._free_bytes", lambda ranks: next(free))
     given = {"zero_optimization": {"stage": 3}, **own}
-    ds_config, placement = place(given, config, torch.bfloat16, kept, 4096, 84_500, ranks)
+    ds_config, placement = place(given, SFTConfig(**flags), config, kept, budget, 4096, 84_500, ranks)
     assert given == {"zero_optimization": {"stage": 3}, **own}, "what was given is left as it is"
     assert ds_config == given | {"gradients": placement.gradients, "parameters": placement.parameters}
     assert len(said) == 1 and all(word in said[0] for word in placement)
@@ -227,6 +248,13 @@ def placed(monkeypatch, config, frees, own=None, kept=""):
 )
 def test_the_files_own_words_on_placement_stand(monkeypatch, frees, own, kept, expected):
     assert placed(monkeypatch, models.make_config(**LLAMA_8B), frees, own, kept) == expected
+
+
+def test_micro_batches_that_are_given_leave_less_to_keep_whole(monkeypatch):
+    """18,432 tokens that keep everything: 60 GB of activations, to which whole and resident add 104 of state."""
+    config, frees, flags = models.make_config(**LLAMA_8B), (150 * GB, 150 * GB), {"gradient_checkpointing": "none"}
+    assert placed(monkeypatch, config, frees, budget=10_240, **flags) == ("whole", "resident")
+    assert placed(monkeypatch, config, frees, budget=18_432, **flags) == ("partitioned", "streamed")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -13,7 +13,7 @@ from common.config import SFTConfig
 from common.engine import build_engine
 from common.packing import pack, sft_documents
 from common.placement import deepspeed_config
-from common.residency import SummingLinear, add_product
+from common.residency import SummingEmbedding, SummingLinear, add_product
 from common.token_cache import SFTSample
 
 CASES = {
@@ -86,6 +86,46 @@ def test_a_summing_layer_gives_what_autograd_gives(compiled):
         torch.testing.assert_close(seen.norm.weight.grad, expected.norm.weight.grad)
     if compiled:
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_that_is_used_twice_sums_both(compiled):
+    torch.manual_seed(0)
+    plain, summing = Twice(), Twice()
+    summing.load_state_dict(plain.state_dict())
+    summing.layer.__class__, summing.layer.weight_sum = SummingLinear, torch.zeros(8, 8)
+    x = torch.randn(5, 8)
+    for module in (plain, summing):
+        (torch.compile(module, fullgraph=True) if compiled and module is summing else module)(x).square().sum().backward()
+    torch.testing.assert_close(summing.layer.weight_sum, plain.layer.weight.grad)
+
+
+def test_rows_of_an_embedding_are_summed_in_the_same_order_every_time():
+    torch.manual_seed(0)
+    ids, grad = torch.randint(7, (1, 3000)), torch.randn(1, 3000, 64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    sums = []
+    for _ in range(6):
+        embedding = nn.Embedding(7, 64, padding_idx=3)
+        embedding.__class__, embedding.weight_sum = SummingEmbedding, torch.zeros(7, 64)
+        embedding(ids).backward(grad)
+        assert embedding.weight.grad is None
+        sums.append(embedding.weight_sum)
+    torch.set_num_threads(threads)
+    assert all((again == sums[0]).all() for again in sums)
+    expected = torch.zeros(7, 64, dtype=torch.float64).index_add_(0, ids[0], grad[0].double())
+    expected[3] = 0
+    torch.testing.assert_close(sums[0].double(), expected, rtol=1e-5, atol=1e-4)
 
 
 # ------------------------------------------------------------------ under ZeRO-3

@@ -46,8 +46,9 @@ class Setting:
         self.data = {"sft": models.write_jsonl(root / "sft.jsonl", models.conversations(10)),
                      "dpo": models.write_jsonl(root / "dpo.jsonl", models.preferences(10))}
         placement = json.loads((launch.REPO / "ds_configs" / "zero3.json").read_text())
+        placement |= {"gradients": "partitioned", "parameters": "streamed"}
         placement["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        self.released = root / "released.json"  # as of a large model: no parameter stays whole between its uses
+        self.released = root / "released.json"  # as of a large model: nothing stays whole between its uses
         self.released.write_text(json.dumps(placement))
         self.uninterrupted = {}
         self.num_folders = 0
