@@ -13,13 +13,23 @@ masters, moments, gradients and parameters that this rank owns, is the same eith
 DeepSpeed's own group, so that all run in the order in which they were started.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 from torch.distributed.distributed_c10d import _coalescing_manager  # one launch for a layer's collectives
+
+
+def _start(collective: Callable, pairs: list[tuple[torch.Tensor, torch.Tensor]], group, **options) -> list:
+    """Starts collective(output, input) of each pair; what to wait for. NCCL launches them as one."""
+    if dist.get_backend(group) != "nccl":
+        return [collective(*pair, group=group, async_op=True, **options) for pair in pairs]
+    with _coalescing_manager(group, async_ops=True) as work:
+        for pair in pairs:
+            collective(*pair, group=group, **options)
+    return [work] if pairs else []
 
 
 # ---------------------------------------------------------------------- gradients
@@ -77,13 +87,15 @@ class _SummingLookup(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        ids, grad = ctx.saved_tensors[0].flatten(), grad.flatten(0, -2).float()
+        ids, grad = ctx.saved_tensors[0], grad.float()
+        if grad.device.type != "cuda":  # what autograd itself does there: adds in the same order every time
+            padding = -1 if ctx.padding_idx is None else ctx.padding_idx
+            rows = len(ctx.weight_sum)
+            ctx.weight_sum.add_(torch.ops.aten.embedding_dense_backward(grad, ids, rows, padding, False))
+            return None, None, None, None
         if ctx.padding_idx is not None:  # nn.Embedding: it gets no gradient
-            grad = grad * (ids != ctx.padding_idx)[:, None]
-        if grad.device.type == "cuda":  # which of the two adds in the same order every time depends on the device
-            ctx.weight_sum.index_put_((ids,), grad, accumulate=True)
-        else:
-            ctx.weight_sum.index_add_(0, ids, grad)
+            grad = grad * (ids != ctx.padding_idx)[..., None]
+        ctx.weight_sum.index_put_((ids,), grad, accumulate=True)  # sorts, so here too
         return None, None, None, None
 
 
@@ -162,13 +174,18 @@ class WholeGradients:
     def _reduce_ready(self) -> None:
         """Starts to average the sums over the ranks; each rank gets its part of each, in place."""
         self.sent.update(self.ready)
-        if self.ready and self.world_size > 1:
-            group = self.zero.dp_process_group
-            with _coalescing_manager(group, async_ops=True) as work:
-                for whole in (self.sums[param] for param in self.ready):
-                    dist.reduce_scatter_tensor(whole[self.rank], whole.view(-1), self.operation, group)
-            self.works.append(work)
+        if self.world_size > 1:
+            wholes = [self.sums[param] for param in self.ready]
+            pairs = [(whole[self.rank], whole.view(-1)) for whole in wholes]
+            self.works += _start(dist.reduce_scatter_tensor, pairs, self.zero.dp_process_group, op=self.operation)
+            if self.operation == dist.ReduceOp.SUM:  # gloo's threads are not to work beside the backward pass
+                self._wait()
         self.ready = []
+
+    def _wait(self) -> None:
+        for work in self.works:
+            work.wait()
+        self.works = []
 
     @torch.no_grad()
     def _end_backward(self) -> None:
@@ -176,12 +193,10 @@ class WholeGradients:
             return
         self.ready += [param for param in self.sums if param not in {*self.sent, *self.ready}]  # unused this time
         self._reduce_ready()
-        for work in self.works:
-            work.wait()
+        self._wait()
         parts = {param: whole[self.rank] for param, whole in self.sums.items()}
-        if self.works and self.operation == dist.ReduceOp.SUM:
+        if self.world_size > 1 and self.operation == dist.ReduceOp.SUM:
             torch._foreach_div_(list(parts.values()), self.world_size)
-        self.works = []
         self.zero.averaged_gradients = {
             i: [parts[param] for param in group] for i, group in enumerate(self.zero.fp16_groups)
         }
@@ -214,7 +229,7 @@ class ResidentParameters:
                 if self.world_size > 1:
                     size = self.world_size * param.ds_tensor.numel()
                     self.whole[param] = torch.empty(size, dtype=param.ds_tensor.dtype, device=engine.device)
-        self.arriving: dict[nn.Module, object] = {}
+        self.arriving: dict[nn.Module, list] = {}
         policy.finish_gathering = self._wait_for_all
         self.end_step = self.zero._post_step
         self.zero._partition_all_parameters = lambda: None
@@ -230,18 +245,15 @@ class ResidentParameters:
         """Starts to gather what the ranks' parts now hold."""
         for module, params in self.groups:
             if self.world_size > 1:
-                group = self.zero.dp_process_group
-                with _coalescing_manager(group, async_ops=True) as work:
-                    for param in params:
-                        dist.all_gather_into_tensor(self.whole[param], param.ds_tensor.data, group)
-                self.arriving[module] = work
+                pairs = [(self.whole[param], param.ds_tensor.data) for param in params]
+                self.arriving[module] = _start(dist.all_gather_into_tensor, pairs, self.zero.dp_process_group)
             for param in params:
                 whole = self.whole[param] if self.world_size > 1 else param.ds_tensor.data.view(-1)
                 param.data = whole[: param.ds_numel].view(param.ds_shape)
                 param.ds_status = ZeroParamStatus.AVAILABLE
 
     def _wait(self, module: nn.Module, _) -> None:
-        if (work := self.arriving.pop(module, None)) is not None:
+        for work in self.arriving.pop(module, ()):
             work.wait()
 
     def _wait_for_all(self) -> None:
