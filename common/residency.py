@@ -191,7 +191,8 @@ class WholeGradients:
     def _end_backward(self) -> None:
         if not self.zero.is_gradient_accumulation_boundary():
             return
-        self.ready += [param for param in self.sums if param not in {*self.sent, *self.ready}]  # unused this time
+        known = {*self.sent, *self.ready}
+        self.ready += [param for param in self.sums if param not in known]  # unused this time
         self._reduce_ready()
         self._wait()
         parts = {param: whole[self.rank] for param, whole in self.sums.items()}
