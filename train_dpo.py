@@ -17,14 +17,14 @@ from common.attention import resolve_kernel, to_device
 from common.chat_templates import resolve_template
 from common.config import DPOConfig, parse_config
 from common.distributed import Stopped, StopRequest, main_with_exit_codes, num_cpus, start
-from common.engine import build_engine, inference_engine, micro_batch_budget, out_of_memory_explained, set_learning_rate
+from common.engine import build_engine, inference_engine, out_of_memory_explained, set_learning_rate
 from common.errors import not_finite
 from common.logprobs import sequence_logps
 from common.losses import SUMMED, check_first_step, preference_loss, preference_sums
 from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
 from common.packing import MicroBatch, one_ahead, pack, packing_report, pair_documents, pair_length, plan_step
 from common.placement import deepspeed_config
-from common.planner import place, settle
+from common.planner import demand_of, place, settle
 from common.reference_cache import reference_logps
 from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
 from common.token_cache import data_table, open_tokens, prepare_tokens, preview
@@ -67,7 +67,6 @@ def main() -> None:
     pair_lengths = pair_length(
         *data.pair_lengths.T, config.share_prompt
     )  # tokens that each pair takes in a micro-batch
-    longest = int(pair_lengths.max())
     longest_side = int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max())
     model.check_supported(model_config, longest_side, len(tokenizer))
     if reference_folder is not None:
@@ -92,9 +91,7 @@ def main() -> None:
         ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
         return
     state, resume_from = checkpoint.starting_point(config.output_dir, config.resume, identity, last_step, ranks)
-    longest_at = data.where(int(pair_lengths.argmax()))
-    budget = micro_batch_budget(config, longest, ranks.device, state.budget_at(ranks.world_size), longest_at)
-    is_settled = config.max_tokens_per_micro_batch != "auto" or state.budget_at(ranks.world_size) is not None
+    demand = demand_of(config, pair_lengths, longest_side, data.where(int(pair_lengths.argmax())), state, ranks)
     ranks.say(
         f"DPO ({config.loss_type}): {len(data):,} pairs; {last_step:,} of {num_steps:,} steps of "
         f"{config.global_batch_size} pairs; {ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "
@@ -113,15 +110,14 @@ def main() -> None:
     pairs = sorted(
         {i for step in range(last_step) for i in step_samples(step, len(data), config.global_batch_size, config.seed)}
     )
-    kept, tokens_per_step = state.gradients_at(ranks.world_size), float(pair_lengths.mean()) * config.global_batch_size
-    ds_config, placement = place(
-        ds_config, config, model_config, kept, budget if is_settled else None, longest, tokens_per_step, ranks
-    )
+    ds_config, placement = place(ds_config, config, model_config, demand, ranks)
     reference = cached_in = None
     if reference_folder is not None:  # another model than the policy: it is gone before the policy loads
         other = model.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
         with inference_engine(other, ds_config) as engine:
-            reference, cached_in = reference_logps(engine, data, pairs, reference_folder, config, kernel, budget, ranks)
+            reference, cached_in = reference_logps(
+                engine, data, pairs, reference_folder, config, kernel, demand.budget, ranks
+            )
         del other, engine
 
     # ------------------------------------------------------------------ model and engine
@@ -130,11 +126,8 @@ def main() -> None:
     model.verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
-    budget = settle(
-        engine, config, kernel, placement, budget, is_settled, longest, longest_side, tokens_per_step, ranks
-    )
-    state.micro_batch_budget, state.world_size = budget, ranks.world_size
-    state.gradients = placement.gradients
+    budget = settle(engine, config, kernel, placement, demand, ranks)
+    state.micro_batch_budget, state.gradients, state.world_size = budget, placement.gradients, ranks.world_size
     first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))
     ranks.say(packing_report((pair_lengths[samples].tolist() for samples in first), ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
@@ -183,7 +176,7 @@ def main() -> None:
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
-        with out_of_memory_explained(step + 1, budget, longest) as size:
+        with out_of_memory_explained(step + 1, budget, demand.longest) as size:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 size.tokens = micro_batch.num_tokens
                 token_logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))

@@ -16,12 +16,12 @@ from common.attention import resolve_kernel
 from common.chat_templates import resolve_template
 from common.config import SFTConfig, parse_config
 from common.distributed import Stopped, StopRequest, main_with_exit_codes, num_cpus, start
-from common.engine import build_engine, micro_batch_budget, out_of_memory_explained, set_learning_rate
+from common.engine import build_engine, out_of_memory_explained, set_learning_rate
 from common.errors import not_finite
 from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
 from common.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
 from common.placement import deepspeed_config
-from common.planner import place, settle
+from common.planner import demand_of, place, settle
 from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
 from common.token_cache import data_table, open_tokens, prepare_tokens, preview
 
@@ -76,9 +76,7 @@ def main() -> None:
         ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
         return
     state, resume_from = checkpoint.starting_point(config.output_dir, config.resume, identity, last_step, ranks)
-    longest_at = data.where(int(data.lengths.argmax()))
-    budget = micro_batch_budget(config, longest, ranks.device, state.budget_at(ranks.world_size), longest_at)
-    is_settled = config.max_tokens_per_micro_batch != "auto" or state.budget_at(ranks.world_size) is not None
+    demand = demand_of(config, data.lengths, longest, data.where(int(data.lengths.argmax())), state, ranks)
     ranks.say(
         f"SFT: {len(data):,} samples; {last_step:,} of {num_steps:,} steps of {config.global_batch_size} samples; "
         f"{ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "
@@ -91,20 +89,14 @@ def main() -> None:
         )
 
     # ------------------------------------------------------------------ model and engine
-    kept, tokens_per_step = state.gradients_at(ranks.world_size), float(data.lengths.mean()) * config.global_batch_size
-    ds_config, placement = place(
-        ds_config, config, model_config, kept, budget if is_settled else None, longest, tokens_per_step, ranks
-    )
+    ds_config, placement = place(ds_config, config, model_config, demand, ranks)
     policy = model.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config)
     model.verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
-    budget = settle(
-        engine, config, kernel, placement, budget, is_settled, longest, longest, tokens_per_step, ranks
-    )
-    state.micro_batch_budget, state.world_size = budget, ranks.world_size
-    state.gradients = placement.gradients
+    budget = settle(engine, config, kernel, placement, demand, ranks)
+    state.micro_batch_budget, state.gradients, state.world_size = budget, placement.gradients, ranks.world_size
     first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))
     ranks.say(packing_report((data.lengths[samples].tolist() for samples in first), ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
@@ -149,7 +141,7 @@ def main() -> None:
 
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
-        with out_of_memory_explained(step + 1, budget, longest) as size:
+        with out_of_memory_explained(step + 1, budget, demand.longest) as size:
             for m, micro_batch in enumerate(micro_batches):
                 size.tokens = micro_batch.num_tokens
                 logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))

@@ -82,8 +82,9 @@ REPO = Path(__file__).resolve().parent.parent
 NUM_WORDS = 1000
 WARMUP_STEPS = 4
 ON_GPU = torch.cuda.is_available()
-SAMPLES_PER_RANK = 64 if ON_GPU else 16  # at a mean of 660 tokens two GPUs take about 84,500 tokens a step
 SCALE = 1 if ON_GPU else 8  # a CPU gets lengths divided by this
+# A rank's samples of a step: at a mean of 660 tokens two GPUs take about 84,500 tokens a step, and at the cap as many.
+SAMPLES_PER_RANK = {"tulu": 64 if ON_GPU else 16, "full": 10 if ON_GPU else 3}
 
 
 def write_model(shape: str, folder: Path) -> None:
@@ -185,7 +186,10 @@ def main() -> None:
     if not (model / "tokenizer.json").is_file():  # in a process of its own, which leaves the GPU when it is done
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             process.submit(write_model, options["--shape"], model).result()
-    write_data(method, options["--lengths"], 12 * SAMPLES_PER_RANK * ranks, data)
+    if options["--lengths"] not in SAMPLES_PER_RANK:
+        raise UserError(f"--lengths {options['--lengths']}: known are {', '.join(SAMPLES_PER_RANK)}")
+    samples = SAMPLES_PER_RANK[options["--lengths"]] * ranks
+    write_data(method, options["--lengths"], 12 * samples, data)
     shutil.rmtree(out, ignore_errors=True)
     command = [
         sys.executable,
@@ -203,7 +207,7 @@ def main() -> None:
         "--cache_dir",
         str(folder / "cache"),
         "--global_batch_size",
-        str(SAMPLES_PER_RANK * ranks),
+        str(samples),
         "--max_train_steps",
         str(steps),
         "--checkpointing_steps",
@@ -237,6 +241,7 @@ def main() -> None:
         return statistics.median(values) if values else None
 
     tokens = sum(record["total_tokens"] for record in records[-1:]) / steps
+    samples = json.loads((out / "run_config.json").read_text())["config"]["global_batch_size"]  # a flag may change it
     result = {
         "method": method,
         "shape": options["--shape"],
@@ -248,7 +253,7 @@ def main() -> None:
         "tokens_per_second_per_device": median("per_device_tps"),
         "mfu": median("mfu"),
         "reference_tokens_per_second_per_device": reference_speed,
-        "samples_per_second": SAMPLES_PER_RANK * ranks / median("step_seconds"),
+        "samples_per_second": samples / median("step_seconds"),
         "step_seconds": median("step_seconds"),
         "max_memory_gb": max(r["max_memory_gb"] for r in records),
         "packing_efficiency": median("packing_efficiency"),

@@ -59,13 +59,10 @@ class RunState:
     gradients: str = ""  # how they are summed: common/planner.py's Placement
     identity: dict = field(default_factory=dict)  # every value that changes the result, by its flag's name
 
-    def budget_at(self, world_size: int) -> int | None:
-        """The micro-batch budget that keeps a resume bitwise; None at another number of ranks, where nothing does."""
-        return self.micro_batch_budget if self.world_size == world_size else None
-
-    def gradients_at(self, world_size: int) -> str:
-        """As budget_at, of how gradients are summed; "" for none."""
-        return self.gradients if self.world_size == world_size else ""
+    def kept_at(self, world_size: int) -> tuple[int, str]:
+        """The micro-batch budget and how gradients are summed that keep a resume bitwise; 0 and "" at another number of
+        ranks, where nothing does."""
+        return (self.micro_batch_budget, self.gradients) if self.world_size == world_size else (0, "")
 
 
 def digest(data: bytes) -> str:

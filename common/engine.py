@@ -10,27 +10,9 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 
 from common.config import TrainConfig
-from common.errors import TrainingStopped, UserError, is_out_of_memory
+from common.errors import TrainingStopped, is_out_of_memory
 from common.model import PackedModel
 from common.residency import ResidentParameters, WholeGradients
-
-
-def micro_batch_budget(
-    config: TrainConfig, longest: int, device: torch.device, kept: int | None = None, where: str = "the longest sample"
-) -> int:
-    """Tokens that one micro-batch may hold, at least `longest`, those of the longest sample (pair), at `where`.
-
-    kept: what `auto` takes in place of its own choice: the budget of the checkpoint that the run continues.
-    Raises UserError if a given budget is smaller.
-    """
-    if config.max_tokens_per_micro_batch == "auto":
-        return max(longest, kept or (16384 if device.type == "cuda" else 4096))
-    if longest > config.max_tokens_per_micro_batch:
-        raise UserError(
-            f"--max_tokens_per_micro_batch {config.max_tokens_per_micro_batch} is less than the {longest} tokens of "
-            f"{where}; give at least {longest}, or lower --max_seq_length"
-        )
-    return config.max_tokens_per_micro_batch
 
 
 def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):

@@ -22,10 +22,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from common.checkpoint import RunState
 from common.config import TrainConfig
 from common.distributed import Ranks
 from common.engine import out_of_memory_explained
-from common.errors import TrainingStopped
+from common.errors import TrainingStopped, UserError
 from common.metrics import memory_gb
 from common.model import model_inputs, parameter_counts
 from common.packing import pack, sft_documents
@@ -49,32 +50,56 @@ class Placement(NamedTuple):
     parameters: str
 
     @property
-    def micro_batch_tokens(self) -> int:
+    def overhead(self) -> int:
         """What a micro-batch costs besides its tokens, in tokens' time."""
         return GRADIENT_TOKENS[self.gradients] + PARAMETER_TOKENS[self.parameters]
 
 
-def place(
-    ds_config: dict, config: TrainConfig, model_config, kept: str, budget: int | None, longest: int,
-    tokens_per_step: float, ranks: Ranks,
-) -> tuple[dict, Placement]:  # fmt: skip
-    """ds_config with gradients and parameters placed, and how. What its file says of them stands. Collective.
+class Demand(NamedTuple):
+    """What a run asks of its micro-batches, in tokens."""
 
-    kept: where the checkpoint that the run continues had its gradients, or "": elsewhere they are rounded otherwise.
-    budget: tokens of a micro-batch, if they are settled; longest: of the longest sample (pair); tokens_per_step: over
-    all ranks.
+    longest: int  # of the longest sample (pair), the least that a micro-batch must hold
+    longest_sequence: int  # of what attends to itself in it
+    tokens_per_rank: float  # in a step
+    budget: int  # what a micro-batch may hold
+    is_settled: bool  # by the flag or by the checkpoint that the run continues; else settle() replaces the budget
+    gradients: str  # how that checkpoint summed them, which would be rounded otherwise elsewhere; "" for none
+
+
+def demand_of(config: TrainConfig, lengths: np.ndarray, longest_sequence: int, longest_at: str, state: RunState,
+              ranks: Ranks) -> Demand:  # fmt: skip
+    """lengths: int [samples (pairs)], tokens; longest_at: where the longest one is. state: of the run so far.
+
+    Raises UserError for a given budget that does not hold the longest one.
     """
+    longest, given = int(lengths.max()), config.max_tokens_per_micro_batch
+    budget, gradients = state.kept_at(ranks.world_size)
+    if given != "auto":
+        budget = given
+        if longest > budget:
+            raise UserError(
+                f"--max_tokens_per_micro_batch {budget} is less than the {longest} tokens of {longest_at}; give at "
+                f"least {longest}, or lower --max_seq_length"
+            )
+    default = 16384 if ranks.device.type == "cuda" else 4096
+    tokens_per_rank = float(lengths.mean()) * config.global_batch_size / ranks.world_size
+    return Demand(longest, longest_sequence, tokens_per_rank, max(longest, budget or default), budget > 0, gradients)
+
+
+def place(
+    ds_config: dict, config: TrainConfig, model_config, demand: Demand, ranks: Ranks
+) -> tuple[dict, Placement]:
+    """ds_config with gradients and parameters placed, and how. What its file says of them stands. Collective."""
     allowed = {key: (ds_config[key],) if key in ds_config else values for key, values in RESIDENCY.items()}
-    if kept and "gradients" not in ds_config:
-        allowed["gradients"] = (kept,)
+    if demand.gradients and "gradients" not in ds_config:
+        allowed["gradients"] = (demand.gradients,)
     free = -max(ranks.gather(lambda: -_free_bytes(ranks)))
-    numel, layer_numel = parameter_counts(model_config)
+    numel, _ = parameter_counts(model_config)
     itemsize, layers = getattr(torch, config.dtype).itemsize, model_config.num_hidden_layers
 
     def cost(placement: Placement) -> tuple[float, float]:
-        memory = estimated(model_config, numel, layer_numel, itemsize, ranks.world_size, placement)
-        choice = choose(memory, free * (1 - HEADROOM), layers, longest, tokens_per_step / ranks.world_size,
-                        placement.micro_batch_tokens, budget and [budget], given_layers(config, layers))  # fmt: skip
+        memory = estimated(model_config, itemsize, ranks.world_size, placement)
+        choice = choose(memory, free * (1 - HEADROOM), layers, demand, placement.overhead, given_layers(config, layers))
         return choice.cost, memory.fixed  # where by the estimate nothing fits, what needs the least memory
 
     placement = min((Placement(*pair) for pair in product(*allowed.values())), key=cost)
@@ -99,24 +124,39 @@ def _free_bytes(ranks: Ranks) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks.local_world_size
 
 
-def estimated(
-    model_config, numel: int, layer_numel: int, itemsize: int, world_size: int, placement: Placement
-) -> "MemoryModel":
-    """The memory model from the shape alone: numel parameters, layer_numel of them in each layer, of itemsize bytes.
+class State(NamedTuple):
+    """Bytes on each rank of what does not grow with the tokens."""
+
+    parameters: float
+    gradients: float
+    optimizer: float  # masters, 4 of 12, and moments
+
+
+def state_of(model_config, itemsize: int, world_size: int, placement: Placement) -> State:
+    """From the shape alone, of parameters of itemsize bytes; what passes through DeepSpeed's buffers included."""
+    numel, layer_numel = parameter_counts(model_config)
+    part, buckets = numel / world_size, min(numel, 2e8)
+    gathered = min(numel, 3 * layer_numel + buckets) if world_size > 1 else 0
+    return State(
+        parameters=itemsize * (numel if placement.parameters == "resident" else part + gathered),
+        gradients=4 * (numel if placement.gradients == "whole" else part + 2 * buckets),
+        optimizer=12 * part,
+    )
+
+
+def estimated(model_config, itemsize: int, world_size: int, placement: Placement) -> "MemoryModel":
+    """The memory model from the shape alone.
 
     A compiled layer keeps half of its matrix products' outputs (its parameters over the hidden size) and some five rows
     of the hidden size; outside the layers, the logits and some eight rows. Measured for Llama, within 10%.
     """
-    hidden = model_config.hidden_size
-    part = numel / world_size
-    gradients = 4 * (numel if placement.gradients == "whole" else part + 2 * min(numel, 2e8))
-    gathered = numel if placement.parameters == "resident" else min(numel, 3 * layer_numel + 2e8)
-    parameters = itemsize * (part + (gathered if world_size > 1 else 0))
+    state, hidden = state_of(model_config, itemsize, world_size, placement), model_config.hidden_size
+    moments = state.optimizer * 2 / 3
     return MemoryModel(
-        fixed=4 * part + gradients + parameters,
+        fixed=sum(state) - moments,
         per_token=itemsize * (model_config.vocab_size + 8 * hidden),
-        per_token_and_layer=itemsize * (layer_numel / hidden / 2 + 5 * hidden),
-        optimizer=8 * part,
+        per_token_and_layer=itemsize * (parameter_counts(model_config)[1] / hidden / 2 + 5 * hidden),
+        optimizer=moments,
     )
 
 
@@ -146,25 +186,19 @@ class Choice(NamedTuple):
 
 
 def choose(
-    memory: MemoryModel,
-    limit: float,
-    num_layers: int,
-    longest: int,
-    tokens_per_rank: float,
-    overhead: int,
-    budgets: list[int] | None,
-    given: int | None = None,
+    memory: MemoryModel, limit: float, num_layers: int, demand: Demand, overhead: int, given: int | None = None
 ) -> Choice:
     """The micro-batch and the layers that recompute of the least time that fits `limit` bytes.
 
     Time in tokens: a recomputed layer costs a third of its forward and backward passes again, a micro-batch
-    `overhead`; a step of tokens_per_rank, which steps have more or less of, takes half a micro-batch more than
-    their quotient. budgets: the only sizes allowed, None for any. given: the layers that recompute, None for any number.
+    `overhead`; a step of demand.tokens_per_rank, which steps have more or less of, takes half a micro-batch more than
+    their quotient. A settled budget is the only size allowed. given: the layers that recompute, None for any number.
     If nothing fits, the smallest size with every (or the given) layer recomputed: the dry run then says so.
     """
-    if budgets is None:
-        least = max(longest, 1024)
-        budgets = range(least, max(least, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank))) + 1, 1024)
+    tokens_per_rank, least = demand.tokens_per_rank, max(demand.longest, 1024)
+    budgets = range(least, max(least, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank))) + 1, 1024)
+    if demand.is_settled:
+        budgets = [demand.budget]
     best = Choice(budgets[0], num_layers if given is None else given, np.inf)
     for budget in budgets:
         room = (limit - memory.peak(budget, 0)) / (budget * memory.per_token_and_layer)  # layers that can keep
@@ -210,19 +244,16 @@ def confirmed(
             return tokens, recomputing, seen
 
 
-def settle(engine, config: TrainConfig, kernel: str, placement: Placement, budget: int, is_settled: bool,
-           longest: int, longest_sequence: int, tokens_per_step: float, ranks: Ranks) -> int:  # fmt: skip
+def settle(engine, config: TrainConfig, kernel: str, placement: Placement, demand: Demand, ranks: Ranks) -> int:
     """Sets the layers that recompute and returns the micro-batch's tokens, by measurement on a GPU. Collective.
 
-    budget: is replaced unless it is_settled, by the flag or by the checkpoint that the run continues. longest: tokens of
-    the longest sample (pair), the least that a micro-batch must hold; longest_sequence: of what attends to itself in
-    it. On a CPU nothing is measured: `auto` recomputes nothing.
+    On a CPU nothing is measured: `auto` recomputes nothing.
     """
-    policy = engine.module
+    policy, budget, longest = engine.module, demand.budget, demand.longest_sequence
     layers = len(policy.decoder_layers())
     given = given_layers(config, layers)
     policy.checkpoint_activations(given or 0)
-    if ranks.device.type != "cuda" or (given is not None and is_settled):
+    if ranks.device.type != "cuda" or (given is not None and demand.is_settled):
         return budget
     if layers >= MEASURED_LAYERS[1]:
         few, many = MEASURED_LAYERS
@@ -230,7 +261,7 @@ def settle(engine, config: TrainConfig, kernel: str, placement: Placement, budge
         can_recover = placement == Placement("whole", "resident") and not (
             engine.wall_clock_breakdown() or engine.flops_profiler_enabled()
         )
-        peaks = [_dry_run(engine, policy, kernel, tokens, layers - keeping, longest_sequence, can_recover, ranks)
+        peaks = [_dry_run(engine, policy, kernel, tokens, layers - keeping, longest, can_recover, ranks)
                  for tokens, keeping in ((MEASURED_TOKENS, few), (MEASURED_TOKENS, few), (MEASURED_TOKENS, many),
                                          (2 * MEASURED_TOKENS, few))][1:]  # fmt: skip
         if max(peaks) == np.inf:
@@ -239,31 +270,23 @@ def settle(engine, config: TrainConfig, kernel: str, placement: Placement, budge
             )
         per_layer = max(1.0, (peaks[1] - peaks[0]) / MEASURED_TOKENS / (many - few))
         slope = (peaks[2] - peaks[0]) / MEASURED_TOKENS
-        partition = sum(p.ds_tensor.numel() for p in policy.parameters())
-        memory = MemoryModel(peaks[0] - slope * MEASURED_TOKENS, slope - per_layer * few, per_layer, 8 * partition)
+        state = state_of(policy.lm.config, policy.lm.dtype.itemsize, ranks.world_size, placement)
+        moments = state.optimizer * 2 / 3  # which the first step allocates
+        memory = MemoryModel(peaks[0] - slope * MEASURED_TOKENS, slope - per_layer * few, per_layer, moments)
         free, total = torch.cuda.mem_get_info(ranks.device)
         usable = free + torch.cuda.memory_reserved(ranks.device) - HEADROOM * total
         limit = -max(ranks.gather(lambda: -usable))
-        allowed = [budget] if is_settled else None
-        tokens_per_rank = tokens_per_step / ranks.world_size
-        overhead = placement.micro_batch_tokens
 
         def choose_by(memory: MemoryModel) -> tuple[int, int]:
-            return choose(memory, limit, layers, longest, tokens_per_rank, overhead, allowed, given)[:2]
+            return choose(memory, limit, layers, demand, placement.overhead, given)[:2]
 
         def peak_of(budget: int, recomputing: int) -> float:
-            peak = _dry_run(engine, policy, kernel, budget, recomputing, longest_sequence, can_recover, ranks)
-            return peak + memory.optimizer
+            return _dry_run(engine, policy, kernel, budget, recomputing, longest, can_recover, ranks) + moments
 
         budget, recomputing, peak = confirmed(memory, limit, layers, max(peaks) - memory.fixed, choose_by, peak_of)
-        numel = sum(p.ds_numel for p in policy.parameters())
-        is_whole = placement.gradients == "whole", placement.parameters == "resident" and ranks.world_size > 1
-        gradients = 4 * (numel if is_whole[0] else partition)
-        parameters = policy.lm.dtype.itemsize * (partition + numel * is_whole[1])
-        activations = peak - gradients - parameters - 12 * partition
         ranks.say(
-            f"memory plan, GB on each rank: {parameters / 1e9:.1f} parameters, {gradients / 1e9:.1f} gradients, "
-            f"{12 * partition / 1e9:.1f} optimizer, {activations / 1e9:.1f} activations and buffers; {peak / 1e9:.1f} seen, "
+            f"memory plan, GB on each rank: {state.parameters / 1e9:.1f} parameters, {state.gradients / 1e9:.1f} gradients, "
+            f"{state.optimizer / 1e9:.1f} optimizer, {(peak - sum(state)) / 1e9:.1f} activations; {peak / 1e9:.1f} seen, "
             f"{memory.peak(budget, layers - recomputing) / 1e9:.1f} predicted, {limit / 1e9:.1f} usable; micro-batches of "
             f"{budget:,} tokens, {recomputing} of {layers} layers recomputed"
         )

@@ -212,8 +212,9 @@ class WholeGradients:
 class ResidentParameters:
     """Keeps every parameter of an engine whole on this rank: gathered here and after each of its steps.
 
-    DeepSpeed's hooks, which gather and release, are removed. A module that runs waits for its own parameters only;
-    whoever reads them in another way calls policy.finish_gathering first.
+    DeepSpeed's hooks, which gather and release, are removed, and the parts that this rank owns become views of the
+    wholes, into which a step rounds the masters. A module that runs waits for its own parameters only; whoever reads
+    them in another way calls policy.finish_gathering first.
     """
 
     def __init__(self, engine, policy: nn.Module):
@@ -224,18 +225,28 @@ class ResidentParameters:
         offload.forward_hooks, offload.backward_hooks = [], []
         self.groups = list(_by_module(policy))
         self.whole: dict[nn.Parameter, torch.Tensor] = {}  # the ranks' parts one after another
+        self.arriving: dict[nn.Module, list] = {}
         for module, params in self.groups:
             module.register_forward_pre_hook(self._wait)
             for param in params:
-                if self.world_size > 1:
-                    size = self.world_size * param.ds_tensor.numel()
-                    self.whole[param] = torch.empty(size, dtype=param.ds_tensor.dtype, device=engine.device)
-        self.arriving: dict[nn.Module, list] = {}
+                whole = param.ds_tensor.data.new_empty(self.world_size, param.ds_tensor.numel())
+                part = whole[dist.get_rank()].copy_(param.ds_tensor.data)
+                param.ds_tensor.data, self.whole[param] = part, whole.view(-1)
         policy.finish_gathering = self._wait_for_all
         self.end_step = self.zero._post_step
-        self.zero._partition_all_parameters = lambda: None
+        self.zero._partition_all_parameters = self._wait_for_all
+        self.zero._reassign_or_swap_out_partitioned_parameters = self._round_masters
         self.zero._post_step = self._post_step
+        masters = {master.untyped_storage().data_ptr() for master in self.zero.fp32_partitioned_groups_flat}
+        if (parts := self.zero.lp_param_buffer.untyped_storage()).data_ptr() not in masters:  # as float32's are
+            parts.resize_(0)
         self._gather()
+
+    @torch.no_grad()
+    def _round_masters(self, group: int) -> None:
+        parts = [part.data for part in self.zero.fp16_partitioned_groups[group]]
+        masters = self.zero.fp32_partitioned_groups_flat[group].split([part.numel() for part in parts])
+        torch._foreach_copy_(parts, list(masters))
 
     def _post_step(self, timer_names) -> None:
         self.end_step(timer_names)
@@ -249,8 +260,7 @@ class ResidentParameters:
                 pairs = [(self.whole[param], param.ds_tensor.data) for param in params]
                 self.arriving[module] = _start(dist.all_gather_into_tensor, pairs, self.zero.dp_process_group)
             for param in params:
-                whole = self.whole[param] if self.world_size > 1 else param.ds_tensor.data.view(-1)
-                param.data = whole[: param.ds_numel].view(param.ds_shape)
+                param.data = self.whole[param][: param.ds_numel].view(param.ds_shape)
                 param.ds_status = ZeroParamStatus.AVAILABLE
 
     def _wait(self, module: nn.Module, _) -> None:

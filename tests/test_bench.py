@@ -69,7 +69,14 @@ def test_a_benchmark_that_is_stopped_stops_its_ranks(tmp_path, number):
     assert not left
 
 
-@pytest.mark.parametrize(("words", "named"), [((), "bench sft|dpo"), (("sft", "--shape", "huge"), "known shapes are")])
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((), "bench sft|dpo"),
+        (("sft", "--shape", "huge"), "known shapes are"),
+        (("sft", "--lengths", "long"), "known are tulu, full"),
+    ],
+)
 def test_a_mistake_is_one_line(tmp_path, words, named):
     done = bench(tmp_path, *words)
     assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1

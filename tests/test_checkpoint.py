@@ -25,7 +25,6 @@ from safetensors.numpy import load_file
 from common import checkpoint, distributed, run_record
 from common.checkpoint import RunState
 from common.config import DPOConfig, SFTConfig, parse_config
-from common.engine import micro_batch_budget
 from common.errors import TrainingStopped, UserError
 
 SHAPES = {"embed.weight": (7, 3), "layer.weight": (5,), "norm.weight": (1,)}
@@ -386,17 +385,6 @@ def test_checkpoints_are_cleaned_only_once_the_result_is_written(output_dir, mon
     assert names(output_dir) == ["step_00000009"]
     assert run_record.check_output_dir(config, identity, 9)
     assert names(output_dir) == []
-
-
-def test_the_budget_is_kept_at_the_same_number_of_ranks():
-    state, auto = RunState(micro_batch_budget=700, world_size=4), config_of(SFTConfig)
-    device = torch.device("cpu")
-    assert micro_batch_budget(auto, 100, device, state.budget_at(4)) == 700
-    assert micro_batch_budget(auto, 100, device, state.budget_at(2)) == 4096
-    assert micro_batch_budget(auto, 900, device, state.budget_at(4)) == 900  # --share_prompt false: longer samples
-    given = config_of(SFTConfig, max_tokens_per_micro_batch=300)
-    assert micro_batch_budget(given, 100, device, state.budget_at(4)) == 300
-    assert micro_batch_budget(auto, 100, device, RunState().budget_at(4)) == 4096
 
 
 # ------------------------------------------------------------------ disk

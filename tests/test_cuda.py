@@ -94,7 +94,8 @@ def test_a_product_is_added_in_float32_by_the_matrix_product_itself(dtype):
     grad, inputs = (torch.randn(1, 3000, n, device="cuda").to(dtype) for n in (256, 512))
     expected = total.double() + grad[0].double().T @ inputs[0].double()
     residency.add_product(total, grad, inputs)
-    assert relative(total, expected) < (1e-6 if dtype == torch.bfloat16 else 1e-3)  # float32 may be tf32
+    # A sum rounded to bfloat16 is off by more than 1e-3, and one of 3,000 products in float32 by some 1e-6.
+    assert relative(total, expected) < (1e-5 if dtype == torch.bfloat16 else 1e-3)  # float32 may be tf32
 
 
 @pytest.mark.parametrize("compiled", [False, True])

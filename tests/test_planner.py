@@ -6,48 +6,53 @@ pytest tests/test_planner.py
 from types import SimpleNamespace
 
 import models
+import numpy as np
 import pytest
 import torch
 
+from common.checkpoint import RunState
 from common.config import SFTConfig
-from common.errors import TrainingStopped
+from common.errors import TrainingStopped, UserError
 from common.model import parameter_counts
-from common.planner import MemoryModel, Placement, choose, confirmed, estimated, place, settle
+from common.planner import Demand, MemoryModel, Placement, choose, confirmed, demand_of, estimated, place, settle
 
 GB = 1e9
 PARTITIONED = Placement("partitioned", "streamed")
-LLAMA_8B_ON_2 = MemoryModel(fixed=44 * GB, per_token=0.6e6, per_token_and_layer=1e5, optimizer=32 * GB)
+NUMEL = 8_030_261_248
+LLAMA_8B_ON_2 = MemoryModel(fixed=44 * GB, per_token=0.6e6, per_token_and_layer=1e5, optimizer=4 * NUMEL)
+FIXED = LLAMA_8B_ON_2.peak(0, 0)
+ANY = Demand(longest=4096, longest_sequence=4096, tokens_per_rank=42_000, budget=16384, is_settled=False, gradients="")
 
 
 def test_with_room_nothing_is_recomputed_and_a_step_takes_few_micro_batches():
-    budget, recomputing, _ = choose(LLAMA_8B_ON_2, 500 * GB, 32, longest=4096, tokens_per_rank=42_000, overhead=700, budgets=None)
+    budget, recomputing, _ = choose(LLAMA_8B_ON_2, 500 * GB, 32, ANY, overhead=700)
     assert recomputing == 0
     assert 42_000 / budget <= 2
 
 
 def test_with_little_room_smaller_micro_batches_come_before_recomputation():
-    budget, recomputing, _ = choose(LLAMA_8B_ON_2, 110 * GB, 32, longest=4096, tokens_per_rank=42_000, overhead=700, budgets=None)
+    budget, recomputing, _ = choose(LLAMA_8B_ON_2, 110 * GB, 32, ANY, overhead=700)
     assert recomputing == 0 and budget < 16384
 
 
 @pytest.mark.parametrize("limit", [80, 90, 100, 120, 140])
 @pytest.mark.parametrize("longest", [500, 4096, 9000])
 def test_what_is_chosen_fits_and_holds_the_longest_sample(limit, longest):
-    budget, recomputing, _ = choose(LLAMA_8B_ON_2, limit * GB, 32, longest, tokens_per_rank=42_000, overhead=700, budgets=None)
+    budget, recomputing, _ = choose(LLAMA_8B_ON_2, limit * GB, 32, ANY._replace(longest=longest), overhead=700)
     assert budget >= longest
     if recomputing < 32:
         assert LLAMA_8B_ON_2.peak(budget, 32 - recomputing) <= limit * GB
 
 
 def test_a_given_budget_is_kept_and_only_the_layers_are_chosen():
-    budget, recomputing, _ = choose(LLAMA_8B_ON_2, 110 * GB, 32, 4096, 42_000, overhead=700, budgets=[16384])
+    budget, recomputing, _ = choose(LLAMA_8B_ON_2, 110 * GB, 32, ANY._replace(is_settled=True), overhead=700)
     assert budget == 16384 and 0 < recomputing < 32
     assert LLAMA_8B_ON_2.peak(budget, 32 - recomputing) <= 110 * GB
     assert LLAMA_8B_ON_2.peak(budget, 32 - recomputing + 1) > 110 * GB
 
 
 def test_nothing_fits_gives_the_smallest_with_all_layers_recomputed():
-    assert choose(LLAMA_8B_ON_2, 70 * GB, 32, 4096, 42_000, 700, None) == (4096, 32, float("inf"))
+    assert choose(LLAMA_8B_ON_2, 70 * GB, 32, ANY, 700) == (4096, 32, float("inf"))
 
 
 @pytest.mark.parametrize(
@@ -69,16 +74,15 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
         return real.peak(tokens, 32 - recomputing) - real.optimizer
 
     said, recomputed = [], []
-    part = int(real.optimizer / 8)
-    parameter = SimpleNamespace(ds_tensor=torch.empty(part, device="meta"), ds_numel=2 * part)
     policy = SimpleNamespace(decoder_layers=lambda: [None] * 32, checkpoint_activations=recomputed.append,
-                             parameters=lambda: [parameter], lm=SimpleNamespace(dtype=torch.bfloat16))  # fmt: skip
+                             lm=SimpleNamespace(dtype=torch.bfloat16, config=models.make_config(**LLAMA_8B)))  # fmt: skip
     ranks = SimpleNamespace(device=torch.device("cuda"), world_size=2, say=said.append, gather=lambda work: [work()])
     monkeypatch.setattr("common.planner._dry_run", dry_run)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (141 * GB - real.fixed, 141 * GB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: real.fixed)
     config = SFTConfig(**flags)
-    budget = settle(SimpleNamespace(module=policy), config, "varlen", PARTITIONED, 16384, is_settled, 832, 832, 90_000, ranks)
+    demand = Demand(832, 832, 45_000, 16384, is_settled, "")
+    budget = settle(SimpleNamespace(module=policy), config, "varlen", PARTITIONED, demand, ranks)
     layers = runs[-1][1] if runs else recomputed[-1]
     assert (budget, layers) == expected
     if is_settled and "gradient_checkpointing" in flags:
@@ -87,8 +91,11 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
         assert runs[-1] == expected, "the last dry run is of what was chosen"
         assert real.peak(budget, 32 - layers) <= 0.94 * 141 * GB
         assert f"micro-batches of {budget:,} tokens, {layers} of 32 layers recomputed" in said[-1]
-        activations = real.peak(budget, 32 - layers) / GB - 8 - 16 - 48  # of 4e9 parameters: 2, 4 and 12 bytes each
-        assert f"8.0 parameters, 16.0 gradients, 48.0 optimizer, {activations:.1f} activations and buffers" in said[-1]
+        parameters = NUMEL + 2 * (3 * 218_112_000 + 2e8)  # bytes: a half of them, three layers and a bucket
+        gradients = 2 * NUMEL + 8 * 2e8  # a half and two buckets, in float32
+        activations = real.peak(budget, 32 - layers) - parameters - gradients - 6 * NUMEL
+        of_state = f"{parameters / GB:.1f} parameters, {gradients / GB:.1f} gradients, {6 * NUMEL / GB:.1f} optimizer"
+        assert f"{of_state}, {activations / GB:.1f} activations" in said[-1]
 
 
 @pytest.mark.parametrize("tokens_per_step", [1_400, 22_000, 90_000])
@@ -101,32 +108,32 @@ def test_a_micro_batch_holds_the_longest_pair_though_no_sequence_in_it_is_as_lon
         sequences.append(longest)
         return LLAMA_8B_ON_2.peak(tokens, 32 - recomputing) - LLAMA_8B_ON_2.optimizer
 
-    parameter = SimpleNamespace(ds_tensor=torch.empty(4 * 10**9, device="meta"), ds_numel=8 * 10**9)
     policy = SimpleNamespace(decoder_layers=lambda: [None] * 32, checkpoint_activations=lambda layers: None,
-                             parameters=lambda: [parameter], lm=SimpleNamespace(dtype=torch.bfloat16))  # fmt: skip
+                             lm=SimpleNamespace(dtype=torch.bfloat16, config=models.make_config(**LLAMA_8B)))  # fmt: skip
     ranks = SimpleNamespace(device=torch.device("cuda"), world_size=2, say=lambda text: None, gather=lambda work: [work()])
     monkeypatch.setattr("common.planner._dry_run", dry_run)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (limit * GB / 0.94, limit * GB / 0.94))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     engine = SimpleNamespace(module=policy)
-    budget = settle(engine, SFTConfig(), "varlen", PARTITIONED, 16384, False, 3000, 2000, tokens_per_step, ranks)
+    demand = Demand(3000, 2000, tokens_per_step / 2, 16384, False, "")
+    budget = settle(engine, SFTConfig(), "varlen", PARTITIONED, demand, ranks)
     assert budget >= 3000 and set(sequences) == {2000}
 
 
 def choice_within(limit: float):
-    return lambda memory: choose(memory, limit, 32, 4096, 42_000, 700, None)[:2]
+    return lambda memory: choose(memory, limit, 32, ANY, 700)[:2]
 
 
 TRIED = 4096 * (0.6e6 + 8 * 1e5)  # bytes of 4,096 tokens with 8 layers that keep
 
 
 def test_a_choice_that_fits_is_taken_and_memory_at_most_doubles_on_the_way():
-    peaks, sizes = [TRIED + 76 * GB], []
+    peaks, sizes = [TRIED + FIXED], []
 
     def peak_of(tokens, recomputing):
         sizes.append((tokens, recomputing))
         peaks.append(LLAMA_8B_ON_2.peak(tokens, 32 - recomputing))
-        assert peaks[-1] - 76 * GB <= 2 * (peaks[-2] - 76 * GB)
+        assert peaks[-1] - FIXED <= 2 * (peaks[-2] - FIXED)
         return peaks[-1]
 
     choice = confirmed(LLAMA_8B_ON_2, 150 * GB, 32, TRIED, choice_within(150 * GB), peak_of)
@@ -136,7 +143,7 @@ def test_a_choice_that_fits_is_taken_and_memory_at_most_doubles_on_the_way():
 @pytest.mark.parametrize("factor", [1.02, 1.1, 1.5, 3.0])
 def test_a_larger_peak_than_foretold_lowers_the_choice_before_memory_runs_out(factor):
     """Micro-batches that take more than three small ones foretold."""
-    real = MemoryModel(44 * GB, factor * 0.6e6, factor * 1e5, 32 * GB)
+    real = MemoryModel(44 * GB, factor * 0.6e6, factor * 1e5, 4 * NUMEL)
     peaks = []
 
     def peak_of(tokens, recomputing):
@@ -152,7 +159,7 @@ def test_a_larger_peak_than_foretold_lowers_the_choice_before_memory_runs_out(fa
 @pytest.mark.parametrize("given", [None, 0])
 def test_running_out_of_memory_lowers_the_choice_until_it_fits(factor, given):
     """A device of 120 GB that is told from nothing but running out; 110 GB of it are to be used."""
-    real = MemoryModel(44 * GB, factor * 0.6e6, factor * 1e5, 32 * GB)
+    real = MemoryModel(44 * GB, factor * 0.6e6, factor * 1e5, 4 * NUMEL)
     sizes = []
 
     def peak_of(tokens, recomputing):
@@ -161,7 +168,7 @@ def test_running_out_of_memory_lowers_the_choice_until_it_fits(factor, given):
         return peak if peak <= 120 * GB else float("inf")
 
     def choose_by(memory):
-        return choose(memory, 110 * GB, 32, 1024, 42_000, 700, None, given)[:2]
+        return choose(memory, 110 * GB, 32, ANY._replace(longest=1024), 700, given)[:2]
 
     budget, recomputing, peak = confirmed(LLAMA_8B_ON_2, 110 * GB, 32, 1e12, choose_by, peak_of)
     assert peak <= 110 * GB and sizes[-1] == (budget, recomputing)
@@ -187,9 +194,9 @@ def test_if_even_the_smallest_choice_is_above_the_limit_it_is_tried_all_the_same
 
 @pytest.mark.parametrize("given", [0, 10, 32])
 def test_given_layers_are_what_the_budget_is_chosen_for(given):
-    budget, recomputing, _ = choose(LLAMA_8B_ON_2, 110 * GB, 32, 4096, 42_000, 700, None, given)
+    budget, recomputing, _ = choose(LLAMA_8B_ON_2, 110 * GB, 32, ANY, 700, given)
     assert recomputing == given and LLAMA_8B_ON_2.peak(budget, 32 - given) <= 110 * GB
-    assert choose(LLAMA_8B_ON_2, 78 * GB, 32, 4096, 42_000, 700, None, given)[:2] == (4096, given)
+    assert choose(LLAMA_8B_ON_2, 78 * GB, 32, ANY, 700, given)[:2] == (4096, given)
 
 
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -213,12 +220,13 @@ def test_8b_is_placed_by_what_memory_leaves_room_for(monkeypatch, world_size, fr
 
 
 def test_the_estimate_of_8b_is_what_was_measured():
-    """On two H200: 73.1 GB without moments, 139.3 GB with them and 10,240 tokens."""
-    config = models.make_config(**LLAMA_8B)
-    assert parameter_counts(config) == (8_030_261_248, 218_112_000)
-    memory = estimated(config, *parameter_counts(config), 2, 2, Placement("whole", "resident"))
-    assert memory.fixed == pytest.approx(73.1e9, rel=0.03)
-    assert memory.peak(10_240, 32) == pytest.approx(139.3e9, rel=0.03)
+    """On two H200: 73.1 GB without moments, 139.3 GB with them and 10,240 tokens, when each rank held its own parts of
+    the resident parameters twice."""
+    config, twice = models.make_config(**LLAMA_8B), 2 * NUMEL / 2
+    assert parameter_counts(config) == (NUMEL, 218_112_000)
+    memory = estimated(config, 2, 2, Placement("whole", "resident"))
+    assert memory.fixed + twice == pytest.approx(73.1e9, rel=0.03)
+    assert memory.peak(10_240, 32) + twice == pytest.approx(139.3e9, rel=0.03)
 
 
 def placed(monkeypatch, config, frees, own=None, kept="", budget=None, **flags):
@@ -228,7 +236,8 @@ def placed(monkeypatch, config, frees, own=None, kept="", budget=None, **flags):
                             gather=lambda work: [work() for _ in frees])  # fmt: skip
     monkeypatch.setattr("common.planner._free_bytes", lambda ranks: next(free))
     given = {"zero_optimization": {"stage": 3}, **own}
-    ds_config, placement = place(given, SFTConfig(**flags), config, kept, budget, 4096, 84_500, ranks)
+    demand = ANY._replace(budget=budget or 0, is_settled=budget is not None, gradients=kept)
+    ds_config, placement = place(given, SFTConfig(**flags), config, demand, ranks)
     assert given == {"zero_optimization": {"stage": 3}, **own}, "what was given is left as it is"
     assert ds_config == given | {"gradients": placement.gradients, "parameters": placement.parameters}
     assert len(said) == 1 and all(word in said[0] for word in placement)
@@ -255,6 +264,22 @@ def test_micro_batches_that_are_given_leave_less_to_keep_whole(monkeypatch):
     config, frees, flags = models.make_config(**LLAMA_8B), (150 * GB, 150 * GB), {"gradient_checkpointing": "none"}
     assert placed(monkeypatch, config, frees, budget=10_240, **flags) == ("whole", "resident")
     assert placed(monkeypatch, config, frees, budget=18_432, **flags) == ("partitioned", "streamed")
+
+
+def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
+    def seen(longest, num_ranks, state, **flags):
+        ranks = SimpleNamespace(device=torch.device("cpu"), world_size=num_ranks)
+        lengths = np.array([longest // 2, longest, 10])
+        return demand_of(SFTConfig(global_batch_size=8, **flags), lengths, longest, "data.jsonl:2", state, ranks)
+
+    state = RunState(micro_batch_budget=700, world_size=4, gradients="partitioned")
+    assert seen(100, 4, state) == Demand(100, 100, 8 * (160 / 3) / 4, 700, True, "partitioned")
+    assert seen(100, 2, state) == Demand(100, 100, 8 * (160 / 3) / 2, 4096, False, "")
+    assert seen(900, 4, state)[3:5] == (900, True)  # --share_prompt false: longer pairs
+    assert seen(100, 4, state, max_tokens_per_micro_batch=300)[3:] == (300, True, "partitioned")
+    assert seen(100, 4, RunState())[3:] == (4096, False, "")
+    with pytest.raises(UserError, match=r"_micro_batch 300 is less than the 900 tokens of data.jsonl:2; give at least 900"):
+        seen(900, 4, state, max_tokens_per_micro_batch=300)
 
 
 @pytest.mark.parametrize("tied", [False, True])

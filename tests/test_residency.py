@@ -181,6 +181,8 @@ def run_micro_batches(folder: str, residency: dict, runs_out: bool = False, func
         whole = {}
         if residency["parameters"] == "resident":
             policy.finish_gathering()
+            for param in parameters.values():
+                assert param.ds_tensor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr(), "held twice"
             whole = {name: param.detach().clone() for name, param in parameters.items()}
         seen.append({"parts": parts, "norm": norm, "whole": whole})
     ranks.leave()
