@@ -32,7 +32,8 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     set_z3_leaf_modules(model, list({type(layer) for layer in model.decoder_layers()}))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     zero = engine.optimizer
-    zero.get_grad_norm_direct = partial(_gradient_norm, zero)
+    if not zero.offload_optimizer:
+        zero._get_norm_groups = partial(_gradient_norm, zero)
     zero.unscale_and_clip_grads = partial(_clip, zero)
     if ds_config.get("gradients") == "whole":
         WholeGradients(engine, model, engine.zero_reduce_bucket_size())
@@ -41,19 +42,24 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     return engine
 
 
-def _gradient_norm(zero, gradients: list[torch.Tensor], params: list, norm_type: float = 2.0) -> torch.Tensor:
-    """float64: the 2-norm of what all ranks hold, -1 if it is not finite. What DeepSpeed's does, in one pass over the
+def _gradient_norm(zero) -> list[torch.Tensor]:
+    """[float64]: the 2-norm of what all ranks hold, -1 if it is not finite. What DeepSpeed's does, in one pass over the
     gradients, which are not copied to float64 first."""
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
-    square = torch.stack(norms).square().sum()
+    gradients = [part for group in range(len(zero.fp16_groups)) for part in zero.averaged_gradients[group]]
+    square = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
     torch.distributed.all_reduce(square, group=zero.dp_process_group)
-    return torch.where(square.isfinite(), square.sqrt(), -1.0)
+    return [torch.where(square.isfinite(), square.sqrt(), -1.0)]
 
 
 def _clip(zero, group: int, norm: torch.Tensor) -> None:
-    """Scales a group's gradients by max_grad_norm / (norm + 1e-6) if that is below 1, as torch's clip_grad_norm_."""
-    if zero.clip_grad > 0 and (scale := zero.clip_grad / (float(norm) + 1e-6)) < 1:
-        zero.fp32_partitioned_groups_flat[group].grad.mul_(scale)
+    """Finds zero.clip_factor, max_grad_norm / (norm + 1e-6) if that is below 1, as torch's clip_grad_norm_, and scales
+    the group's flat gradients by it; where sums are whole the update does that (common/residency.py)."""
+    if group == 0:  # the host waits for the norm once, before an update is under way
+        zero._global_grad_norm = float(norm)
+        zero.clip_factor = min(1.0, zero.clip_grad / (zero._global_grad_norm + 1e-6)) if zero.clip_grad > 0 else 1.0
+    gradient = zero.fp32_partitioned_groups_flat[group].grad
+    if gradient is not None and zero.clip_factor < 1:
+        gradient.mul_(zero.clip_factor)
 
 
 @contextmanager

@@ -9,8 +9,9 @@ Parameters: DeepSpeed by itself gathers a layer whenever it runs, and releases i
 once a step, each while the layers before it already run.
 
 Both replace, on one instance, methods that DeepSpeed's optimizer calls; what its step reads and writes, the parts of
-masters, moments, gradients and parameters that this rank owns, is the same either way. Their collectives go through
-DeepSpeed's own group, so that all run in the order in which they were started.
+masters, moments, gradients and parameters that this rank owns, is the same either way. Its step takes one group of
+parameters after another (`sub_group_size`): while one is updated the one before is gathered. Their collectives go
+through DeepSpeed's own communicator, so that all run in the order in which they were started.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 from torch.distributed.distributed_c10d import _coalescing_manager  # one launch for a layer's collectives
+from torch.optim.adamw import adamw
 
 
 def _start(collective: Callable, pairs: list[tuple[torch.Tensor, torch.Tensor]], group, **options) -> list:
@@ -112,7 +114,8 @@ class WholeGradients:
     """Takes over an engine's gradients: what its backward passes leave, and what its step reads.
 
     Replaced are the optimizer's methods that its hooks call with each parameter whose part in a backward pass is
-    over, the one that ends a backward pass, and the step, after which sums are zeroed.
+    over, the one that ends a backward pass, those that update a group of parameters, and the step, after which sums
+    are zeroed while the next forward pass runs.
     policy: the engine's common.model.PackedModel, before its layers are compiled. bucket_elements: of the sums that
     are reduced in one go.
     """
@@ -142,8 +145,12 @@ class WholeGradients:
 
         zero = self.zero
         self.take_step = zero.step
+        self.beside = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
+        policy.register_forward_hook(self._wait_for_zeros)
         zero.reduce_ready_partitions_and_remove_grads = self._take
         zero.independent_gradient_partition_epilogue = self._end_backward
+        zero._prepare_sub_group = lambda group, timer_names: None  # which copies gradients into one flat tensor
+        zero._optimizer_step = self._update
         zero.step = self._step
         zero.grad_partitions_flat_buffer.untyped_storage().resize_(0)  # of DeepSpeed's own reduction, as what follows
         for bucket in zero.ipg_buckets.values():
@@ -202,19 +209,60 @@ class WholeGradients:
             i: [parts[param] for param in group] for i, group in enumerate(self.zero.fp16_groups)
         }
 
+    @torch.no_grad()
+    def _update(self, group: int) -> None:
+        """torch's fused AdamW, as the optimizer would do it on a flat tensor, on each parameter's stretch of the group's
+        flat masters and moments."""
+        optimizer, masters = self.zero.optimizer, self.zero.fp32_partitioned_groups_flat[group]
+        gradients, self.zero.averaged_gradients[group] = self.zero.averaged_gradients[group], None
+        state, options = optimizer.state[masters], optimizer.param_groups[self.zero.sub_group_to_group_id[group]]
+        if not state:
+            state["step"] = torch.zeros((), device=masters.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(masters), torch.zeros_like(masters)
+        sizes, factor = [gradient.numel() for gradient in gradients], self.zero.clip_factor
+        steps = state["step"].repeat(len(gradients)).unbind()  # each is counted up
+        adamw(
+            list(masters.detach().split(sizes)),
+            gradients,
+            list(state["exp_avg"].split(sizes)),
+            list(state["exp_avg_sq"].split(sizes)),
+            [],
+            list(steps),
+            fused=True,
+            grad_scale=torch.full((), 1 / factor, device=masters.device) if factor < 1 else None,  # divides by it
+            amsgrad=False,
+            beta1=options["betas"][0],
+            beta2=options["betas"][1],
+            lr=options["lr"],
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            maximize=False,
+        )
+        state["step"] = steps[0]
+
     def _step(self, *arguments, **options) -> None:
         self.take_step(*arguments, **options)
         self.sent.clear()
-        torch._foreach_zero_(list(self.sums.values()))
+        if self.beside is None:
+            torch._foreach_zero_(list(self.sums.values()))
+            return
+        self.beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.beside):
+            torch._foreach_zero_(list(self.sums.values()))
+
+    def _wait_for_zeros(self, *_) -> None:
+        """Between a forward pass, which matrix products fill, and its backward pass, which adds to the sums."""
+        if self.beside is not None:
+            torch.cuda.current_stream().wait_stream(self.beside)
 
 
 # ---------------------------------------------------------------------- parameters
 class ResidentParameters:
-    """Keeps every parameter of an engine whole on this rank: gathered here and after each of its steps.
+    """Keeps every parameter of an engine whole on this rank: gathered here and in each of its steps.
 
     DeepSpeed's hooks, which gather and release, are removed, and the parts that this rank owns become views of the
-    wholes, into which a step rounds the masters. A module that runs waits for its own parameters only; whoever reads
-    them in another way calls policy.finish_gathering first.
+    wholes, into which a step rounds the masters; once that is done for all of a layer, it is gathered. A module that
+    runs waits for its own parameters only; whoever reads them in another way calls policy.finish_gathering first.
     """
 
     def __init__(self, engine, policy: nn.Module):
@@ -223,39 +271,37 @@ class ResidentParameters:
         for hook in (*offload.forward_hooks, *offload.backward_hooks):
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
-        self.groups = list(_by_module(policy))
         self.whole: dict[nn.Parameter, torch.Tensor] = {}  # the ranks' parts one after another
         self.arriving: dict[nn.Module, list] = {}
-        for module, params in self.groups:
+        group_of = {param: i for i, group in enumerate(self.zero.fp16_groups) for param in group}
+        self.last_in: list[list] = [[] for _ in self.zero.fp16_groups]  # modules whose last parameter is in the group
+        for module, params in _by_module(policy):
+            self.last_in[max(group_of[param] for param in params)].append((module, params))
             module.register_forward_pre_hook(self._wait)
             for param in params:
                 whole = param.ds_tensor.data.new_empty(self.world_size, param.ds_tensor.numel())
                 part = whole[dist.get_rank()].copy_(param.ds_tensor.data)
                 param.ds_tensor.data, self.whole[param] = part, whole.view(-1)
         policy.finish_gathering = self._wait_for_all
-        self.end_step = self.zero._post_step
         self.zero._partition_all_parameters = self._wait_for_all
         self.zero._reassign_or_swap_out_partitioned_parameters = self._round_masters
-        self.zero._post_step = self._post_step
         masters = {master.untyped_storage().data_ptr() for master in self.zero.fp32_partitioned_groups_flat}
         if (parts := self.zero.lp_param_buffer.untyped_storage()).data_ptr() not in masters:  # as float32's are
             parts.resize_(0)
-        self._gather()
+        for group in range(len(self.last_in)):
+            self._gather(group)
 
     @torch.no_grad()
     def _round_masters(self, group: int) -> None:
         parts = [part.data for part in self.zero.fp16_partitioned_groups[group]]
         masters = self.zero.fp32_partitioned_groups_flat[group].split([part.numel() for part in parts])
         torch._foreach_copy_(parts, list(masters))
-
-    def _post_step(self, timer_names) -> None:
-        self.end_step(timer_names)
-        self._gather()
+        self._gather(group)
 
     @torch.no_grad()
-    def _gather(self) -> None:
-        """Starts to gather what the ranks' parts now hold."""
-        for module, params in self.groups:
+    def _gather(self, group: int) -> None:
+        """Starts to gather the modules of which the ranks' parts are now all rounded."""
+        for module, params in self.last_in[group]:
             if self.world_size > 1:
                 pairs = [(self.whole[param], param.ds_tensor.data) for param in params]
                 self.arriving[module] = _start(dist.all_gather_into_tensor, pairs, self.zero.dp_process_group)

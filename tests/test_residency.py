@@ -24,6 +24,8 @@ CASES = {
 }
 SAMPLES = [[3, 5, 8, 13, 21, 34], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8], [4, 6], [9, 9, 8, 200, 300]]
 # micro-batches of each rank, as indices into SAMPLES: the last one of rank 1 is empty
+LEARNING_RATE, EPSILON = 1e-2, 0.1  # so large that it counts whether gradients were clipped
+MAX_NORM = 2.0
 PLANS = {1: [[[0, 1], [2], [3]]], 2: [[[0], [2]], [[1, 3], []]], 3: [[[0], [2]], [[1], []], [[3], []]]}
 
 
@@ -132,8 +134,9 @@ def test_rows_of_an_embedding_are_summed_in_the_same_order_every_time():
 
 
 def make_engine(folder: str, residency: dict, ranks: distributed.Ranks):
-    config = SFTConfig(dtype="float32", max_grad_norm=0, learning_rate=1e-2)
+    config = SFTConfig(dtype="float32", max_grad_norm=MAX_NORM, learning_rate=LEARNING_RATE, adam_epsilon=EPSILON)
     ds_config = deepspeed_config(config) | residency
+    ds_config["zero_optimization"]["sub_group_size"] = 3000  # several groups of parameters in a step
     policy = model.load_partitioned(folder, model.load_config(folder), torch.float32, "sdpa", ds_config, ranks)
     return policy, build_engine(policy, config, ds_config)
 
@@ -250,7 +253,7 @@ def test_a_weight_that_is_used_without_its_module_is_not_forgotten(folder, num_r
 def check_against_plain(folder, seen: list) -> None:
     num_ranks = len(seen)
     plain = reference.load(folder)
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0)
     for step in range(2):
         for ids in SAMPLES:
             (-reference.token_logps(plain, ids, list(range(1, len(ids)))).sum()).backward()
@@ -259,6 +262,9 @@ def check_against_plain(folder, seen: list) -> None:
             torch.testing.assert_close(gradient, param.grad.flatten(), rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
         norm = torch.cat([param.grad.double().flatten() for param in plain.parameters()]).norm().item()
         assert [rank[step]["norm"] for rank in seen] == pytest.approx([norm] * num_ranks, rel=1e-5)
+        assert norm > 2 * MAX_NORM
+        for param in plain.parameters():
+            param.grad *= MAX_NORM / (norm + 1e-6)
         optimizer.step()
         optimizer.zero_grad()
         for rank in seen:
