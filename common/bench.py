@@ -176,6 +176,8 @@ def main() -> None:
             passed.append(flag)
     if options["--shape"] not in SHAPES:
         raise UserError(f"--shape {options['--shape']}: known shapes are {', '.join(SHAPES)}")
+    if options["--lengths"] not in SAMPLES_PER_RANK:
+        raise UserError(f"--lengths {options['--lengths']}: known are {', '.join(SAMPLES_PER_RANK)}")
     steps = int(options["--steps"]) + WARMUP_STEPS
     folder = Path("output/bench")
     model, data, out = (
@@ -186,8 +188,6 @@ def main() -> None:
     if not (model / "tokenizer.json").is_file():  # in a process of its own, which leaves the GPU when it is done
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             process.submit(write_model, options["--shape"], model).result()
-    if options["--lengths"] not in SAMPLES_PER_RANK:
-        raise UserError(f"--lengths {options['--lengths']}: known are {', '.join(SAMPLES_PER_RANK)}")
     samples = SAMPLES_PER_RANK[options["--lengths"]] * ranks
     write_data(method, options["--lengths"], 12 * samples, data)
     shutil.rmtree(out, ignore_errors=True)

@@ -34,8 +34,9 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     zero = engine.optimizer
     if not zero.offload_optimizer:
         zero._get_norm_groups = partial(_gradient_norm, zero)
-    zero.unscale_and_clip_grads = partial(_clip, zero)
-    if ds_config.get("gradients") == "whole":
+    is_whole = ds_config.get("gradients") == "whole"
+    zero.unscale_and_clip_grads = partial(_clip, zero, is_whole)
+    if is_whole:
         WholeGradients(engine, model, engine.zero_reduce_bucket_size())
     if ds_config.get("parameters") == "resident":
         ResidentParameters(engine, model)
@@ -51,15 +52,14 @@ def _gradient_norm(zero) -> list[torch.Tensor]:
     return [torch.where(square.isfinite(), square.sqrt(), -1.0)]
 
 
-def _clip(zero, group: int, norm: torch.Tensor) -> None:
+def _clip(zero, is_whole: bool, group: int, norm: torch.Tensor) -> None:
     """Finds zero.clip_factor, max_grad_norm / (norm + 1e-6) if that is below 1, as torch's clip_grad_norm_, and scales
-    the group's flat gradients by it; where sums are whole the update does that (common/residency.py)."""
+    the group's flat gradients by it; where they are whole the update does that (common/residency.py)."""
     if group == 0:  # the host waits for the norm once, before an update is under way
         zero._global_grad_norm = float(norm)
         zero.clip_factor = min(1.0, zero.clip_grad / (zero._global_grad_norm + 1e-6)) if zero.clip_grad > 0 else 1.0
-    gradient = zero.fp32_partitioned_groups_flat[group].grad
-    if gradient is not None and zero.clip_factor < 1:
-        gradient.mul_(zero.clip_factor)
+    if not is_whole and zero.clip_factor < 1:
+        zero.fp32_partitioned_groups_flat[group].grad.mul_(zero.clip_factor)
 
 
 @contextmanager

@@ -94,17 +94,17 @@ def place(
     if demand.gradients and "gradients" not in ds_config:
         allowed["gradients"] = (demand.gradients,)
     free = -max(ranks.gather(lambda: -_free_bytes(ranks)))
-    numel, _ = parameter_counts(model_config)
+    counts = parameter_counts(model_config)
     itemsize, layers = getattr(torch, config.dtype).itemsize, model_config.num_hidden_layers
 
     def cost(placement: Placement) -> tuple[float, float]:
-        memory = estimated(model_config, itemsize, ranks.world_size, placement)
+        memory = estimated(model_config, counts, itemsize, ranks.world_size, placement)
         choice = choose(memory, free * (1 - HEADROOM), layers, demand, placement.overhead, given_layers(config, layers))
         return choice.cost, memory.fixed  # where by the estimate nothing fits, what needs the least memory
 
     placement = min((Placement(*pair) for pair in product(*allowed.values())), key=cost)
     ranks.say(
-        f"placement: gradients {placement.gradients}, parameters {placement.parameters}; {numel / 1e9:.2f} billion "
+        f"placement: gradients {placement.gradients}, parameters {placement.parameters}; {counts[0] / 1e9:.2f} billion "
         f"parameters, {free / 1e9:.1f} GB free for each of {ranks.world_size} ranks"
     )
     return ds_config | placement._asdict(), placement
@@ -129,12 +129,17 @@ class State(NamedTuple):
 
     parameters: float
     gradients: float
-    optimizer: float  # masters, 4 of 12, and moments
+    optimizer: float  # masters and moments
+
+    @property
+    def moments(self) -> float:
+        """The two of three float32 values that the first step allocates."""
+        return self.optimizer * 2 / 3
 
 
-def state_of(model_config, itemsize: int, world_size: int, placement: Placement) -> State:
-    """From the shape alone, of parameters of itemsize bytes; what passes through DeepSpeed's buffers included."""
-    numel, layer_numel = parameter_counts(model_config)
+def state_of(counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement) -> State:
+    """What passes through DeepSpeed's buffers included. counts: of parameters, all and in a layer, of itemsize bytes."""
+    numel, layer_numel = counts
     part, buckets = numel / world_size, min(numel, 2e8)
     gathered = min(numel, 3 * layer_numel + buckets) if world_size > 1 else 0
     return State(
@@ -144,19 +149,20 @@ def state_of(model_config, itemsize: int, world_size: int, placement: Placement)
     )
 
 
-def estimated(model_config, itemsize: int, world_size: int, placement: Placement) -> "MemoryModel":
-    """The memory model from the shape alone.
+def estimated(
+    model_config, counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement
+) -> "MemoryModel":
+    """The memory model from the shape alone; counts as in state_of.
 
     A compiled layer keeps half of its matrix products' outputs (its parameters over the hidden size) and some five rows
     of the hidden size; outside the layers, the logits and some eight rows. Measured for Llama, within 10%.
     """
-    state, hidden = state_of(model_config, itemsize, world_size, placement), model_config.hidden_size
-    moments = state.optimizer * 2 / 3
+    state, hidden = state_of(counts, itemsize, world_size, placement), model_config.hidden_size
     return MemoryModel(
-        fixed=sum(state) - moments,
+        fixed=sum(state) - state.moments,
         per_token=itemsize * (model_config.vocab_size + 8 * hidden),
-        per_token_and_layer=itemsize * (parameter_counts(model_config)[1] / hidden / 2 + 5 * hidden),
-        optimizer=moments,
+        per_token_and_layer=itemsize * (counts[1] / hidden / 2 + 5 * hidden),
+        optimizer=state.moments,
     )
 
 
@@ -270,9 +276,9 @@ def settle(engine, config: TrainConfig, kernel: str, placement: Placement, deman
             )
         per_layer = max(1.0, (peaks[1] - peaks[0]) / MEASURED_TOKENS / (many - few))
         slope = (peaks[2] - peaks[0]) / MEASURED_TOKENS
-        state = state_of(policy.lm.config, policy.lm.dtype.itemsize, ranks.world_size, placement)
-        moments = state.optimizer * 2 / 3  # which the first step allocates
-        memory = MemoryModel(peaks[0] - slope * MEASURED_TOKENS, slope - per_layer * few, per_layer, moments)
+        counts = parameter_counts(policy.lm.config)
+        state = state_of(counts, policy.lm.dtype.itemsize, ranks.world_size, placement)
+        memory = MemoryModel(peaks[0] - slope * MEASURED_TOKENS, slope - per_layer * few, per_layer, state.moments)
         free, total = torch.cuda.mem_get_info(ranks.device)
         usable = free + torch.cuda.memory_reserved(ranks.device) - HEADROOM * total
         limit = -max(ranks.gather(lambda: -usable))
@@ -281,7 +287,8 @@ def settle(engine, config: TrainConfig, kernel: str, placement: Placement, deman
             return choose(memory, limit, layers, demand, placement.overhead, given)[:2]
 
         def peak_of(budget: int, recomputing: int) -> float:
-            return _dry_run(engine, policy, kernel, budget, recomputing, longest, can_recover, ranks) + moments
+            peak = _dry_run(engine, policy, kernel, budget, recomputing, longest, can_recover, ranks)
+            return peak + state.moments
 
         budget, recomputing, peak = confirmed(memory, limit, layers, max(peaks) - memory.fixed, choose_by, peak_of)
         ranks.say(

@@ -220,14 +220,14 @@ class WholeGradients:
             state["step"] = torch.zeros((), device=masters.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(masters), torch.zeros_like(masters)
         sizes, factor = [gradient.numel() for gradient in gradients], self.zero.clip_factor
-        steps = state["step"].repeat(len(gradients)).unbind()  # each is counted up
+        steps = list(state["step"].repeat(len(gradients)).unbind())  # each is counted up
         adamw(
             list(masters.detach().split(sizes)),
             gradients,
             list(state["exp_avg"].split(sizes)),
             list(state["exp_avg_sq"].split(sizes)),
             [],
-            list(steps),
+            steps,
             fused=True,
             grad_scale=torch.full((), 1 / factor, device=masters.device) if factor < 1 else None,  # divides by it
             amsgrad=False,
@@ -243,11 +243,9 @@ class WholeGradients:
     def _step(self, *arguments, **options) -> None:
         self.take_step(*arguments, **options)
         self.sent.clear()
-        if self.beside is None:
-            torch._foreach_zero_(list(self.sums.values()))
-            return
-        self.beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.beside):
+        if self.beside is not None:
+            self.beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.beside):  # none: where it is
             torch._foreach_zero_(list(self.sums.values()))
 
     def _wait_for_zeros(self, *_) -> None:
@@ -271,17 +269,20 @@ class ResidentParameters:
         for hook in (*offload.forward_hooks, *offload.backward_hooks):
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
-        self.whole: dict[nn.Parameter, torch.Tensor] = {}  # the ranks' parts one after another
         self.arriving: dict[nn.Module, list] = {}
         group_of = {param: i for i, group in enumerate(self.zero.fp16_groups) for param in group}
-        self.last_in: list[list] = [[] for _ in self.zero.fp16_groups]  # modules whose last parameter is in the group
+        # Of each group the modules whose last parameter is in it, and (whole, part) of each parameter.
+        self.last_in: list[list] = [[] for _ in self.zero.fp16_groups]
         for module, params in _by_module(policy):
-            self.last_in[max(group_of[param] for param in params)].append((module, params))
-            module.register_forward_pre_hook(self._wait)
-            for param in params:
+            pairs = []
+            for param in params:  # the ranks' parts one after another
                 whole = param.ds_tensor.data.new_empty(self.world_size, param.ds_tensor.numel())
-                part = whole[dist.get_rank()].copy_(param.ds_tensor.data)
-                param.ds_tensor.data, self.whole[param] = part, whole.view(-1)
+                param.ds_tensor.data = whole[dist.get_rank()].copy_(param.ds_tensor.data)
+                param.data = whole.view(-1)[: param.ds_numel].view(param.ds_shape)
+                param.ds_status = ZeroParamStatus.AVAILABLE
+                pairs.append((whole.view(-1), param.ds_tensor.data))
+            self.last_in[max(group_of[param] for param in params)].append((module, pairs))
+            module.register_forward_pre_hook(self._wait)
         policy.finish_gathering = self._wait_for_all
         self.zero._partition_all_parameters = self._wait_for_all
         self.zero._reassign_or_swap_out_partitioned_parameters = self._round_masters
@@ -301,13 +302,9 @@ class ResidentParameters:
     @torch.no_grad()
     def _gather(self, group: int) -> None:
         """Starts to gather the modules of which the ranks' parts are now all rounded."""
-        for module, params in self.last_in[group]:
-            if self.world_size > 1:
-                pairs = [(self.whole[param], param.ds_tensor.data) for param in params]
+        if self.world_size > 1:
+            for module, pairs in self.last_in[group]:
                 self.arriving[module] = _start(dist.all_gather_into_tensor, pairs, self.zero.dp_process_group)
-            for param in params:
-                param.data = self.whole[param][: param.ds_numel].view(param.ds_shape)
-                param.ds_status = ZeroParamStatus.AVAILABLE
 
     def _wait(self, module: nn.Module, _) -> None:
         for work in self.arriving.pop(module, ()):

@@ -224,7 +224,7 @@ def test_the_estimate_of_8b_is_what_was_measured():
     the resident parameters twice."""
     config, twice = models.make_config(**LLAMA_8B), 2 * NUMEL / 2
     assert parameter_counts(config) == (NUMEL, 218_112_000)
-    memory = estimated(config, 2, 2, Placement("whole", "resident"))
+    memory = estimated(config, parameter_counts(config), 2, 2, Placement("whole", "resident"))
     assert memory.fixed + twice == pytest.approx(73.1e9, rel=0.03)
     assert memory.peak(10_240, 32) + twice == pytest.approx(139.3e9, rel=0.03)
 
