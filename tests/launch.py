@@ -63,13 +63,15 @@ class Finished:
 class Run:
     """A run under way."""
 
-    def __init__(self, target, num_ranks: int, arguments: tuple, output_dir: Path):
+    def __init__(self, target, num_ranks: int, arguments: tuple, output_dir: Path, on_gpu: bool = False):
         self.output_dir = output_dir
         self.logs = Path(tempfile.mkdtemp(prefix="plaintune-run-"))
         atexit.register(shutil.rmtree, self.logs, ignore_errors=True)
         port = free_port()
-        environment = os.environ | CPU_ENVIRONMENT
-        environment["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
+        context = multiprocessing.get_context("spawn") if on_gpu else _context  # whose server has no GPU
+        environment = os.environ | ({} if on_gpu else CPU_ENVIRONMENT)
+        inherited = environment.get("PYTHONPATH", "").split(os.pathsep)
+        environment["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests"), *inherited])
         before = dict(os.environ)
         os.environ.update(environment)  # a fork server that is not running yet starts with this
         try:
@@ -84,7 +86,7 @@ class Run:
                     "MASTER_PORT": port,
                 }
                 environment.update({name: str(value) for name, value in ranks.items()})
-                process = _context.Process(
+                process = context.Process(
                     target=_rank_main, args=(dict(environment), str(self.logs), target, arguments)
                 )
                 process.start()
@@ -133,9 +135,9 @@ def launch(script: str, flags: dict, num_ranks: int = 1, patches: dict | None = 
     return start(script, flags, num_ranks, patches).wait()
 
 
-def on_ranks(function, num_ranks: int, *arguments) -> list:
+def on_ranks(function, num_ranks: int, *arguments, on_gpu: bool = False) -> list:
     """What function(*arguments) returned on each of num_ranks ranks; it must be a test module's own function."""
-    run = Run(_function_main, num_ranks, (function.__module__, function.__name__, arguments), Path("."))
+    run = Run(_function_main, num_ranks, (function.__module__, function.__name__, arguments), Path("."), on_gpu)
     done = run.wait().succeeded()
     assert done.exit_codes
     return [pickle.loads((run.logs / f"result_{rank}").read_bytes()) for rank in range(num_ranks)]

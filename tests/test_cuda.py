@@ -1,10 +1,14 @@
-"""What only a GPU can show: the variable-length kernels compute what the block mask says, packed and shared prompts alike.
+"""What only a GPU can show: the variable-length kernels compute what the block mask says, packed and shared prompts alike;
+and what runs beside something else waits for what it needs.
 
     python -m pytest -m cuda tests/test_cuda.py
 """
 
+import launch
+import models
 import numpy as np
 import pytest
+import test_residency
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -14,7 +18,6 @@ from common.token_cache import PreferencePair, SFTSample
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 KERNELS = [k for k in attention.KERNELS if k != "sdpa" and torch.cuda.is_available() and not attention._why_not(k, True)]
-
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -129,3 +132,31 @@ def test_shared_prompts_equal_two_documents_on_the_gpu():
         micro_batch = packing.pack([packing.pair_documents(p, share) for p in documents])
         sums.append(tiny("varlen", torch.bfloat16)(**model_inputs(micro_batch, "varlen", torch.device("cuda"))))
     assert float((sums[0] - sums[1]).abs().max()) < 0.05
+
+
+def run_with_delays(folder: str, placement: dict) -> list[dict]:
+    """test_residency's two steps, in which sums are zeroed late, and one rank starts its collectives late."""
+    start, zero, delay = residency._start, torch._foreach_zero_, 300_000_000  # cycles, some 0.2 s
+
+    def start_late(*arguments, **options):
+        if torch.distributed.get_rank() > 0:
+            torch.cuda._sleep(delay // 10)
+        return start(*arguments, **options)
+
+    def zero_late(sums):
+        torch.cuda._sleep(delay)
+        zero(sums)
+
+    residency._start, torch._foreach_zero_ = start_late, zero_late
+    return test_residency.run_micro_batches(folder, placement, in_a_row=True)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("parameters", ["resident", "streamed"])
+def test_whole_gradients_and_weights_are_the_plain_ones_whatever_is_late(tmp_path, num_ranks, parameters):
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs")
+    folder = models.make_model(tmp_path, "llama", intermediate_size=49)
+    placement = {"gradients": "whole", "parameters": parameters}
+    seen = launch.on_ranks(run_with_delays, num_ranks, str(folder), placement, on_gpu=True)
+    test_residency.check_against_plain(folder, seen)

@@ -141,11 +141,14 @@ def make_engine(folder: str, residency: dict, ranks: distributed.Ranks):
     return policy, build_engine(policy, config, ds_config)
 
 
-def run_micro_batches(folder: str, residency: dict, runs_out: bool = False, functional: bool = False) -> list[dict]:
+def run_micro_batches(
+    folder: str, residency: dict, runs_out: bool = False, functional: bool = False, in_a_row: bool = False
+) -> list[dict]:
     """Two steps of PLANS. For each: {name: this rank's part of the gradient} before it, the norm, and every
-    parameter, whole, after it. runs_out: after dry runs in which the last rank runs out of memory. functional: a layer
-    uses the weight of one of its modules, and of another as well as the module itself; and no hook is called for
-    embedding and head, whose weights get no gradient from autograd, as torch may have it."""
+    parameter, whole, after it; in_a_row: only after the last, so that nothing waits for what a step began. runs_out:
+    after dry runs in which the last rank runs out of memory. functional: a layer uses the weight of one of its
+    modules, and of another as well as the module itself; and no hook is called for embedding and head, whose weights
+    get no gradient from autograd, as torch may have it."""
     ranks = distributed.start(5)
     policy, engine = make_engine(folder, residency, ranks)
     if functional:
@@ -166,7 +169,7 @@ def run_micro_batches(folder: str, residency: dict, runs_out: bool = False, func
     parameters = dict(policy.lm.named_parameters())
     names = {param: name for name, param in parameters.items()}
     seen = []
-    for _ in range(2):
+    for step in range(2):
         plan = PLANS[ranks.world_size][ranks.rank]
         for m, members in enumerate(plan):
             row = pack([sft_documents(SFTSample(np.array(SAMPLES[i]), np.array([[1, len(SAMPLES[i])]]))) for i in members])
@@ -175,18 +178,18 @@ def run_micro_batches(folder: str, residency: dict, runs_out: bool = False, func
             assert all(param.grad is None for param in parameters.values())
         zero = engine.optimizer
         parts = {
-            names[param]: part.clone().flatten()
+            names[param]: part.cpu().clone().flatten()
             for i, group in enumerate(zero.fp16_groups)
             for param, part in zip(group, zero.averaged_gradients[i], strict=True)
         }
         engine.step()
         norm = float(engine.get_global_grad_norm())
         whole = {}
-        if residency["parameters"] == "resident":
+        if residency["parameters"] == "resident" and not (in_a_row and step == 0):
             policy.finish_gathering()
             for param in parameters.values():
                 assert param.ds_tensor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr(), "held twice"
-            whole = {name: param.detach().clone() for name, param in parameters.items()}
+            whole = {name: param.detach().cpu().clone() for name, param in parameters.items()}
         seen.append({"parts": parts, "norm": norm, "whole": whole})
     ranks.leave()
     return seen
