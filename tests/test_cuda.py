@@ -136,15 +136,15 @@ def test_shared_prompts_equal_two_documents_on_the_gpu():
 
 def run_with_delays(folder: str, placement: dict) -> list[dict]:
     """test_residency's two steps, in which sums are zeroed late, and one rank starts its collectives late."""
-    start, zero, delay = residency._start, torch._foreach_zero_, 300_000_000  # cycles, some 0.2 s
+    start, zero, second = residency._start, torch._foreach_zero_, 2_000_000_000  # cycles
 
     def start_late(*arguments, **options):
         if torch.distributed.get_rank() > 0:
-            torch.cuda._sleep(delay // 10)
+            torch.cuda._sleep(second // 50)
         return start(*arguments, **options)
 
     def zero_late(sums):
-        torch.cuda._sleep(delay)
+        torch.cuda._sleep(second)
         zero(sums)
 
     residency._start, torch._foreach_zero_ = start_late, zero_late
