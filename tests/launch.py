@@ -70,8 +70,7 @@ class Run:
         port = free_port()
         context = multiprocessing.get_context("spawn") if on_gpu else _context  # whose server has no GPU
         environment = os.environ | ({} if on_gpu else CPU_ENVIRONMENT)
-        inherited = environment.get("PYTHONPATH", "").split(os.pathsep)
-        environment["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests"), *inherited])
+        environment["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
         before = dict(os.environ)
         os.environ.update(environment)  # a fork server that is not running yet starts with this
         try:

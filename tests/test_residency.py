@@ -13,7 +13,7 @@ from common.config import SFTConfig
 from common.engine import build_engine
 from common.packing import pack, sft_documents
 from common.placement import deepspeed_config
-from common.residency import SummingEmbedding, SummingLinear, add_product
+from common.residency import SummingEmbedding, SummingLinear, WholeGradients, add_product
 from common.token_cache import SFTSample
 
 CASES = {
@@ -251,6 +251,41 @@ def test_a_rank_that_runs_out_of_memory_in_a_dry_run_leaves_no_trace(folder, num
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_weight_that_is_used_without_its_module_is_not_forgotten(folder, num_ranks):
     check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), WHOLE, False, True))
+
+
+class LateStream:
+    """Stands for a CUDA stream: what is zeroed on it happens when another one waits for it, and not before."""
+
+    def __init__(self):
+        self.zeroing, self.late = torch._foreach_zero_, []
+
+    def __enter__(self):
+        torch._foreach_zero_ = self.late.append
+
+    def __exit__(self, *_):
+        torch._foreach_zero_ = self.zeroing
+
+    def wait_stream(self, other) -> None:
+        while isinstance(other, LateStream) and other.late:
+            other.zeroing(other.late.pop())
+
+
+def run_with_late_zeros(folder: str) -> list[dict]:
+    initialize = WholeGradients.__init__
+
+    def with_a_stream(self, *arguments):
+        initialize(self, *arguments)
+        self.beside = LateStream()
+
+    WholeGradients.__init__ = with_a_stream
+    current = LateStream()
+    torch.cuda.current_stream, torch.cuda.stream = lambda: current, lambda stream: stream
+    return run_micro_batches(folder, WHOLE, in_a_row=True)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_backward_pass_waits_until_the_last_steps_sums_are_zeros(folder, num_ranks):
+    check_against_plain(folder, launch.on_ranks(run_with_late_zeros, num_ranks, str(folder)))
 
 
 def check_against_plain(folder, seen: list) -> None:
