@@ -169,11 +169,11 @@ def _attended(doc: Document) -> int:
 def pack(samples: list[list[Document]]) -> MicroBatch:
     """Lays the documents of each sample one after another into one row.
 
-    With no samples the row is one token with no target: a rank that has nothing to do in a micro-batch
-    still takes part in every collective.
+    With no samples the row is two tokens with no target: a rank that has nothing to do in a micro-batch
+    still takes part in every collective, by what was compiled for longer rows (a length of 1 is a case of its own).
     """
     nothing = np.zeros(0, np.int64)
-    documents = [doc for sample in samples for doc in sample] or [Document(np.zeros(1), 1, 0, nothing, nothing, [])]
+    documents = [doc for sample in samples for doc in sample] or [Document(np.zeros(2), 2, 0, nothing, nothing, [])]
     positions, branches = [], []
     for doc in documents:
         length, stem, chosen = len(doc.input_ids), doc.stem, doc.chosen

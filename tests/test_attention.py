@@ -176,7 +176,7 @@ def test_variable_length_kernels_are_told_what_the_block_mask_says(flash_attn, k
 
 @pytest.mark.parametrize("kernel", ["flash_attention_4", "sdpa"])
 def test_layers_compile_without_breaks_and_once_for_rows_of_every_length(flash_attn, kernel):
-    """A row of pairs and one of plain samples are warm-up."""
+    """A row of pairs and one of plain samples are warm-up; the last row is that of a rank without samples."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
@@ -186,12 +186,14 @@ def test_layers_compile_without_breaks_and_once_for_rows_of_every_length(flash_a
     for compiled in (False, True):
         if compiled:
             model.compile_layers()
-        for i, shapes in enumerate((ROWS[3], ROWS[1], [(9, 0, 0), (4, 3, 2)], [(3, 0, 0), (8, 0, 0)])):
+        for i, shapes in enumerate((ROWS[3], ROWS[1], [(9, 0, 0), (4, 3, 2)], [(3, 0, 0), (8, 0, 0)], [])):
             if i == 2:
                 warm = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            row = row_of(shapes)
-            targets = torch.arange(1, len(row.input_ids))
-            inputs = model_inputs(row, kernel, CPU) | {"target_rows": targets - 1, "target_ids": targets % 50}
+            row = row_of(shapes) if shapes else pack([])
+            if shapes:
+                row.target_rows = np.arange(len(row.input_ids) - 1)
+                row.target_ids = row.target_rows % 50
+            inputs = model_inputs(row, kernel, CPU)
             logps = model(**inputs)
             logps.sum().backward()
             results[compiled] += [logps.detach(), *(p.grad for p in model.parameters())]

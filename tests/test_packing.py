@@ -71,9 +71,9 @@ def test_a_step_with_fewer_samples_than_ranks_leaves_ranks_empty():
     assert sorted(len(rank[0]) for rank in plan) == [0, 0, 0, 1]
 
 
-def test_an_empty_micro_batch_is_one_token_without_a_target():
+def test_an_empty_micro_batch_is_two_tokens_without_a_target():
     row = pack([])
-    assert (len(row.input_ids), len(row.target_rows), row.sequence_targets) == (1, 0, [])
+    assert (len(row.input_ids), len(row.target_rows), row.sequence_targets) == (2, 0, [])
     assert (row.num_tokens, row.sum_squared_lengths) == (0, 0)
 
 
