@@ -86,7 +86,9 @@ def main() -> None:
         if config.checkpointing_steps == "epoch"
         else config.checkpointing_steps
     )
-    identity = ranks.once(lambda: run_record.run_identity(config, data.digest, template.digest, model_folder))
+    identity = ranks.once(
+        lambda: run_record.run_identity(config, data.digest, template.digest, model_folder, reference_folder)
+    )
     if ranks.once(lambda: run_record.check_output_dir(config, identity, last_step)):
         ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
         return
@@ -203,7 +205,7 @@ def main() -> None:
         if not math.isfinite(train_loss):
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), pair_lengths, data, ranks)
         if step == 0 and reference_folder is None:
-            check_first_step(train_loss, loss_of, config)
+            check_first_step(train_loss, means, loss_of, config)
         engine.step()
         if not engine.was_step_applied():
             raise not_finite(step + 1, "gradient norm", math.nan, plan, None, pair_lengths, data, ranks)

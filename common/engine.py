@@ -10,7 +10,7 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 
 from common.config import TrainConfig
-from common.errors import TrainingStopped, is_out_of_memory
+from common.errors import TrainingStopped, UserError, is_out_of_memory
 from common.model import PackedModel
 from common.residency import ResidentParameters, WholeGradients
 
@@ -18,7 +18,8 @@ from common.residency import ResidentParameters, WholeGradients
 def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     """deepspeed.initialize with torch's fused AdamW over every parameter, weight decay on all of them.
 
-    ds_config's `gradients` and `parameters` say what is kept whole during a step (common/residency.py).
+    ds_config's `gradients` and `parameters` say what is kept whole during a step (common/residency.py). Raises UserError
+    for what DeepSpeed itself refuses.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -30,7 +31,11 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     )
     # One gather and one reduction a layer, in place of one for every module in it.
     set_z3_leaf_modules(model, list({type(layer) for layer in model.decoder_layers()}))
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    except (AssertionError, NotImplementedError, ValueError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise UserError(f"--ds_config {config.ds_config}: DeepSpeed refuses it: {type(e).__name__}: {reason}") from e
     zero = engine.optimizer
     if not zero.offload_optimizer:
         zero._get_norm_groups = partial(_gradient_norm, zero)

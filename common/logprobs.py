@@ -1,5 +1,7 @@
 """The one log-probability head: SFT, DPO and the reference pass all read log p(target) from here."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -20,6 +22,13 @@ def logits_gradient_(logits: torch.Tensor, targets: torch.Tensor, lse: torch.Ten
     """Replaces logits [N, V] by d target_logps / d logits, times grad_logps float32 [N]: g (onehot - softmax)."""
     hit = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
     logits.copy_(grad_logps[:, None] * (hit.float() - torch.exp(logits.float() - lse[:, None])))
+
+
+def _compiled(function: Callable) -> Callable:
+    """function(logits [N, V], ...) compiled for every N but 1, of which torch would make a case of its own whenever a
+    row, or what is left of one for its last chunk, first has a single target."""
+    compiled = torch.compile(function, dynamic=True)
+    return lambda logits, *rest: (function if len(logits) == 1 else compiled)(logits, *rest)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -87,8 +96,7 @@ class LogProbHead(nn.Module):
 
     def compile_arithmetic(self) -> None:
         """Fuses what happens to a chunk's logits: no float32 copy of them is made, so a chunk can be a whole row's."""
-        self.logps_of = torch.compile(target_logps, dynamic=True)
-        self.gradient_of = torch.compile(logits_gradient_, dynamic=True)
+        self.logps_of, self.gradient_of = _compiled(target_logps), _compiled(logits_gradient_)
         self.chunk_rows = max(1, (COMPILED_CHUNK_BYTES // self.weight.element_size() - 1) // self.vocab_size)
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:

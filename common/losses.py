@@ -76,7 +76,10 @@ def preference_loss(config: DPOConfig) -> PreferenceLoss:
     return loss
 
 
-ROUNDING = 1e-6  # error of a float32 log-probability x, over 1 + |x|, between two ways to pack its sequence
+# Error of a log-probability x between two ways to pack its sequence: in float32 over 1 + |x|; in bfloat16 over |x|, of
+# which 6e-5 to 3e-4 were seen.
+ROUNDING = 1e-6
+BFLOAT16_ROUNDING = 2e-4
 
 
 # What preference_sums adds up over a step's pairs; divided by their number, the fields of metrics.jsonl.
@@ -98,7 +101,7 @@ def preference_sums(loss: torch.Tensor, ratios: torch.Tensor, logps: torch.Tenso
     loss: the sum of their losses; ratios [P, 2]: what the loss was computed from, (chosen, rejected);
     logps [P, 2]: the policy's, in the loss's reduction. A reward is beta times a ratio (Rafailov et al.
     2023, section 5); an accuracy is 1 where the chosen reward is the greater, 0.5 for a tie. Ratios that differ by
-    less than the rounding of the log-probabilities they come from are a tie: so is every pair at step 1.
+    less than float32's rounding of the log-probabilities they come from are a tie: so in float32 is every pair at step 1.
     """
     rewards, logps = beta * ratios.double(), logps.double()
     margins = rewards[:, 0] - rewards[:, 1]
@@ -107,14 +110,21 @@ def preference_sums(loss: torch.Tensor, ratios: torch.Tensor, logps: torch.Tenso
     return torch.stack([loss.double(), *rewards.sum(0), margins.sum(), accuracy.sum(), *logps.sum(0)])
 
 
-def check_first_step(train_loss: float, loss: PreferenceLoss, config: DPOConfig) -> None:
-    """Step 1 of a logistic loss is ln 2, for policy and reference are the same model. Raises TrainingStopped."""
+def check_first_step(train_loss: float, means: dict[str, float], loss: PreferenceLoss, config: DPOConfig) -> None:
+    """Step 1 of a logistic loss is ln 2, for policy and reference are the same model. Raises TrainingStopped.
+
+    means: of the step's pairs, by the names of SUMMED. In bfloat16 the rounding of a pair's two log-probabilities is
+    allowed as well: a loss whose slope is 1/2 carries over half of beta times it.
+    """
     if loss.first_step_tolerance is None:
         return
-    expected = loss.first_step(config)
-    if abs(train_loss - expected) > loss.first_step_tolerance:
+    expected, tolerance = loss.first_step(config), loss.first_step_tolerance
+    if config.dtype == "bfloat16":
+        logps = abs(means["logps/chosen"]) + abs(means["logps/rejected"])
+        tolerance += config.beta / 2 * BFLOAT16_ROUNDING * logps
+    if abs(train_loss - expected) > tolerance:
         raise TrainingStopped(
-            f"step 1: the loss is {train_loss:.4f} and must be {expected:.4f} (within {loss.first_step_tolerance}), for "
+            f"step 1: the loss is {train_loss:.4f} and must be {expected:.4f} (within {tolerance:.2g}), for "
             f"the policy still is its reference. The reference cache may not belong to these weights (delete "
             f"{config.cache_dir}/reference), or the attention kernel may be wrong for packed pairs (try "
             f"--attn_implementation sdpa)"

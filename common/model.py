@@ -18,6 +18,8 @@ from torch import nn
 from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.conversion_mapping import extract_weight_conversions_for_model
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from common.attention import attention_kwargs, registered_name, to_device
@@ -161,21 +163,26 @@ def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig)
 
 
 class WeightReader:
-    """The safetensors of a model folder by tensor name; raises UserError for what is missing or torn."""
+    """The safetensors of a model folder by tensor name; raises UserError for what is missing or torn.
 
-    def __init__(self, folder: str):
+    renamings: transformers' own of names that a folder may have and the model's class has not.
+    """
+
+    def __init__(self, folder: str, renamings: list[WeightRenaming] = ()):
         self.folder = Path(folder)
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             try:
-                self.file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{index}: not a safetensors index") from None
         elif (self.folder / "model.safetensors").is_file():
             with self._open("model.safetensors") as file:
-                self.file_of = dict.fromkeys(file.keys(), "model.safetensors")
+                file_of = dict.fromkeys(file.keys(), "model.safetensors")
         else:
             raise UserError(f"model {folder}: has neither model.safetensors nor model.safetensors.index.json")
+        # Name in the model -> file, name in it.
+        self.places = {rename_source_key(key, renamings, [])[0]: (file, key) for key, file in file_of.items()}
 
     def _open(self, name: str):
         try:
@@ -188,29 +195,29 @@ class WeightReader:
     def check(self, model: nn.Module) -> None:
         """Raises UserError if a parameter of `model` is missing or has another shape."""
         shapes = {}
-        for file_name in sorted(set(self.file_of.values())):
+        for file_name in sorted({file for file, _ in self.places.values()}):
             with self._open(file_name) as file:
-                shapes.update({name: list(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+                shapes.update({(file_name, key): list(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
         for name, param in model.named_parameters():
-            key = self._key(name, model.base_model_prefix)
-            if key is None or key not in shapes:
+            place = self._place(name, model.base_model_prefix)
+            if place not in shapes:
                 raise UserError(f"model {self.folder}: the weights lack {name}")
-            if shapes[key] != list(param.shape):
+            if shapes[place] != list(param.shape):
                 raise UserError(
-                    f"model {self.folder}: {name} is {shapes[key]}, config.json asks for {list(param.shape)}"
+                    f"model {self.folder}: {name} is {shapes[place]}, config.json asks for {list(param.shape)}"
                 )
 
-    def _key(self, name: str, prefix: str) -> str | None:
+    def _place(self, name: str, prefix: str) -> tuple[str, str] | None:
         candidates = (name, name.removeprefix(prefix + "."))  # a checkpoint of the bare decoder has no prefix
-        return next((key for key in candidates if key in self.file_of), None)
+        return next((self.places[key] for key in candidates if key in self.places), None)
 
     def read(self, name: str, prefix: str) -> torch.Tensor:
-        key = self._key(name, prefix)
-        with self._open(self.file_of[key]) as file:
+        file_name, key = self._place(name, prefix)
+        with self._open(file_name) as file:
             return file.get_tensor(key)
 
     def has(self, name: str, prefix: str) -> bool:
-        return self._key(name, prefix) is not None
+        return self._place(name, prefix) is not None
 
 
 def load_partitioned(
@@ -219,14 +226,15 @@ def load_partitioned(
     """The model of `folder` with its parameters in `dtype`, partitioned over the ranks as they are read.
 
     It is built without storage, so no rank ever holds the model whole; rank 0 reads each tensor and
-    DeepSpeed hands out the parts. Buffers (RoPE's frequencies) keep the dtype they are defined in.
+    DeepSpeed hands out the parts. Buffers that no folder holds (RoPE's frequencies) keep the dtype they are defined in.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=registered_name(kernel))
     model.tie_weights()
-    reader = WeightReader(folder)
+    conversions = extract_weight_conversions_for_model(model) or []
+    reader = WeightReader(folder, [c for c in conversions if isinstance(c, WeightRenaming)])
     ranks.once(lambda: reader.check(model))
-    _materialize_buffers(model, reader, ranks)
+    _materialize_buffers(model, reader, dtype, ranks)
 
     places: dict[int, list[tuple[nn.Module, str]]] = {}  # a tied parameter has several
     for module in model.modules():
@@ -250,9 +258,10 @@ def load_partitioned(
     return PackedModel(model)
 
 
-def _materialize_buffers(model: nn.Module, reader: WeightReader, ranks: Ranks) -> None:
-    """Gives buffers storage and the values that from_pretrained gives them: transformers' own initialization,
-    then the file's. Runs while parameters have no storage, so their initialization does nothing."""
+def _materialize_buffers(model: nn.Module, reader: WeightReader, dtype: torch.dtype, ranks: Ranks) -> None:
+    """Gives buffers storage and the values that from_pretrained gives them: transformers' own initialization, then, of
+    those that belong in a model folder, the file's, in `dtype`. Runs while parameters have no storage, so their
+    initialization does nothing."""
     for prefix, module in model.named_modules():
         own = dict(module.named_buffers(recurse=False))
         for name, buffer in own.items():
@@ -263,8 +272,9 @@ def _materialize_buffers(model: nn.Module, reader: WeightReader, ranks: Ranks) -
                 model._init_weights(module)
         for name in own:
             key = f"{prefix}.{name}"
-            if reader.has(key, model.base_model_prefix):
-                module._buffers[name].copy_(reader.read(key, model.base_model_prefix))
+            if name not in module._non_persistent_buffers_set and reader.has(key, model.base_model_prefix):
+                value = reader.read(key, model.base_model_prefix).to(ranks.device)
+                module._buffers[name] = value.to(dtype) if value.is_floating_point() else value
             elif not module._buffers[name].is_floating_point() or module._buffers[name].isnan().any():
                 raise UserError(f"model type {model.config.model_type}: nothing says what its buffer {key} holds")
 
@@ -364,11 +374,18 @@ def partition_report(parameters: dict[str, nn.Parameter], ranks: Ranks) -> dict:
     }
 
 
+def persistent_buffers(lm: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that are part of a model folder, by name: nothing trains them."""
+    names = lm.state_dict().keys()
+    return {name: buffer for name, buffer in lm.named_buffers() if name in names}
+
+
 def export_model(model: PackedModel, output_dir: str, tokenizer, source_folder: str, ranks: Ranks) -> None:
     """Writes what AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load.
 
-    Parameters are gathered one at a time; rank 0 writes shards of at most 5 GB. Everything is written
-    to a temporary folder first; the index, which makes the shards a model, is moved last.
+    Parameters are gathered one at a time; rank 0 writes shards of at most 5 GB, buffers that a model folder holds with
+    the last one. Everything is written to a temporary folder first; the index, which makes the shards a model, is moved
+    last.
     """
     model.finish_gathering()
     lm, target = model.lm, Path(output_dir)
@@ -393,9 +410,10 @@ def export_model(model: PackedModel, output_dir: str, tokenizer, source_folder: 
                 if ranks.is_main:
                     tensors[name] = param.detach().to("cpu", copy=True).contiguous()
             weight_map[name] = file_name
+        if shard is shards[-1]:
+            tensors |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in persistent_buffers(lm).items()}
+            weight_map |= dict.fromkeys(persistent_buffers(lm), file_name)
         ranks.once(lambda: _writing(target, save_file, tensors, temporary / file_name, {"format": "pt"}))
-    for name, buffer in lm.named_buffers():
-        assert name not in lm.state_dict(), f"persistent buffer {name} would be lost: {buffer.shape}"
     ranks.once(lambda: _writing(target, _finish_export, lm, tokenizer, source_folder, temporary, target, weight_map))
 
 
@@ -430,7 +448,10 @@ def _finish_export(lm, tokenizer, source_folder: str, temporary: Path, target: P
     generation.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     index = {
-        "metadata": {"total_size": sum(p.ds_numel * p.element_size() for p in lm.parameters())},
+        "metadata": {
+            "total_size": sum(p.ds_numel * p.element_size() for p in lm.parameters())
+            + sum(buffer.nbytes for buffer in persistent_buffers(lm).values())
+        },
         "weight_map": weight_map,
     }
     index_name = "model.safetensors.index.json"

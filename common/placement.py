@@ -22,6 +22,8 @@ OWNED_BY_FLAGS = {
     "gradient_predivide_factor": "nothing: gradients are exact sums",
     "prescale_gradients": "nothing: gradients are exact sums",
 }
+# Of zero_optimization: what would change the numbers, or lay parts out in another way than checkpoints are written for.
+REFUSED = ("zero_quantized_", "zero_hpz_", "mics_", "zenflow", "cpu_offload")
 # What the planner decides where the file does not say it: the two keys that are not DeepSpeed's.
 RESIDENCY = {"gradients": ("whole", "partitioned"), "parameters": ("resident", "streamed")}
 PLACEMENT_KEYS = {
@@ -66,6 +68,8 @@ def deepspeed_config(config: TrainConfig) -> dict:
             )
     if placement["zero_optimization"].get("stage") != 3:
         raise UserError(f"--ds_config {config.ds_config}: `zero_optimization.stage` must be 3")
+    if refused := [key for key in placement["zero_optimization"] if key.startswith(REFUSED)]:
+        raise UserError(f"--ds_config {config.ds_config}: `zero_optimization.{refused[0]}` is not supported; remove it")
     offloads = [key for key in placement["zero_optimization"] if key.startswith("offload_")]
     for key, values in RESIDENCY.items():
         if key in placement and placement[key] not in values:

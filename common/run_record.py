@@ -23,17 +23,22 @@ FREE_TO_CHANGE = {"output_dir", "cache_dir", "resume", "logging_steps", "checkpo
                   "ds_config", "stop_after_steps", "dataset_mixer", "chat_template", "share_prompt"}
 
 
-def run_identity(config: TrainConfig, data_digest: str, template_digest: str, model_folder: str) -> dict:
+def run_identity(
+    config: TrainConfig, data_digest: str, template_digest: str, model_folder: str, reference_folder: str | None = None
+) -> dict:
     """Every value that decides what is trained, by the name under which a user knows it.
 
     The mixer and the template are represented by digests of what they were read as, the model also by its config.json
-    and its weights: an SFT folder that a new run has overwritten is another model. Reads the weights once (see
-    reference_cache.weight_digests), so call it on one rank.
+    and its weights: an SFT folder that a new run has overwritten is another model. So is a reference that is a model of
+    its own. Reads the weights once (see reference_cache.weight_digests), so call it on one rank.
     """
     identity = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
-    return {**identity, "dataset_mixer (contents)": data_digest, "chat_template (contents)": template_digest,
-            "model (config.json)": file_digest(Path(model_folder) / "config.json"),
-            "model (weights)": weight_digests(model_folder, config.cache_dir)}
+    identity |= {"dataset_mixer (contents)": data_digest, "chat_template (contents)": template_digest}
+    for name, folder in (("model", model_folder), ("reference", reference_folder)):
+        if folder is not None:
+            identity |= {f"{name} (config.json)": file_digest(Path(folder) / "config.json"),
+                         f"{name} (weights)": weight_digests(folder, config.cache_dir)}
+    return identity
 
 
 def write_run_config(output_dir: str, record: dict) -> None:

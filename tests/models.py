@@ -20,6 +20,8 @@ ARCHITECTURES = {
     "qwen3": ("qwen3", {"head_dim": 16}),
     "mistral": ("mistral", {"sliding_window": None}),
     "olmo2": ("olmo2", {}),
+    "gpt_neox": ("gpt_neox", {}),  # whose folders call the head by another name than its class
+    "apertus": ("apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),  # its folders hold buffers
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -176,7 +176,8 @@ def test_variable_length_kernels_are_told_what_the_block_mask_says(flash_attn, k
 
 @pytest.mark.parametrize("kernel", ["flash_attention_4", "sdpa"])
 def test_layers_compile_without_breaks_and_once_for_rows_of_every_length(flash_attn, kernel):
-    """A row of pairs and one of plain samples are warm-up; the last row is that of a rank without samples."""
+    """A row of pairs and one of plain samples are warm-up; the last rows have one target, and none, on a rank without
+    samples."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
@@ -186,7 +187,7 @@ def test_layers_compile_without_breaks_and_once_for_rows_of_every_length(flash_a
     for compiled in (False, True):
         if compiled:
             model.compile_layers()
-        for i, shapes in enumerate((ROWS[3], ROWS[1], [(9, 0, 0), (4, 3, 2)], [(3, 0, 0), (8, 0, 0)], [])):
+        for i, shapes in enumerate((ROWS[3], ROWS[1], [(9, 0, 0), (4, 3, 2)], [(3, 0, 0), (8, 0, 0)], [(2, 0, 0)], [])):
             if i == 2:
                 warm = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             row = row_of(shapes) if shapes else pack([])

@@ -485,3 +485,15 @@ def test_other_weights_under_the_same_name_are_another_run(tmp_path):
         for seed in (0, 1)
     )
     assert {name for name in one if one[name] != other[name]} == {"model (weights)"}
+
+
+def test_another_reference_under_the_same_name_is_another_run(tmp_path):
+    config = DPOConfig(cache_dir=str(tmp_path / "cache"), ref_model_name_or_path=str(tmp_path / "reference"))
+    policy = str(models.make_model(tmp_path / "policy"))
+    none = run_record.run_identity(config, "data", "template", policy)
+    one, other = (
+        run_record.run_identity(config, "data", "template", policy, str(models.make_model(tmp_path / "reference", seed=seed)))
+        for seed in (0, 1)
+    )
+    assert {name for name in one if one[name] != other[name]} == {"reference (weights)"}
+    assert set(one) - set(none) == {"reference (weights)", "reference (config.json)"}

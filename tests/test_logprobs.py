@@ -102,9 +102,9 @@ def test_bfloat16_reduces_in_float32():
         assert (seen.double() - wanted).norm() <= 0.01 * wanted.norm()
 
 
-@pytest.mark.parametrize("num_targets", [4, 11])
+@pytest.mark.parametrize("num_targets", [1, 4, 9, 11])
 def test_compiled_arithmetic_is_the_same_and_sees_a_chunk_at_a_time(monkeypatch, num_targets):
-    """One chunk, whose logits are kept, and three."""
+    """One chunk, whose logits are kept, and three, the last of which may be a row."""
     monkeypatch.setattr(logprobs, "COMPILED_CHUNK_BYTES", 4 * (4 * VOCAB + 1))
     hidden, targets, weights = torch.randn(11, HIDDEN), torch.randint(0, VOCAB, (11,)), torch.randn(11)
     hidden, targets, weights = hidden[:num_targets], targets[:num_targets], weights[:num_targets]

@@ -92,16 +92,27 @@ def test_first_step_of_each_loss():
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "dpo_norm"])
 def test_a_first_step_that_is_not_ln_2_stops_the_run(loss_type):
-    config = DPOConfig(loss_type=loss_type)
-    check_first_step(math.log(2) + 0.0099, LOSSES[loss_type], config)
+    means = {"logps/chosen": -1500.0, "logps/rejected": -500.0}
+    config = DPOConfig(loss_type=loss_type, dtype="float32")
+    check_first_step(math.log(2) + 0.0099, means, LOSSES[loss_type], config)
     for wrong in (math.log(2) + 0.011, math.log(2) - 0.011, 6 * math.log(2)):
+        with pytest.raises(TrainingStopped, match=r"must be 0\.6931 \(within 0\.01\)"):
+            check_first_step(wrong, means, LOSSES[loss_type], config)
+
+
+def test_in_bfloat16_a_first_step_may_be_off_by_the_rounding_of_long_sums():
+    """2e-4 of 2000 nats are 0.4; at beta 1 they move the loss by half of that. Of means of 2 and 1 nats, hardly."""
+    config = DPOConfig(loss_type="sigmoid", beta=1.0, dtype="bfloat16")
+    for means, allowed in (({"logps/chosen": -1500.0, "logps/rejected": -500.0}, 0.21),
+                           ({"logps/chosen": -2.0, "logps/rejected": -1.0}, 0.0103)):  # fmt: skip
+        check_first_step(math.log(2) + 0.99 * allowed, means, LOSSES["sigmoid"], config)
         with pytest.raises(TrainingStopped, match=r"must be 0\.6931"):
-            check_first_step(wrong, LOSSES[loss_type], config)
+            check_first_step(math.log(2) + 1.01 * allowed, means, LOSSES["sigmoid"], config)
 
 
 def test_other_losses_have_no_first_step_check():
-    check_first_step(12.0, LOSSES["simpo"], DPOConfig(loss_type="simpo"))
-    check_first_step(12.0, LOSSES["ipo"], DPOConfig(loss_type="ipo"))
+    check_first_step(12.0, {}, LOSSES["simpo"], DPOConfig(loss_type="simpo"))
+    check_first_step(12.0, {}, LOSSES["ipo"], DPOConfig(loss_type="ipo"))
 
 
 @pytest.mark.parametrize(
