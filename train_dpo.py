@@ -17,7 +17,13 @@ from common.attention import resolve_kernel, to_device
 from common.chat_templates import resolve_template
 from common.config import DPOConfig, parse_config
 from common.distributed import Stopped, StopRequest, main_with_exit_codes, num_cpus, start
-from common.engine import build_engine, inference_engine, out_of_memory_explained, set_learning_rate
+from common.engine import (
+    build_engine,
+    inference_engine,
+    out_of_memory_explained,
+    require_finite_weights,
+    set_learning_rate,
+)
 from common.errors import not_finite
 from common.logprobs import sequence_logps
 from common.losses import SUMMED, check_first_step, preference_loss, preference_sums
@@ -233,6 +239,7 @@ def main() -> None:
 
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
         if stop_signal or state.step % save_every == 0:
+            require_finite_weights(engine, state.step, ranks)
             if ranks.is_main:
                 metrics.sync()
             path = checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
@@ -243,6 +250,7 @@ def main() -> None:
 
     # ------------------------------------------------------------------ export
     stop_request.wait_for_export()
+    require_finite_weights(engine, state.step, ranks)
     tokenizer.chat_template = template.jinja
     model.export_model(policy, config.output_dir, tokenizer, model_folder, ranks)
     agreement = ranks.gather(lambda: [state.step, state.total_tokens])

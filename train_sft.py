@@ -16,7 +16,7 @@ from common.attention import resolve_kernel
 from common.chat_templates import resolve_template
 from common.config import SFTConfig, parse_config
 from common.distributed import Stopped, StopRequest, main_with_exit_codes, num_cpus, start
-from common.engine import build_engine, out_of_memory_explained, set_learning_rate
+from common.engine import build_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
 from common.errors import not_finite
 from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
 from common.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
@@ -182,6 +182,7 @@ def main() -> None:
 
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
         if stop_signal or state.step % save_every == 0:
+            require_finite_weights(engine, state.step, ranks)
             if ranks.is_main:
                 metrics.sync()
             path = checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
@@ -192,6 +193,7 @@ def main() -> None:
 
     # ------------------------------------------------------------------ export
     stop_request.wait_for_export()
+    require_finite_weights(engine, state.step, ranks)
     tokenizer.chat_template = template.jinja
     model.export_model(policy, config.output_dir, tokenizer, model_folder, ranks)
     agreement = ranks.gather(lambda: [state.step, state.total_tokens])

@@ -169,6 +169,8 @@ def main() -> None:
         flag = flags.pop(0)
         if flag in options and flags:
             options[flag] = flags.pop(0)
+            if flag == "--steps" and not (options[flag].isdigit() and int(options[flag]) > 0):
+                raise UserError(f"--steps {options[flag]}: must be a whole number, 1 or more")
         elif flag == "--profile":
             environment[PROFILE_VARIABLE] = str(Path("output/bench/profile.txt").absolute())
             options["--steps"] = str(max(3, int(options["--steps"])))  # those that are profiled

@@ -172,7 +172,7 @@ def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
     if name_or_path == "tokenizer":
         try:
             jinja = tokenizer.get_chat_template()
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError("chat_template 'tokenizer': the tokenizer has none, or several; use 'tulu'") from error
         return ChatTemplate(name_or_path, jinja, tokenizer)
     try:

@@ -259,7 +259,11 @@ def starting_point(output_dir: str, resume: str, identity: dict, last_step: int,
     path = _find(output_dir, resume, ranks)
     if path is None:
         return RunState(identity=identity), None
-    state = RunState(**json.loads((path / "state.json").read_text()))
+    try:
+        state = RunState(**json.loads((path / "state.json").read_text()))
+    except TypeError:
+        raise UserError(f"checkpoint {path} was written by another version of this project; use that, or --resume never "
+                        f"to start over") from None
     require_same_run(state.identity, identity, f"checkpoint {path}")
     if state.step > last_step:
         raise UserError(f"checkpoint {path} is past this run's last step, {last_step}; use another --output_dir, "

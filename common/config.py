@@ -141,6 +141,7 @@ def parse_config(cls: type, argv: list[str] | None = None):
         values[name] = (value, f"--{name}")
     hints = typing.get_type_hints(cls)
     config = cls(**{name: _convert(hints[name], value, where) for name, (value, where) in values.items()})
+    config.output_dir = str(Path(config.output_dir).expanduser())
     _validate(config)
     return config
 
@@ -172,12 +173,22 @@ def _split_argv(argv: list[str], names: set[str]) -> tuple[dict, str | None]:
     return given, given.pop("config", None)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """In which a name that comes twice is an error, as it is in YAML's own specification."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise yaml.YAMLError(f"`{twice[0]}` comes twice")
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str) -> dict:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as e:
         raise UserError(f"--config {path}: {e.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: no UTF-8, no number, no date
         raise UserError(f"--config {path}: not YAML: {' '.join(str(e).split())}") from None
     if content is None:
         return {}
@@ -245,6 +256,7 @@ def _validate(config: TrainConfig) -> None:
         "logging_steps",
     ):
         require(getattr(config, name) >= 1, name, "1 or more")
+    require(config.collective_timeout_minutes <= 10**6, "collective_timeout_minutes", "a million or less")
     for name in ("max_train_steps", "stop_after_steps"):
         require(getattr(config, name) is None or getattr(config, name) >= 1, name, "1 or more, or none")
     require(config.max_seq_length >= 2, "max_seq_length", "2 or more")

@@ -159,8 +159,13 @@ def start(timeout_minutes: int) -> Ranks:
             torch.set_num_threads(max(1, num_cpus() // local_world_size))
         # DeepSpeed's shared-memory collectives are compiled on first use; gloo is as fast here and needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=LONG)))
     timeout = timedelta(minutes=timeout_minutes)
+    try:
+        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    except RuntimeError as e:
+        raise UserError(f"the {os.environ['WORLD_SIZE']} ranks did not come together at {os.environ['MASTER_ADDR']}:"
+                        f"{os.environ['MASTER_PORT']} within {timeout_minutes} minutes: {str(e).splitlines()[0][:200]}") from e
+    store.set_timeout(LONG)
     os.environ["DEEPSPEED_TIMEOUT"] = str(timeout_minutes)
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size,
                             timeout=timeout)

@@ -10,6 +10,7 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 
 from common.config import TrainConfig
+from common.distributed import Ranks
 from common.errors import TrainingStopped, UserError, is_out_of_memory
 from common.model import PackedModel
 from common.residency import ResidentParameters, WholeGradients
@@ -85,6 +86,16 @@ def inference_engine(model: PackedModel, ds_config: dict):
 def set_learning_rate(engine, learning_rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def require_finite_weights(engine, step: int, ranks: Ranks) -> None:
+    """Raises TrainingStopped if an update made weights that no model should be written with. Collective."""
+    masters = engine.optimizer.fp32_partitioned_groups_flat
+    if not all(ranks.gather(lambda: all(bool(flat.isfinite().all()) for flat in masters))):
+        raise TrainingStopped(
+            f"step {step}: there are weights that are not finite, after an update whose gradient was; they are not "
+            f"written. Try a lower --learning_rate or --weight_decay; the last checkpoint stands"
+        )
 
 
 class MicroBatchSize:

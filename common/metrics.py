@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl, curves.png, model FLOPs utilization."""
 
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -210,6 +211,13 @@ def _lines(path: Path):
 
 def draw_curves(output_dir: str) -> None:
     """curves.png from metrics.jsonl: loss, gradient norm, learning rate, speed, and the rewards of DPO."""
+    try:
+        _draw_curves(output_dir)
+    except Exception as e:  # a picture is not worth a run that is done
+        print(f"warning: {output_dir}/curves.png was not drawn: {type(e).__name__}: {' '.join(str(e).split())[:200]}", flush=True)
+
+
+def _draw_curves(output_dir: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -231,7 +239,7 @@ def draw_curves(output_dir: str) -> None:
     steps = [record["step"] for record in records]
     for axis, names in zip(axes.flat, panels, strict=True):
         for name in names:
-            axis.plot(steps, [record[name] for record in records], label=name, linewidth=1)
+            axis.plot(steps, [record.get(name, math.nan) for record in records], label=name, linewidth=1)
         axis.set_title(", ".join(names), fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

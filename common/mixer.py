@@ -6,8 +6,10 @@ SOURCE is a Hugging Face hub id or a local .jsonl, .json or .parquet file. A hub
 hash, a local file to its sha256: they key the token cache and are recorded in run_config.json.
 """
 
+import codecs
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,7 +74,7 @@ def _checked_amount(text: str, amount: str | None) -> str | None:
         number = float(amount)
         other = f"{number * 100:g}%" if number <= 1 else f"{int(number)} (rows)"
         raise UserError(f"dataset_mixer {text!r}: ={amount} could mean two things; write ={other} or ={number:g}%")
-    if not re.fullmatch(r"\d+|(\d+(\.\d+)?|\.\d+)%", amount):
+    if not re.fullmatch(r"\d{1,18}|(\d{1,18}(\.\d+)?|\.\d+)%", amount):
         raise UserError(f"dataset_mixer {text!r}: ={amount} is not an amount; write =10% or =500 (rows)")
     if not 0 < Fraction(amount.removesuffix("%")) <= (100 if amount.endswith("%") else float("inf")):
         raise UserError(f"dataset_mixer {text!r}: ={amount} must be more than none of the rows, and at most all")
@@ -102,6 +104,7 @@ class Rows:
     indices: int64 [n], the rows taken, in training order.
     read(indices): those rows, each a dict or the bytes of a JSON line, of which `decode_row` makes a dict.
     numbers: int64 [num_rows], what messages call each row: its line, or its place, counted from 1.
+    stamp: of the local file when its identity was read, see _stamp; None for the hub, whose commits do not change.
     """
 
     source: Source
@@ -110,12 +113,28 @@ class Rows:
     indices: np.ndarray
     read: Callable
     numbers: np.ndarray
+    stamp: tuple | None
+
+    def require_unchanged(self) -> None:
+        """Raises UserError if the file is not what it was when its identity was read."""
+        if self.stamp is not None and _stamp(self.source) != self.stamp:
+            raise UserError(f"{self.source.path}: was changed while it was read; run again once it stays as it is")
+
+
+def _stamp(source: Source) -> tuple | None:
+    """Changes whenever a local file does: its size, times of change and inode; None if it has gone."""
+    try:
+        s = os.stat(source.path)
+    except OSError:
+        return None
+    return s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino
 
 
 def load_source(source: Source) -> Rows:
     """Opens one source. Raises UserError, naming it, if it cannot be read or has not the rows asked for."""
     opener = {".jsonl": _open_lines, ".json": _open_json, ".parquet": _open_parquet}[Path(source.path).suffix] \
         if source.local else _open_hub
+    stamp = _stamp(source) if source.local else None
     try:
         identity, read, numbers = opener(source)
         indices = subset_indices(len(numbers), source.amount)
@@ -123,7 +142,7 @@ def load_source(source: Source) -> Rows:
         raise UserError(f"{source.path}: {error.strerror or error}") from error
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(f"{source.path}: {error}") from error
-    return Rows(source, identity, len(numbers), indices, read, numbers)
+    return Rows(source, identity, len(numbers), indices, read, numbers, stamp)
 
 
 def decode_row(raw: bytes | dict) -> dict:
@@ -163,11 +182,11 @@ def _open_lines(source: Source):
 def _open_json(source: Source):
     """A JSON array of objects; a .json file of JSON lines is read as such."""
     content = Path(source.path).read_bytes()
-    if content.lstrip().startswith(b"{"):
+    if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         return _open_lines(source)
     try:
         rows = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source.path}: not valid JSON: {error}") from error
     if not isinstance(rows, list):
         raise UserError(f"{source.path}: must hold an array of objects, or an object a line")
@@ -213,7 +232,10 @@ def _arrow_rows(dataset):
     dataset = dataset.select_columns(names or dataset.column_names)
 
     def read(indices):
-        columns = dataset[indices.tolist()]
+        try:
+            columns = dataset[indices.tolist()]
+        except UnicodeDecodeError as error:
+            raise UserError(f"a text column does not hold UTF-8: {error}") from error
         return [{name: column[i] for name, column in columns.items()} for i in range(len(indices))]
 
     return read, np.arange(1, len(dataset) + 1)

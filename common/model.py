@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,8 @@ def find_tokenizer(name_or_path: str) -> str:
 def find_folder(what: str, name_or_path: str, revision: str | None, files: list[str]) -> str:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise UserError(f"--model_revision {revision}: {name_or_path} is a folder here, which has no revisions; leave it out")
         return str(folder)
     if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise UserError(f"{what} {name_or_path}: there is no such folder")
@@ -67,7 +70,7 @@ def load_tokenizer(folder: str):
     """The fast tokenizer of a folder. Raises UserError if there is none or it has no end-of-sequence token."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
+    except Exception as e:  # as many kinds as there are ways to be wrong
         raise UserError(f"tokenizer {folder}: cannot be loaded: {' '.join(str(e).split())[:300]}") from None
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {folder}: needs a tokenizer.json (a fast tokenizer)")
@@ -77,11 +80,29 @@ def load_tokenizer(folder: str):
 
 
 def load_config(folder: str) -> PretrainedConfig:
-    """The model's config. Raises UserError."""
+    """The model's config. Raises UserError for one that cannot be read, or whose generation_config.json cannot be."""
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as e:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as e:  # as many kinds as there are ways to be wrong
         raise UserError(f"model {folder}: config.json cannot be read: {' '.join(str(e).split())[:300]}") from None
+    generation_config(folder, config, [])  # now, not when the model is written
+    return config
+
+
+def generation_config(folder: str, config: PretrainedConfig, end_ids: list[int]) -> GenerationConfig:
+    """The model's, with end_ids as further ends. Raises UserError."""
+    try:
+        if (Path(folder) / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(folder)
+        else:
+            generation = GenerationConfig.from_model_config(config)
+        stop = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+        ids = sorted({*end_ids, *(int(t) for t in stop if t is not None)})
+    except Exception as e:  # as many kinds as there are ways to be wrong
+        reason = " ".join(str(e).split())[:300]
+        raise UserError(f"model {folder}: generation_config.json cannot be used: {reason}; mend or delete it") from None
+    generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+    return generation
 
 
 def check_supported(config: PretrainedConfig, max_seq_length: int, vocab_needed: int) -> None:
@@ -146,9 +167,13 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, vocab_needed:
 
 def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
     """Elements of all parameters and of one layer's, of the model that this config describes; tied ones count once."""
-    with torch.device("meta"):
-        model = PackedModel(AutoModelForCausalLM.from_config(config))
-    model.lm.tie_weights()
+    try:
+        with torch.device("meta"):
+            model = PackedModel(AutoModelForCausalLM.from_config(config))
+        model.lm.tie_weights()
+    except Exception as e:  # as many kinds as there are ways to be wrong
+        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        raise UserError(f"config.json describes no model that transformers can build: {reason}") from None
     of_layers = sum(p.numel() for layer in model.decoder_layers() for p in layer.parameters())
     return sum(p.numel() for p in model.parameters()), of_layers // config.num_hidden_layers
 
@@ -174,6 +199,8 @@ class WeightReader:
         if index.is_file():
             try:
                 file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                if not all(isinstance(name, str) for name in file_of.values()):
+                    raise ValueError
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{index}: not a safetensors index") from None
         elif (self.folder / "model.safetensors").is_file():
@@ -193,11 +220,15 @@ class WeightReader:
             ) from None
 
     def check(self, model: nn.Module) -> None:
-        """Raises UserError if a parameter of `model` is missing or has another shape."""
-        shapes = {}
+        """Raises UserError if a parameter of `model` (whose weights are tied) is missing, has another shape or is no
+        floating-point number, or if the folder holds what the model has no place for."""
+        shapes, dtypes = {}, {}
         for file_name in sorted({file for file, _ in self.places.values()}):
             with self._open(file_name) as file:
-                shapes.update({(file_name, key): list(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
+                slices = {(file_name, key): file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            shapes.update({place: list(part.get_shape()) for place, part in slices.items()})
+            dtypes.update({place: part.get_dtype() for place, part in slices.items()})
+        self._check_leftovers(model)
         for name, param in model.named_parameters():
             place = self._place(name, model.base_model_prefix)
             if place not in shapes:
@@ -206,6 +237,33 @@ class WeightReader:
                 raise UserError(
                     f"model {self.folder}: {name} is {shapes[place]}, config.json asks for {list(param.shape)}"
                 )
+            if dtypes[place] not in ("F64", "F32", "F16", "BF16"):
+                raise UserError(f"model {self.folder}: {name} is stored as {dtypes[place]}; quantized weights are not trained")
+
+    def _check_leftovers(self, model: nn.Module) -> None:
+        """What a class says it leaves out may be there, and buffers; and copies of what is tied, if they are copies."""
+        prefix, first_of = model.base_model_prefix, {}
+        ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"inv_freq$", "masked_bias$"]
+        known = {name for name, _ in model.named_buffers()}
+        for name, param in model.named_parameters(remove_duplicate=False):
+            known.add(name)
+            first = first_of.setdefault(id(param), name)
+            both = [self._place(n, prefix) for n in (first, name)]
+            if None not in both and both[0] != both[1] and not torch.equal(self.read(first, prefix), self.read(name, prefix)):
+                raise UserError(
+                    f"model {self.folder}: config.json ties {name} to {first}, but the weights differ; set "
+                    f"tie_word_embeddings to false, or leave one of them out"
+                )
+        left = [
+            name
+            for name in self.places
+            if not {name, f"{prefix}.{name}"} & known and not any(re.search(pattern, name) for pattern in ignored)
+        ]
+        if left:
+            raise UserError(
+                f"model {self.folder}: the weights hold {len(left)} tensors for which the model of config.json has no "
+                f"place ({', '.join(sorted(left)[:3])}{' ...' * (len(left) > 3)}): they would be lost"
+            )
 
     def _place(self, name: str, prefix: str) -> tuple[str, str] | None:
         candidates = (name, name.removeprefix(prefix + "."))  # a checkpoint of the bare decoder has no prefix
@@ -358,6 +416,9 @@ def verify_packed_forward(engine, kernel: str, ranks: Ranks) -> None:
         alone.append(logps.gather(1, tokens[0, 1:, None])[:, 0])
     config._attn_implementation = registered_name(kernel)
     difference = (packed - torch.cat(alone)).abs().mean().item()
+    if not torch.cat(alone).isfinite().all():
+        raise UserError(f"model type {config.model_type}: log-probabilities of any text are not finite; look for NaN or "
+                        f"infinity in the weights")  # fmt: skip
     if not difference <= (1e-3 if engine.module.lm.dtype == torch.float32 else 0.1):
         raise UserError(
             f"model type {config.model_type}: packed log-probabilities differ from transformers' own by "
@@ -424,7 +485,7 @@ def _writing(target: Path, write: Callable, *arguments) -> None:
     except (OSError, SafetensorError) as e:
         raise TrainingStopped(
             f"the model could not be written to {target}: {' '.join(str(e).split())}; the last checkpoint stands: once "
-            f"there is room, the same command goes on from there"
+            f"that is mended (free disk space?), the same command goes on from there"
         ) from e
 
 
@@ -437,15 +498,7 @@ def _finish_export(lm, tokenizer, source_folder: str, temporary: Path, target: P
     config = type(lm.config).from_dict(lm.config.to_dict())
     config.architectures = [type(lm).__name__]
     config.save_pretrained(temporary)
-    if (Path(source_folder) / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(source_folder)
-    else:
-        generation = GenerationConfig.from_model_config(config)
-    stop = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    generation.eos_token_id = sorted({tokenizer.eos_token_id, *(t for t in stop if t is not None)})
-    if len(generation.eos_token_id) == 1:
-        generation.eos_token_id = generation.eos_token_id[0]
-    generation.save_pretrained(temporary)
+    generation_config(source_folder, config, [tokenizer.eos_token_id]).save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     index = {
         "metadata": {

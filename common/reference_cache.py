@@ -39,7 +39,7 @@ TOLERANCE = {
 
 
 def reference_key(model_folder: str, data_digest: str, config: DPOConfig, kernel: str, ranks: Ranks) -> str:
-    """The cache's key, hex. Weights are read once; their digests are remembered by size, mtime and inode."""
+    """The cache's key, hex. Weights are read once; their digests are remembered by size, times of change and inode."""
     weights = ranks.once_per_node(lambda: weight_digests(model_folder, config.cache_dir))
     code = [Path(module.__file__).read_text() for module in (attention, logprobs, model, packing)] + [
         Path(__file__).read_text()
@@ -65,7 +65,11 @@ def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
     except (OSError, ValueError):
         memo = {}
     files = sorted(Path(model_folder).glob("*.safetensors"))
-    stamps = {path: f"{path.resolve()}:{s.st_size}:{s.st_mtime_ns}:{s.st_ino}" for path in files for s in [path.stat()]}
+    stamps = {
+        path: f"{path.resolve()}:{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}:{s.st_ino}"
+        for path in files
+        for s in [path.stat()]
+    }
     unknown = [path for path in files if stamps[path] not in memo]
     if unknown:
         with ThreadPoolExecutor(min(8, len(unknown))) as pool:

@@ -1,5 +1,6 @@
 """run_config.json and the model card: what was run, with what, and how it ended."""
 
+import fcntl
 import json
 import os
 import platform
@@ -47,14 +48,19 @@ def write_run_config(output_dir: str, record: dict) -> None:
 
 
 def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> bool:
-    """Whether output_dir already holds this run, finished.
+    """Whether output_dir already holds this run, finished. From here on it is this process's alone.
 
-    Raises UserError if it cannot be written, or holds another finished run that `--resume auto` would overwrite.
+    Raises UserError if it cannot be written, is a model that this run reads, is written by another run now, or holds
+    another finished run that `--resume auto` would overwrite.
     """
+    for flag in ("model_name_or_path", "ref_model_name_or_path"):
+        if (read := getattr(config, flag, None)) and Path(read).expanduser().resolve() == Path(config.output_dir).resolve():
+            raise UserError(f"--output_dir {config.output_dir} is --{flag}, which would be lost; name another folder")
     try:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(config.output_dir) / ".writable").touch()
         (Path(config.output_dir) / ".writable").unlink()
+        _hold(config.output_dir)
     except OSError as e:
         raise UserError(f"--output_dir {config.output_dir}: cannot be written: {e.strerror}") from None
     result = read_run_config(config.output_dir)
@@ -65,6 +71,26 @@ def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> boo
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
         delete_after(config.output_dir, 0)
     return is_finished
+
+
+_held: dict[Path, int] = {}  # folder -> descriptor; the system lets go of them when this process ends
+
+
+def _hold(output_dir: str) -> None:
+    """Locks the folder. Raises UserError if another process has."""
+    folder = Path(output_dir).resolve()
+    if folder in _held:
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(f"--output_dir {output_dir}: another run writes there now; wait, or name another folder") from None
+    except OSError:  # a file system without locks
+        os.close(descriptor)
+        return
+    _held[folder] = descriptor
 
 
 def open_output_dir(config: TrainConfig, record: dict, step: int) -> None:
@@ -96,9 +122,12 @@ def read_run_config(output_dir: str) -> dict:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"{path} is not JSON; delete it or use another --output_dir") from None
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("identity", {}), dict):
+        raise UserError(f"{path} is not JSON that a run wrote; delete it or use another --output_dir")
+    return record
 
 
 def environment(ranks: Ranks) -> dict:

@@ -105,6 +105,8 @@ def sanity_of_recipe(method: str, argv: list[str]) -> int:
     """100 steps of the real recipe, the full run's schedule, a folder of its own; returns the exit code."""
     started = time.perf_counter()
     num_ranks, flags = (argv[0], argv[1:]) if argv and argv[0].isdigit() else ("1", argv)
+    if num_ranks == "0" or (flags and not flags[0].startswith("--")):
+        raise UserError(f"sanity {method} {' '.join(argv)}: it is sanity sft|dpo [N] [flags], N 1 or more")
     given = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
     output_dir = Path(f"output/sanity-{method}")
     if "output_dir" in given:
@@ -116,6 +118,8 @@ def sanity_of_recipe(method: str, argv: list[str]) -> int:
     heading(f"{method.upper()}: the recipe's first steps (everything it prints: {output_dir}/sanity.log)")
     exit_code, output = train([method, num_ranks, *flags, "--output_dir", str(output_dir)],
                               output_dir / "sanity.log", sparse=False)
+    if exit_code == UserError.EXIT_CODE:  # it has said what was wrong
+        return exit_code
     verdict = {method: judge_run(output_dir, exit_code, output)}
     return conclude(verdict, output_dir / "sanity.json", time.perf_counter() - started, exit_code)
 

@@ -138,6 +138,8 @@ def prepare_tokens(kind: str, dataset_mixer: list[str], tokenizer, tokenizer_pat
             say(f"warning: chat template {template.name!r} ends answers with no token: the model learns no end")
         with _build_folder(root) as folder:
             stats = _build(tokenize, sources, num_proc, folder, key, say)
+            for rows in sources:
+                rows.require_unchanged()
             _publish(folder, final)
     except OSError as error:
         raise UserError(f"cache_dir {cache_dir}: {error}") from error

@@ -75,6 +75,8 @@ def test_a_benchmark_that_is_stopped_stops_its_ranks(tmp_path, number):
         ((), "bench sft|dpo"),
         (("sft", "--shape", "huge"), "known shapes are"),
         (("sft", "--lengths", "long"), "known are tulu, full"),
+        (("sft", "--steps", "x"), "--steps x"),
+        (("sft", "--steps", "-1"), "--steps -1"),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, words, named):

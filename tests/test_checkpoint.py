@@ -11,6 +11,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -360,6 +362,34 @@ def test_a_checkpoint_past_the_last_step_is_refused(output_dir):
     save(output_dir, 9)
     with pytest.raises(UserError, match="past this run's last step, 5"):
         checkpoint.starting_point(str(output_dir), "auto", {}, 5, OneRank())
+
+
+def test_a_folder_in_which_another_run_writes_is_refused_until_that_ends(tmp_path):
+    code = ("import sys; from common import run_record; from common.config import SFTConfig; "
+            "run_record.check_output_dir(SFTConfig(output_dir=sys.argv[1]), {}, 5); print('held', flush=True); sys.stdin.read()")
+    config = config_of(SFTConfig, output_dir=str(tmp_path))
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          cwd=Path(run_record.__file__).parents[1]) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another run writes there now"):
+            run_record.check_output_dir(config, {}, 5)
+        other.kill()
+    for _ in range(2):  # a process may look twice
+        assert not run_record.check_output_dir(config, {}, 5)
+
+
+@pytest.mark.parametrize("flag", ["model_name_or_path", "ref_model_name_or_path"])
+def test_a_model_that_is_read_is_not_written_over(tmp_path, flag):
+    config = config_of(DPOConfig, output_dir=str(tmp_path / "a/.."), **{flag: str(tmp_path)})
+    with pytest.raises(UserError, match=f"is --{flag}, which would be lost"):
+        run_record.check_output_dir(config, {}, 5)
+
+
+@pytest.mark.parametrize("text", ["null", "3", '"text"', '{"identity": 3}', "{"])
+def test_a_run_config_that_no_run_wrote_is_refused(tmp_path, text):
+    (tmp_path / "run_config.json").write_text(text)
+    with pytest.raises(UserError, match="not JSON that a run wrote"):
+        run_record.check_output_dir(config_of(SFTConfig, output_dir=str(tmp_path)), {}, 5)
 
 
 def test_a_run_config_that_another_run_finished_is_refused(tmp_path):

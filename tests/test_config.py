@@ -206,6 +206,9 @@ def test_yaml_names_its_unknown_name(yaml_file):
     [
         ("- a\n- b\n", "name: value"),
         ("a: [", "not YAML"),
+        ("seed: 1\nbeta: 2\nseed: 2\n", "`seed` comes twice"),
+        ("output_dir: 2020-99-99\n", "not YAML"),
+        ("[" * 3000, "not YAML"),
         ("seed: [1]", "whole number"),
         ("seed: true", "whole number"),
         ("learning_rate: fast", "a number"),

@@ -13,6 +13,7 @@ import models
 import pytest
 import reference
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common import distributed, model
@@ -276,6 +277,46 @@ def test_weights_that_are_not_whole_are_refused_by_name(tmp_path, damage):
     with pytest.raises(UserError) as error, torch.device("meta"):
         model.WeightReader(str(folder)).check(AutoModelForCausalLM.from_config(shape))
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("model.layers.2.mlp.up_proj.weight", torch.zeros(48, 32), "1 tensors for which the model of config.json has no place"),
+        ("lm_head.weight", torch.zeros(models.VOCAB, 32), "ties lm_head.weight to model.embed_tokens.weight, but"),
+        ("model.norm.weight", torch.ones(32, dtype=torch.int8), "model.norm.weight is stored as I8"),
+    ],
+)
+def test_weights_that_are_not_the_configs_are_refused_by_name(tmp_path, name, value, said):
+    folder = models.make_model(tmp_path / "model", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, name: value}, folder / "model.safetensors")
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(models.make_config(tie_word_embeddings=True))
+    lm.tie_weights()
+    with pytest.raises(UserError, match=said):
+        model.WeightReader(str(folder)).check(lm)
+    harmless = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(), "model.rotary_emb.inv_freq": torch.ones(4)}
+    save_file({**tensors, **harmless}, folder / "model.safetensors")
+    model.WeightReader(str(folder)).check(lm)
+
+
+@pytest.mark.parametrize("text", ["{", '{"eos_token_id": "x"}', '{"eos_token_id": [[1], 2]}'])
+def test_a_generation_config_that_cannot_be_written_again_is_refused_with_the_config(tmp_path, text):
+    models.make_config().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=r"generation_config\.json cannot be used"):
+        model.load_config(str(tmp_path))
+
+
+def test_a_config_of_no_model_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no model that transformers can build"):
+        model.parameter_counts(models.make_config(hidden_act="no_such_function"))
+
+
+def test_a_revision_of_a_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="which has no revisions"):
+        model.find_model(str(models.make_model(tmp_path)), "main")
 
 
 def test_a_tokenizer_that_cannot_end_answers_is_refused(tmp_path):

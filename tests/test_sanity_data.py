@@ -175,7 +175,7 @@ def recipe(monkeypatch, tmp_path):
 
     def run(*argv):
         commands = []
-        monkeypatch.setattr(sanity, "train", lambda words, log, sparse: (commands.append(words), (2, ""))[1])
+        monkeypatch.setattr(sanity, "train", lambda words, log, sparse: (commands.append(words), (3, ""))[1])
         assert sanity.main(list(argv)) == 1
         return commands[0]
     return run
@@ -194,7 +194,8 @@ def test_the_recipe_passes_flags_on_and_gives_none_twice(recipe):
                      "--output_dir", "output/sanity-dpo"]
 
 
-@pytest.mark.parametrize("argv", [["sfd"], ["sft", "--output_dir", "output/sft"], ["sft", "--output-dir=x"]])
+@pytest.mark.parametrize("argv", [["sfd"], ["sft", "--output_dir", "output/sft"], ["sft", "--output-dir=x"],
+                                  ["sft", "0"], ["sft", "x"]])
 def test_a_mistake_is_a_user_error_before_anything_is_run_or_wiped(monkeypatch, tmp_path, argv):
     monkeypatch.chdir(tmp_path)  # where there is no run.sh
     with pytest.raises(UserError):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
@@ -289,6 +290,32 @@ def test_data_that_cannot_be_used_is_named_and_leaves_nothing(kit, tmp_path, kin
         prepare(kit, data, tmp_path / "cache", kind=kind)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "cache").exists() or left_in(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_data_that_changes_while_it_is_read_leaves_nothing(kit, tmp_path, monkeypatch, suffix):
+    """Same size and same modification time: the file was written over, then put back."""
+    rows = [{"messages": chat} for chat in CHATS[:3]]
+    path = tmp_path / f"data{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text(json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    build = token_cache._build
+
+    def build_while_it_changes(*arguments):
+        before, content = path.stat(), path.read_bytes()
+        path.write_bytes(bytes(len(content)))
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return build(*arguments)
+
+    monkeypatch.setattr(token_cache, "_build", build_while_it_changes)
+    with pytest.raises(UserError, match=rf"data\{suffix}: was changed while it was read"):
+        prepare(kit, path, tmp_path / "cache")
+    assert left_in(tmp_path / "cache") == []
+    monkeypatch.undo()
+    prepare(kit, path, tmp_path / "cache")
 
 
 def test_a_cache_dir_that_cannot_be_written_is_named(kit, tmp_path):

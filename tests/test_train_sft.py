@@ -349,6 +349,15 @@ def test_export_holds_every_file_of_the_contract(memorized):
 # ------------------------------------------------------------------ ends
 
 
+def test_weights_that_are_not_finite_are_not_written(tiny_llama, sft_data, tmp_path):
+    """The last update made them, so that no loss and no gradient showed it."""
+    run = launch.launch("train_sft", flags(tiny_llama, sft_data, tmp_path, weight_decay=1e300, max_train_steps=1), 2)
+    assert run.exit_codes == [3, 3]
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "step 1: there are weights that are not finite" in errors[0]
+    assert not list(run.output_dir.glob("*.safetensors*"))
+
+
 def test_a_loss_that_is_not_finite_stops_with_3_and_keeps_the_last_checkpoint(tiny_llama, sft_data, tmp_path):
     """A first update so large that the second step's loss is not finite."""
     run = launch.launch(
