@@ -163,8 +163,10 @@ def start(timeout_minutes: int) -> Ranks:
     try:
         store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     except RuntimeError as e:
-        raise UserError(f"the {os.environ['WORLD_SIZE']} ranks did not come together at {os.environ['MASTER_ADDR']}:"
-                        f"{os.environ['MASTER_PORT']} within {timeout_minutes} minutes: {str(e).splitlines()[0][:200]}") from e
+        alone = UserError(f"the {os.environ['WORLD_SIZE']} ranks did not come together at {os.environ['MASTER_ADDR']}:"
+                          f"{os.environ['MASTER_PORT']} within {timeout_minutes} minutes: {str(e).splitlines()[0][:200]}")
+        alone.on_this_rank_only = True
+        raise alone from e
     store.set_timeout(LONG)
     os.environ["DEEPSPEED_TIMEOUT"] = str(timeout_minutes)
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size,

@@ -63,6 +63,9 @@ def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> boo
         _hold(config.output_dir)
     except OSError as e:
         raise UserError(f"--output_dir {config.output_dir}: cannot be written: {e.strerror}") from None
+    for name, is_right in (("checkpoints", Path.is_dir), ("metrics.jsonl", Path.is_file), ("run_config.json", Path.is_file)):
+        if (path := Path(config.output_dir) / name).exists() and not is_right(path):
+            raise UserError(f"{path} is in the way; move it, or name another --output_dir")
     result = read_run_config(config.output_dir)
     if config.resume != "auto" or "result" not in result:
         return False

@@ -385,6 +385,13 @@ def test_a_model_that_is_read_is_not_written_over(tmp_path, flag):
         run_record.check_output_dir(config, {}, 5)
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "run_config.json"])
+def test_what_is_in_the_way_is_named_before_training(tmp_path, name):
+    (tmp_path / name).touch() if name == "checkpoints" else (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is in the way"):
+        run_record.check_output_dir(config_of(SFTConfig, output_dir=str(tmp_path)), {}, 5)
+
+
 @pytest.mark.parametrize("text", ["null", "3", '"text"', '{"identity": 3}', "{"])
 def test_a_run_config_that_no_run_wrote_is_refused(tmp_path, text):
     (tmp_path / "run_config.json").write_text(text)
