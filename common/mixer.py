@@ -104,7 +104,7 @@ class Rows:
     indices: int64 [n], the rows taken, in training order.
     read(indices): those rows, each a dict or the bytes of a JSON line, of which `decode_row` makes a dict.
     numbers: int64 [num_rows], what messages call each row: its line, or its place, counted from 1.
-    stamp: of the local file when its identity was read, see _stamp; None for the hub, whose commits do not change.
+    stamp: file_stamp of the local file when its identity was read; None for the hub, whose commits do not change.
     """
 
     source: Source
@@ -117,14 +117,14 @@ class Rows:
 
     def require_unchanged(self) -> None:
         """Raises UserError if the file is not what it was when its identity was read."""
-        if self.stamp is not None and _stamp(self.source) != self.stamp:
+        if self.stamp is not None and file_stamp(self.source.path) != self.stamp:
             raise UserError(f"{self.source.path}: was changed while it was read; run again once it stays as it is")
 
 
-def _stamp(source: Source) -> tuple | None:
-    """Changes whenever a local file does: its size, times of change and inode; None if it has gone."""
+def file_stamp(path: str | Path) -> tuple[int, int, int, int] | None:
+    """Changes whenever the file does: its size, times of change and inode; None if it has gone."""
     try:
-        s = os.stat(source.path)
+        s = os.stat(path)
     except OSError:
         return None
     return s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino
@@ -134,7 +134,7 @@ def load_source(source: Source) -> Rows:
     """Opens one source. Raises UserError, naming it, if it cannot be read or has not the rows asked for."""
     opener = {".jsonl": _open_lines, ".json": _open_json, ".parquet": _open_parquet}[Path(source.path).suffix] \
         if source.local else _open_hub
-    stamp = _stamp(source) if source.local else None
+    stamp = file_stamp(source.path) if source.local else None
     try:
         identity, read, numbers = opener(source)
         indices = subset_indices(len(numbers), source.amount)
@@ -205,7 +205,7 @@ def _open_parquet(source: Source):
         table = pyarrow.parquet.read_table(source.path, columns=[name for name in names if name in COLUMNS] or None)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{source.path}: not a readable parquet file: {_one_line(error)}") from error
-    return {"sha256": digest}, *_arrow_rows(Dataset(table))
+    return {"sha256": digest}, *_arrow_rows(Dataset(table), source)
 
 
 def _open_hub(source: Source):
@@ -223,10 +223,10 @@ def _open_hub(source: Source):
     if not all(commit in file["filename"] for file in dataset.cache_files):  # offline, the last one cached is given
         raise UserError(f"dataset_mixer {source.text!r}: the hub cannot be reached, and what was last cached from it is "
                         f"not commit {commit}")
-    return {"revision": commit, "split": source.split}, *_arrow_rows(dataset)
+    return {"revision": commit, "split": source.split}, *_arrow_rows(dataset, source)
 
 
-def _arrow_rows(dataset):
+def _arrow_rows(dataset, source: Source):
     """(read, numbers) of a `datasets.Dataset`, only the columns that are used."""
     names = [name for name in dataset.column_names if name in COLUMNS]
     dataset = dataset.select_columns(names or dataset.column_names)
@@ -235,7 +235,7 @@ def _arrow_rows(dataset):
         try:
             columns = dataset[indices.tolist()]
         except UnicodeDecodeError as error:
-            raise UserError(f"a text column does not hold UTF-8: {error}") from error
+            raise UserError(f"{source.path}: a text column does not hold UTF-8: {error}") from error
         return [{name: column[i] for name, column in columns.items()} for i in range(len(indices))]
 
     return read, np.arange(1, len(dataset) + 1)

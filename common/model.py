@@ -320,6 +320,7 @@ def _materialize_buffers(model: nn.Module, reader: WeightReader, dtype: torch.dt
     """Gives buffers storage and the values that from_pretrained gives them: transformers' own initialization, then, of
     those that belong in a model folder, the file's, in `dtype`. Runs while parameters have no storage, so their
     initialization does nothing."""
+    in_folder = persistent_buffers(model).keys()
     for prefix, module in model.named_modules():
         own = dict(module.named_buffers(recurse=False))
         for name, buffer in own.items():
@@ -330,7 +331,7 @@ def _materialize_buffers(model: nn.Module, reader: WeightReader, dtype: torch.dt
                 model._init_weights(module)
         for name in own:
             key = f"{prefix}.{name}"
-            if name not in module._non_persistent_buffers_set and reader.has(key, model.base_model_prefix):
+            if key in in_folder and reader.has(key, model.base_model_prefix):
                 value = reader.read(key, model.base_model_prefix).to(ranks.device)
                 module._buffers[name] = value.to(dtype) if value.is_floating_point() else value
             elif not module._buffers[name].is_floating_point() or module._buffers[name].isnan().any():
@@ -415,8 +416,9 @@ def verify_packed_forward(engine, kernel: str, ranks: Ranks) -> None:
         logps = engine(tokens)[0, :-1].float().log_softmax(-1)
         alone.append(logps.gather(1, tokens[0, 1:, None])[:, 0])
     config._attn_implementation = registered_name(kernel)
-    difference = (packed - torch.cat(alone)).abs().mean().item()
-    if not torch.cat(alone).isfinite().all():
+    alone = torch.cat(alone)
+    difference = (packed - alone).abs().mean().item()
+    if not alone.isfinite().all():
         raise UserError(f"model type {config.model_type}: log-probabilities of any text are not finite; look for NaN or "
                         f"infinity in the weights")  # fmt: skip
     if not difference <= (1e-3 if engine.module.lm.dtype == torch.float32 else 0.1):
@@ -450,6 +452,7 @@ def export_model(model: PackedModel, output_dir: str, tokenizer, source_folder: 
     """
     model.finish_gathering()
     lm, target = model.lm, Path(output_dir)
+    buffers = persistent_buffers(lm)
     parameters = list(lm.named_parameters())
     shards: list[list[tuple[str, nn.Parameter]]] = [[]]
     size = 0
@@ -472,10 +475,12 @@ def export_model(model: PackedModel, output_dir: str, tokenizer, source_folder: 
                     tensors[name] = param.detach().to("cpu", copy=True).contiguous()
             weight_map[name] = file_name
         if shard is shards[-1]:
-            tensors |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in persistent_buffers(lm).items()}
-            weight_map |= dict.fromkeys(persistent_buffers(lm), file_name)
+            tensors |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
+            weight_map |= dict.fromkeys(buffers, file_name)
         ranks.once(lambda: _writing(target, save_file, tensors, temporary / file_name, {"format": "pt"}))
-    ranks.once(lambda: _writing(target, _finish_export, lm, tokenizer, source_folder, temporary, target, weight_map))
+    total_size = sum(p.ds_numel * p.element_size() for _, p in parameters) + sum(b.nbytes for b in buffers.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    ranks.once(lambda: _writing(target, _finish_export, lm, tokenizer, source_folder, temporary, target, index))
 
 
 def _writing(target: Path, write: Callable, *arguments) -> None:
@@ -494,19 +499,12 @@ def _empty_folder(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _finish_export(lm, tokenizer, source_folder: str, temporary: Path, target: Path, weight_map: dict) -> None:
+def _finish_export(lm, tokenizer, source_folder: str, temporary: Path, target: Path, index: dict) -> None:
     config = type(lm.config).from_dict(lm.config.to_dict())
     config.architectures = [type(lm).__name__]
     config.save_pretrained(temporary)
     generation_config(source_folder, config, [tokenizer.eos_token_id]).save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    index = {
-        "metadata": {
-            "total_size": sum(p.ds_numel * p.element_size() for p in lm.parameters())
-            + sum(buffer.nbytes for buffer in persistent_buffers(lm).values())
-        },
-        "weight_map": weight_map,
-    }
     index_name = "model.safetensors.index.json"
     (temporary / index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for stale in [target / index_name, *target.glob("model*.safetensors")]:

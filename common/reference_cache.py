@@ -28,6 +28,7 @@ from common.config import DPOConfig
 from common.distributed import Ranks
 from common.errors import TrainingStopped
 from common.logprobs import sequence_logps
+from common.mixer import file_stamp
 from common.packing import MicroBatch, one_ahead, pack, pair_documents, plan_step
 
 PAIRS_PER_PART = 256
@@ -65,11 +66,7 @@ def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
     except (OSError, ValueError):
         memo = {}
     files = sorted(Path(model_folder).glob("*.safetensors"))
-    stamps = {
-        path: f"{path.resolve()}:{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}:{s.st_ino}"
-        for path in files
-        for s in [path.stat()]
-    }
+    stamps = {path: f"{path.resolve()}:{file_stamp(path)}" for path in files}
     unknown = [path for path in files if stamps[path] not in memo]
     if unknown:
         with ThreadPoolExecutor(min(8, len(unknown))) as pool:

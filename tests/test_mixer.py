@@ -139,6 +139,14 @@ def test_an_unusable_file_is_refused_by_name(tmp_path, name, content, amount, sa
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
+def test_text_of_a_parquet_file_that_is_no_utf8_is_refused_by_name(tmp_path):
+    bad = pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": bad, "completion": ["b"]}), tmp_path / "bad.parquet")
+    rows = load_source(parse_source(str(tmp_path / "bad.parquet")))
+    with pytest.raises(UserError, match=r"bad\.parquet: a text column does not hold UTF-8"):
+        rows.read(rows.indices)
+
+
 @pytest.mark.parametrize("raw", [b'{"messages": [', b"[1, 2]", b"\xff\xfe{}", b"null", b"[" * 100_000, ["x"]])
 def test_a_row_that_is_not_an_object_is_refused(raw):
     with pytest.raises(UserError, match="JSON"):
