@@ -24,60 +24,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.metrics import PROFILE_VARIABLE
 
+LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)  # fmt: skip
 SHAPES = {
-    "llama-8b": dict(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-    ),
-    "llama-8b-half": dict(  # 16 of 32 layers: what one of two GPUs would hold of llama-8b fits one
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-    ),
-    "llama-3b": dict(
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    ),
-    "llama-1b": dict(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    ),
-    "tiny": dict(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=1024,
-        tie_word_embeddings=False,
-    ),
-}
+    "llama-8b": LLAMA_8B,
+    "llama-8b-half": LLAMA_8B | dict(num_hidden_layers=16),  # what one of two GPUs would hold of llama-8b fits one
+    "llama-3b": LLAMA_8B | dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+                                tie_word_embeddings=True),
+    "llama-1b": LLAMA_8B | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, tie_word_embeddings=True),
+    "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, vocab_size=1024, tie_word_embeddings=False),
+}  # fmt: skip
 REPO = Path(__file__).resolve().parent.parent
 NUM_WORDS = 1000
 WARMUP_STEPS = 4
@@ -89,37 +52,18 @@ SAMPLES_PER_RANK = {"tulu": 64 if ON_GPU else 16, "full": 10 if ON_GPU else 3}
 
 def write_model(shape: str, folder: Path) -> None:
     """config.json, random bfloat16 weights and a tokenizer of NUM_WORDS words, whose file comes last."""
-    folder.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
         **SHAPES[shape],
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
         bos_token_id=None,
         eos_token_id=0,
-        dtype=torch.bfloat16,
-        architectures=["LlamaForCausalLM"],
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
     )
-    with torch.device("meta"):
+    torch.manual_seed(0)
+    with torch.device("cuda" if ON_GPU else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    device = "cuda" if ON_GPU else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-    weight_map, tensors, size, num_files = {}, {}, 0, 0
-    parameters = list(model.named_parameters())
-    for i, (name, param) in enumerate(parameters):
-        value = (
-            torch.ones(param.shape)
-            if param.ndim == 1
-            else torch.randn(param.shape, dtype=torch.bfloat16, device=device, generator=generator) * 0.02
-        )
-        tensors[name] = value.to("cpu", torch.bfloat16)
-        size += tensors[name].nbytes
-        weight_map[name] = f"model-{num_files:05d}.safetensors"
-        if size > 4e9 or i == len(parameters) - 1:
-            save_file(tensors, folder / weight_map[name], metadata={"format": "pt"})
-            tensors, size, num_files = {}, 0, num_files + 1
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size="4GB")
     words = {"<eos>": 0, "<|user|>": 1, "<|assistant|>": 2, **{f"w{i}": i + 3 for i in range(NUM_WORDS)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -182,42 +126,26 @@ def main() -> None:
         raise UserError(f"--lengths {options['--lengths']}: known are {', '.join(SAMPLES_PER_RANK)}")
     steps = int(options["--steps"]) + WARMUP_STEPS
     folder = Path("output/bench")
-    model, data, out = (
-        folder / options["--shape"],
-        folder / f"{method}-{options['--lengths']}.jsonl",
-        folder / f"run-{method}",
-    )
+    model, data, out = folder / options["--shape"], folder / f"{method}-{options['--lengths']}.jsonl", folder / f"run-{method}"
     if not (model / "tokenizer.json").is_file():  # in a process of its own, which leaves the GPU when it is done
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             process.submit(write_model, options["--shape"], model).result()
     samples = SAMPLES_PER_RANK[options["--lengths"]] * ranks
     write_data(method, options["--lengths"], 12 * samples, data)
     shutil.rmtree(out, ignore_errors=True)
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--num_gpus",
-        str(ranks),
-        str(REPO / f"train_{method}.py"),
-        "--model_name_or_path",
-        str(model),
-        "--dataset_mixer",
-        str(data),
-        "--output_dir",
-        str(out),
-        "--cache_dir",
-        str(folder / "cache"),
-        "--global_batch_size",
-        str(samples),
-        "--max_train_steps",
-        str(steps),
-        "--checkpointing_steps",
-        str(10**9),
-        "--resume",
-        "never",
-        *passed,
-    ]
+    flags = {
+        "model_name_or_path": model,
+        "dataset_mixer": data,
+        "output_dir": out,
+        "cache_dir": folder / "cache",
+        "global_batch_size": samples,
+        "max_train_steps": steps,
+        "checkpointing_steps": 10**9,
+        "resume": "never",
+    }
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    command = [*launcher, str(REPO / f"train_{method}.py"), *words, *passed]
     print(" ".join(command), flush=True)
     reference_speed, is_measured = None, False
     for stop in (signal.SIGTERM, signal.SIGINT):
