@@ -112,32 +112,25 @@ def pair_documents(pair: PreferencePair, share_prompt: bool) -> list[Document]:
     Only completion tokens, EOS included, are targets. The first token of a branch is predicted from
     the last token of the prompt.
     """
-    sides = [(np.asarray(pair.chosen_ids), pair.chosen_start), (np.asarray(pair.rejected_ids), pair.rejected_start)]
-    prompt = np.asarray(pair.prompt_ids)
-    documents, offset = [], len(prompt)
-    rows, ids = [], []
-    for completion, start in sides:
+    prompt, num_chosen, documents = np.asarray(pair.prompt_ids), len(pair.chosen_ids), []
+    for completion, start in ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start)):
         scored = np.arange(max(start, 1 - len(prompt)), len(completion))  # nothing predicts a token at position 0
-        rows.append(np.where(scored == 0, len(prompt) - 1, offset + scored - 1))
-        ids.append(completion[scored])
-        if share_prompt:
-            offset += len(completion)
-        else:
-            tokens = np.concatenate([prompt, completion])
-            documents.append(Document(tokens, len(tokens), 0, rows[-1], ids[-1], [len(scored)]))
-    if share_prompt:
-        tokens = np.concatenate([prompt, *(completion for completion, _ in sides)])
-        documents = [
-            Document(
-                tokens,
-                len(prompt),
-                len(sides[0][0]),
-                np.concatenate(rows),
-                np.concatenate(ids),
-                [len(part) for part in ids],
-            )
-        ]
-    return documents
+        tokens, rows = np.concatenate([prompt, completion]), len(prompt) + scored - 1
+        documents.append(Document(tokens, len(tokens), 0, rows, tokens[rows + 1], [len(scored)]))
+    if not share_prompt:
+        return documents
+    chosen, rejected = documents
+    rows = rejected.target_rows + num_chosen * (rejected.target_rows >= len(prompt))  # the last of the prompt stays
+    return [
+        Document(
+            np.concatenate([chosen.input_ids, pair.rejected_ids]),
+            len(prompt),
+            num_chosen,
+            np.concatenate([chosen.target_rows, rows]),
+            np.concatenate([chosen.target_ids, rejected.target_ids]),
+            chosen.sequence_targets + rejected.sequence_targets,
+        )
+    ]
 
 
 @dataclass
