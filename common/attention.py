@@ -94,7 +94,6 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
             q_lengths.append(rejected)
             k_lengths.append(stem + rejected)
             key_index.append(np.concatenate([tokens[:stem], tokens[len(tokens) - rejected :]]))
-    index = np.concatenate(key_index)
 
     def offsets(lengths: list[int]) -> torch.Tensor:
         padding = _power_of_two(len(lengths) + 1, 64) - len(lengths) - 1
@@ -104,9 +103,7 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
         "packed_cu_seqlens_q": offsets(q_lengths),
         "packed_cu_seqlens_k": offsets(k_lengths),
         "packed_max_seqlen": _power_of_two(max(k_lengths), 512),
-        "packed_key_index": None
-        if len(q_lengths) == len(k_lengths) and q_lengths == k_lengths
-        else to_device(index, device),
+        "packed_key_index": None if q_lengths == k_lengths else to_device(np.concatenate(key_index), device),
     }
 
 

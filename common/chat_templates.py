@@ -117,16 +117,13 @@ class ChatTemplate:
 
         Depends on the contents for no template that step 1 is for, so each order of roles is rendered once.
         """
-        roles = tuple(message["role"] for message in messages)
-        if any(len(message) > 2 for message in messages) or roles not in self._printed:
+        roles = tuple(message["role"] for message in messages) if all(len(m) == 2 for m in messages) else None
+        if roles is None or roles not in self._printed:  # None: messages that hold more, rendered every time
             marked = [{**message, "content": f"{MARKER}{i}{MARKER}"} for i, message in enumerate(messages)]
             try:
-                printed = re.split(f"{MARKER}([0-9]+){MARKER}", self.apply(marked))
+                self._printed[roles] = re.split(f"{MARKER}([0-9]+){MARKER}", self.apply(marked))
             except (UserError, TemplateRefused):  # for a content that is a marker
-                printed = []
-            if any(len(message) > 2 for message in messages):
-                return printed
-            self._printed[roles] = printed
+                self._printed[roles] = []
         return self._printed[roles]
 
     def _span(self, messages: list[dict], i: int, text: str) -> tuple[int, int]:

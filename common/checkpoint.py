@@ -112,17 +112,12 @@ def require_disk_space(parameters: dict[str, torch.nn.Parameter], output_dir: st
     """
     num_parameters = sum(p.ds_numel for p in parameters.values())
     export = sum(p.ds_numel * p.element_size() for p in parameters.values())
-    needed = num_checkpoints * checkpoint_bytes(num_parameters) + export
+    needed = num_checkpoints * 12 * num_parameters + export  # 12 bytes: master and two moments in float32
     taken = sum(path.stat().st_size for path in (Path(output_dir) / "checkpoints").rglob("*") if path.is_file())
     free = shutil.disk_usage(output_dir).free + taken
     if needed > free:
         raise UserError(f"--output_dir {output_dir} needs {needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints "
                         f"and the model, {free / 1e9:,.1f} GB are free; free some, or lower --keep_last_n_checkpoints")
-
-
-def checkpoint_bytes(num_parameters: int) -> int:
-    """Disk that one checkpoint takes: master and two moments in float32."""
-    return 12 * num_parameters
 
 
 def save(parameters: dict[str, torch.nn.Parameter], state: RunState, output_dir: str, keep_last_n: int,

@@ -4,6 +4,7 @@ import gc
 import resource
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import deepspeed
 import torch
@@ -98,10 +99,6 @@ def require_finite_weights(engine, step: int, ranks: Ranks) -> None:
         )
 
 
-class MicroBatchSize:
-    tokens = 0
-
-
 @contextmanager
 def out_of_memory_explained(step: int, budget: int, longest: int):
     """Turns running out of memory into a TrainingStopped that says what was tried and which flag to change.
@@ -109,7 +106,7 @@ def out_of_memory_explained(step: int, budget: int, longest: int):
     Gives an object whose `tokens` the loop sets to those of the micro-batch in hand. longest: tokens of the longest
     sample (pair), the least that a micro-batch can be.
     """
-    size = MicroBatchSize()
+    size = SimpleNamespace(tokens=0)
     try:
         yield size
     except (RuntimeError, MemoryError) as e:
