@@ -19,8 +19,9 @@ import yaml
 from common.errors import UserError
 
 
-def _field(default, help: str, choices: tuple | None = None):
-    metadata = {"help": help, "choices": choices}
+def _field(default, help: str, choices: tuple = (), least: float | None = None, most: float = math.inf):
+    """choices: the only values, or, where `least` is given, the only ones besides finite numbers from least to most."""
+    metadata = {"help": help, "choices": choices, "least": least, "most": most}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -53,37 +54,41 @@ class TrainConfig:
         ("auto", "flash_attention_4", "flash_attention_2", "varlen", "sdpa"),
     )
     dataset_mixer: list[str] = _field([], "one or more SOURCE[@REVISION][:SPLIT][=AMOUNT]")
-    max_seq_length: int = _field(4096, "samples keep their first max_seq_length tokens")
+    max_seq_length: int = _field(4096, "samples keep their first max_seq_length tokens", least=2)
     chat_template: str = _field("tulu", "a built-in name, a .jinja file, or `tokenizer` for the tokenizer's own")
-    global_batch_size: int = _field(128, "samples (SFT) or pairs (DPO) per optimizer step, over all ranks")
-    max_tokens_per_micro_batch: int | str = _field("auto", "tokens packed into one forward pass of one rank")
-    gradient_checkpointing: int | str = _field("auto", "recompute activations: none, full, or a number of layers")
+    global_batch_size: int = _field(128, "samples (SFT) or pairs (DPO) per optimizer step, over all ranks", least=1)
+    max_tokens_per_micro_batch: int | str = _field("auto", "tokens packed into one forward pass of one rank", ("auto",), least=1)
+    gradient_checkpointing: int | str = _field(
+        "auto", "layers that recompute their activations", ("auto", "none", "full"), least=0
+    )
     compile_layers: bool | str = _field(
         "auto", "torch.compile the decoder layers; auto = on a GPU", (True, False, "auto")
     )
     optimizer: str = _field("adamw", "the optimizer", ("adamw",))
-    learning_rate: float = _field(5e-6, "peak learning rate")
+    learning_rate: float = _field(5e-6, "peak learning rate", least=0)
     lr_scheduler_type: str = _field("linear", "schedule, by transformers' names", LR_SCHEDULERS)
-    warmup_ratio: float = _field(0.03, "part of all steps that warms up")
-    weight_decay: float = _field(0.0, "AdamW's decoupled weight decay, on every parameter")
-    adam_beta1: float = _field(0.9, "AdamW's beta1")
-    adam_beta2: float = _field(0.999, "AdamW's beta2")
-    adam_epsilon: float = _field(1e-8, "AdamW's epsilon")
-    max_grad_norm: float = _field(1.0, "gradients are scaled down to this global norm; 0 = never")
-    num_train_epochs: int = _field(2, "passes over the data")
-    max_train_steps: int | None = _field(None, "optimizer steps in all, in place of num_train_epochs")
+    warmup_ratio: float = _field(0.03, "part of all steps that warms up", least=0, most=1)
+    weight_decay: float = _field(0.0, "AdamW's decoupled weight decay, on every parameter", least=0)
+    adam_beta1: float = _field(0.9, "AdamW's beta1", least=0)
+    adam_beta2: float = _field(0.999, "AdamW's beta2", least=0)
+    adam_epsilon: float = _field(1e-8, "AdamW's epsilon", least=0)
+    max_grad_norm: float = _field(1.0, "gradients are scaled down to this global norm; 0 = never", least=0)
+    num_train_epochs: int = _field(2, "passes over the data", least=1)
+    max_train_steps: int | None = _field(None, "optimizer steps in all, in place of num_train_epochs", least=1)
     stop_after_steps: int | None = _field(
-        None, "stop and export after this many steps of the schedule that the other flags make"
+        None, "stop and export after this many steps of the schedule that the other flags make", least=1
     )
-    seed: int = _field(42, "decides the order of the samples")
+    seed: int = _field(42, "decides the order of the samples", least=0, most=2**63 - 1)
     output_dir: str = _field("output/sft", "model, metrics and checkpoints go here")
-    checkpointing_steps: int | str = _field(500, "a checkpoint every so many steps, or `epoch`")
-    keep_last_n_checkpoints: int = _field(3, "older checkpoints are deleted")
+    checkpointing_steps: int | str = _field(500, "a checkpoint every so many steps, or every epoch", ("epoch",), least=1)
+    keep_last_n_checkpoints: int = _field(3, "older checkpoints are deleted", least=1)
     clean_checkpoints_at_end: bool = _field(False, "delete this run's checkpoints once the model is exported")
     resume: str = _field("auto", "auto, never (start over), or a checkpoint's path")
     cache_dir: str = _field("~/.cache/plaintune", "token and reference caches")
-    collective_timeout_minutes: int = _field(30, "a rank that waits longer for the others gives up")
-    logging_steps: int = _field(1, "write metrics every so many steps")
+    collective_timeout_minutes: int = _field(
+        30, "a rank that waits longer for the others gives up", least=1, most=10**6
+    )
+    logging_steps: int = _field(1, "write metrics every so many steps", least=1)
     ds_config: str = _field("ds_configs/zero3.json", "how ZeRO-3 places the work")
 
 
@@ -104,16 +109,18 @@ class DPOConfig(TrainConfig):
     dataset_mixer: list[str] = _field(
         ["allenai/llama-3.1-tulu-3-8b-preference-mixture=10%"], "one or more SOURCE[@REVISION][:SPLIT][=AMOUNT]"
     )
-    max_seq_length: int = _field(2048, "prompt plus completion keep their first max_seq_length tokens")
-    learning_rate: float = _field(5e-7, "peak learning rate")
-    warmup_ratio: float = _field(0.1, "part of all steps that warms up")
-    num_train_epochs: int = _field(1, "passes over the data")
+    max_seq_length: int = _field(2048, "prompt plus completion keep their first max_seq_length tokens", least=2)
+    learning_rate: float = _field(5e-7, "peak learning rate", least=0)
+    warmup_ratio: float = _field(0.1, "part of all steps that warms up", least=0, most=1)
+    num_train_epochs: int = _field(1, "passes over the data", least=1)
     output_dir: str = _field("output/dpo", "model, metrics and checkpoints go here")
-    checkpointing_steps: int | str = _field(100, "a checkpoint every so many steps, or `epoch`")
+    checkpointing_steps: int | str = _field(100, "a checkpoint every so many steps, or every epoch", ("epoch",), least=1)
     loss_type: str = _field("dpo_norm", "the preference loss", ("sigmoid", "dpo_norm", "ipo", "simpo"))
-    beta: float = _field(5.0, "how strongly the policy is held to the reference")
-    label_smoothing: float = _field(0.0, "assumed share of flipped preferences (sigmoid and dpo_norm)")
-    gamma_beta_ratio: float = _field(0.3, "simpo's target margin over beta")
+    beta: float = _field(5.0, "how strongly the policy is held to the reference", least=0)
+    label_smoothing: float = _field(
+        0.0, "assumed share of flipped preferences (sigmoid and dpo_norm)", least=0, most=0.5
+    )
+    gamma_beta_ratio: float = _field(0.3, "simpo's target margin over beta", least=0)
     ref_model_name_or_path: str | None = _field(None, "a reference that is not the starting policy")
     share_prompt: bool = _field(True, "run a pair's prompt once for both completions")
 
@@ -240,62 +247,35 @@ def _validate(config: TrainConfig) -> None:
             raise UserError(f"--{name} must be {rule}, not {getattr(config, name)!r}")
 
     for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if f.metadata["choices"] and value not in f.metadata["choices"]:
-            names = [str(choice).lower() if isinstance(choice, bool) else choice for choice in f.metadata["choices"]]
-            near = _nearest(str(value), set(names)).replace("; --help lists them all", "")
-            require(False, f.name, f"one of {', '.join(names)}{near.replace(';', ' (') + ')' if near else ''}")
-        if isinstance(value, float):
-            require(math.isfinite(value) and value >= 0, f.name, "a finite number, 0 or more")
-    for name in (
-        "max_seq_length",
-        "global_batch_size",
-        "num_train_epochs",
-        "keep_last_n_checkpoints",
-        "collective_timeout_minutes",
-        "logging_steps",
-    ):
-        require(getattr(config, name) >= 1, name, "1 or more")
-    require(config.collective_timeout_minutes <= 10**6, "collective_timeout_minutes", "a million or less")
-    for name in ("max_train_steps", "stop_after_steps"):
-        require(getattr(config, name) is None or getattr(config, name) >= 1, name, "1 or more, or none")
-    require(config.max_seq_length >= 2, "max_seq_length", "2 or more")
-    for name, word in (("max_tokens_per_micro_batch", "auto"), ("checkpointing_steps", "epoch")):
-        value = getattr(config, name)
-        require(value == word or (isinstance(value, int) and value >= 1), name, f"1 or more, or `{word}`")
-    value = config.gradient_checkpointing
-    require(
-        value in ("auto", "none", "full") or (isinstance(value, int) and value >= 0),
-        "gradient_checkpointing",
-        "auto, none, full or a number of layers",
-    )
-    require(config.warmup_ratio <= 1, "warmup_ratio", "between 0 and 1")
+        value, choices = getattr(config, f.name), f.metadata["choices"]
+        least, most = f.metadata["least"], f.metadata["most"]
+        if value is None or value in choices:
+            continue
+        names = [_written(choice) for choice in choices]
+        if least is not None:
+            span = f"{'finite, ' * isinstance(value, float)}{least} or more" if most == math.inf else f"between {least} and {most}"
+            is_within = not isinstance(value, str) and least <= value <= most and value != math.inf
+            require(is_within, f.name, ", or ".join([span, *names]))
+        elif choices:
+            near = _nearest(str(value), set(names)).removeprefix("; ")
+            require(False, f.name, f"one of {', '.join(names)} ({near})")
     require(config.adam_beta1 < 1, "adam_beta1", "below 1")
     require(config.adam_beta2 < 1, "adam_beta2", "below 1")
-    require(0 <= config.seed < 2**63, "seed", "a whole number from 0 to 2^63 - 1")
     if isinstance(config, DPOConfig):
         require(config.beta > 0, "beta", "above 0")
-        require(config.label_smoothing <= 0.5, "label_smoothing", "between 0 and 0.5")
+
+
+def _written(value) -> str:
+    """A value as it is written on the command line."""
+    if isinstance(value, list):
+        return " ".join(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _help(cls: type) -> str:
     lines = [(cls.__doc__ or "").strip(), "", "--config FILE.yaml  the same names; the command line wins", ""]
     defaults = cls()
     for f in dataclasses.fields(cls):
-        value = getattr(defaults, f.name)
-        shown = (
-            " ".join(value)
-            if isinstance(value, list)
-            else "none"
-            if value is None
-            else str(value).lower()
-            if isinstance(value, bool)
-            else str(value)
-        )
-        choices = (
-            f" ({', '.join(str(c).lower() if isinstance(c, bool) else c for c in f.metadata['choices'])})"
-            if f.metadata["choices"]
-            else ""
-        )
-        lines.append(f"--{f.name} [{shown}]\n    {f.metadata['help']}{choices}")
+        choices = f" ({', '.join(map(_written, f.metadata['choices']))})" if f.metadata["choices"] else ""
+        lines.append(f"--{f.name} [{_written(getattr(defaults, f.name))}]\n    {f.metadata['help']}{choices}")
     return "\n".join(lines)
