@@ -78,10 +78,10 @@ def file_digest(path: Path) -> str:
     return state.hexdigest()
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Writes a whole file in one step: whoever reads it finds the old text or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    _write(temporary, [text.encode()])
+def replace_file(path: Path, data: str | bytes) -> None:
+    """Writes a whole file in one step: whoever reads it finds the old contents or the new."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # in a shared folder others may write it too
+    _write(temporary, [data.encode() if isinstance(data, str) else data])
     os.replace(temporary, path)
     sync_folder(path.parent)
 

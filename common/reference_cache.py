@@ -11,7 +11,6 @@ computes it. There is no key by name or by path.
 """
 
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from common import attention, logprobs, model, packing
-from common.checkpoint import digest, file_digest
+from common.checkpoint import digest, file_digest, replace_file
 from common.config import DPOConfig
 from common.distributed import Ranks
 from common.errors import TrainingStopped
@@ -33,18 +32,13 @@ from common.packing import MicroBatch, one_ahead, pack, pair_documents, plan_ste
 
 PAIRS_PER_PART = 256
 PAIRS_CHECKED = 8
-TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.05,
-}  # mean difference per scored token; other weights differ by more
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}  # mean difference per scored token; other weights differ by more
 
 
 def reference_key(model_folder: str, data_digest: str, config: DPOConfig, kernel: str, ranks: Ranks) -> str:
     """The cache's key, hex. Weights are read once; their digests are remembered by size, times of change and inode."""
     weights = ranks.once_per_node(lambda: weight_digests(model_folder, config.cache_dir))
-    code = [Path(module.__file__).read_text() for module in (attention, logprobs, model, packing)] + [
-        Path(__file__).read_text()
-    ]
+    files = [*(module.__file__ for module in (attention, logprobs, model, packing)), __file__]
     parts = {
         "weights": weights,
         "config.json": file_digest(Path(model_folder) / "config.json"),
@@ -53,7 +47,7 @@ def reference_key(model_folder: str, data_digest: str, config: DPOConfig, kernel
         "kernel": kernel,
         "share_prompt": config.share_prompt,
         "device": ranks.device.type,
-        "code": digest("".join(code).encode()),
+        "code": digest(b"".join(Path(file).read_bytes() for file in files)),
     }
     return digest(json.dumps(parts, sort_keys=True).encode())
 
@@ -72,9 +66,7 @@ def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
         with ThreadPoolExecutor(min(8, len(unknown))) as pool:
             memo.update(zip((stamps[path] for path in unknown), pool.map(file_digest, unknown), strict=True))
         memo_path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = memo_path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(memo))
-        os.replace(temporary, memo_path)
+        replace_file(memo_path, json.dumps(memo))
     return {path.name: memo[stamps[path]] for path in files}
 
 
@@ -144,7 +136,7 @@ def compute_logps(
 
 def _spot_check(engine, data, pairs, logps, config, kernel, budget, ranks) -> None:
     again = compute_logps(engine, data, pairs, config, kernel, budget, ranks)
-    tolerance = TOLERANCE[getattr(torch, config.dtype)]
+    tolerance = TOLERANCE[config.dtype]
     for i, cached, computed in zip(pairs, logps[pairs], again, strict=True):
         lengths = np.array(pair_documents(data[i], share_prompt=True)[0].sequence_targets)
         if not (np.abs(cached - computed) <= tolerance * lengths).all():
@@ -179,12 +171,5 @@ def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _write_part(path: Path, pairs: np.ndarray, values: np.ndarray) -> None:
-    data = safetensors.numpy.save(
-        {"pairs": pairs, "logps": values}, metadata={"digest": digest(pairs.tobytes() + values.tobytes())}
-    )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    metadata = {"digest": digest(pairs.tobytes() + values.tobytes())}
+    replace_file(path, safetensors.numpy.save({"pairs": pairs, "logps": values}, metadata))
