@@ -32,8 +32,8 @@ from common.packing import MicroBatch, one_ahead, pack, packing_report, pair_doc
 from common.placement import deepspeed_config
 from common.planner import demand_of, place, settle
 from common.reference_cache import reference_logps
-from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
-from common.token_cache import data_table, open_tokens, prepare_tokens, preview
+from common.schedule import checkpoint_interval, learning_rate_schedule, samples_seen, step_samples, total_steps
+from common.token_cache import data_table, preview, tokenized_data
 
 
 @main_with_exit_codes
@@ -56,23 +56,8 @@ def main() -> None:
     tokenizer_folder = ranks.once_per_node(lambda: model.find_tokenizer(config.tokenizer_name_or_path or model_folder))
     tokenizer = model.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-    data = open_tokens(
-        ranks.once_per_node(
-            lambda: prepare_tokens(
-                "dpo",
-                config.dataset_mixer,
-                tokenizer,
-                tokenizer_folder,
-                template,
-                config.max_seq_length,
-                config.cache_dir,
-                num_cpus(),
-            )
-        )
-    )
-    pair_lengths = pair_length(
-        *data.pair_lengths.T, config.share_prompt
-    )  # tokens that each pair takes in a micro-batch
+    data = tokenized_data("dpo", config, tokenizer, tokenizer_folder, template, num_cpus(), ranks)
+    pair_lengths = pair_length(*data.pair_lengths.T, config.share_prompt)  # tokens of each in a micro-batch
     longest_side = int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max())
     model.check_supported(model_config, longest_side, len(tokenizer))
     if reference_folder is not None:
@@ -87,11 +72,7 @@ def main() -> None:
     learning_rate = learning_rate_schedule(
         config.lr_scheduler_type, config.learning_rate, num_steps, config.warmup_ratio
     )
-    save_every = (
-        steps_per_epoch(len(data), config.global_batch_size)
-        if config.checkpointing_steps == "epoch"
-        else config.checkpointing_steps
-    )
+    save_every = checkpoint_interval(config.checkpointing_steps, len(data), config.global_batch_size)
     identity = ranks.once(
         lambda: run_record.run_identity(config, data.digest, template.digest, model_folder, reference_folder)
     )
@@ -188,9 +169,7 @@ def main() -> None:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 size.tokens = micro_batch.num_tokens
                 token_logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
-                logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(
-                    len(members), 2
-                )  # (chosen, rejected)
+                logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(-1, 2)  # (chosen, rejected)
                 ratios = logps if reference is None else logps - to_device(reference[members], ranks.device)
                 if loss_of.averages_over_length:
                     lengths = to_device(np.reshape(micro_batch.sequence_targets, (len(members), 2)), ranks.device)

@@ -22,8 +22,8 @@ from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
 from common.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
 from common.placement import deepspeed_config
 from common.planner import demand_of, place, settle
-from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
-from common.token_cache import data_table, open_tokens, prepare_tokens, preview
+from common.schedule import checkpoint_interval, learning_rate_schedule, samples_seen, step_samples, total_steps
+from common.token_cache import data_table, preview, tokenized_data
 
 
 @main_with_exit_codes
@@ -41,20 +41,7 @@ def main() -> None:
     tokenizer_folder = ranks.once_per_node(lambda: model.find_tokenizer(config.tokenizer_name_or_path or model_folder))
     tokenizer = model.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-    data = open_tokens(
-        ranks.once_per_node(
-            lambda: prepare_tokens(
-                "sft",
-                config.dataset_mixer,
-                tokenizer,
-                tokenizer_folder,
-                template,
-                config.max_seq_length,
-                config.cache_dir,
-                num_cpus(),
-            )
-        )
-    )
+    data = tokenized_data("sft", config, tokenizer, tokenizer_folder, template, num_cpus(), ranks)
     longest = int(data.lengths.max())
     model.check_supported(model_config, longest, len(tokenizer))
     ranks.say(data_table(data))
@@ -66,11 +53,7 @@ def main() -> None:
     learning_rate = learning_rate_schedule(
         config.lr_scheduler_type, config.learning_rate, num_steps, config.warmup_ratio
     )
-    save_every = (
-        steps_per_epoch(len(data), config.global_batch_size)
-        if config.checkpointing_steps == "epoch"
-        else config.checkpointing_steps
-    )
+    save_every = checkpoint_interval(config.checkpointing_steps, len(data), config.global_batch_size)
     identity = ranks.once(lambda: run_record.run_identity(config, data.digest, template.digest, model_folder))
     if ranks.once(lambda: run_record.check_output_dir(config, identity, last_step)):
         ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")

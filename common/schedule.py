@@ -21,6 +21,12 @@ def total_steps(num_samples: int, global_batch_size: int, num_train_epochs: int,
     return max_train_steps or steps_per_epoch(num_samples, global_batch_size) * num_train_epochs
 
 
+def checkpoint_interval(checkpointing_steps: int | str, num_samples: int, global_batch_size: int) -> int:
+    """Steps from one checkpoint to the next; `epoch` is as many as an epoch has."""
+    is_epoch = checkpointing_steps == "epoch"
+    return steps_per_epoch(num_samples, global_batch_size) if is_epoch else checkpointing_steps
+
+
 @lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
     """int64 [num_samples]: the order in which epoch `epoch` (from 0) visits the kept samples."""

@@ -104,6 +104,17 @@ class TokenDataset:
         return f"{self.stats['sources'][source]['path']}:{row}"
 
 
+def tokenized_data(kind: str, config, tokenizer, tokenizer_folder: str, template: ChatTemplate, num_proc: int, ranks
+                   ) -> TokenDataset:  # fmt: skip
+    """A run's data, tokenized by one rank of each node if no run has before, opened by every rank. Collective.
+
+    config: common.config.TrainConfig; the rest as in prepare_tokens, with its errors and open_tokens' own.
+    """
+    path = ranks.once_per_node(lambda: prepare_tokens(kind, config.dataset_mixer, tokenizer, tokenizer_folder, template,
+                                                      config.max_seq_length, config.cache_dir, num_proc))  # fmt: skip
+    return open_tokens(path)
+
+
 def open_tokens(path: str) -> TokenDataset:
     """Opens what prepare_tokens returned. Raises UserError if the folder is not exactly what was written."""
     try:
