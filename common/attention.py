@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.packing import REJECTED, STEM, MicroBatch
 
 KERNELS = ("flash_attention_4", "flash_attention_2", "varlen", "sdpa")
@@ -43,7 +43,7 @@ def _why_not(kernel: str, on_gpu: bool) -> str | None:
         try:
             importlib.import_module("flash_attn.cute.interface")
         except Exception as e:  # whatever its compiler raises where driver or CUDA do not fit it
-            return f"the package flash-attn-4 cannot be imported ({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+            return f"the package flash-attn-4 cannot be imported ({type(e).__name__}: {one_line(e)})"
     if kernel == "flash_attention_2" and not _is_installed("flash_attn.flash_attn_interface"):
         return "the package flash-attn is not installed"
     return None

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jinja2
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 # The reference run's template: <|role|>, a new line, the content (and EOS, if the assistant's), a new line except at
 # the end. Other roles render nothing.
@@ -79,10 +79,9 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat template {self.name!r}, line {error.lineno}: {error.message}") from error
         except Exception as error:  # a template is a program of the user's, and can fail in any way
-            words = " ".join(str(error).split())
             if type(error) is jinja2.TemplateError:  # what raise_exception raises
-                raise TemplateRefused(words) from error
-            raise UserError(f"chat template {self.name!r}: {type(error).__name__}: {words}") from error
+                raise TemplateRefused(one_line(error)) from error
+            raise UserError(f"chat template {self.name!r}: {type(error).__name__}: {one_line(error)}") from error
 
     def render(self, messages: list[dict], only_last: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and the [start, end) characters of it that are trained.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 
 def _field(default, help: str, choices: tuple = (), least: float | None = None, most: float = math.inf):
@@ -196,7 +196,7 @@ def _read_yaml(path: str) -> dict:
     except OSError as e:
         raise UserError(f"--config {path}: {e.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: no UTF-8, no number, no date
-        raise UserError(f"--config {path}: not YAML: {' '.join(str(e).split())}") from None
+        raise UserError(f"--config {path}: not YAML: {one_line(e)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -253,9 +253,9 @@ def _validate(config: TrainConfig) -> None:
             continue
         names = [_written(choice) for choice in choices]
         if least is not None:
-            span = f"{'finite, ' * isinstance(value, float)}{least} or more" if most == math.inf else f"between {least} and {most}"
+            span = f"between {least} and {most}" if most < math.inf else f"{least} or more"
             is_within = not isinstance(value, str) and least <= value <= most and value != math.inf
-            require(is_within, f.name, ", or ".join([span, *names]))
+            require(is_within, f.name, f"{'finite, ' * isinstance(value, float)}{', or '.join([span, *names])}")
         elif choices:
             near = _nearest(str(value), set(names)).removeprefix("; ")
             require(False, f.name, f"one of {', '.join(names)} ({near})")

@@ -12,7 +12,7 @@ from deepspeed.utils import set_z3_leaf_modules
 
 from common.config import TrainConfig
 from common.distributed import Ranks
-from common.errors import TrainingStopped, UserError, is_out_of_memory
+from common.errors import TrainingStopped, UserError, is_out_of_memory, one_line
 from common.model import PackedModel
 from common.residency import ResidentParameters, WholeGradients
 
@@ -36,8 +36,8 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     except (AssertionError, NotImplementedError, ValueError) as e:
-        reason = " ".join(str(e).split())[:300]
-        raise UserError(f"--ds_config {config.ds_config}: DeepSpeed refuses it: {type(e).__name__}: {reason}") from e
+        reason = f"{type(e).__name__}: {one_line(e)}"
+        raise UserError(f"--ds_config {config.ds_config}: DeepSpeed refuses it: {reason}") from e
     zero = engine.optimizer
     if not zero.offload_optimizer:
         zero._get_norm_groups = partial(_gradient_norm, zero)

@@ -26,10 +26,15 @@ class TrainingStopped(RuntimeError):
     EXIT_CODE = 3
 
 
+def one_line(error: BaseException) -> str:
+    """An error's text as part of a line."""
+    return " ".join(str(error).split())[:300]
+
+
 def full_disk(error: Exception) -> TrainingStopped | None:
     """What to raise for an error that says that a disk is full (safetensors says so in its text only), else None."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error):
-        return TrainingStopped(f"{' '.join(str(error).split())}; free disk space and run the same command")
+        return TrainingStopped(f"{one_line(error)}; free disk space and run the same command")
     return None
 
 

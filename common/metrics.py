@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from common.checkpoint import RunState, replace_file
+from common.errors import one_line
 
 # Dense bf16 peak of a device in FLOP/s, from the vendors' datasheets; the first name that matches counts.
 PEAK_FLOPS = (
@@ -214,7 +215,7 @@ def draw_curves(output_dir: str) -> None:
     try:
         _draw_curves(output_dir)
     except Exception as e:  # a picture is not worth a run that is done
-        print(f"warning: {output_dir}/curves.png was not drawn: {type(e).__name__}: {' '.join(str(e).split())[:200]}", flush=True)
+        print(f"warning: {output_dir}/curves.png was not drawn: {type(e).__name__}: {one_line(e)}", flush=True)
 
 
 def _draw_curves(output_dir: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 SUBSET_SEED = 42  # of every subset, whatever the run's seed: the reference run's rows
 COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")  # all that is read; others are ignored
@@ -204,7 +204,7 @@ def _open_parquet(source: Source):
         names = pyarrow.parquet.read_schema(source.path).names
         table = pyarrow.parquet.read_table(source.path, columns=[name for name in names if name in COLUMNS] or None)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{source.path}: not a readable parquet file: {_one_line(error)}") from error
+        raise UserError(f"{source.path}: not a readable parquet file: {type(error).__name__}: {one_line(error)}") from error
     return {"sha256": digest}, *_arrow_rows(Dataset(table), source)
 
 
@@ -219,7 +219,7 @@ def _open_hub(source: Source):
             commit = HfApi().dataset_info(source.path, revision=source.revision).sha
         dataset = load_dataset(source.path, revision=commit, split=source.split)
     except Exception as error:  # whatever it is, the user has to see which source cannot be had, and why
-        raise UserError(f"dataset_mixer {source.text!r}: {_one_line(error)}") from error
+        raise UserError(f"dataset_mixer {source.text!r}: {type(error).__name__}: {one_line(error)}") from error
     if not all(commit in file["filename"] for file in dataset.cache_files):  # offline, the last one cached is given
         raise UserError(f"dataset_mixer {source.text!r}: the hub cannot be reached, and what was last cached from it is "
                         f"not commit {commit}")
@@ -239,7 +239,3 @@ def _arrow_rows(dataset, source: Source):
         return [{name: column[i] for name, column in columns.items()} for i in range(len(indices))]
 
     return read, np.arange(1, len(dataset) + 1)
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from common.attention import attention_kwargs, registered_name, to_device
 from common.checkpoint import sync_folder
 from common.distributed import Ranks
-from common.errors import TrainingStopped, UserError
+from common.errors import TrainingStopped, UserError, one_line
 from common.logprobs import LogProbHead
 from common.packing import MicroBatch, pack, sft_documents
 from common.token_cache import SFTSample
@@ -62,8 +62,7 @@ def find_folder(what: str, name_or_path: str, revision: str | None, files: list[
     try:
         return snapshot_download(name_or_path, revision=revision, allow_patterns=files)
     except (HfHubHTTPError, OSError, ValueError) as e:
-        reason = " ".join(str(e).split())[:300]
-        raise UserError(f"{what} {name_or_path}: no such folder here, and the hub did not give it: {reason}") from None
+        raise UserError(f"{what} {name_or_path}: no such folder here, and the hub did not give it: {one_line(e)}") from None
 
 
 def load_tokenizer(folder: str):
@@ -71,7 +70,7 @@ def load_tokenizer(folder: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as e:  # as many kinds as there are ways to be wrong
-        raise UserError(f"tokenizer {folder}: cannot be loaded: {' '.join(str(e).split())[:300]}") from None
+        raise UserError(f"tokenizer {folder}: cannot be loaded: {one_line(e)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {folder}: needs a tokenizer.json (a fast tokenizer)")
     if tokenizer.eos_token_id is None:
@@ -84,7 +83,7 @@ def load_config(folder: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as e:  # as many kinds as there are ways to be wrong
-        raise UserError(f"model {folder}: config.json cannot be read: {' '.join(str(e).split())[:300]}") from None
+        raise UserError(f"model {folder}: config.json cannot be read: {one_line(e)}") from None
     generation_config(folder, config, [])  # now, not when the model is written
     return config
 
@@ -99,8 +98,7 @@ def generation_config(folder: str, config: PretrainedConfig, end_ids: list[int])
         stop = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
         ids = sorted({*end_ids, *(int(t) for t in stop if t is not None)})
     except Exception as e:  # as many kinds as there are ways to be wrong
-        reason = " ".join(str(e).split())[:300]
-        raise UserError(f"model {folder}: generation_config.json cannot be used: {reason}; mend or delete it") from None
+        raise UserError(f"model {folder}: generation_config.json cannot be used: {one_line(e)}; mend or delete it") from None
     generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
     return generation
 
@@ -172,7 +170,7 @@ def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
             model = PackedModel(AutoModelForCausalLM.from_config(config))
         model.lm.tie_weights()
     except Exception as e:  # as many kinds as there are ways to be wrong
-        reason = f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+        reason = f"{type(e).__name__}: {one_line(e)}"
         raise UserError(f"config.json describes no model that transformers can build: {reason}") from None
     of_layers = sum(p.numel() for layer in model.decoder_layers() for p in layer.parameters())
     return sum(p.numel() for p in model.parameters()), of_layers // config.num_hidden_layers
@@ -216,7 +214,7 @@ class WeightReader:
             return safe_open(self.folder / name, framework="pt")
         except (OSError, SafetensorError) as e:
             raise UserError(
-                f"{self.folder / name}: not a whole safetensors file ({' '.join(str(e).split())})"
+                f"{self.folder / name}: not a whole safetensors file ({one_line(e)})"
             ) from None
 
     def check(self, model: nn.Module) -> None:
@@ -489,7 +487,7 @@ def _writing(target: Path, write: Callable, *arguments) -> None:
         write(*arguments)
     except (OSError, SafetensorError) as e:
         raise TrainingStopped(
-            f"the model could not be written to {target}: {' '.join(str(e).split())}; the last checkpoint stands: once "
+            f"the model could not be written to {target}: {one_line(e)}; the last checkpoint stands: once "
             f"that is mended (free disk space?), the same command goes on from there"
         ) from e
 

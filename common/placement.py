@@ -46,40 +46,40 @@ def deepspeed_config(config: TrainConfig) -> dict:
     step's last. Raises UserError for a file that cannot be read, sets what a flag owns, has "auto"
     values, or is not ZeRO stage 3.
     """
+
+    def mistake(reason: str) -> UserError:
+        return UserError(f"--ds_config {config.ds_config}: {reason}")
+
     path = Path(config.ds_config)
     if not path.is_file() and not path.is_absolute():
         path = Path(__file__).parent.parent / path  # a path of the project's own, from any working directory
     try:
         placement = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise UserError(f"--ds_config {config.ds_config}: {e.strerror}") from None
+        raise mistake(e.strerror) from None
     except ValueError as e:
-        raise UserError(f"--ds_config {config.ds_config}: not JSON: {e}") from None
+        raise mistake(f"not JSON: {e}") from None
     if not isinstance(placement, dict) or not isinstance(placement.get("zero_optimization"), dict):
-        raise UserError(f"--ds_config {config.ds_config}: must be an object with a `zero_optimization` object")
+        raise mistake("must be an object with a `zero_optimization` object")
     for key in placement:
         if key in OWNED_BY_FLAGS:
-            raise UserError(
-                f"--ds_config {config.ds_config} sets `{key}`, which belongs to {OWNED_BY_FLAGS[key]}; remove it"
-            )
+            raise mistake(f"sets `{key}`, which belongs to {OWNED_BY_FLAGS[key]}; remove it")
         if key not in PLACEMENT_KEYS:
-            raise UserError(
-                f"--ds_config {config.ds_config}: unknown key `{key}`; known: {', '.join(sorted(PLACEMENT_KEYS))}"
-            )
+            raise mistake(f"unknown key `{key}`; known: {', '.join(sorted(PLACEMENT_KEYS))}")
     if placement["zero_optimization"].get("stage") != 3:
-        raise UserError(f"--ds_config {config.ds_config}: `zero_optimization.stage` must be 3")
+        raise mistake("`zero_optimization.stage` must be 3")
     if refused := [key for key in placement["zero_optimization"] if key.startswith(REFUSED)]:
-        raise UserError(f"--ds_config {config.ds_config}: `zero_optimization.{refused[0]}` is not supported; remove it")
+        raise mistake(f"`zero_optimization.{refused[0]}` is not supported; remove it")
     offloads = [key for key in placement["zero_optimization"] if key.startswith("offload_")]
     for key, values in RESIDENCY.items():
         if key in placement and placement[key] not in values:
-            raise UserError(f"--ds_config {config.ds_config}: `{key}` must be {' or '.join(values)}, not {placement[key]!r}")
+            raise mistake(f"`{key}` must be {' or '.join(values)}, not {placement[key]!r}")
         if offloads:  # what lives elsewhere cannot be kept whole here
             if placement.get(key) == values[0]:
-                raise UserError(f"--ds_config {config.ds_config}: {key} cannot be {values[0]} with `{offloads[0]}`")
+                raise mistake(f"{key} cannot be {values[0]} with `{offloads[0]}`")
             placement[key] = values[1]
     if auto := _find_auto(placement):
-        raise UserError(f'--ds_config {config.ds_config}: `{auto}` is "auto"; write a value or leave the key out')
+        raise mistake(f'`{auto}` is "auto"; write a value or leave the key out')
     return {
         "steps_per_print": 2**62,
         **placement,
