@@ -27,6 +27,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from common.distributed import free_port
 from common.errors import UserError
 from common.metrics import PROFILE_VARIABLE
 
@@ -143,9 +144,10 @@ def main() -> None:
         "checkpointing_steps": 10**9,
         "resume": "never",
     }
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    where = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    command = [*launcher, str(REPO / f"train_{method}.py"), *words, *passed]
+    command = [*launcher, *where, str(REPO / f"train_{method}.py"), *words, *passed]
     print(" ".join(command), flush=True)
     reference_speed, is_measured = None, False
     for stop in (signal.SIGTERM, signal.SIGINT):

@@ -130,6 +130,13 @@ def num_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 _started: Ranks | None = None
 
 
@@ -138,11 +145,8 @@ def start(timeout_minutes: int) -> Ranks:
     deepspeed_logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
     if "RANK" not in os.environ:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     local_rank = int(os.environ["LOCAL_RANK"])
     # Row lengths differ from micro-batch to micro-batch: segments that grow leave no holes between them.
