@@ -58,7 +58,7 @@ class DamagedCache(Exception):
 class TokenDataset:
     """A finished token cache, memory-mapped: indexing takes no memory, opening two int64 a sample.
 
-    kind: "sft" or "dpo".  digest: hex key of all that the tokens depend on.  stats: what `_stats` returned.
+    kind: "sft" or "dpo".  digest: hex, of all arrays, wherever they were read from.  stats: what `_stats` returned.
     lengths: int32 [n], tokens of each sample (of a pair: its prompt once, and both completions).
     num_targets: int32 [n], its target tokens (of a pair: the scored tokens of both sides).
     pair_lengths: DPO only, int32 [n, 3], tokens of the prompt, the rest of chosen, the rest of rejected.
@@ -72,7 +72,7 @@ class TokenDataset:
             manifest = json.loads((folder / "manifest.json").read_bytes())
             if not isinstance(manifest, dict) or manifest.pop("manifest_digest", None) != _digest_json(manifest):
                 raise DamagedCache(f"{folder}: manifest.json was changed")
-            self.kind, self.digest, self.stats = manifest["kind"], manifest["key"], manifest["stats"]
+            self.kind, self.stats, self.digest = manifest["kind"], manifest["stats"], _digest_json(manifest["files"])
             for name, (dtype, shape) in ARRAYS[self.kind].items():
                 if _digest_file(folder / f"{name}.bin") != manifest["files"][name]:
                     raise DamagedCache(f"{folder}: {name}.bin was changed")
@@ -148,7 +148,7 @@ def prepare_tokens(kind: str, dataset_mixer: list[str], tokenizer, tokenizer_pat
         if not template.closing:
             say(f"warning: chat template {template.name!r} ends answers with no token: the model learns no end")
         with _build_folder(root) as folder:
-            stats = _build(tokenize, sources, num_proc, folder, key, say)
+            stats = _build(tokenize, sources, num_proc, folder, say)
             for rows in sources:
                 rows.require_unchanged()
             _publish(folder, final)
@@ -178,7 +178,7 @@ def cache_key(tokenize: "BlockTokenizer", sources: list[Rows], tokenizer_path: s
     })
 
 
-def _build(tokenize: "BlockTokenizer", sources: list[Rows], num_proc: int, folder: Path, key: str, say) -> dict:
+def _build(tokenize: "BlockTokenizer", sources: list[Rows], num_proc: int, folder: Path, say) -> dict:
     """Tokenizes all rows into the arrays of `folder` and writes the manifest. Returns the stats."""
     num_rows = sum(len(rows.indices) for rows in sources)
     num_proc = max(1, min(num_proc, num_rows // MIN_ROWS_PER_PROCESS))
@@ -198,7 +198,7 @@ def _build(tokenize: "BlockTokenizer", sources: list[Rows], num_proc: int, folde
         reasons = ", ".join(f"{count} x {reason}" for (what, reason), count in counts.items() if what == "dropped")
         raise UserError(f"{', '.join(rows.source.text for rows in sources)}: no row is left to train on ({reasons})")
     stats = _stats(folder, counts, sources)
-    manifest = {"kind": tokenize.kind, "key": key, "stats": stats,
+    manifest = {"kind": tokenize.kind, "stats": stats,
                 "files": {name: _digest_file(folder / f"{name}.bin") for name in files}}
     (folder / "manifest.json").write_text(json.dumps({**manifest, "manifest_digest": _digest_json(manifest)}, indent=1))
     return stats

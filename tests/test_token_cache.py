@@ -210,6 +210,14 @@ def test_length_kind_amount_template_and_code_change_the_key(kit, tmp_path, monk
     assert len(set(keys)) == len(keys)
 
 
+def test_the_digest_is_of_what_is_trained_on_and_not_of_where_it_lies(kit, tmp_path):
+    """A resume compares it: neither a moved file nor an edited comment in the code is other data."""
+    chats = [[{"messages": chat} for chat in part] for part in (CHATS, CHATS, CHATS[:-1], [*CHATS[1:], CHATS[0]])]
+    paths = [prepare(kit, write(tmp_path / f"{i}.jsonl", rows), tmp_path / "cache") for i, rows in enumerate(chats)]
+    digests = [open_tokens(path).digest for path in paths]
+    assert len(set(paths)) == 4 and digests[0] == digests[1] and len(set(digests)) == 3
+
+
 def test_using_the_tokenizer_does_not_change_the_key(kit, tmp_path):
     data = write(tmp_path / "x.jsonl", [{"messages": CHATS[0]}])
     before = key_of(kit, data)
