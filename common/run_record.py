@@ -58,9 +58,9 @@ def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> boo
             raise UserError(f"--output_dir {config.output_dir} is --{flag}, which would be lost; name another folder")
     try:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        _hold(config.output_dir)
         (Path(config.output_dir) / ".writable").touch()
         (Path(config.output_dir) / ".writable").unlink()
-        _hold(config.output_dir)
     except OSError as e:
         raise UserError(f"--output_dir {config.output_dir}: cannot be written: {e.strerror}") from None
     for name, is_right in (("checkpoints", Path.is_dir), ("metrics.jsonl", Path.is_file), ("run_config.json", Path.is_file)):
