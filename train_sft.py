@@ -104,7 +104,7 @@ def main() -> None:
     ranks.once(lambda: checkpoint.require_disk_space(parameters, config.output_dir, num_checkpoints))
     ranks.once(lambda: run_record.open_output_dir(config, run, state.step))
     metrics = MetricsFile(config.output_dir, state.step) if ranks.is_main else None
-    meter = StepMeter(policy.lm, model_config, ranks.world_size, budget, len(data), ranks.device)
+    meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 
     # ------------------------------------------------------------------ loop

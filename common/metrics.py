@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from common.checkpoint import RunState, replace_file
+from common.distributed import Ranks
 from common.errors import one_line
 
 # Dense bf16 peak of a device in FLOP/s, from the vendors' datasheets; the first name that matches counts.
@@ -102,19 +103,11 @@ def _busy(profiler: torch.profiler.profile) -> str:
 class StepMeter:
     """The fields of metrics.jsonl that SFT and DPO share, from what one optimizer step did over all ranks."""
 
-    def __init__(
-        self,
-        lm: nn.Module,
-        config: PretrainedConfig,
-        world_size: int,
-        budget: int,
-        num_samples: int,
-        device: torch.device,
-    ):
-        self.num_parameters, self.config = num_matmul_parameters(lm), config
-        self.world_size, self.budget, self.num_samples, self.device = world_size, budget, num_samples, device
-        self.peak_flops = device_peak_flops(device)
-        self.profiler = step_profiler(device)
+    def __init__(self, lm: nn.Module, budget: int, num_samples: int, ranks: Ranks):
+        self.num_parameters, self.config = num_matmul_parameters(lm), lm.config
+        self.budget, self.num_samples, self.world_size, self.device = budget, num_samples, ranks.world_size, ranks.device
+        self.peak_flops = device_peak_flops(self.device)
+        self.profiler = step_profiler(self.device)
 
     def start(self) -> None:
         """Call when the wait for a step's micro-batches begins."""
