@@ -120,8 +120,9 @@ def block_mask(document: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     return (causal & same_document & visible_branch)[None, None]
 
 
-def _refuse_unimplemented(module: torch.nn.Module, dropout: float, kwargs: dict) -> None:
-    """Raises for arguments that change what attention computes and that the packed kernels do not implement.
+def _refuse_unimplemented(module: torch.nn.Module, dropout: float, packing: torch.Tensor | None, kwargs: dict) -> None:
+    """Raises for arguments that change what attention computes and that the packed kernels do not implement, and where
+    `packing`, what keeps samples apart, has not come through the model.
 
     A sliding window is compared with the samples' length before the model loads (common/model.py).
     """
@@ -135,10 +136,7 @@ def _refuse_unimplemented(module: torch.nn.Module, dropout: float, kwargs: dict)
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise UserError(f"{type(module).__name__} is not causal; only decoder models can be trained")
-
-
-def _require_packing(module: torch.nn.Module, argument) -> None:
-    if argument is None:
+    if packing is None:
         raise UserError(
             f"{type(module).__name__} does not pass keyword arguments on to its attention, so packed samples "
             f"cannot be kept apart: this architecture is not supported"
@@ -147,8 +145,7 @@ def _require_packing(module: torch.nn.Module, argument) -> None:
 
 def _sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, packed_mask=None, **kwargs):
     """query [1, H, T, D], key and value [1, H_kv, T, D] -> ([1, T, H, D], None); the AttentionInterface signature."""
-    _refuse_unimplemented(module, dropout, kwargs)
-    _require_packing(module, packed_mask)
+    _refuse_unimplemented(module, dropout, packed_mask, kwargs)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # with a mask, torch's fused CPU kernel takes only equal head counts
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -159,8 +156,7 @@ def _sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=
 def _segments(module, query, key, value, dropout, kwargs):
     """[1, H, T, D] -> [T, H, D] for the queries, and the same for the keys and values of every segment; then where
     segments begin among queries and among keys, and the most tokens of one (see attention_kwargs)."""
-    _refuse_unimplemented(module, dropout, kwargs)
-    _require_packing(module, kwargs.get("packed_cu_seqlens_q"))
+    _refuse_unimplemented(module, dropout, kwargs.get("packed_cu_seqlens_q"), kwargs)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if (index := kwargs["packed_key_index"]) is not None:
         key, value = key[index], value[index]

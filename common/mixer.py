@@ -103,13 +103,12 @@ class Rows:
     identity: what their contents are known by, {"sha256": ...} or {"revision": commit hash, "split": ...}.
     indices: int64 [n], the rows taken, in training order.
     read(indices): those rows, each a dict or the bytes of a JSON line, of which `decode_row` makes a dict.
-    numbers: int64 [num_rows], what messages call each row: its line, or its place, counted from 1.
+    numbers: int64 [rows of the source], what messages call each: its line, or its place, counted from 1.
     stamp: file_stamp of the local file when its identity was read; None for the hub, whose commits do not change.
     """
 
     source: Source
     identity: dict
-    num_rows: int
     indices: np.ndarray
     read: Callable
     numbers: np.ndarray
@@ -142,7 +141,7 @@ def load_source(source: Source) -> Rows:
         raise UserError(f"{source.path}: {error.strerror or error}") from error
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(f"{source.path}: {error}") from error
-    return Rows(source, identity, len(numbers), indices, read, numbers, stamp)
+    return Rows(source, identity, indices, read, numbers, stamp)
 
 
 def decode_row(raw: bytes | dict) -> dict:

@@ -213,7 +213,7 @@ def _stats(folder: Path, counts: Counter, sources: list[Rows]) -> dict:
     percentiles = {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95)}
     return {
         "sources": [{"asked_for": rows.source.text, "path": rows.source.path, **rows.identity,
-                     "num_rows": rows.num_rows, "rows_used": len(rows.indices)} for rows in sources],
+                     "num_rows": len(rows.numbers), "rows_used": len(rows.indices)} for rows in sources],
         "formats": by_detail("format"),
         "rows_read": counts["rows_read", ""],
         "kept": len(lengths),
