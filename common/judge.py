@@ -241,7 +241,7 @@ def _check_first_loss(history: list[dict]) -> Check:
 
 
 def _check_reference_cache(run_config: dict) -> Check:
-    path = run_config.get("result", {}).get("reference_cache") or run_config.get("reference_cache")
+    path = run_config.get("reference_cache")
     there = bool(path) and (Path(path).is_file() or (Path(path).is_dir() and any(Path(path).iterdir())))
     seen = (path if there else f"{path} is not there") if path else "none named"
     return Check("reference cached", "reference log-probabilities on disk", seen, there)

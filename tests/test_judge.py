@@ -25,13 +25,13 @@ def good_run(tmp_path, method="dpo", loss_type="dpo_norm"):
         history.append(row)
     history[1]["step_seconds"] = 300.0  # compiling: before the sixth step nothing is slow
     config = {"logging_steps": 1}
-    result = {"steps": NUM_STEPS, "rank_agreement": True}
+    run = {"result": {"steps": NUM_STEPS, "rank_agreement": True}}
     if method == "dpo":
         config |= {"loss_type": loss_type, "ref_model_name_or_path": None}
         (tmp_path / "reference").write_text("logps")
-        result["reference_cache"] = str(tmp_path / "reference")
-    return history, {
-        "config": config, "world_size": 4, "device": {"name": "GPU", "total_memory_gb": 80.0}, "result": result,
+        run["reference_cache"] = str(tmp_path / "reference")
+    return history, run | {
+        "config": config, "world_size": 4, "device": {"name": "GPU", "total_memory_gb": 80.0},
         "zero": {"stage": 3, "num_parameters": 1001, "partitioned_parameters_per_rank": [251, 251, 251, 251]},
     }
 
@@ -87,8 +87,8 @@ ALONE = [  # (the one check that must fail, method, what is done to a good run)
     ("speed", "sft", edit_rows(step_seconds={50: 20.5})),
     ("DPO starts at ln 2", "dpo", edit_rows(train_loss={1: math.log(2) + 0.011})),
     ("DPO starts at ln 2", "dpo", edit_rows(train_loss={1: math.log(2) - 0.011})),
-    ("reference cached", "dpo", edit_config("result", reference_cache=None)),
-    ("reference cached", "dpo", edit_config("result", reference_cache="/no/such/file")),
+    ("reference cached", "dpo", edit_config(None, reference_cache=None)),
+    ("reference cached", "dpo", edit_config(None, reference_cache="/no/such/file")),
     ("rewards/accuracy", "dpo", edit_rows(rewards__accuracy={None: 0.5})),
     ("rewards/margin", "dpo", edit_rows(rewards__margin={None: 0.0})),
     ("ZeRO-3 partitions", "sft", lambda history, run_config: run_config["zero"].update(stage=2)),
