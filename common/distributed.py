@@ -250,13 +250,19 @@ class StopRequest:
         if time.monotonic() > self.answered_at + SAME_REQUEST:
             os._exit(128 + number)
         self.signal_number = self.signal_number or number
-        if self.is_exporting and self.answered_at == math.inf:
+        if self.is_exporting:
+            self._answer_export_first()
+
+    def _answer_export_first(self) -> None:
+        if self.answered_at == math.inf:
             self.answered_at = time.monotonic()
             os.write(1, b"asked to stop: the steps are done; writing the model first; ask again to leave now\n")
 
     def wait_for_export(self) -> None:
         """From here on there is no step boundary to come: a request waits for the export, a second one does not."""
         self.is_exporting = True
+        if self.signal_number:  # it came after the ranks' last vote
+            self._answer_export_first()
 
     def votes(self) -> tuple[int, int]:
         """(1, 0) if this rank was asked by SIGTERM, (0, 1) if by SIGINT: ranks add them up and agree."""

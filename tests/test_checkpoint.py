@@ -489,12 +489,17 @@ def test_a_rank_that_others_told_of_the_stop_does_not_take_its_own_late_signal_f
     time.sleep(0.05)
 
 
-def test_during_the_export_the_first_request_waits_and_the_second_leaves(request_of_one, monkeypatch, capfd):
+@pytest.mark.parametrize("is_early", [False, True], ids=["during the export", "between the last vote and the export"])
+def test_during_the_export_the_first_request_waits_and_the_second_leaves(request_of_one, monkeypatch, capfd, is_early):
     make, _, signal = request_of_one
     monkeypatch.setattr(distributed, "SAME_REQUEST", 0.1)
     request = make()
-    request.wait_for_export()
-    os.kill(os.getpid(), signal.SIGINT)
+    if is_early:
+        os.kill(os.getpid(), signal.SIGINT)
+        request.wait_for_export()
+    else:
+        request.wait_for_export()
+        os.kill(os.getpid(), signal.SIGINT)
     assert "writing the model first" in capfd.readouterr().out
     time.sleep(0.15)
     with pytest.raises(SystemExit) as e:
