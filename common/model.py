@@ -220,23 +220,20 @@ class WeightReader:
     def check(self, model: nn.Module) -> None:
         """Raises UserError if a parameter of `model` (whose weights are tied) is missing, has another shape or is no
         floating-point number, or if the folder holds what the model has no place for."""
-        shapes, dtypes = {}, {}
+        slices = {}  # place -> its header's entry
         for file_name in sorted({file for file, _ in self.places.values()}):
             with self._open(file_name) as file:
-                slices = {(file_name, key): file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            shapes.update({place: list(part.get_shape()) for place, part in slices.items()})
-            dtypes.update({place: part.get_dtype() for place, part in slices.items()})
+                slices |= {(file_name, key): file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         self._check_leftovers(model)
         for name, param in model.named_parameters():
-            place = self._place(name, model.base_model_prefix)
-            if place not in shapes:
+            stored = slices.get(self._place(name, model.base_model_prefix))
+            if stored is None:
                 raise UserError(f"model {self.folder}: the weights lack {name}")
-            if shapes[place] != list(param.shape):
-                raise UserError(
-                    f"model {self.folder}: {name} is {shapes[place]}, config.json asks for {list(param.shape)}"
-                )
-            if dtypes[place] not in ("F64", "F32", "F16", "BF16"):
-                raise UserError(f"model {self.folder}: {name} is stored as {dtypes[place]}; quantized weights are not trained")
+            shape, dtype = stored.get_shape(), stored.get_dtype()
+            if shape != list(param.shape):
+                raise UserError(f"model {self.folder}: {name} is {shape}, config.json asks for {list(param.shape)}")
+            if dtype not in ("F64", "F32", "F16", "BF16"):
+                raise UserError(f"model {self.folder}: {name} is stored as {dtype}; quantized weights are not trained")
 
     def _check_leftovers(self, model: nn.Module) -> None:
         """What a class says it leaves out may be there, and buffers; and copies of what is tied, if they are copies."""
