@@ -149,15 +149,9 @@ def main() -> None:
         state.samples = samples_seen(state.step, len(data), config.global_batch_size)
         state.total_tokens += int(num_tokens)
         state.target_tokens += num_targets
+        grad_norm = float(engine.get_global_grad_norm())  # before clipping
         record = meter.record(
-            state,
-            train_loss,
-            learning_rate(step),
-            float(engine.get_global_grad_norm()),
-            num_tokens,
-            squared_lengths,
-            num_targets,
-            len(plan),
+            state, train_loss, learning_rate(step), grad_norm, num_tokens, squared_lengths, num_targets, len(plan)
         )
         if ranks.is_main and (state.step % config.logging_steps == 0 or state.step == last_step):
             metrics.append(record)
