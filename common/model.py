@@ -78,6 +78,11 @@ def load_tokenizer(folder: str):
     return tokenizer
 
 
+def num_token_ids(tokenizer) -> int:
+    """The tokenizer's largest id + 1, which is more than len(tokenizer) where ids are left out."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def load_config(folder: str) -> PretrainedConfig:
     """The model's config. Raises UserError for one that cannot be read, or whose generation_config.json cannot be."""
     try:

@@ -14,7 +14,9 @@ import pytest
 import reference
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers import models as models_of_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common import distributed, model
 from common.config import SFTConfig
@@ -334,3 +336,11 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, files):
     with pytest.raises(UserError) as error:
         model.load_tokenizer(str(tmp_path))
     assert str(tmp_path) in str(error.value)
+
+
+def test_ids_that_a_tokenizer_leaves_out_count():
+    backend = Tokenizer(models_of_tokenizers.WordLevel({"<eos>": 0, "a": 1, "b": 9}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    assert len(tokenizer) == 3 and model.num_token_ids(tokenizer) == 10
+    with pytest.raises(UserError, match=r"embedding only 5 rows"):
+        model.check_supported(models.make_config(vocab_size=5), 8, model.num_token_ids(tokenizer))
