@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
 from common.config import TrainConfig
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 OWNED_BY_FLAGS = {
     "train_batch_size": "--global_batch_size",
@@ -22,8 +24,10 @@ OWNED_BY_FLAGS = {
     "gradient_predivide_factor": "nothing: gradients are exact sums",
     "prescale_gradients": "nothing: gradients are exact sums",
 }
-# Of zero_optimization: what would change the numbers, or lay parts out in another way than checkpoints are written for.
-REFUSED = ("zero_quantized_", "zero_hpz_", "mics_", "zenflow", "cpu_offload")
+# Of zero_optimization: what would change the numbers, lay parts out in another way than checkpoints are written for, or
+# choose other leaf modules than the decoder layers (common/engine.py), whose gradients then pass by common/residency.py.
+REFUSED = ("zero_quantized_", "zero_hpz_", "mics_", "zenflow", "cpu_offload", "leaf_module", "module_granularity_",
+           "stage3_module_granularity_")  # fmt: skip
 # What the planner decides where the file does not say it: the two keys that are not DeepSpeed's.
 RESIDENCY = {"gradients": ("whole", "partitioned"), "parameters": ("resident", "streamed")}
 PLACEMENT_KEYS = {
@@ -44,7 +48,7 @@ def deepspeed_config(config: TrainConfig) -> dict:
 
     One micro-batch a call and no accumulation count: the loop says itself which backward pass is a
     step's last. Raises UserError for a file that cannot be read, sets what a flag owns, has "auto"
-    values, or is not ZeRO stage 3.
+    values, is not ZeRO stage 3, or sets what DeepSpeed does not know.
     """
 
     def mistake(reason: str) -> UserError:
@@ -70,6 +74,14 @@ def deepspeed_config(config: TrainConfig) -> dict:
         raise mistake("`zero_optimization.stage` must be 3")
     if refused := [key for key in placement["zero_optimization"] if key.startswith(REFUSED)]:
         raise mistake(f"`zero_optimization.{refused[0]}` is not supported; remove it")
+    if auto := _find_auto(placement):
+        raise mistake(f'`{auto}` is "auto"; write a value or leave the key out')
+    try:
+        DeepSpeedZeroConfig(**placement["zero_optimization"])
+    except ValueError as e:  # pydantic's
+        first = e.errors()[0]
+        where = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise mistake(f"`{where}`: {one_line(first['msg'])}") from None
     offloads = [key for key in placement["zero_optimization"] if key.startswith("offload_")]
     for key, values in RESIDENCY.items():
         if key in placement and placement[key] not in values:
@@ -78,8 +90,6 @@ def deepspeed_config(config: TrainConfig) -> dict:
             if placement.get(key) == values[0]:
                 raise mistake(f"{key} cannot be {values[0]} with `{offloads[0]}`")
             placement[key] = values[1]
-    if auto := _find_auto(placement):
-        raise mistake(f'`{auto}` is "auto"; write a value or leave the key out')
     return {
         "steps_per_print": 2**62,
         **placement,

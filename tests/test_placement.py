@@ -68,6 +68,22 @@ def test_a_value_that_a_flag_owns_is_refused(ds_config, key):
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "`zero_optimization.zero_hpz_partition_size`"),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 1}}, "`zero_optimization.mics_shard_size`"),
         ({"zero_optimization": {"stage": 3, "cpu_offload": True}}, "`zero_optimization.cpu_offload`"),
+        ({"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["LlamaModel"]}}}, "`zero_optimization.leaf_module`"),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 3000}},
+            "`zero_optimization.stage3_module_granularity_threshold` is not supported",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "module_granularity_threshold": 3000}},
+            "`zero_optimization.module_granularity_threshold` is not supported",
+        ),
+        ({"zero_optimization": {"stage": 3, "nope": 1}}, "`zero_optimization.nope`: Extra inputs are not permitted"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "x"}}, "`zero_optimization.reduce_bucket_size`:"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "gpu"}}},
+            "`zero_optimization.offload_optimizer.device`: Input should be",
+        ),
+        ({"zero_optimization": {"stage": 3, "compute_grad_norm": False}}, "compute_grad_norm=false"),
         ({"zero_optimization": {}}, "must be 3"),
         ({}, "zero_optimization"),
         ([], "zero_optimization"),
