@@ -274,7 +274,9 @@ def _find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
     if resume == "never":
         return None
     if resume != "auto":
-        path = Path(resume)
+        path = Path(resume).expanduser()
+        if not ranks.once(path.is_dir):
+            raise UserError(f"--resume {resume}: there is no such folder; it is auto, never, or a checkpoint's path")
         if fault := _fault(path, ranks):
             raise UserError(f"--resume {resume}: {fault}")
         return path
@@ -287,12 +289,15 @@ def _find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
 
 
 def _fault(path: Path, ranks: Ranks) -> str | None:
-    """What is wrong with a checkpoint, None if every byte is as written. Ranks share the reading. Collective."""
+    """What is wrong with a checkpoint, None if every byte is as written. Ranks share the reading. Collective.
+
+    Raises UserError if it cannot be read: then it may be whole, and must not be passed over, nor deleted later.
+    """
     def check() -> str | None:
-        for file in ("COMPLETE", "manifest.json"):
-            if not (path / file).is_file():
-                return f"not a whole checkpoint of this project: {file} is missing"
         try:
+            for file in ("COMPLETE", "manifest.json"):
+                if not (path / file).is_file():
+                    return f"not a whole checkpoint of this project: {file} is missing"
             manifest_bytes = (path / "manifest.json").read_bytes()
             if (path / "COMPLETE").read_text() != digest(manifest_bytes):
                 return "manifest.json is not the one that COMPLETE names"
@@ -303,8 +308,11 @@ def _fault(path: Path, ranks: Ranks) -> str | None:
                     return f"{file} has {size} bytes in place of {entry['size']}"
                 if file_digest(path / file) != entry["digest"]:
                     return f"{file} has been changed"
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+            return f"{Path(e.filename).name}: {e.strerror}"
         except OSError as e:
-            return f"{Path(e.filename or path).name}: {e.strerror}"
+            raise UserError(f"checkpoint {path} cannot be read: {e.strerror} ({Path(e.filename or path).name}); nothing was "
+                            f"changed: mend that and run the same command, or --resume never to start over") from None
         except (ValueError, KeyError, TypeError, AttributeError):
             return "manifest.json or COMPLETE is not of this project"
         return None

@@ -7,6 +7,7 @@ What needs real ranks and a real engine is in test_resume.py.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -263,6 +264,32 @@ def test_damage_to_any_file_is_said_and_the_checkpoint_before_is_used(output_dir
     shutil.rmtree(newest)
     shutil.copytree(whole, newest)
     assert find(output_dir) == (newest, "")
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(output_dir, monkeypatch, error):
+    for step in (1, 2):
+        save(output_dir, step)
+    before, real = sorted(output_dir.rglob("*")), checkpoint.file_digest
+
+    def failing(path):
+        if path.parent.name == "step_00000002" and "part_000" in path.name:
+            raise OSError(error, os.strerror(error), str(path))
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "file_digest", failing)
+    with pytest.raises(UserError, match=f"step_00000002 cannot be read: {os.strerror(error)} .*part_000") as told:
+        find(output_dir)
+    assert "\n" not in str(told.value) and sorted(output_dir.rglob("*")) == before
+
+
+def test_a_path_to_resume_from_that_is_not_there_is_refused_as_such(output_dir, monkeypatch):
+    path = save(output_dir, 1)
+    monkeypatch.setenv("HOME", str(output_dir))
+    assert find(output_dir, f"~/checkpoints/{path.name}")[0] == path
+    for name in ("AUTO", str(path / "manifest.json"), "~/checkpoints/step_2"):
+        with pytest.raises(UserError, match=f"--resume {name}: there is no such folder"):
+            find(output_dir, name)
 
 
 def test_where_no_checkpoint_is_whole_a_run_starts_over_and_says_why(output_dir):
