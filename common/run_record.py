@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import RunState, delete_after, file_digest, replace_file, require_same_run
+from common.checkpoint import RunState, delete_after, digest, file_digest, replace_file, require_same_run
 from common.config import TrainConfig
 from common.distributed import Ranks
 from common.errors import UserError
@@ -21,7 +21,9 @@ PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "saf
 FREE_TO_CHANGE = {"output_dir", "cache_dir", "resume", "logging_steps", "checkpointing_steps",
                   "keep_last_n_checkpoints", "clean_checkpoints_at_end", "max_tokens_per_micro_batch",
                   "gradient_checkpointing", "compile_layers", "attn_implementation", "collective_timeout_minutes",
-                  "ds_config", "stop_after_steps", "dataset_mixer", "chat_template", "share_prompt"}
+                  "ds_config", "stop_after_steps", "share_prompt"}
+# What a digest of what was read stands for, however it was spelled and wherever it lay.
+KNOWN_BY_DIGEST = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}
 
 
 def run_identity(
@@ -29,16 +31,18 @@ def run_identity(
 ) -> dict:
     """Every value that decides what is trained, by the name under which a user knows it.
 
-    The mixer and the template are represented by digests of what they were read as, the model also by its config.json
-    and its weights: an SFT folder that a new run has overwritten is another model. So is a reference that is a model of
-    its own. Reads the weights once (see reference_cache.weight_digests), so call it on one rank.
+    The mixer and the template are represented by digests of what they were read as, the model by its config.json and
+    its weights: an SFT folder that a new run has overwritten is another model. So is a reference that is a model of its
+    own. Reads the weights once (see reference_cache.weight_digests), so call it on one rank.
     """
-    identity = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
+    values = asdict(config).items()
+    identity = {name: value for name, value in values if name not in FREE_TO_CHANGE | KNOWN_BY_DIGEST}
     identity |= {"dataset_mixer (contents)": data_digest, "chat_template (contents)": template_digest}
-    for name, folder in (("model", model_folder), ("reference", reference_folder)):
+    for name, folder in (("model_name_or_path", model_folder), ("ref_model_name_or_path", reference_folder)):
         if folder is not None:
+            weights = json.dumps(weight_digests(folder, config.cache_dir), sort_keys=True)
             identity |= {f"{name} (config.json)": file_digest(Path(folder) / "config.json"),
-                         f"{name} (weights)": weight_digests(folder, config.cache_dir)}
+                         f"{name} (weights)": digest(weights.encode())}
     return identity
 
 
@@ -70,10 +74,23 @@ def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> boo
     if config.resume != "auto" or "result" not in result:
         return False
     require_same_run(result.get("identity", {}), identity, f"the model in {config.output_dir}")
-    is_finished = result["result"]["steps"] >= last_step
+    steps = result["result"]["steps"]
+    if steps > last_step:
+        raise UserError(f"{config.output_dir} holds this run's model after {steps} steps, past the {last_step} asked for; "
+                        f"use another --output_dir, or --resume never to start over")
+    is_finished = steps == last_step and _holds_model(config.output_dir)
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
         delete_after(config.output_dir, 0)
     return is_finished
+
+
+def _holds_model(output_dir: str) -> bool:
+    """Whether the index of an export is there, and every file that it names."""
+    try:
+        index = json.loads((Path(output_dir) / "model.safetensors.index.json").read_bytes())
+        return all((Path(output_dir) / name).is_file() for name in index["weight_map"].values())
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
 
 
 _held: dict[Path, int] = {}  # folder -> descriptor; the system lets go of them when this process ends
@@ -146,8 +163,7 @@ def environment(ranks: Ranks) -> dict:
 
 def model_card(method: str, config: TrainConfig, data_table: str, result: dict) -> str:
     """README.md of the exported model."""
-    shown = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE or name in
-             ("dataset_mixer", "chat_template")}
+    shown = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
     rows = "\n".join(f"| {name} | {' '.join(value) if isinstance(value, list) else value} |"
                      for name, value in shown.items())
     base = config.model_name_or_path

@@ -354,7 +354,8 @@ def identity_of(config, folder: Path, data="d", template="t"):
 FREE = {"output_dir", "cache_dir", "resume", "logging_steps", "checkpointing_steps", "keep_last_n_checkpoints",
         "clean_checkpoints_at_end", "max_tokens_per_micro_batch", "gradient_checkpointing", "attn_implementation",
         "compile_layers", "collective_timeout_minutes", "ds_config", "stop_after_steps", "share_prompt"}
-BY_CONTENTS = {"dataset_mixer", "chat_template"}  # other words for the same rows are the same run
+# Other words for the same rows, template or weights are the same run.
+BY_CONTENTS = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}
 
 
 @pytest.mark.parametrize("cls", [SFTConfig, DPOConfig])
@@ -426,21 +427,46 @@ def test_a_run_config_that_no_run_wrote_is_refused(tmp_path, text):
         run_record.check_output_dir(config_of(SFTConfig, output_dir=str(tmp_path)), {}, 5)
 
 
+def write_export(folder: Path) -> list[Path]:
+    """The files by which a model is known to be there: its index and the shards that it names."""
+    index = folder / "model.safetensors.index.json"
+    shards = [folder / f"model-{i}.safetensors" for i in (1, 2)]
+    index.write_text(json.dumps({"weight_map": {"a": shards[0].name, "b": shards[1].name}}))
+    for shard in shards:
+        shard.touch()
+    return [index, *shards]
+
+
 def test_a_run_config_that_another_run_finished_is_refused(tmp_path):
     config = config_of(SFTConfig, output_dir=str(tmp_path))
     identity = identity_of(config, tmp_path)
     run_record.write_run_config(str(tmp_path), {"identity": identity, "result": {"steps": 4}})
+    write_export(tmp_path)
     assert run_record.check_output_dir(config, identity, 4)
+    with pytest.raises(UserError, match="after 4 steps, past the 3 asked for"):
+        run_record.check_output_dir(config, identity, 3)
     assert not run_record.check_output_dir(config, identity, 5)  # --stop_after_steps was raised: it continues
     assert not run_record.check_output_dir(dataclasses.replace(config, resume="never"), identity, 4)
     with pytest.raises(UserError, match=r"seed was 42, is 43"):
         run_record.check_output_dir(config, {**identity, "seed": 43}, 4)
 
 
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_finished_run_whose_model_is_gone_is_not_finished(tmp_path, lost):
+    config = config_of(SFTConfig, output_dir=str(tmp_path))
+    identity = identity_of(config, tmp_path)
+    run_record.write_run_config(str(tmp_path), {"identity": identity, "result": {"steps": 4}})
+    files = write_export(tmp_path)
+    assert run_record.check_output_dir(config, identity, 4)
+    files[lost].unlink()
+    assert not run_record.check_output_dir(config, identity, 4)
+
+
 def test_checkpoints_are_cleaned_only_once_the_result_is_written(output_dir, monkeypatch, tmp_path):
     """Killed between the two, the rerun finds a finished run and cleans up; the other order would train again."""
     config = config_of(SFTConfig, output_dir=str(output_dir), clean_checkpoints_at_end=True)
     save(output_dir, 9)
+    write_export(output_dir)
     identity = identity_of(config, tmp_path)
     monkeypatch.setattr(run_record, "delete_after", lambda *_: (_ for _ in ()).throw(Crash))
     with pytest.raises(Crash):
@@ -553,7 +579,19 @@ def test_other_weights_under_the_same_name_are_another_run(tmp_path):
         run_record.run_identity(config, "data", "template", str(models.make_model(tmp_path / "model", seed=seed)))
         for seed in (0, 1)
     )
-    assert {name for name in one if one[name] != other[name]} == {"model (weights)"}
+    assert {name for name in one if one[name] != other[name]} == {"model_name_or_path (weights)"}
+
+
+def test_the_same_weights_under_another_name_are_the_same_run(tmp_path, monkeypatch):
+    """However its path is written, and wherever it was moved to."""
+    monkeypatch.chdir(tmp_path)
+    models.make_model(tmp_path / "model")
+    shutil.copytree("model", "moved")
+    identities = []
+    for name in ("model", "./model", str(tmp_path / "moved")):
+        config = DPOConfig(cache_dir="cache", model_name_or_path=name, ref_model_name_or_path=name)
+        identities.append(run_record.run_identity(config, "data", "template", name, name))
+    assert identities[0] == identities[1] == identities[2]
 
 
 def test_another_reference_under_the_same_name_is_another_run(tmp_path):
@@ -564,5 +602,5 @@ def test_another_reference_under_the_same_name_is_another_run(tmp_path):
         run_record.run_identity(config, "data", "template", policy, str(models.make_model(tmp_path / "reference", seed=seed)))
         for seed in (0, 1)
     )
-    assert {name for name in one if one[name] != other[name]} == {"reference (weights)"}
-    assert set(one) - set(none) == {"reference (weights)", "reference (config.json)"}
+    assert {name for name in one if one[name] != other[name]} == {"ref_model_name_or_path (weights)"}
+    assert set(one) - set(none) == {f"ref_model_name_or_path ({part})" for part in ("weights", "config.json")}
