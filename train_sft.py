@@ -171,8 +171,7 @@ def main() -> None:
     # ------------------------------------------------------------------ export
     stop_request.wait_for_export()
     require_finite_weights(engine, state.step, ranks)
-    tokenizer.chat_template = template.jinja
-    model.export_model(policy, config.output_dir, tokenizer, model_folder, ranks)
+    model.export_model(policy, config.output_dir, template, model_folder, ranks)
     agreement = ranks.gather(lambda: [state.step, state.total_tokens])
     if ranks.is_main:
         draw_curves(config.output_dir)

@@ -47,7 +47,8 @@ class ChatTemplate:
     """A chat template, with the tokenizer whose special tokens it prints. Picklable with that tokenizer.
 
     name: as asked for.  jinja: its text, to be saved with the exported tokenizer.  digest: sha256 of that text.
-    closing: what closes an assistant turn, without the white space after it; "" if nothing does.
+    closing: what closes an assistant turn, without the white space after it; "" if nothing does. Where the template
+    prints EOS once, at the end of the text (Phi-3), closing is what comes before.
     """
 
     def __init__(self, name: str, jinja: str, tokenizer):
@@ -64,12 +65,33 @@ class ChatTemplate:
         if answered.count(MARKER) != 1:
             raise UserError(f"chat template {name!r} does not show the assistant's content exactly once")
         header, tail = answered.split(MARKER)
-        self.closing = tail.rstrip()
-        self._space_after = tail[len(self.closing):]
+        eos = tokenizer.eos_token or ""
+        if eos and not prompted.startswith(asked):
+            asked = asked.removesuffix(eos)  # of templates that end every text with it, not every answer
+        self.closing = self._tail_of_every_answer(tail, eos).rstrip()
+        self._after_last = tail[len(self.closing):]
         # What opens an answer; None where a header does that is printed only together with the answer.
         self._generation_prompt = prompted[len(asked):] if prompted.startswith(asked) else None
         if prompted == asked and header.rstrip() != asked.rstrip():
             self._generation_prompt = None
+
+    def _tail_of_every_answer(self, tail: str, eos: str) -> str:
+        """What follows the last answer, without an EOS that earlier ones do not have."""
+        before_eos = tail.rstrip().removesuffix(eos)
+        if not before_eos.strip() or before_eos == tail.rstrip():
+            return tail
+        roles = ("user", "assistant", "user", "assistant")
+        messages = [{"role": role, "content": text} for role, text in zip(roles, ("q", MARKER, "q", "a"), strict=True)]
+        try:
+            after = self.apply(messages).partition(MARKER)[2]
+        except (TemplateRefused, UserError):
+            return tail
+        return before_eos if after.startswith(before_eos) and not after.startswith(tail.rstrip()) else tail
+
+    def end_ids(self) -> list[int]:
+        """The tokens that end an answer: EOS, and what closes a turn, if that is one token."""
+        closing = self.tokenizer.encode(self.closing, add_special_tokens=False)
+        return sorted({self.tokenizer.eos_token_id, *(closing if len(closing) == 1 else ())})
 
     def apply(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """transformers' own rendering. Raises TemplateRefused; UserError for any other failure of the template."""
@@ -132,7 +154,7 @@ class ChatTemplate:
             prompt = self.apply(messages[:i], add_generation_prompt=True)
             if text.startswith(prompt) and prompt.endswith(self._generation_prompt):
                 start = len(prompt)
-        until = (text if i == len(messages) - 1 else self.apply(messages[:i + 1])).removesuffix(self._space_after)
+        until = (text if i == len(messages) - 1 else self.apply(messages[:i + 1])).removesuffix(self._after_last)
         if text.startswith(until):
             end = len(until)
         if start is not None and end is not None:

@@ -24,6 +24,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from common.attention import attention_kwargs, registered_name, to_device
+from common.chat_templates import ChatTemplate
 from common.checkpoint import sync_folder
 from common.distributed import Ranks
 from common.errors import TrainingStopped, UserError, one_line
@@ -443,8 +444,9 @@ def persistent_buffers(lm: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in lm.named_buffers() if name in names}
 
 
-def export_model(model: PackedModel, output_dir: str, tokenizer, source_folder: str, ranks: Ranks) -> None:
-    """Writes what AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load.
+def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, source_folder: str, ranks: Ranks) -> None:
+    """Writes what AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load; generate() stops where
+    the template's answers end.
 
     Parameters are gathered one at a time; rank 0 writes shards of at most 5 GB, buffers that a model folder holds with
     the last one. Everything is written to a temporary folder first; the index, which makes the shards a model, is moved
@@ -480,7 +482,7 @@ def export_model(model: PackedModel, output_dir: str, tokenizer, source_folder: 
         ranks.once(lambda: _writing(target, save_file, tensors, temporary / file_name, {"format": "pt"}))
     total_size = sum(p.ds_numel * p.element_size() for _, p in parameters) + sum(b.nbytes for b in buffers.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    ranks.once(lambda: _writing(target, _finish_export, lm, tokenizer, source_folder, temporary, target, index))
+    ranks.once(lambda: _writing(target, _finish_export, lm, template, source_folder, temporary, target, index))
 
 
 def _writing(target: Path, write: Callable, *arguments) -> None:
@@ -499,12 +501,13 @@ def _empty_folder(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _finish_export(lm, tokenizer, source_folder: str, temporary: Path, target: Path, index: dict) -> None:
+def _finish_export(lm, template: ChatTemplate, source_folder: str, temporary: Path, target: Path, index: dict) -> None:
     config = type(lm.config).from_dict(lm.config.to_dict())
     config.architectures = [type(lm).__name__]
     config.save_pretrained(temporary)
-    generation_config(source_folder, config, [tokenizer.eos_token_id]).save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    generation_config(source_folder, config, template.end_ids()).save_pretrained(temporary)
+    template.tokenizer.chat_template = template.jinja
+    template.tokenizer.save_pretrained(temporary)
     index_name = "model.safetensors.index.json"
     (temporary / index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for stale in [target / index_name, *target.glob("model*.safetensors")]:

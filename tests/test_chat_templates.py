@@ -24,7 +24,7 @@ def template_of(tmp_path_factory, jinja: str):
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory):
     named = {name: template_of(tmp_path_factory, getattr(tiny_tokenizer, name))
-             for name in ("CHATML", "LLAMA3", "QWEN3", "MISTRAL", "PLAIN")}
+             for name in ("CHATML", "LLAMA3", "QWEN3", "MISTRAL", "PLAIN", "PHI3")}
     return {"TULU": resolve_template("tulu", TOKENIZER), **named}
 
 
@@ -82,7 +82,15 @@ def plain(messages):
         yield "\n", False
 
 
-REFERENCES = {"TULU": tulu, "CHATML": chatml, "LLAMA3": llama3, "QWEN3": qwen3, "MISTRAL": mistral, "PLAIN": plain}
+def phi3(messages):
+    for message in messages:
+        yield f"<|{message['role']}|>\n", False
+        yield message["content"] + "<|end|>", message["role"] == "assistant"
+        yield "\n", False
+    yield "<eos>", False
+
+
+REFERENCES = {"PHI3": phi3, "TULU": tulu, "CHATML": chatml, "LLAMA3": llama3, "QWEN3": qwen3, "MISTRAL": mistral, "PLAIN": plain}
 
 
 def reference(name, messages):
@@ -110,6 +118,17 @@ def conversations(draw, roles=("system", "user", "assistant")):
         i, j = draw(st.integers(0, len(messages) - 1)), draw(st.integers(0, len(messages) - 1))
         messages[i]["content"] = messages[j]["content"]
     return messages
+
+
+@pytest.mark.parametrize(
+    ("name", "closing", "end_tokens"),
+    [("TULU", "<eos>", ["<eos>"]), ("CHATML", "<|im_end|>", ["<eos>", "<|im_end|>"]), ("LLAMA3", "<|eot_id|>", None),
+     ("QWEN3", "<|im_end|>", None), ("MISTRAL", "<eos>", None), ("PHI3", "<|end|>", ["<eos>"])],
+)  # fmt: skip
+def test_what_closes_an_answer_ends_generation_where_it_is_one_token(templates, name, closing, end_tokens):
+    assert templates[name].closing == closing
+    expected = TOKENIZER.convert_tokens_to_ids(end_tokens or ["<eos>", closing])
+    assert templates[name].end_ids() == sorted(set(expected))
 
 
 @pytest.mark.parametrize("name", REFERENCES)

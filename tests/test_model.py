@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers import models as models_of_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from common import distributed, model
+from common.chat_templates import TULU, ChatTemplate
 from common.config import SFTConfig
 from common.engine import build_engine
 from common.errors import UserError
@@ -63,8 +64,8 @@ def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
                 "whole": sum(p.numel() for p in packed.lm.parameters()),
             }
         )
-        tokenizer = model.load_tokenizer(folder)
-        model.export_model(packed, output, tokenizer, folder, ranks)
+        template = ChatTemplate("bar", TULU.replace("eos_token", "'|'"), model.load_tokenizer(folder))
+        model.export_model(packed, output, template, folder, ranks)
     ranks.leave()
     return seen
 
@@ -139,7 +140,9 @@ def test_export_has_an_index_of_all_its_files_and_no_other(loaded):
         assert set(index["weight_map"].values()) == {path.name for path in output.glob("*.safetensors")}
         assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in all_tensors(output))
         assert not list(output.glob(".*")), "leftovers"
-        assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 0
+        tokenizer = AutoTokenizer.from_pretrained(output)
+        ends = [0, tokenizer.convert_tokens_to_ids("|")]  # EOS, and what closes an answer
+        assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == ends
 
 
 def all_tensors(folder):

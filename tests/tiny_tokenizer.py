@@ -88,3 +88,10 @@ PLAIN = """\
 {{- '### ' + message['role'] + ':\\n' + message['content'] }}
 {%- if message['role'] == 'assistant' %}{{- eos_token }}{%- endif %}{{- '\\n' }}
 {%- endfor %}"""
+
+# EOS comes once, at the end of a text that asks for no answer.
+PHI3 = """\
+{%- for message in messages %}
+{{- '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- else %}{{- eos_token }}{%- endif %}"""
