@@ -59,9 +59,9 @@ def main() -> None:
     data = tokenized_data("dpo", config, tokenizer, tokenizer_folder, template, num_cpus(), ranks)
     pair_lengths = pair_length(*data.pair_lengths.T, config.share_prompt)  # tokens of each in a micro-batch
     longest_side = int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max())
-    model.check_supported(model_config, longest_side, model.num_token_ids(tokenizer))
+    model.check_supported(model_config, config.max_seq_length, longest_side, model.num_token_ids(tokenizer))
     if reference_folder is not None:
-        model.check_supported(reference_config, longest_side, model.num_token_ids(tokenizer))
+        model.check_supported(reference_config, config.max_seq_length, longest_side, model.num_token_ids(tokenizer))
         model.check_same_vocabulary(model_config, reference_config)
     ranks.say(data_table(data))
     ranks.say(preview(data, 0, tokenizer, colour=sys.stdout.isatty()))

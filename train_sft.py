@@ -43,7 +43,7 @@ def main() -> None:
     template = resolve_template(config.chat_template, tokenizer)
     data = tokenized_data("sft", config, tokenizer, tokenizer_folder, template, num_cpus(), ranks)
     longest = int(data.lengths.max())
-    model.check_supported(model_config, longest, model.num_token_ids(tokenizer))
+    model.check_supported(model_config, config.max_seq_length, longest, model.num_token_ids(tokenizer))
     ranks.say(data_table(data))
     ranks.say(preview(data, 0, tokenizer, colour=sys.stdout.isatty()))
 

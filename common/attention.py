@@ -58,8 +58,9 @@ def _is_installed(module: str) -> bool:
 
 
 def registered_name(kernel: str) -> str:
-    """The name under which a model's config selects one of KERNELS; transformers takes over any that says "flash"."""
-    return f"plaintune_{kernel.replace('flash_attention_', 'fa')}"
+    """The name under which a model's config selects one of KERNELS; transformers takes over any that says "flash", and asks
+    of one that says "sdpa" whether the model's class knows its own."""
+    return f"plaintune_{kernel.replace('flash_attention_', 'fa').replace('sdpa', 'block_mask')}"
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

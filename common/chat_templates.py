@@ -194,7 +194,7 @@ def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
             raise UserError("chat_template 'tokenizer': the tokenizer has none, or several; use 'tulu'") from error
         return ChatTemplate(name_or_path, jinja, tokenizer)
     try:
-        jinja = Path(name_or_path).expanduser().read_text(encoding="utf-8")
+        jinja = Path(name_or_path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         names = ", ".join([*BUILT_IN, "tokenizer"])
         raise UserError(f"chat_template {name_or_path!r} is none of {names}, nor a readable .jinja file") from error

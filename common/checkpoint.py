@@ -274,7 +274,7 @@ def _find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
     if resume == "never":
         return None
     if resume != "auto":
-        path = Path(resume).expanduser()
+        path = Path(resume)
         if not ranks.once(path.is_dir):
             raise UserError(f"--resume {resume}: there is no such folder; it is auto, never, or a checkpoint's path")
         if fault := _fault(path, ranks):

@@ -8,6 +8,7 @@ ds_configs/*.json owns how it is placed on devices. Values come from the default
 import dataclasses
 import difflib
 import math
+import os
 import sys
 import types
 import typing
@@ -27,6 +28,8 @@ def _field(default, help: str, choices: tuple = (), least: float | None = None, 
     return dataclasses.field(default=default, metadata=metadata)
 
 
+PATHS = {"model_name_or_path", "tokenizer_name_or_path", "ref_model_name_or_path", "dataset_mixer", "chat_template",
+         "output_dir", "resume", "cache_dir", "ds_config"}  # fmt: skip
 LR_SCHEDULERS = (
     "linear",
     "cosine",
@@ -73,8 +76,8 @@ class TrainConfig:
     adam_beta2: float = _field(0.999, "AdamW's beta2", least=0)
     adam_epsilon: float = _field(1e-8, "AdamW's epsilon", least=0)
     max_grad_norm: float = _field(1.0, "gradients are scaled down to this global norm; 0 = never", least=0)
-    num_train_epochs: int = _field(2, "passes over the data", least=1)
-    max_train_steps: int | None = _field(None, "optimizer steps in all, in place of num_train_epochs", least=1)
+    num_train_epochs: int = _field(2, "passes over the data", least=1, most=10**9)
+    max_train_steps: int | None = _field(None, "optimizer steps in all, in place of num_train_epochs", least=1, most=10**9)
     stop_after_steps: int | None = _field(
         None, "stop and export after this many steps of the schedule that the other flags make", least=1
     )
@@ -112,7 +115,7 @@ class DPOConfig(TrainConfig):
     max_seq_length: int = _field(2048, "prompt plus completion keep their first max_seq_length tokens", least=2)
     learning_rate: float = _field(5e-7, "peak learning rate", least=0)
     warmup_ratio: float = _field(0.1, "part of all steps that warms up", least=0, most=1)
-    num_train_epochs: int = _field(1, "passes over the data", least=1)
+    num_train_epochs: int = _field(1, "passes over the data", least=1, most=10**9)
     output_dir: str = _field("output/dpo", "model, metrics and checkpoints go here")
     checkpointing_steps: int | str = _field(100, "a checkpoint every so many steps, or every epoch", ("epoch",), least=1)
     loss_type: str = _field("dpo_norm", "the preference loss", ("sigmoid", "dpo_norm", "ipo", "simpo"))
@@ -148,9 +151,21 @@ def parse_config(cls: type, argv: list[str] | None = None):
         values[name] = (value, f"--{name}")
     hints = typing.get_type_hints(cls)
     config = cls(**{name: _convert(hints[name], value, where) for name, (value, where) in values.items()})
-    config.output_dir = str(Path(config.output_dir).expanduser())
+    for name in PATHS & names:
+        setattr(config, name, _expanded(getattr(config, name), name))
     _validate(config)
     return config
+
+
+def _expanded(value, name: str):
+    """A path, or a list of them, with ~ written out."""
+    if isinstance(value, list):
+        return [_expanded(item, name) for item in value]
+    if value is None or not value.startswith("~"):
+        return value
+    if (path := os.path.expanduser(value)) == value:
+        raise UserError(f"--{name} {value}: there is no such user's folder")
+    return path
 
 
 def _split_argv(argv: list[str], names: set[str]) -> tuple[dict, str | None]:
@@ -261,6 +276,8 @@ def _validate(config: TrainConfig) -> None:
             require(False, f.name, f"one of {', '.join(names)} ({near})")
     require(config.adam_beta1 < 1, "adam_beta1", "below 1")
     require(config.adam_beta2 < 1, "adam_beta2", "below 1")
+    require(config.adam_epsilon > 0, "adam_epsilon", "above 0")
+    require(config.max_grad_norm == 0 or config.max_grad_norm >= 1e-30, "max_grad_norm", "0 (never) or at least 1e-30")
     if isinstance(config, DPOConfig):
         require(config.beta > 0, "beta", "above 0")
 

@@ -48,14 +48,14 @@ def parse_source(text: str) -> Source:
     """
     ends = [match.end() for match in LOCAL_FILE.finditer(text)]
     if ends:
-        existing = [end for end in ends if Path(text[:end]).expanduser().is_file()]
+        existing = [end for end in ends if Path(text[:end]).is_file()]
         end = max(existing or ends)
         tail = TAIL.fullmatch(text[end:])
         if not existing:
             raise UserError(f"dataset_mixer {text!r}: there is no file {text[:end]}")
         if tail is None or tail["revision"] or tail["split"] not in (None, "train"):
             raise UserError(f"dataset_mixer {text!r}: a local file takes only an amount, {text[:end]}=10% or =500")
-        return Source(text, str(Path(text[:end]).expanduser()), True, amount=_checked_amount(text, tail["amount"]))
+        return Source(text, text[:end], True, amount=_checked_amount(text, tail["amount"]))
     path = re.match(r"[^@:=]*", text)[0]
     tail = TAIL.fullmatch(text[len(path):])
     if path.startswith(("/", ".", "~")) or (path and Path(path).exists()):

@@ -53,12 +53,12 @@ def find_tokenizer(name_or_path: str) -> str:
 
 
 def find_folder(what: str, name_or_path: str, revision: str | None, files: list[str]) -> str:
-    folder = Path(name_or_path).expanduser()
+    folder = Path(name_or_path)
     if folder.is_dir():
         if revision is not None:
             raise UserError(f"--model_revision {revision}: {name_or_path} is a folder here, which has no revisions; leave it out")
         return str(folder)
-    if folder.exists() or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+    if folder.exists() or name_or_path.startswith((".", "/")) or name_or_path.count("/") > 1:
         raise UserError(f"{what} {name_or_path}: there is no such folder")
     try:
         return snapshot_download(name_or_path, revision=revision, allow_patterns=files)
@@ -109,10 +109,10 @@ def generation_config(folder: str, config: PretrainedConfig, end_ids: list[int])
     return generation
 
 
-def check_supported(config: PretrainedConfig, max_seq_length: int, vocab_needed: int) -> None:
+def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int, vocab_needed: int) -> None:
     """Refuses by name what packed training would compute wrongly (INTERFACE: "Only what the code handles is trained").
 
-    max_seq_length: the longest sample that will be trained; vocab_needed: the tokenizer's largest id + 1.
+    longest: tokens of the longest sample; vocab_needed: the tokenizer's largest id + 1.
     Raises UserError.
     """
 
@@ -138,7 +138,7 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, vocab_needed:
     window = getattr(config, "sliding_window", None)
     has_window = "sliding_attention" in layer_types or not getattr(config, "layer_types", None)
     if window and has_window and getattr(config, "use_sliding_window", True) and window < max_seq_length:
-        refuse(f"has a sliding window of {window} tokens, shorter than max_seq_length {max_seq_length}")
+        refuse(f"has a sliding window of {window} tokens, shorter than --max_seq_length {max_seq_length}")
     if getattr(config, "attention_chunk_size", None):
         refuse(f"has attention chunks of {config.attention_chunk_size} tokens")
     for name, value in values.items():
@@ -158,10 +158,10 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, vocab_needed:
     rope = values.get("rope_parameters") or {}
     rope_types = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
     original = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
-    if rope_types & {"dynamic", "longrope"} and max_seq_length > original:
+    if rope_types & {"dynamic", "longrope"} and longest > original:
         refuse(f"changes its RoPE with the longest sequence above {original} tokens")
-    if not rope and getattr(config, "max_position_embeddings", max_seq_length) < max_seq_length:
-        refuse(f"has {config.max_position_embeddings} positions, fewer than max_seq_length {max_seq_length}")
+    if not rope and getattr(config, "max_position_embeddings", longest) < longest:
+        refuse(f"has {config.max_position_embeddings} positions, the longest sample {longest} tokens; lower --max_seq_length")
     if config.vocab_size < vocab_needed:
         raise UserError(
             f"the tokenizer has {vocab_needed} tokens, the model's embedding only {config.vocab_size} rows; "
@@ -175,11 +175,12 @@ def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
         with torch.device("meta"):
             model = PackedModel(AutoModelForCausalLM.from_config(config))
         model.lm.tie_weights()
+        layers = model.decoder_layers()
+        of_layer = sum(p.numel() for layer in layers for p in layer.parameters()) // len(layers)
     except Exception as e:  # as many kinds as there are ways to be wrong
         reason = f"{type(e).__name__}: {one_line(e)}"
         raise UserError(f"config.json describes no model that transformers can build: {reason}") from None
-    of_layers = sum(p.numel() for layer in model.decoder_layers() for p in layer.parameters())
-    return sum(p.numel() for p in model.parameters()), of_layers // config.num_hidden_layers
+    return sum(p.numel() for p in model.parameters()), of_layer
 
 
 def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig) -> None:
@@ -407,7 +408,9 @@ def verify_packed_forward(engine, kernel: str, ranks: Ranks) -> None:
     """
     config = engine.module.lm.config
     generator = torch.Generator().manual_seed(0)
-    samples = [torch.randint(config.vocab_size, (n,), generator=generator).numpy() for n in (24, 17)]
+    longest = getattr(config, "sliding_window", None) or 24
+    lengths = (min(n, longest) for n in (24, 17))
+    samples = [torch.randint(config.vocab_size, (n,), generator=generator).numpy() for n in lengths]
     row = pack([sft_documents(SFTSample(ids, np.array([[1, len(ids)]]))) for ids in samples])
     packed = engine(**model_inputs(row, kernel, ranks.device))
     config._attn_implementation = "sdpa" if getattr(engine.module.lm, "_supports_sdpa", False) else "eager"

@@ -58,7 +58,7 @@ def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> boo
     another finished run that `--resume auto` would overwrite.
     """
     for flag in ("model_name_or_path", "ref_model_name_or_path"):
-        if (read := getattr(config, flag, None)) and Path(read).expanduser().resolve() == Path(config.output_dir).resolve():
+        if (read := getattr(config, flag, None)) and Path(read).resolve() == Path(config.output_dir).resolve():
             raise UserError(f"--output_dir {config.output_dir} is --{flag}, which would be lost; name another folder")
     try:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)

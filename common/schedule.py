@@ -10,6 +10,8 @@ from functools import lru_cache
 import torch
 from transformers import get_scheduler
 
+from common.errors import UserError, one_line
+
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
     """Optimizer steps in one epoch; the last one may hold fewer than global_batch_size samples."""
@@ -50,11 +52,15 @@ def learning_rate_schedule(name: str, peak: float, num_steps: int, warmup_ratio:
     """The learning rate as a function of the step (from 0): what transformers.get_scheduler gives at that step.
 
     Every schedule in config.LR_SCHEDULERS multiplies the peak by a function of the step alone; that
-    function is transformers' own, so the values are equal by construction.
+    function is transformers' own, so the values are equal by construction. Raises UserError for a peak that the schedule
+    does not take.
     """
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    scheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=int(num_steps * warmup_ratio), num_training_steps=num_steps
-    )
+    try:
+        scheduler = get_scheduler(
+            name, optimizer, num_warmup_steps=int(num_steps * warmup_ratio), num_training_steps=num_steps
+        )
+    except ValueError as e:  # polynomial's last rate is 1e-7
+        raise UserError(f"--lr_scheduler_type {name} with --learning_rate {peak}: {one_line(e)}") from None
     factor = scheduler.lr_lambdas[0]
     return lambda step: peak * factor(step)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from common import chat_templates, mixer, tokenization
 from common.chat_templates import ChatTemplate
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.mixer import Rows, decode_row, load_source, parse_source
 from common.tokenization import Dropped, Encoder, PreferencePair, SFTSample
 
@@ -134,11 +134,14 @@ def prepare_tokens(kind: str, dataset_mixer: list[str], tokenizer, tokenizer_pat
     sources = [load_source(parse_source(text)) for text in dataset_mixer]
     tokenize = BlockTokenizer(kind, template, Encoder(tokenizer), max_seq_length)
     key = cache_key(tokenize, sources, tokenizer_path)
-    root = Path(cache_dir).expanduser() / "tokens"
+    root = Path(cache_dir) / "tokens"
     final = root / f"{kind}-{key[:32]}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_dead_builds(root)
+        if "strftime_now" in template.jinja:
+            say(f"warning: chat template {template.name!r} can print the date of the day on which data is tokenized; a run "
+                f"resumes only while {final} is there")
         if final.exists():
             try:
                 say(f"data: {len(TokenDataset(final)):,} samples, tokenized before, in {final}")
@@ -232,7 +235,11 @@ def _map_blocks(tokenize: "BlockTokenizer", sources: list[Rows], num_proc: int):
         for number, rows in enumerate(sources):
             for start in range(0, len(rows.indices), BLOCK_ROWS):
                 indices = rows.indices[start:start + BLOCK_ROWS]
-                yield number, rows.source.path, rows.numbers[indices].tolist(), rows.read(indices)
+                try:
+                    read = rows.read(indices)
+                except OSError as error:
+                    raise UserError(f"{rows.source.path}: {one_line(error)}") from error
+                yield number, rows.source.path, rows.numbers[indices].tolist(), read
 
     if num_proc == 1:
         yield from map(tokenize, blocks())

@@ -283,11 +283,9 @@ def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(output_
     assert "\n" not in str(told.value) and sorted(output_dir.rglob("*")) == before
 
 
-def test_a_path_to_resume_from_that_is_not_there_is_refused_as_such(output_dir, monkeypatch):
+def test_a_path_to_resume_from_that_is_not_there_is_refused_as_such(output_dir):
     path = save(output_dir, 1)
-    monkeypatch.setenv("HOME", str(output_dir))
-    assert find(output_dir, f"~/checkpoints/{path.name}")[0] == path
-    for name in ("AUTO", str(path / "manifest.json"), "~/checkpoints/step_2"):
+    for name in ("AUTO", str(path / "manifest.json"), "checkpoints/step_2"):
         with pytest.raises(UserError, match=f"--resume {name}: there is no such folder"):
             find(output_dir, name)
 

@@ -1,10 +1,11 @@
 """Every setting has one parser and one validation, and a mistake is one clear line: pytest tests/test_config.py"""
 
 import dataclasses
+import os
 
 import pytest
 
-from common.config import DPOConfig, SFTConfig, parse_config
+from common.config import PATHS, DPOConfig, SFTConfig, parse_config
 from common.errors import UserError
 
 
@@ -67,7 +68,7 @@ def test_defaults_are_the_contracts():
         "keep_last_n_checkpoints": 3,
         "clean_checkpoints_at_end": False,
         "resume": "auto",
-        "cache_dir": "~/.cache/plaintune",
+        "cache_dir": os.path.expanduser("~/.cache/plaintune"),
         "collective_timeout_minutes": 30,
         "logging_steps": 1,
         "ds_config": "ds_configs/zero3.json",
@@ -105,6 +106,16 @@ def test_defaults_are_the_contracts():
 )
 def test_ways_to_write_a_flag(argv):
     assert sft(*argv).learning_rate == 3e-4
+
+
+def test_a_home_folder_is_written_out_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    names = [name for name in PATHS if name != "dataset_mixer"]
+    config = dpo("--dataset_mixer", "~/a.jsonl=5", "org/b", *(word for name in names for word in (f"--{name}", "~/x")))
+    assert config.dataset_mixer == ["/home/me/a.jsonl=5", "org/b"]
+    assert {getattr(config, name) for name in names} == {"/home/me/x"}
+    with pytest.raises(UserError, match="--cache_dir ~nobody-here/x: there is no such user's folder"):
+        sft("--cache_dir", "~nobody-here/x")
 
 
 def test_values_get_their_types():
@@ -160,7 +171,7 @@ def test_yaml_is_overridden_by_the_command_line(yaml_file):
 
 
 def test_an_empty_yaml_file_and_one_source_as_text(yaml_file):
-    assert sft("--config", yaml_file("")) == SFTConfig()
+    assert sft("--config", yaml_file("")) == sft()
     assert sft("--config", yaml_file("dataset_mixer: a.jsonl")).dataset_mixer == ["a.jsonl"]
 
 
@@ -248,7 +259,11 @@ def test_words_that_are_no_flag_and_value(argv):
         ("weight_decay", "-0.1"),
         ("max_grad_norm", "-1"),
         ("warmup_ratio", "1.5"),
-        ("adam_beta1", "1"),
+        ("adam_beta2", "1.0"),
+        ("adam_epsilon", "0"),
+        ("max_grad_norm", "1e-31"),
+        ("max_train_steps", "1" + "0" * 400),
+        ("num_train_epochs", "1" + "0" * 400),
         ("adam_beta2", "1.0"),
         ("global_batch_size", "0"),
         ("global_batch_size", "1.5"),

@@ -19,6 +19,7 @@ from tokenizers import models as models_of_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from common import distributed, model
+from common.attention import registered_name
 from common.chat_templates import TULU, ChatTemplate
 from common.config import SFTConfig
 from common.engine import build_engine
@@ -220,13 +221,13 @@ REFUSED = {
 def test_what_would_be_trained_wrongly_is_refused_by_name(name):
     make, named = REFUSED[name]
     with pytest.raises(UserError, match=named) as error:
-        model.check_supported(make(), 100, 300)
+        model.check_supported(make(), 100, 100, 300)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("architecture", models.ARCHITECTURES)
 def test_the_five_architectures_are_accepted(architecture):
-    model.check_supported(models.make_config(architecture), 2048, 300)
+    model.check_supported(models.make_config(architecture), 2048, 2048, 300)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +242,7 @@ def test_the_five_architectures_are_accepted(architecture):
 )
 def test_what_changes_nothing_here_is_accepted(make):
     """A window as long as the longest sample, one that is switched off, ..."""
-    model.check_supported(make(), 100, 300)
+    model.check_supported(make(), 100, 100, 300)
 
 
 def test_folders_that_hold_no_model_are_refused(tmp_path):
@@ -341,9 +342,28 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path, files):
     assert str(tmp_path) in str(error.value)
 
 
+def test_a_window_is_compared_with_what_was_asked_for_and_positions_with_what_is_there():
+    window = models.make_config("mistral", sliding_window=50)
+    model.check_supported(window, 50, 50, 300)
+    with pytest.raises(UserError, match="50 tokens, shorter than --max_seq_length 51"):
+        model.check_supported(window, 51, 20, 300)
+    positions = config_of("gpt2", n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model.check_supported(positions, 4096, 64, 300)
+    with pytest.raises(UserError, match="64 positions, the longest sample 65 tokens"):
+        model.check_supported(positions, 4096, 65, 300)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen", "flash_attention_2", "flash_attention_4"])
+def test_a_class_that_transformers_does_not_run_on_its_sdpa_is_built_with_ours(kernel):
+    config = config_of("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None, num_hidden_layers=1)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config, attn_implementation=registered_name(kernel))
+    assert not built._supports_sdpa and built.config._attn_implementation == registered_name(kernel)
+
+
 def test_ids_that_a_tokenizer_leaves_out_count():
     backend = Tokenizer(models_of_tokenizers.WordLevel({"<eos>": 0, "a": 1, "b": 9}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
     assert len(tokenizer) == 3 and model.num_token_ids(tokenizer) == 10
     with pytest.raises(UserError, match=r"embedding only 5 rows"):
-        model.check_supported(models.make_config(vocab_size=5), 8, model.num_token_ids(tokenizer))
+        model.check_supported(models.make_config(vocab_size=5), 8, 8, model.num_token_ids(tokenizer))

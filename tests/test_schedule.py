@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from common.config import LR_SCHEDULERS
+from common.errors import UserError
 from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
 
 
@@ -70,6 +71,12 @@ def test_learning_rates_are_those_of_a_stepped_transformers_scheduler(name, num_
             scheduler.step()
     learning_rate = learning_rate_schedule(name, 3e-4, num_steps, warmup_ratio)
     assert [learning_rate(step) for step in range(num_steps)] == pytest.approx(rates, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("peak", [1e-7, 1e-9, 0.0])
+def test_a_peak_below_polynomials_last_rate_is_refused(peak):
+    with pytest.raises(UserError, match=f"--lr_scheduler_type polynomial with --learning_rate {peak}: .*1e-07"):
+        learning_rate_schedule("polynomial", peak, 10, 0.0)
 
 
 def test_linear_by_hand():

@@ -1,5 +1,7 @@
 """The token cache: what is in it, what changes its key, and what breaks it.   pytest tests/test_token_cache.py"""
 
+import dataclasses
+import errno
 import json
 import os
 import re
@@ -17,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common import token_cache, tokenization
-from common.chat_templates import ChatTemplate, resolve_template
+from common.chat_templates import TULU, ChatTemplate, resolve_template
 from common.errors import UserError
 from common.mixer import load_source, parse_source
 from common.token_cache import (
@@ -324,6 +326,29 @@ def test_data_that_changes_while_it_is_read_leaves_nothing(kit, tmp_path, monkey
     assert left_in(tmp_path / "cache") == []
     monkeypatch.undo()
     prepare(kit, path, tmp_path / "cache")
+
+
+def test_a_data_file_that_cannot_be_read_is_named_and_not_the_cache(kit, tmp_path, monkeypatch):
+    def failing(rows):
+        def read(indices):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        return dataclasses.replace(rows, read=read)
+
+    data, real = write(tmp_path / "x.jsonl", [{"messages": CHATS[0]}]), token_cache.load_source
+    monkeypatch.setattr(token_cache, "load_source", lambda source: failing(real(source)))
+    with pytest.raises(UserError, match=r"x\.jsonl: .*Input/output error") as error:
+        prepare(kit, data, tmp_path / "cache")
+    assert "cache_dir" not in str(error.value) and not list((tmp_path / "cache/tokens").glob("*.build"))
+
+
+@pytest.mark.parametrize("jinja", [TULU, "{#- strftime_now -#}" + TULU])
+def test_a_template_that_can_print_the_date_is_warned_of_each_time(kit, tmp_path, jinja):
+    template, data, said = ChatTemplate("dated", jinja, kit[1]), write(tmp_path / "x.jsonl", [{"messages": CHATS[0]}]), []
+    for _ in range(2):
+        prepare((*kit[:2], template), data, tmp_path / "cache", say=said.append)
+    warned = [text for text in said if "can print the date" in text]
+    assert len(warned) == (0 if jinja == TULU else 2)
 
 
 def test_a_cache_dir_that_cannot_be_written_is_named(kit, tmp_path):
