@@ -32,7 +32,7 @@ from common.logprobs import LogProbHead
 from common.packing import MicroBatch, pack, sft_documents
 from common.token_cache import SFTSample
 
-TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 SHARD_BYTES = 5 * 10**9
 ACTIVATION_MEMORY_BUDGET = 0.8  # at this a compiled layer keeps no outputs of norms and activation functions
