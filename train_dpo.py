@@ -27,7 +27,7 @@ from common.engine import (
 from common.errors import not_finite
 from common.logprobs import sequence_logps
 from common.losses import SUMMED, check_first_step, preference_loss, preference_sums
-from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line
+from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line, write_once
 from common.packing import MicroBatch, one_ahead, pack, packing_report, pair_documents, pair_length, plan_step
 from common.placement import deepspeed_config
 from common.planner import demand_of, place, settle
@@ -143,7 +143,7 @@ def main() -> None:
     num_checkpoints = min(config.keep_last_n_checkpoints + 1, last_step // save_every)
     ranks.once(lambda: checkpoint.require_disk_space(parameters, config.output_dir, num_checkpoints))
     ranks.once(lambda: run_record.open_output_dir(config, run, state.step))
-    metrics = MetricsFile(config.output_dir, state.step) if ranks.is_main else None
+    metrics = MetricsFile(config.output_dir, state.step, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 
@@ -182,9 +182,11 @@ def main() -> None:
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
 
-        *sums, num_tokens, squared_lengths, terminate, interrupt = ranks.sum(
-            [*sums.tolist(), num_tokens, squared_lengths, *stop_request.votes()]
+        *sums, num_tokens, squared_lengths, unwritten, terminate, interrupt = ranks.sum(
+            [*sums.tolist(), num_tokens, squared_lengths, metrics.error is not None, *stop_request.votes()]
         )
+        if unwritten:
+            metrics.sync()  # raises, on every rank
         means = {name: value / len(samples) for name, value in zip(SUMMED, sums, strict=True)}
         train_loss = means.pop("train_loss")
         if not math.isfinite(train_loss):
@@ -204,15 +206,14 @@ def main() -> None:
             state, train_loss, learning_rate(step), grad_norm, num_tokens, squared_lengths, num_targets, len(plan)
         )
         record |= means
-        if ranks.is_main and (state.step % config.logging_steps == 0 or state.step == last_step):
+        if state.step % config.logging_steps == 0 or state.step == last_step:
             metrics.append(record)
             ranks.say(progress_line(record, last_step))
 
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
         if stop_signal or state.step % save_every == 0:
             require_finite_weights(engine, state.step, ranks)
-            if ranks.is_main:
-                metrics.sync()
+            metrics.sync()
             path = checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
             ranks.say(f"checkpoint {path}")
         if stop_signal:
@@ -221,12 +222,15 @@ def main() -> None:
 
     # ------------------------------------------------------------------ export
     stop_request.wait_for_export()
+    metrics.sync()  # the last record is written, or the run stops
     require_finite_weights(engine, state.step, ranks)
     model.export_model(policy, config.output_dir, template, model_folder, ranks)
     agreement = ranks.gather(lambda: [state.step, state.total_tokens])
-    if ranks.is_main:
-        draw_curves(config.output_dir)
-        run_record.finish(config, run, state, metrics.last, agreement, data_table(data))
+    ranks.once(lambda: draw_curves(config.output_dir))
+    write_once(
+        lambda: run_record.finish(config, run, state, metrics.last, agreement, data_table(data)),
+        config.output_dir, state.step, ranks,
+    )
     ranks.say(f"done: {config.output_dir} holds the model after {state.step} steps")
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PretrainedConfig
 
 from common.checkpoint import RunState, replace_file
 from common.distributed import Ranks
-from common.errors import one_line
+from common.errors import TrainingStopped, one_line
 
 # Dense bf16 peak of a device in FLOP/s, from the vendors' datasheets; the first name that matches counts.
 PEAK_FLOPS = (
@@ -168,24 +169,57 @@ def progress_line(record: dict, last_step: int) -> str:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a logged step, on one rank."""
+    """metrics.jsonl: one JSON object a logged step. Every rank holds one; rank 0's writes."""
 
-    def __init__(self, output_dir: str, resume_step: int):
-        """Keeps the lines of steps up to resume_step, so that a resumed run leaves neither gap nor double."""
-        self.path = Path(output_dir) / "metrics.jsonl"
-        kept = [line for line, record in _lines(self.path) if record["step"] <= resume_step]
+    def __init__(self, output_dir: str, resume_step: int, ranks: Ranks):
+        """Keeps the lines of steps up to resume_step, so that a resumed run leaves neither gap nor double. Collective."""
+        self.path, self.step, self.ranks = Path(output_dir) / "metrics.jsonl", resume_step, ranks
+        self.last = None  # the newest record
+        self.error: OSError | None = None  # the one that kept a record from being written
+        write_once(self._open, self.path, self.step, ranks)
+
+    def _open(self) -> None:
+        kept = [line for line, record in _lines(self.path) if record["step"] <= self.step]
         replace_file(self.path, "".join(kept))
         self.file = open(self.path, "a", encoding="utf-8")
-        self.last = json.loads(kept[-1]) if kept else None  # the newest record
+        self.last = json.loads(kept[-1]) if kept else None
 
     def append(self, record: dict) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        self.last = record
+        """An error is remembered, for the ranks to vote on at the next step: the others know nothing of it yet."""
+        self.last, self.step = record, record["step"]
+        if self.ranks.is_main:
+            try:
+                self.file.write(json.dumps(record) + "\n")
+                self.file.flush()
+            except OSError as e:
+                self.error = e
 
     def sync(self) -> None:
-        """On disk before the checkpoint that continues from here."""
+        """On disk before the checkpoint that continues from here. Collective.
+
+        Raises TrainingStopped, on every rank, if a record could not be written: no checkpoint stands after a gap.
+        """
+        write_once(self._sync, self.path, self.step, self.ranks)
+
+    def _sync(self) -> None:
+        if self.error is not None:
+            raise self.error
         os.fsync(self.file.fileno())
+
+
+def write_once(work: Callable[[], None], path: Path | str, step: int, ranks: Ranks) -> None:
+    """Runs `work`, which writes to `path` after `step`, on rank 0. Its OSError is TrainingStopped, on every rank."""
+
+    def write() -> None:
+        try:
+            work()
+        except OSError as e:
+            raise TrainingStopped(
+                f"{e.filename or path} could not be written after step {step}: {e.strerror or e}; checkpoints are "
+                f"intact; free disk space and run the same command"
+            ) from e
+
+    ranks.once(write)
 
 
 def _lines(path: Path):

@@ -30,6 +30,8 @@ from faults import Disk
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from common.metrics import MetricsFile
+
 METHODS = ("sft", "dpo")
 LAST_STEP = 12
 NUM_OPERATIONS = (375, 275)  # about as many changes to the disk as rank 0 and rank 1 make
@@ -531,6 +533,81 @@ def test_a_write_that_the_system_refuses_stops_all_ranks_with_one_line(setting, 
     assert "Traceback" not in done.stderr
     assert checkpoints(output_dir) == [3]
     rerun_until_done(setting, method, output_dir, whole)
+
+
+class FullAt(MetricsFile):
+    """metrics.jsonl on a disk that is full from step `full_at` on, after the first half of its record."""
+
+    full_at = 5
+
+    def append(self, record):
+        if record["step"] == self.full_at and self.ranks.is_main:
+            self.file.write(json.dumps(record)[:50])
+            self.file.close()
+            self.file = open("/dev/full", "a")
+        super().append(record)
+
+
+class FullAtACheckpoint(FullAt):
+    full_at = 6
+
+
+class FullAtTheEnd(FullAt):
+    full_at = 12
+
+
+class NotFlushed(MetricsFile):
+    """Every record is written; before step 6's checkpoint the system cannot bring them to the disk."""
+
+    def append(self, record):
+        super().append(record)
+        if record["step"] == 6 and self.ranks.is_main:
+            self.file = open("/dev/full", "a")
+
+
+class NotOpened(MetricsFile):
+    def _open(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("file", "step", "changes", "left"),
+    [
+        (FullAt, 5, {}, [3]),
+        (FullAtACheckpoint, 6, {}, [3]),
+        (FullAtTheEnd, 12, {"checkpointing_steps": 5}, [5, 10]),
+        (NotFlushed, 6, {}, [3]),
+        (NotOpened, 0, {}, []),
+    ],
+)
+@both
+def test_a_record_that_cannot_be_written_stops_all_ranks_before_the_next_update(
+    setting, method, file, step, changes, left
+):
+    whole, output_dir = setting.whole(method), setting.folder()
+    done = setting.run(method, output_dir, patches={f"train_{method}.MetricsFile": file}, **changes)
+    assert done.exit_codes == [3, 3], done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+    assert f"{output_dir}/metrics.jsonl could not be written after step {step}: " in errors[0]
+    assert "free disk space and run the same command" in errors[0]
+    assert checkpoints(output_dir) == left
+    assert steps_run(done.stdout) == list(range(1, step + 1))
+    rerun_until_done(setting, method, output_dir, whole)
+
+
+def card_on_a_full_disk(*arguments) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@both
+def test_a_result_that_cannot_be_written_stops_all_ranks_and_the_rerun_writes_it(setting, method):
+    output_dir = setting.copy_of_whole(method)
+    done = setting.run(method, output_dir, patches={"common.run_record.model_card": card_on_a_full_disk})
+    assert done.exit_codes == [3, 3], done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and f"{output_dir} could not be written after step 12: No space left" in errors[0]
+    rerun_until_done(setting, method, output_dir, setting.whole(method))
 
 
 def test_too_small_a_disk_is_an_error_before_the_first_step(setting):
