@@ -55,10 +55,7 @@ def reference_key(model_folder: str, data_digest: str, config: DPOConfig, kernel
 def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
     """The digest of each safetensors file of a model, by file name, read in parallel and remembered in cache_dir."""
     memo_path = Path(cache_dir).expanduser() / "weight_digests.json"
-    try:
-        memo = json.loads(memo_path.read_text())
-    except (OSError, ValueError):
-        memo = {}
+    memo = _read_memo(memo_path)
     files = sorted(Path(model_folder).glob("*.safetensors"))
     stamps = {path: f"{path.resolve()}:{file_stamp(path)}" for path in files}
     unknown = [path for path in files if stamps[path] not in memo]
@@ -66,8 +63,22 @@ def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
         with ThreadPoolExecutor(min(8, len(unknown))) as pool:
             memo.update(zip((stamps[path] for path in unknown), pool.map(file_digest, unknown), strict=True))
         memo_path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(memo_path, json.dumps(memo))
+        replace_file(memo_path, json.dumps({"weights": memo, "digest": _memo_digest(memo)}))
     return {path.name: memo[stamps[path]] for path in files}
+
+
+def _read_memo(path: Path) -> dict[str, str]:
+    """What weight_digests remembers; nothing if it is not as written, for a wrong digest stands for other weights."""
+    try:
+        content = json.loads(path.read_text())
+        memo, expected = content["weights"], content["digest"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+    return memo if _memo_digest(memo) == expected else {}
+
+
+def _memo_digest(memo: dict[str, str]) -> str:
+    return digest(json.dumps(memo, sort_keys=True).encode())
 
 
 def reference_logps(

@@ -214,10 +214,18 @@ def test_weights_are_digested_once_and_again_when_the_file_changes(tmp_path, mon
         == {"model.safetensors": xxhash.xxh3_128_hexdigest(content)}
         != first
     )
-    (tmp_path / "cache" / "weight_digests.json").write_text("{torn")
-    assert weight_digests(str(folder), str(tmp_path / "cache")) == {
-        "model.safetensors": xxhash.xxh3_128_hexdigest(content)
-    }
+
+
+@pytest.mark.parametrize("damage", ["{torn", "[]", "null", '{"weights": {}}', "another digest"])
+def test_a_memo_of_digests_that_is_not_as_written_is_not_used(tmp_path, damage):
+    folder, memo = models.make_model(tmp_path / "model"), tmp_path / "cache" / "weight_digests.json"
+    first = weight_digests(str(folder), str(tmp_path / "cache"))
+    assert first == weight_digests(str(folder), str(tmp_path / "cache"))
+    text = memo.read_text()
+    assert first["model.safetensors"] in text
+    memo.write_text(text.replace(first["model.safetensors"], "0" * 32) if damage == "another digest" else damage)
+    assert weight_digests(str(folder), str(tmp_path / "cache")) == first
+    assert memo.read_text() == text
 
 
 # ------------------------------------------------------------------ kills, damage, lies
