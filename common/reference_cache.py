@@ -1,9 +1,10 @@
 """Reference log-probabilities of preference pairs: computed by the starting weights, kept on disk, checked before use.
 
-CACHE_DIR/reference/KEY/part_000000.safetensors, part_000001 ...: `pairs` int64 [n], indices into the
-tokenized data, `logps` float32 [n, 2], summed over the chosen and the rejected completion. The header's
-metadata holds the digest of both. A part is written every PAIRS_PER_PART pairs, to a temporary file that
-is renamed, so that a kill loses one part's work; any number of ranks reads them.
+CACHE_DIR/reference/KEY/part_DIGEST.safetensors: `pairs` int64 [n], indices into the tokenized data, `logps`
+float32 [n, 2], summed over the chosen and the rejected completion. The header's metadata holds the digest of
+both, and a part is named by its beginning: runs that fill a cache at the same time replace no part of another's.
+A part is written every PAIRS_PER_PART pairs, to a temporary file that is renamed, so that a kill loses one
+part's work; any number of ranks reads them.
 
 KEY is a digest of everything that a log-probability depends on: the weights' bytes and config.json, the
 tokens and spans of the pairs, dtype, attention kernel, prompt sharing, and the source of the code that
@@ -25,7 +26,7 @@ from common import attention, logprobs, model, packing
 from common.checkpoint import digest, file_digest, replace_file
 from common.config import DPOConfig
 from common.distributed import Ranks
-from common.errors import TrainingStopped
+from common.errors import TrainingStopped, UserError, full_disk
 from common.logprobs import sequence_logps
 from common.mixer import file_stamp
 from common.packing import MicroBatch, one_ahead, pack, pair_documents, plan_step
@@ -94,7 +95,7 @@ def reference_logps(
     key = reference_key(model_folder, data.digest, config, kernel, ranks)
     folder = Path(config.cache_dir).expanduser() / "reference" / key
     logps = torch.full((len(data), 2), torch.nan, device=ranks.device)
-    num_parts = _read_parts(folder, logps) if ranks.is_main else 0
+    ranks.once(lambda: _read_parts(folder, logps, config.cache_dir))
     torch.distributed.broadcast(logps, 0)
     logps = logps.cpu().numpy()
     cached = [i for i in needed if not np.isnan(logps[i]).any()]
@@ -103,22 +104,19 @@ def reference_logps(
         _spot_check(engine, data, checked, logps, config, kernel, budget, ranks)
     missing = sorted(set(needed) - set(cached))
     ranks.say(f"reference log-probabilities: {len(cached):,} of {len(needed):,} pairs cached in {folder}")
-    bar = tqdm(
+    with tqdm(
         total=len(missing),
         desc="reference log-probabilities",
         unit="pair",
         disable=not ranks.is_main or not missing,
         mininterval=1,
-    )
-    for start in range(0, len(missing), PAIRS_PER_PART):
-        pairs, started = missing[start : start + PAIRS_PER_PART], time.perf_counter()
-        logps[pairs] = compute_logps(engine, data, pairs, config, kernel, budget, ranks)
-        seconds = time.perf_counter() - started
-        if ranks.is_main:
-            _write_part(folder / f"part_{num_parts:06d}.safetensors", np.asarray(pairs), logps[pairs])
-        num_parts += 1
-        bar.update(len(pairs))
-    bar.close()
+    ) as bar:
+        for start in range(0, len(missing), PAIRS_PER_PART):
+            pairs, started = missing[start : start + PAIRS_PER_PART], time.perf_counter()
+            logps[pairs] = compute_logps(engine, data, pairs, config, kernel, budget, ranks)
+            seconds = time.perf_counter() - started
+            ranks.once(lambda: _write_part(folder, np.array(pairs), logps[pairs]))
+            bar.update(len(pairs))
     if missing:  # the first part also compiles, so the last one's speed is told
         tokens = sum(packing.pair_length(*data.pair_lengths[i], config.share_prompt) for i in pairs)
         ranks.say(f"reference pass: {tokens / seconds / ranks.world_size:,.0f} tokens/s a device (last {len(pairs)} pairs)")
@@ -157,18 +155,21 @@ def _spot_check(engine, data, pairs, logps, config, kernel, budget, ranks) -> No
             )
 
 
-def _read_parts(folder: Path, logps: torch.Tensor) -> int:
-    """Fills `logps` from every part whose contents are as written, deletes the others; the first free part number."""
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers = [-1]
-    for path in sorted(folder.glob("part_*.safetensors")):
-        if (part := _read_part(path)) is None:
-            path.unlink()
-            continue
-        pairs, values = part
-        logps[torch.from_numpy(pairs)] = torch.from_numpy(values).to(logps.device)
-        numbers.append(int(path.stem.removeprefix("part_")))
-    return max(numbers) + 1
+def _read_parts(folder: Path, logps: torch.Tensor, cache_dir: str) -> None:
+    """Fills `logps` from every part whose contents are as written, deletes the others."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.glob("part_*.safetensors")):
+            if (part := _read_part(path)) is None:
+                path.unlink(missing_ok=True)
+                continue
+            pairs, values = part
+            logps[torch.from_numpy(pairs)] = torch.from_numpy(values).to(logps.device)
+    except OSError as e:
+        if full_disk(e) is not None:
+            raise
+        raise UserError(f"--cache_dir {cache_dir}: {e.filename or folder} cannot be used: {e.strerror}; move it, or "
+                        f"name another --cache_dir") from e  # fmt: skip
 
 
 def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
@@ -181,6 +182,14 @@ def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     return (pairs, values) if digest(pairs.tobytes() + values.tobytes()) == expected else None
 
 
-def _write_part(path: Path, pairs: np.ndarray, values: np.ndarray) -> None:
-    metadata = {"digest": digest(pairs.tobytes() + values.tobytes())}
-    replace_file(path, safetensors.numpy.save({"pairs": pairs, "logps": values}, metadata))
+def _write_part(folder: Path, pairs: np.ndarray, values: np.ndarray) -> None:
+    contents = digest(pairs.tobytes() + values.tobytes())
+    path = folder / f"part_{contents[:16]}.safetensors"
+    data = safetensors.numpy.save({"pairs": pairs, "logps": values}, {"digest": contents})
+    try:
+        replace_file(path, data)
+    except OSError as e:
+        raise TrainingStopped(
+            f"{path} ({len(data):,} bytes) could not be written: {e.strerror}; the parts before it are kept; free disk "
+            f"space and run the same command, or name another --cache_dir"
+        ) from e

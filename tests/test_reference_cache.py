@@ -3,6 +3,7 @@
 pytest tests/test_reference_cache.py
 """
 
+import errno
 import os
 import random
 import shutil
@@ -17,7 +18,9 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from common.checkpoint import replace_file
 from common.reference_cache import weight_digests
+from common.schedule import step_samples
 
 NUM_PAIRS = 40
 SETTINGS = {
@@ -274,7 +277,7 @@ def test_kill_9_at_random_points(written, tiny_llama, data, tmp_path, i):
 
 @pytest.mark.parametrize("damage", ["torn", "edited", "empty", "garbage", "half-written"])
 def test_a_damaged_part_is_not_used(written, cache, tiny_llama, data, plain_logps, tmp_path, damage):
-    path = parts(cache)[2]
+    path = max(parts(cache), key=lambda path: path.stat().st_size)  # of six pairs
     content = bytearray(path.read_bytes())
     if damage == "torn":
         path.write_bytes(content[:-20])
@@ -305,6 +308,57 @@ def test_values_of_another_model_stop_the_run_with_3(cache, tiny_llama, data, tm
     assert len(errors) == 1 and "Traceback" not in run.stderr
     assert "disagrees" in errors[0] and "preferences.jsonl:" in errors[0]
     assert not (tmp_path / "output" / "metrics.jsonl").exists()
+
+
+def second_part_on_a_full_disk(path, data) -> None:
+    if path.name.startswith("part_") and parts(path.parents[2]):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    replace_file(path, data)
+
+
+def test_a_part_that_cannot_be_written_stops_all_ranks_and_keeps_those_before_it(tiny_llama, data, tmp_path):
+    given = flags(tiny_llama, data, tmp_path / "cache", tmp_path / "output")
+    patches = SMALL_PARTS | {"common.reference_cache.replace_file": second_part_on_a_full_disk}
+    run = launch.launch("train_dpo", given, 2, patches)
+    assert run.exit_codes == [3, 3], run.stderr
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]  # the progress bar's line is over
+    assert len(errors) == 1 and "Traceback" not in run.stderr
+    assert f"error: {tmp_path}/cache/reference/" in errors[0] and "could not be written: No space left" in errors[0]
+    assert "free disk space" in errors[0] and "--cache_dir" in errors[0]
+    run = launch.launch("train_dpo", given, 2).succeeded()
+    assert "6 of 40 pairs cached" in run.stdout
+
+
+@pytest.mark.parametrize("blocked", ["folder", "part"])
+def test_a_cache_that_cannot_be_used_is_one_line_and_2(cache, tiny_llama, data, tmp_path, blocked):
+    path = cache / "reference" if blocked == "folder" else parts(cache)[2]
+    if blocked == "folder":
+        shutil.rmtree(path)
+        path.touch()
+    else:
+        path.unlink()
+        path.mkdir()
+    run = launch.launch("train_dpo", flags(tiny_llama, data, cache, tmp_path / "output"), 2)
+    assert run.exit_codes == [2, 2], run.stderr
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "Traceback" not in run.stderr
+    assert f"--cache_dir {cache}: {path}" in errors[0]
+
+
+def test_runs_that_fill_a_cache_at_once_keep_each_others_parts(tiny_llama, data, rows, tmp_path):
+    """Each read the empty cache before either wrote; the second's order takes other pairs first."""
+    first = flags(tiny_llama, data, tmp_path / "cache", tmp_path / "output1", max_train_steps=2)
+    second = first | {"seed": 7, "output_dir": tmp_path / "output2", "cache_dir": tmp_path / "cache2"}
+    for given in (first, second):
+        launch.launch("train_dpo", given, 1, SMALL_PARTS).succeeded()
+    folder = parts(tmp_path / "cache")[0].parent
+    for path in parts(tmp_path / "cache2"):
+        shutil.copy(path, folder / path.name)
+    given = flags(tiny_llama, data, tmp_path / "cache", tmp_path / "output3")
+    taken = {i for seed in (42, 7) for step in range(2) for i in step_samples(step, NUM_PAIRS, 10, seed)}
+    assert 20 < len(taken) < NUM_PAIRS
+    run = launch.launch("train_dpo", given).succeeded()
+    assert f"{len(taken)} of 40 pairs cached" in run.stdout
 
 
 # ------------------------------------------------------------------ resume
