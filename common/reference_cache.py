@@ -14,6 +14,7 @@ computes it. There is no key by name or by path.
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -63,8 +64,9 @@ def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
     if unknown:
         with ThreadPoolExecutor(min(8, len(unknown))) as pool:
             memo.update(zip((stamps[path] for path in unknown), pool.map(file_digest, unknown), strict=True))
-        memo_path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(memo_path, json.dumps({"weights": memo, "digest": _memo_digest(memo)}))
+        with suppress(OSError):  # the next run reads the weights again
+            memo_path.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(memo_path, json.dumps({"weights": memo, "digest": _memo_digest(memo)}))
     return {path.name: memo[stamps[path]] for path in files}
 
 

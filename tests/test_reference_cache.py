@@ -231,6 +231,13 @@ def test_a_memo_of_digests_that_is_not_as_written_is_not_used(tmp_path, damage):
     assert memo.read_text() == text
 
 
+def test_a_memo_of_digests_that_cannot_be_written_is_done_without(tmp_path):
+    folder = models.make_model(tmp_path / "model")
+    (tmp_path / "cache").touch()
+    expected = {"model.safetensors": xxhash.xxh3_128_hexdigest((folder / "model.safetensors").read_bytes())}
+    assert weight_digests(str(folder), str(tmp_path / "cache")) == expected
+
+
 # ------------------------------------------------------------------ kills, damage, lies
 
 
