@@ -218,6 +218,8 @@ def tokenize_pair(prompt: str, chosen: str, rejected: str, encoder: Encoder, max
         prompt_lengths.append(first - is_merged)
         scored_from.append(max(1, first))
         truncated |= cut
+    if np.array_equal(*sides):  # they differ after max_seq_length: all that could be learned is rounding
+        raise Dropped("equal within max_seq_length")
     shared = min(prompt_lengths)
     differing = np.flatnonzero(sides[0][:shared] != sides[1][:shared])
     shared = int(differing[0]) if len(differing) else shared

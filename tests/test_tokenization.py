@@ -256,7 +256,10 @@ def test_both_sides_of_a_pair_are_whole_and_scored_from_the_completion_on(turns,
         if str(reason) == "prompt fills max_seq_length":
             lengths = [len(ids_of(text[:header_end])) for text in texts]
             assert max(lengths) >= max_seq_length - 1  # one less where a newline merges
+        if str(reason) == "equal within max_seq_length":
+            assert ids_of(texts[0])[:max_seq_length] == ids_of(texts[1])[:max_seq_length]
         return
+    assert pair.chosen_ids.tolist() != pair.rejected_ids.tolist()
     for text, ids, start in ((texts[0], pair.chosen_ids, pair.chosen_start),
                              (texts[1], pair.rejected_ids, pair.rejected_start)):
         whole = [*pair.prompt_ids.tolist(), *ids.tolist()]
@@ -273,6 +276,7 @@ def test_both_sides_of_a_pair_are_whole_and_scored_from_the_completion_on(turns,
     ([USER], [USER], "does not end with the assistant"), ([], [], "does not end with the assistant"),
     ([USER, USER], [USER, USER], "does not end with the assistant"),
     ([{**USER, "content": "why " * 50}, ANSWER], [{**USER, "content": "why " * 50}, OTHER], "prompt fills"),
+    ([USER, {**ANSWER, "content": "so " * 50 + "A"}], [USER, {**ANSWER, "content": "so " * 50 + "B"}], "equal within"),
     ([{**USER, "content": "\ud800"}, ANSWER], [{**USER, "content": "\ud800"}, OTHER], "not valid Unicode"),
 ])
 def test_an_odd_pair_is_dropped_for_its_reason(chosen, rejected, reason):
