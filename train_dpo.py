@@ -178,7 +178,7 @@ def main() -> None:
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
                 engine.backward(loss * ranks.world_size / len(samples))  # DeepSpeed averages gradients over ranks
                 losses[m] = loss.detach()
-                sums += preference_sums(loss, ratios, logps, config.beta)
+                sums += preference_sums(loss, ratios, logps, config)
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
 

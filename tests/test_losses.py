@@ -132,7 +132,8 @@ def test_sums_by_hand():
     """Two pairs, beta 2: one right by 3, one a tie."""
     ratios = torch.tensor([[1.0, -2.0], [0.5, 0.5]])
     logps = torch.tensor([[-10.0, -20.0], [-1.0, -2.0]])
-    sums = dict(zip(SUMMED, preference_sums(torch.tensor(7.0), ratios, logps, 2.0).tolist(), strict=True))
+    config = DPOConfig(beta=2.0, dtype="float32")
+    sums = dict(zip(SUMMED, preference_sums(torch.tensor(7.0), ratios, logps, config).tolist(), strict=True))
     assert sums == {
         "train_loss": 7.0,
         "rewards/chosen": 3.0,
@@ -144,6 +145,16 @@ def test_sums_by_hand():
     }
 
 
+@pytest.mark.parametrize(("dtype", "tie"), [("float32", 3e-4), ("bfloat16", 0.06)])
+def test_a_margin_within_the_rounding_of_its_log_probabilities_is_a_tie(dtype, tie):
+    """Of 100 and 200 nats: 1e-6 of them in float32, 2e-4 in bfloat16."""
+    for beta in (0.1, 5.0):
+        for margin, accuracy in ((0.99 * tie, 0.5), (-0.99 * tie, 0.5), (1.02 * tie, 1.0), (-1.02 * tie, 0.0)):
+            ratios, logps = torch.tensor([[margin, 0.0]]), torch.tensor([[-100.0, -200.0]])
+            sums = preference_sums(torch.tensor(0.7), ratios, logps, DPOConfig(beta=beta, dtype=dtype))
+            assert sums[SUMMED.index("rewards/accuracy")] == accuracy
+
+
 def test_sums_of_an_empty_micro_batch_are_zero():
     empty = torch.zeros(0, 2)
-    assert preference_sums(torch.tensor(0.0), empty, empty, 2.0).tolist() == [0.0] * len(SUMMED)
+    assert preference_sums(torch.tensor(0.0), empty, empty, DPOConfig()).tolist() == [0.0] * len(SUMMED)
