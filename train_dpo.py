@@ -135,6 +135,7 @@ def main() -> None:
         "kernel": kernel,
         "micro_batch_budget": budget,
         "placement": placement._asdict(),
+        "layers": policy.layers_report(),
         "reference_cache": cached_in,
         "data": data.stats,
         "zero": model.partition_report(parameters, ranks),

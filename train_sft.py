@@ -96,6 +96,7 @@ def main() -> None:
         "kernel": kernel,
         "micro_batch_budget": budget,
         "placement": placement._asdict(),
+        "layers": policy.layers_report(),
         "data": data.stats,
         "zero": model.partition_report(parameters, ranks),
         **run_record.environment(ranks),

@@ -352,6 +352,7 @@ class PackedModel(nn.Module):
     def __init__(self, lm: nn.Module):
         super().__init__()
         self.lm = lm
+        self.is_compiled = False
         self.finish_gathering: Callable[[], None] = lambda: None  # common/residency.py
         lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings()))
         assert "position_ids" in inspect.signature(lm.base_model.forward).parameters
@@ -372,6 +373,7 @@ class PackedModel(nn.Module):
 
     def compile_layers(self) -> None:
         """Compiles the decoder layers, all into one graph, and the head's arithmetic, for rows of any length."""
+        self.is_compiled = True
         functorch_config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
         for layer in self.decoder_layers():
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -382,6 +384,12 @@ class PackedModel(nn.Module):
         for i, layer in enumerate(self.decoder_layers()):
             layer.gradient_checkpointing = i < num_layers
             layer._gradient_checkpointing_func = lambda f, *args: checkpoint(f, *args, use_reentrant=False)
+
+    def layers_report(self) -> dict:
+        """What --gradient_checkpointing and --compile_layers came to."""
+        layers = self.decoder_layers()
+        recomputed = sum(layer.gradient_checkpointing for layer in layers)
+        return {"number": len(layers), "recomputed": recomputed, "compiled": self.is_compiled}
 
 
 def model_inputs(micro_batch: MicroBatch, kernel: str, device: torch.device) -> dict:

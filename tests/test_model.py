@@ -361,6 +361,14 @@ def test_a_class_that_transformers_does_not_run_on_its_sdpa_is_built_with_ours(k
     assert not built._supports_sdpa and built.config._attn_implementation == registered_name(kernel)
 
 
+def test_what_auto_made_of_the_layers_is_recorded():
+    packed = model.PackedModel(AutoModelForCausalLM.from_config(models.make_config(num_hidden_layers=3)))
+    packed.checkpoint_activations(2)
+    assert packed.layers_report() == {"number": 3, "recomputed": 2, "compiled": False}
+    packed.compile_layers()
+    assert packed.layers_report() == {"number": 3, "recomputed": 2, "compiled": True}
+
+
 def test_ids_that_a_tokenizer_leaves_out_count():
     backend = Tokenizer(models_of_tokenizers.WordLevel({"<eos>": 0, "a": 1, "b": 9}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")

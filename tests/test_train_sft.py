@@ -179,6 +179,8 @@ def test_run_config_says_what_was_run_and_that_parameters_were_partitioned(runs,
     assert len(held) == num_ranks
     assert all(num_parameters / num_ranks <= part < num_parameters / num_ranks + 100 for part in held)
     assert run["placement"] == {"gradients": "whole", "parameters": "resident"} | residency
+    num_layers = len(reference.load(tiny_llama).model.layers)
+    assert run["layers"] == {"number": num_layers, "recomputed": 0, "compiled": False}
     assert run["result"]["steps"] == NUM_STEPS and run["result"]["rank_agreement"] is True
     assert run["versions"]["torch"] == torch.__version__
 
