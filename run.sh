@@ -154,13 +154,14 @@ os.execvp(sys.argv[1], sys.argv[1:])' "$@" &
     launcher=$!
     trap 'forward TERM' TERM HUP
     trap 'forward INT' INT
+    trap '' PIPE  # a Ctrl-C also ends what reads the output: `run.sh ... | tee log`
     while :; do  # a signal ends a wait early; a wait that is repeated tells the exit code again
         interrupted=""
         wait "$launcher" 2>/dev/null && rc=0 || rc=$?  # silent: bash would print the whole command that was killed
         [[ -n $interrupted ]] || break
     done
     stop_strays
-    trap - TERM HUP INT
+    trap - TERM HUP INT PIPE
     case $signalled:$rc in  # 241 and 254: a rank that the signal ended before it could handle it
         TERM:241 | TERM:254) rc=143 ;;
         INT:143 | INT:241 | INT:254) rc=130 ;;

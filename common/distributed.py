@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TextIO
 
 import deepspeed
 import torch
@@ -59,7 +60,7 @@ class Ranks:
     def say(self, text: str) -> None:
         """Prints from one rank."""
         if self.is_main:
-            print(text, flush=True)
+            print_line(text, sys.stdout)
 
     def sum(self, values: list[float]) -> list[float]:
         """The sums of `values` over all ranks, in float64; every rank gets the same bits."""
@@ -137,6 +138,15 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def print_line(text: str, stream: TextIO, end: str = "\n") -> None:
+    """print, but no run ends for a line that nobody can read: once a terminal is closed, or the reader of a pipe has
+    ended, the stream goes nowhere."""
+    try:
+        print(text, file=stream, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 _started: Ranks | None = None
 
 
@@ -187,29 +197,32 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
     @functools.wraps(main)
     def run() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training there is nothing to save
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")  # a terminal need not be able to show every sample
         code = 0
         try:
             main()
         except (UserError, TrainingStopped) as e:
             code = e.EXIT_CODE
             if os.environ.get("RANK", "0") == "0" or getattr(e, "on_this_rank_only", False):
-                print(f"error: {e}", file=sys.stderr, flush=True)
+                print_line(f"error: {e}", sys.stderr)
         except Stopped as e:
             code = 128 + e.signal_number
         except Exception as e:
             if (stopped := full_disk(e)) is not None:
                 code = stopped.EXIT_CODE
-                print(f"error: {stopped}", file=sys.stderr)
+                print_line(f"error: {stopped}", sys.stderr)
             elif is_out_of_memory(e):
                 code = TrainingStopped.EXIT_CODE
                 reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-                print(f"error: rank {os.environ.get('RANK', '0')}: out of memory before or after a micro-batch ({reason}): "
-                      f"the model and its optimizer need more devices, or a --ds_config that offloads", file=sys.stderr)
+                rank = os.environ.get("RANK", "0")
+                print_line(f"error: rank {rank}: out of memory before or after a micro-batch ({reason}): the model and its "
+                           f"optimizer need more devices, or a --ds_config that offloads", sys.stderr)
             else:
                 code = 1
-                traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
+                print_line(traceback.format_exc(), sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            print_line("", stream, end="")
         if _started is not None:
             _started.leave()
         if code == 0 and dist.is_initialized():
@@ -256,7 +269,8 @@ class StopRequest:
     def _answer_export_first(self) -> None:
         if self.answered_at == math.inf:
             self.answered_at = time.monotonic()
-            os.write(1, b"asked to stop: the steps are done; writing the model first; ask again to leave now\n")
+            with contextlib.suppress(OSError):  # nobody may be there to read it
+                os.write(1, b"asked to stop: the steps are done; writing the model first; ask again to leave now\n")
 
     def wait_for_export(self) -> None:
         """From here on there is no step boundary to come: a request waits for the export, a second one does not."""

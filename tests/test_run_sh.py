@@ -6,11 +6,13 @@ Each test runs run.sh in a project folder of its own: with a Python that only no
 with a training script of a few lines (launching).
 """
 
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -278,6 +280,28 @@ def test_a_signal_reaches_each_rank_once_and_run_sh_waits_for_their_exit(project
         # The launcher may end a rank itself once the other is gone, by SIGTERM: only after it has saved.
         assert notes(project, rank)[1:3] == [number.name, "saved"]
 
+
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGHUP, 143), (signal.SIGINT, 130)])
+def test_a_stop_is_passed_on_when_the_output_has_no_reader_left(project, number, exit_code):
+    """SIGINT: a Ctrl-C also ends the `tee` of `run.sh ... | tee log`. SIGHUP: the terminal was closed."""
+    terminal, theirs = os.openpty()
+    output = theirs if number == signal.SIGHUP else subprocess.PIPE
+
+    def prepare():  # subprocess gives SIGPIPE its default action back by itself
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGHUP:
+            fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+    process = subprocess.Popen(["bash", project / "run.sh", "sft", "heed"], cwd=project, start_new_session=True,
+                               stdout=output, stderr=subprocess.STDOUT, preexec_fn=prepare)
+    os.close(theirs)
+    wait_for(lambda: len(pids_of(project)) == 2, "ranks")
+    if number == signal.SIGINT:
+        process.stdout.close()
+        os.killpg(process.pid, number)
+    os.close(terminal)  # of a terminal in use, this sends SIGHUP
+    assert process.wait(WAIT) == exit_code
+    for rank in (0, 1):
+        assert notes(project, rank)[1:3] == [{"SIGHUP": "SIGTERM"}.get(number.name, number.name), "saved"]
 
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_ranks_that_do_not_handle_signals_yet_end_and_the_exit_code_says_so(project, number, exit_code):
