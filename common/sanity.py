@@ -38,6 +38,7 @@ DPO = {"model_name_or_path": OUTPUT / "sft", "dataset_mixer": OUTPUT / "data/pre
        "learning_rate": 3.5e-5, "loss_type": "dpo_norm", "beta": 5.0, "checkpointing_steps": 20,
        "output_dir": OUTPUT / "dpo"}
 SLOW_STEP_FLOOR = 5.0  # seconds; a tiny model's steps take a tenth of one, and any hiccup ten of those
+RECIPE_SLOW_STEP_FLOOR = 3.0  # of the recipe, whose model may be a small one; ten steps of a large one take longer
 MAX_NEW_TOKENS = 12
 RECIPE_STEPS = 100
 
@@ -120,7 +121,7 @@ def sanity_of_recipe(method: str, argv: list[str]) -> int:
                               output_dir / "sanity.log", sparse=False)
     if exit_code == UserError.EXIT_CODE:  # it has said what was wrong
         return exit_code
-    verdict = {method: judge_run(output_dir, exit_code, output)}
+    verdict = {method: judge_run(output_dir, exit_code, output, RECIPE_SLOW_STEP_FLOOR)}
     return conclude(verdict, output_dir / "sanity.json", time.perf_counter() - started, exit_code)
 
 
