@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
+from types import SimpleNamespace
+
+from common.errors import TrainingStopped
+from common.losses import LOSSES, check_first_step
 
 WINDOW = 10  # logged steps at either end of a history that are averaged
 WARMUP_STEPS = 5  # logged steps whose duration is not judged: allocators, compilers and caches warm up
-LOGISTIC_LOSSES = ("sigmoid", "dpo_norm")  # -log sigmoid of a margin that starts at 0: so step 1 is ln 2
 REQUIRED = ("step", "train_loss", "grad_norm", "tokens_per_second", "step_seconds", "max_memory_gb")
-REQUIRED_DPO = ("rewards/accuracy", "rewards/margin")
+REQUIRED_DPO = ("rewards/accuracy", "rewards/margin", "logps/chosen", "logps/rejected")
 
 # Likely causes of a failed check and what to try, by the check's name.
 ADVICE = {
@@ -156,10 +159,11 @@ def judge(history: list[dict], run_config: dict, exit_code: int, output: str = "
         _check_memory(history, run_config, output),
     ]
     if is_dpo(run_config):
-        loss_type, reference = (run_config["config"].get(f) for f in ("loss_type", "ref_model_name_or_path"))
-        if loss_type in LOGISTIC_LOSSES and not reference:  # another model's start elsewhere
-            checks.append(_check_first_loss(history))
-        if loss_type != "simpo":  # which has no reference
+        config = SimpleNamespace(**run_config["config"])
+        loss = LOSSES[config.loss_type]
+        if loss.first_step_tolerance is not None and not config.ref_model_name_or_path:  # another model's start elsewhere
+            checks.append(_check_first_loss(history, config))
+        if loss.needs_reference:
             checks.append(_check_reference_cache(run_config))
         checks += [_check_accuracy(history), _check_margin(history)]
     return [*checks, _check_partition(run_config), _check_agreement(run_config)]
@@ -187,7 +191,7 @@ def _check_loss_falls(history: list[dict], run_config: dict) -> Check:
     seen = f"first {window}: {first:.4f}, last {window}: {last:.4f}"
     if not is_dpo(run_config):
         return Check("SFT loss falls", f"last {window} steps 10% below the first", seen, last <= 0.9 * first)
-    if run_config["config"]["loss_type"] in LOGISTIC_LOSSES:
+    if LOSSES[run_config["config"]["loss_type"]].first_step_tolerance is not None:  # a logistic loss
         return Check("DPO loss falls", f"last {window} steps below ln 2 = 0.6931", seen, last < math.log(2))
     return Check("DPO loss falls", f"last {window} steps below the first", seen, last < first)
 
@@ -234,10 +238,15 @@ def _check_memory(history: list[dict], run_config: dict, output: str) -> Check:
     return Check("memory", "never out of memory", seen, not out_of_memory)
 
 
-def _check_first_loss(history: list[dict]) -> Check:
+def _check_first_loss(history: list[dict], config: SimpleNamespace) -> Check:
+    """The same check that the run itself made, which allows for the rounding of its dtype."""
     step, loss = history[0]["step"], history[0]["train_loss"]
-    passed = step == 1 and abs(loss - math.log(2)) <= 0.01
-    return Check("DPO starts at ln 2", "0.6931 within 0.01 at step 1", f"{loss:.4f} at step {step}", passed)
+    passed = step == 1
+    try:
+        check_first_step(loss, history[0], LOSSES[config.loss_type], config)
+    except TrainingStopped:
+        passed = False
+    return Check("DPO starts at ln 2", "0.6931 at step 1, but for rounding", f"{loss:.4f} at step {step}", passed)
 
 
 def _check_reference_cache(run_config: dict) -> Check:

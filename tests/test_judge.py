@@ -21,13 +21,14 @@ def good_run(tmp_path, method="dpo", loss_type="dpo_norm"):
                "step_seconds": 2.0, "max_memory_gb": 61.5}
         if method == "dpo":
             row |= {"train_loss": math.log(2) * 0.99 ** (step - 1), "rewards/accuracy": 0.5 + step / 400,
-                    "rewards/margin": step / 1000}
+                    "rewards/margin": step / 1000, "logps/chosen": -120.0, "logps/rejected": -80.0}
         history.append(row)
     history[1]["step_seconds"] = 300.0  # compiling: before the sixth step nothing is slow
     config = {"logging_steps": 1}
     run = {"result": {"steps": NUM_STEPS, "rank_agreement": True}}
     if method == "dpo":
-        config |= {"loss_type": loss_type, "ref_model_name_or_path": None}
+        config |= {"loss_type": loss_type, "ref_model_name_or_path": None, "dtype": "float32", "beta": 5.0,
+                   "cache_dir": "cache"}
         (tmp_path / "reference").write_text("logps")
         run["reference_cache"] = str(tmp_path / "reference")
     return history, run | {
@@ -139,6 +140,16 @@ def test_ln_2_is_asked_only_of_logistic_losses_and_of_a_reference_that_is_the_st
     history, run_config = good_run(tmp_path)
     run_config["config"]["ref_model_name_or_path"] = "another/model"
     assert "DPO starts at ln 2" not in {c.name for c in judge(history, run_config, 0)}
+
+
+def test_the_first_loss_may_be_as_far_from_ln_2_as_the_run_itself_allows(tmp_path):
+    """In bfloat16 by half of beta times 2e-4 of the log-probabilities' sum, besides the 0.01 of float32."""
+    history, run_config = good_run(tmp_path)
+    allowed = 0.01 + 5 / 2 * 2e-4 * (120 + 80)
+    for dtype, off, passes in (("float32", 0.011, False), ("bfloat16", 0.011, True), ("bfloat16", allowed - 1e-6, True),
+                               ("bfloat16", allowed + 1e-6, False)):
+        run_config["config"]["dtype"], history[0]["train_loss"] = dtype, math.log(2) + off
+        assert failed(judge(history, run_config, 0)) == ([] if passes else ["DPO starts at ln 2"])
 
 
 def test_ipo_has_to_fall_below_its_own_first_steps(tmp_path):
