@@ -95,7 +95,7 @@ def require_finite_weights(engine, step: int, ranks: Ranks) -> None:
     if not all(ranks.gather(lambda: all(bool(flat.isfinite().all()) for flat in masters))):
         raise TrainingStopped(
             f"step {step}: there are weights that are not finite, after an update whose gradient was; they are not "
-            f"written. Try a lower --learning_rate or --weight_decay; the last checkpoint stands"
+            f"written. Try a lower --learning_rate or --weight_decay; if a checkpoint was written, it stands"
         )
 
 

@@ -61,9 +61,15 @@ def not_finite(step: int, what: str, value: float, micro_batches: list[list[int]
     more = f"; and {len(named) - 4} micro-batches more" if len(named) > 4 else ""
     return TrainingStopped(
         f"step {step}: the {what} is {value} and nothing was updated ({'; '.join(named[:4])}{more}). Try a lower "
-        f"--learning_rate, --dtype float32, or look at those samples; the last checkpoint stands"
+        f"--learning_rate or, in bfloat16, --dtype float32, or look at those samples; if a checkpoint was written, it stands"
     )
 
 
 def _some(samples: list[int], data) -> str:
-    return ", ".join(data.where(i) for i in samples[:8]) + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
+    """The first samples as `file:row, row, file:row`, and how many more there are."""
+    rows_of: dict[str, list[str]] = {}
+    for i in samples[:8]:
+        file, _, row = data.where(i).rpartition(":")
+        rows_of.setdefault(file, []).append(row)
+    named = ", ".join(f"{file}:{', '.join(rows)}" for file, rows in rows_of.items())
+    return named + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")

@@ -1,0 +1,22 @@
+"""What is said when training stops itself: pytest tests/test_errors.py"""
+
+import math
+from types import SimpleNamespace
+
+from common.errors import not_finite
+
+
+def test_samples_are_named_by_file_and_row_and_each_file_once():
+    """A micro-batch of 64 samples of two files, of which the first eight are named."""
+    rows = [("a/chats.jsonl", 71), ("b/chats.jsonl", 5), ("a/chats.jsonl", 930)] + [("a/chats.jsonl", n) for n in range(61)]
+    data = SimpleNamespace(where=lambda i: "{}:{}".format(*rows[i]))
+    ranks = SimpleNamespace(rank=0, gather=lambda work: [work()])
+    error = not_finite(3, "loss", math.nan, [list(range(64))], [math.nan], [10] * 64, data, ranks)
+    assert "of 640 tokens: a/chats.jsonl:71, 930, 0, 1, 2, 3, 4, b/chats.jsonl:5 and 56 more)" in str(error)
+
+
+def test_a_checkpoint_that_may_not_be_there_is_not_promised():
+    ranks = SimpleNamespace(rank=0, gather=lambda work: [work()])
+    error = str(not_finite(1, "loss", math.nan, [], None, [], None, ranks))
+    assert error.startswith("step 1: the loss is nan") and error.endswith("if a checkpoint was written, it stands")
+    assert "in bfloat16, --dtype float32" in error
