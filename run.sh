@@ -2,14 +2,16 @@
 # Plaintune's front door: `bash run.sh VERB ...`; `bash run.sh` alone lists the verbs.
 # It sets .venv up, and starts DeepSpeed's launcher such that Ctrl-C and SIGTERM reach the training ranks.
 set -euo pipefail
+caller=$PWD  # where training runs: paths, the defaults' too, are relative to it, as for `deepspeed train_sft.py`
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-python=.venv/bin/python
+root=$PWD
+python=$root/.venv/bin/python
 flash_attn_2="flash-attn==2.8.3"
 flash_attn_4=('flash-attn-4[cu13]==4.0.0b36' nvidia-cutlass-dsl==4.8.1 quack-kernels==0.6.5 apache-tvm-ffi==0.1.15.post2)
 
 usage() {
-    cat >&2 <<'END'
+    cat <<'END'
 usage: bash run.sh VERB [...]
   sanity                    train a tiny model with SFT, then DPO, talk to both, judge (minutes, no GPU needed)
   sanity sft|dpo [N] [flags]  the real recipe for 100 steps on N GPUs (default 1), judged; output/sanity-sft or -dpo
@@ -20,6 +22,7 @@ usage: bash run.sh VERB [...]
     TORCH_INDEX_URL=URL       where torch comes from; the CPU index saves gigabytes
     INSTALL_FLASH_ATTN=1|0    flash-attn, an optional addition: by default version 4's wheels on Hopper; 1: also on
                               Blackwell, and version 2, built by nvcc for tens of minutes, elsewhere; 0: none
+Relative paths, the defaults (output/...) too, start where you stand. `bench --help` and `sanity --help` say more.
 END
 }
 
@@ -134,7 +137,7 @@ train() {  # train sft|dpo [N] [flags]
         where=(--include "localhost:$(cut -d, -f "1-$num_ranks" <<<"$CUDA_VISIBLE_DEVICES")")
     fi
     port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    launch "$python" .venv/bin/deepspeed --quiet "${where[@]}" --master_port "$port" "$script" "$@"
+    launch "$python" "${python%/*}/deepspeed" --quiet "${where[@]}" --master_port "$port" "$root/$script" "$@"
 }
 
 say() {
@@ -150,7 +153,8 @@ launch() {  # launch COMMAND...: DeepSpeed's launcher. Returns the ranks' exit c
     "$python" -c 'import os, signal, sys
 os.setsid()
 signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.execvp(sys.argv[1], sys.argv[1:])' "$@" &
+os.chdir(sys.argv[1])
+os.execv(sys.argv[2], sys.argv[2:])' "$caller" "$@" &
     launcher=$!
     trap 'forward TERM' TERM HUP
     trap 'forward INT' INT
@@ -220,6 +224,11 @@ stop_strays() {  # a launcher that is killed leaves its ranks training
 }
 
 # ---------------------------------------------------------------------- verbs
+run_module() {  # run_module NAME [...]: one of this project's, from where the user stands
+    cd "$caller"
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -P -m "$@"  # -P: no module of the user's comes first
+}
+
 main() {
     local verb=${1:-}
     shift || true
@@ -235,14 +244,16 @@ main() {
             train "$verb" "$@" ;;
         sanity)
             setup
-            exec "$python" -m common.sanity "$@" ;;
+            run_module common.sanity "$@" ;;
         bench)
             setup
             [[ $(num_gpus) != 0 ]] || export DS_ACCELERATOR=cpu
-            exec "$python" -m common.bench "$@" ;;
+            run_module common.bench "$@" ;;
+        help | -h | --help)
+            usage ;;
         *)
             [[ -z $verb ]] || echo "error: \`$verb\` is not a verb" >&2
-            usage
+            usage >&2
             exit 2 ;;
     esac
 }

@@ -1,10 +1,11 @@
 """Sanity, end to end: does this machine, with this code, train?
 
-    python -m common.sanity                        # the embedded default: SFT, DPO, talk to both, judge
-    python -m common.sanity sft|dpo [N] [flags]    # 100 steps of the real recipe on N GPUs, judged
+    bash run.sh sanity                        # the embedded default: SFT, DPO, talk to both, judge
+    bash run.sh sanity sft|dpo [N] [flags]    # 100 steps of the real recipe on N GPUs, judged; flags of train_sft|dpo.py
 
-Trains through `bash run.sh sft|dpo`, the way a user does. Exits 0 only if every check passes, 1 if one fails,
-2 on a mistake in the command, 143 or 130 when stopped.
+Writes to output/sanity; the recipe to output/sanity-sft or -dpo, which it wipes first. Trains through
+`bash run.sh sft|dpo`, the way a user does. Exits 0 only if every check passes, 1 if one fails, 2 on a mistake in the
+command, 143 or 130 when stopped.
 """
 
 import io
@@ -27,6 +28,7 @@ from common.errors import UserError
 from common.judge import Check, Score, format_table, judge_answers, judge_run
 from common.sanity_data import Question, read_answer, read_held_out, write_data, write_model
 
+RUN_SH = Path(__file__).resolve().parent.parent / "run.sh"
 SEED = 42
 OUTPUT = Path("output/sanity")
 NUM_SFT, NUM_PREFERENCES, NUM_HELD_OUT = 6000, 1920, 400
@@ -58,6 +60,9 @@ class Child:
 
 def main(argv: list[str]) -> int:
     """Runs what argv asks for; returns the exit code. Raises UserError for a mistake in argv."""
+    if {"-h", "--help"} & {*argv}:
+        print(__doc__)
+        return 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a background job
             signal.signal(number, Child.stop)
@@ -132,7 +137,7 @@ def train(words: list[str], log: Path, sparse: bool) -> tuple[int, str]:
     """
     lines = []
     # A session of its own: a terminal's Ctrl-C then arrives once, through Child.stop.
-    Child.process = subprocess.Popen(["bash", "run.sh", *words], stdin=subprocess.DEVNULL, start_new_session=True,
+    Child.process = subprocess.Popen(["bash", str(RUN_SH), *words], stdin=subprocess.DEVNULL, start_new_session=True,
                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with open(log, "w", encoding="utf-8", newline="") as file, io.TextIOWrapper(
             Child.process.stdout, encoding="utf-8", errors="replace", newline="") as printed:

@@ -168,14 +168,14 @@ def test_flash_attn_4_comes_by_itself_where_it_was_tried(bare, tmp_path, capabil
 
 
 # ------------------------------------------------------------------ verbs
-@pytest.mark.parametrize("words", [[], ["tset"], ["--help"]])
+@pytest.mark.parametrize("words", [[], ["tset"], ["--help"], ["-h"]])
 def test_no_verb_or_an_unknown_one_lists_the_verbs_and_sets_nothing_up(bare, words):
     project, environment = bare
     result = run_sh(project, *words, **environment)
-    assert result.returncode == 2 and not (project / ".venv").exists()
+    assert result.returncode == (0 if "h" in "".join(words) else 2) and not (project / ".venv").exists()
     for verb in ("setup", "sanity", "test", "sft|dpo"):
         assert verb in result.stdout
-    assert not words or words[0] in result.stdout
+    assert ("error: " in result.stdout) == (words == ["tset"])
 
 
 # A training script as short as possible. It notes each signal it gets in a file of its rank.
@@ -239,7 +239,7 @@ def alive(pid):
 
 def start(project, *words):
     """run.sh in a process group of its own, as a terminal starts it, with both ranks running."""
-    process = subprocess.Popen(["bash", project / "run.sh", "sft", *words], cwd="/", start_new_session=True, text=True,
+    process = subprocess.Popen(["bash", project / "run.sh", "sft", *words], cwd=project, start_new_session=True, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for(lambda: len(pids_of(project)) == 2, "ranks")
@@ -255,10 +255,27 @@ def launcher(project):
 
 
 def test_two_ranks_get_the_flags_and_a_ranks_exit_code_passes_through(project, tmp_path):
-    result = run_sh(project, "sft", "exit", "3", "--dataset_mixer", "two words", cwd="/")
+    result = run_sh(project, "sft", "exit", "3", "--dataset_mixer", "two words")
     assert result.returncode == 3, result.stdout
     assert any(notes(project, rank)[0].endswith(" 2 cpu exit 3 --dataset_mixer two words") for rank in (0, 1)
                if notes(project, rank))
+
+
+def test_training_runs_where_the_user_stands_as_under_deepspeed_itself(project, tmp_path):
+    """FAKE_SCRIPT notes into its working directory, which is that of relative paths."""
+    elsewhere = tmp_path / "my data"
+    elsewhere.mkdir()
+    result = run_sh(project, "sft", "1", "exit", "0", cwd=elsewhere)
+    assert result.returncode == 0, result.stdout
+    assert notes(elsewhere, 0)[0].endswith(" 1 cpu exit 0") and not notes(project, 0)
+
+
+@pytest.mark.parametrize("verb", ["bench", "sanity"])
+def test_bench_and_sanity_run_where_the_user_stands_whatever_modules_lie_there(project, tmp_path, verb):
+    for folder, text in ((project, "import os; print('ours', os.getcwd())"), (tmp_path / "mine", "print('theirs')")):
+        executable(folder / "common" / f"{verb}.py", text)
+    result = run_sh(project, verb, cwd=tmp_path / "mine")
+    assert result.stdout == f"ours {tmp_path / 'mine'}\n"
 
 
 def test_a_run_that_ends_well_exits_0_on_as_many_ranks_as_asked_for(project):
@@ -312,7 +329,7 @@ def test_ranks_that_do_not_handle_signals_yet_end_and_the_exit_code_says_so(proj
 
 
 def test_a_stop_before_there_are_ranks_ends_the_launcher(project):
-    process = subprocess.Popen(["bash", project / "run.sh", "sft", "heed"], stdout=subprocess.PIPE, text=True,
+    process = subprocess.Popen(["bash", project / "run.sh", "sft", "heed"], cwd=project, stdout=subprocess.PIPE, text=True,
                                stderr=subprocess.STDOUT)
     while "CPU processes" not in process.stdout.readline():
         pass
@@ -355,7 +372,7 @@ def with_gpus(project, num_gpus, *words, **environment):
 ])
 def test_the_number_of_ranks_and_the_visible_devices_are_heeded(project, num_gpus, words, devices, expected):
     result = with_gpus(project, num_gpus, *words, "--beta", "3", CUDA_VISIBLE_DEVICES=devices)
-    assert f" {expected} --master_port " in result.stdout and result.stdout.endswith(" train_sft.py --beta 3\n")
+    assert f" {expected} --master_port " in result.stdout and result.stdout.endswith(f" {project}/train_sft.py --beta 3\n")
 
 
 @pytest.mark.parametrize("num_gpus, words", [(1, ["2"]), (8, ["0"]), (0, ["0"])])

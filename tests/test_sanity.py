@@ -22,3 +22,8 @@ def test_a_hiccup_is_worth_ten_of_a_tiny_models_steps_and_is_not_slow(tmp_path, 
     monkeypatch.setattr(sanity, "train", train)
     monkeypatch.chdir(tmp_path)
     assert sanity.sanity_of_recipe("sft", []) == exit_code
+
+
+def test_help_is_printed_and_nothing_is_run(capsys, monkeypatch):
+    monkeypatch.setattr(sanity, "train", None)
+    assert sanity.main(["sft", "--help"]) == 0 and "bash run.sh sanity sft|dpo [N]" in capsys.readouterr().out
