@@ -6,7 +6,7 @@ Writes a model folder with random weights and a data set with generated lengths,
 train_sft.py or train_dpo.py under the launcher, and reads metrics.jsonl: medians over the steps after
 warm-up, of tokens/s/GPU, MFU (FLOPs as in common/metrics.py, recomputation not counted) and peak memory.
 Fails if a layer was compiled again after warm-up. --profile adds torch's profiler over two of the steps, which slows
-them.
+them. Model, data and results go to output/bench.
 """
 
 import contextlib
@@ -27,7 +27,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from common.distributed import free_port
 from common.errors import UserError
 from common.metrics import PROFILE_VARIABLE
 
@@ -103,24 +102,53 @@ def write_data(method: str, lengths: str, num: int, path: Path) -> None:
                 file.write(json.dumps({"chosen": turns(prompt, words(c)), "rejected": turns(prompt, words(r))}) + "\n")
 
 
+def split_flags(flags: list[str], options: dict[str, str]) -> tuple[list[str], bool]:
+    """Puts values of `--name value` and `--name=value` into options; gives the other words, and whether to profile."""
+    passed, is_profiled = [], False
+    while flags:
+        flag, equals, value = flags.pop(0).partition("=")
+        if flag in options:
+            if not equals and not flags:
+                raise UserError(f"{flag} needs a value")
+            options[flag] = value if equals else flags.pop(0)
+        elif flag == "--profile" and not equals:
+            is_profiled = True
+        else:
+            passed.append(flag + equals + value)
+    return passed, is_profiled
+
+
+def num_recompiled(records: list[dict]) -> int | None:
+    """Graphs compiled after the last step of warm-up, None where nothing is compiled."""
+    before, after = (record.get("compiled_graphs") for record in (records[WARMUP_STEPS - 1], records[-1]))
+    return None if after is None else after - (before or 0)
+
+
+def train_command(method: str, ranks: int, words: list[str]) -> list[str]:
+    """`bash run.sh METHOD RANKS WORDS`, which heeds CUDA_VISIBLE_DEVICES, but for its care for signals: a benchmark that
+    is stopped does not wait for a checkpoint."""
+    script = 'source "$1"; python=$0; launch() { cd "$caller"; exec "$@"; }; train "${@:2}"'
+    return ["bash", "-c", script, sys.executable, str(REPO / "run.sh"), method, str(ranks), *words]
+
+
 def main() -> None:
     method, *flags = sys.argv[1:] or [""]
+    if {"-h", "--help"} & {method, *flags}:
+        print(f"{__doc__}\nShapes: {', '.join(SHAPES)}. Lengths: {', '.join(SAMPLES_PER_RANK)}.")
+        return
     if method not in ("sft", "dpo"):
         raise UserError(f"`bench {method}`: it is bench sft|dpo [N] [flags]")
     ranks = int(flags.pop(0)) if flags and flags[0].isdigit() else torch.cuda.device_count() if ON_GPU else 2
+    if ranks == 0:
+        raise UserError(f"bench {method} 0: N must be 1 or more")
     options = {"--shape": "llama-8b" if ON_GPU else "tiny", "--steps": "10", "--lengths": "tulu"}
-    passed, environment = [], os.environ | {"PYTHONUNBUFFERED": "1"}
-    while flags:
-        flag = flags.pop(0)
-        if flag in options and flags:
-            options[flag] = flags.pop(0)
-            if flag == "--steps" and not (options[flag].isdigit() and int(options[flag]) > 0):
-                raise UserError(f"--steps {options[flag]}: must be a whole number, 1 or more")
-        elif flag == "--profile":
-            environment[PROFILE_VARIABLE] = str(Path("output/bench/profile.txt").absolute())
-            options["--steps"] = str(max(3, int(options["--steps"])))  # those that are profiled
-        else:
-            passed.append(flag)
+    passed, is_profiled = split_flags(flags, options)
+    if not (options["--steps"].isdecimal() and int(options["--steps"]) > 0):
+        raise UserError(f"--steps {options['--steps']}: must be a whole number, 1 or more")
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    if is_profiled:
+        environment[PROFILE_VARIABLE] = str(Path("output/bench/profile.txt").absolute())
+        options["--steps"] = str(max(3, int(options["--steps"])))  # those that are profiled
     if options["--shape"] not in SHAPES:
         raise UserError(f"--shape {options['--shape']}: known shapes are {', '.join(SHAPES)}")
     if options["--lengths"] not in SAMPLES_PER_RANK:
@@ -128,27 +156,30 @@ def main() -> None:
     steps = int(options["--steps"]) + WARMUP_STEPS
     folder = Path("output/bench")
     model, data, out = folder / options["--shape"], folder / f"{method}-{options['--lengths']}.jsonl", folder / f"run-{method}"
-    if not (model / "tokenizer.json").is_file():  # in a process of its own, which leaves the GPU when it is done
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            process.submit(write_model, options["--shape"], model).result()
     samples = SAMPLES_PER_RANK[options["--lengths"]] * ranks
-    write_data(method, options["--lengths"], 12 * samples, data)
-    shutil.rmtree(out, ignore_errors=True)
-    flags = {
+    own = {
         "model_name_or_path": model,
         "dataset_mixer": data,
         "output_dir": out,
         "cache_dir": folder / "cache",
-        "global_batch_size": samples,
         "max_train_steps": steps,
+        "stop_after_steps": steps,
+        "logging_steps": 1,
         "checkpointing_steps": 10**9,
         "resume": "never",
     }
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    where = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    command = [*launcher, *where, str(REPO / f"train_{method}.py"), *words, *passed]
-    print(" ".join(command), flush=True)
+    for word in passed:
+        if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in own:
+            raise UserError(f"{word}: the benchmark sets this flag itself; leave it out")
+    if not (model / "tokenizer.json").is_file():  # in a process of its own, which leaves the GPU when it is done
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            process.submit(write_model, options["--shape"], model).result()
+    write_data(method, options["--lengths"], 12 * samples, data)
+    shutil.rmtree(out, ignore_errors=True)
+    words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
+    words += ["--global_batch_size", str(samples), *passed]
+    command = train_command(method, ranks, words)
+    print("bash run.sh", method, ranks, *words, flush=True)
     reference_speed, is_measured = None, False
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda number, _: sys.exit(128 + number))
@@ -166,7 +197,8 @@ def main() -> None:
                     os.killpg(process.pid, signal.SIGKILL)
     if not is_measured:
         raise SystemExit(process.returncode or 1)
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][WARMUP_STEPS:]
+    all_records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    records = all_records[WARMUP_STEPS:]
 
     def median(name: str) -> float | None:
         values = [record[name] for record in records if name in record]
@@ -189,7 +221,7 @@ def main() -> None:
         "step_seconds": median("step_seconds"),
         "max_memory_gb": max(r["max_memory_gb"] for r in records),
         "packing_efficiency": median("packing_efficiency"),
-        "recompiles": records[-1].get("compiled_graphs", 0) - records[0].get("compiled_graphs", 0),
+        "recompiles": num_recompiled(all_records),
     }
     (folder / f"bench-{method}-{options['--shape']}.json").write_text(json.dumps(result, indent=2) + "\n")
     if PROFILE_VARIABLE in environment:

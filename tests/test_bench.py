@@ -13,7 +13,9 @@ import launch
 import numpy as np
 import pytest
 
-from common.bench import WARMUP_STEPS, generated_lengths
+import common.bench
+from common.bench import WARMUP_STEPS, generated_lengths, num_recompiled, split_flags
+from common.errors import UserError
 
 
 def bench(folder, *words: str) -> subprocess.CompletedProcess:
@@ -41,7 +43,7 @@ def test_a_benchmark_of_the_scripts_own_steps(tmp_path, method):
     assert [record["step"] for record in records] == list(range(1, WARMUP_STEPS + 3))
     speeds = [record["per_device_tps"] for record in records[WARMUP_STEPS:]]
     assert result["tokens_per_second_per_device"] == pytest.approx(sum(speeds) / 2)
-    assert (result["method"], result["ranks"], result["steps"], result["recompiles"]) == (method, 2, 2, 0)
+    assert (result["method"], result["ranks"], result["steps"], result["recompiles"]) == (method, 2, 2, None)
     assert result["flags"] == ["--learning_rate", "1e-3"] and records[0]["learning_rate"] <= 1e-3
     assert (result["reference_tokens_per_second_per_device"] is not None) == (method == "dpo")
     assert not list((tmp_path / "output" / "bench" / f"run-{method}").glob("*.safetensors")), "nothing is exported"
@@ -77,11 +79,56 @@ def test_a_benchmark_that_is_stopped_stops_its_ranks(tmp_path, number):
         (("sft", "--lengths", "long"), "known are tulu, full"),
         (("sft", "--steps", "x"), "--steps x"),
         (("sft", "--steps", "-1"), "--steps -1"),
+        (("sft", "--steps=0"), "--steps 0"),
+        (("sft", "--steps"), "--steps needs a value"),
+        (("sft", "0"), "bench sft 0"),
+        (("sft", "--logging_steps", "5"), "--logging_steps: the benchmark sets"),
+        (("sft", "--output-dir=x"), "--output-dir=x: the benchmark sets"),
+        (("dpo", "--max_train_steps", "5"), "--max_train_steps: the benchmark sets"),
+        (("dpo", "--stop_after_steps", "5"), "--stop_after_steps: the benchmark sets"),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, words, named):
-    done = bench(tmp_path, *words)
-    assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1
+def test_a_mistake_is_named(monkeypatch, tmp_path, words, named):
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        common.bench.main()
+    assert named in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_mistake_is_one_line_and_exit_2(tmp_path):
+    done = bench(tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_visible_devices_are_heeded(tmp_path, monkeypatch):
+    """By a Python that finds four GPUs and then only says how it is called."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *device_count*) echo 4;; *getsockname*) echo 5;; *) pwd; echo "$@";; esac\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    done = subprocess.run(common.bench.train_command("sft", 2, ["--beta", "1 2"]), cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "4,5,6,7"})
+    assert done.stdout == f"{tmp_path}\n{tmp_path}/deepspeed --quiet --include localhost:4,5 --master_port 5 " \
+                          f"{launch.REPO}/train_sft.py --beta 1 2\n"
+
+
+def test_own_flags_are_taken_as_the_scripts_take_theirs():
+    options = {"--shape": "tiny", "--steps": "10"}
+    passed = split_flags(["--steps=2", "--profile", "--beta", "3", "--shape", "huge", "--seed=1"], options)
+    assert passed == (["--beta", "3", "--seed=1"], True) and options == {"--shape": "huge", "--steps": "2"}
+
+
+def test_help_names_the_shapes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "--help"])
+    common.bench.main()
+    help = capsys.readouterr().out
+    assert "llama-8b-half" in help and "--lengths tulu|full" in help
+
+
+@pytest.mark.parametrize(("graphs", "recompiled"), [([3, 3, 3, 3, 5], 2), ([3, 3, 3, 3, 3, 3], 0), ([None] * 5, None)])
+def test_what_the_first_measured_step_compiles_counts(graphs, recompiled):
+    assert num_recompiled([{} if n is None else {"compiled_graphs": n} for n in graphs]) == recompiled
 
 
 def test_lengths_have_the_mean_and_the_cap_that_are_asked_for():
