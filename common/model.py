@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from common.attention import attention_kwargs, registered_name, to_device
 from common.chat_templates import ChatTemplate
 from common.checkpoint import sync_folder
+from common.config import DPOConfig
 from common.distributed import Ranks
 from common.errors import TrainingStopped, UserError, one_line
 from common.logprobs import LogProbHead
@@ -60,6 +61,8 @@ def find_folder(what: str, name_or_path: str, revision: str | None, files: list[
         return str(folder)
     if folder.exists() or name_or_path.startswith((".", "/")) or name_or_path.count("/") > 1:
         raise UserError(f"{what} {name_or_path}: there is no such folder")
+    if name_or_path == DPOConfig.model_name_or_path:
+        raise UserError(f"{what} {name_or_path}: there is no such folder: run train_sft.py first, or name a model")
     try:
         return snapshot_download(name_or_path, revision=revision, allow_patterns=files)
     except (HfHubHTTPError, OSError, ValueError) as e:
@@ -301,11 +304,14 @@ def load_partitioned(
         for name, param in module.named_parameters(recurse=False):
             places.setdefault(id(param), []).append((module, name))
     group, group_elements = [], 0
+    not_finite = []  # on rank 0 alone
     parameters = list(model.named_parameters())
     for i, (name, meta) in enumerate(parameters):
         param = nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=ranks.device))
         if ranks.is_main:
             param.data.copy_(reader.read(name, model.base_model_prefix))
+            if not torch.stack(param.data.aminmax()).isfinite().all():  # the smallest of what holds a NaN is NaN
+                not_finite.append(name)
         for module, attribute in places[id(meta)]:
             setattr(module, attribute, param)
         group.append(param)
@@ -315,7 +321,16 @@ def load_partitioned(
                 module=nn.ParameterList(group), config_dict_or_path=ds_config, mem_efficient_linear=False
             )
             group, group_elements = [], 0
+    ranks.once(lambda: _refuse_not_finite(folder, not_finite, dtype))  # now that no rank waits for a tensor
     return PackedModel(model)
+
+
+def _refuse_not_finite(folder: str, not_finite: list[str], dtype: torch.dtype) -> None:
+    if not_finite:
+        raise UserError(
+            f"model {folder}: there are weights that, in {str(dtype).removeprefix('torch.')}, are NaN or infinite: in "
+            f"{', '.join(not_finite[:3])}{' ...' * (len(not_finite) > 3)}"
+        )
 
 
 def _materialize_buffers(model: nn.Module, reader: WeightReader, dtype: torch.dtype, ranks: Ranks) -> None:

@@ -320,6 +320,12 @@ def test_a_config_of_no_model_is_refused(tmp_path):
         model.parameter_counts(models.make_config(hidden_act="no_such_function"))
 
 
+def test_dpo_before_any_sft_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"model output/sft: there is no such folder: run train_sft.py first"):
+        model.find_model("output/sft")
+
+
 def test_a_revision_of_a_folder_is_refused(tmp_path):
     with pytest.raises(UserError, match="which has no revisions"):
         model.find_model(str(models.make_model(tmp_path)), "main")

@@ -360,6 +360,21 @@ def test_weights_that_are_not_finite_are_not_written(tiny_llama, sft_data, tmp_p
     assert not list(run.output_dir.glob("*.safetensors*"))
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_in_the_folder_are_named_before_the_first_step(sft_data, tmp_path, value):
+    """In one row of the embedding whose token is in no sample, so that no loss shows it."""
+    folder = models.make_model(tmp_path / "model")
+    weights = reference.load(folder)
+    with torch.no_grad():
+        weights.get_input_embeddings().weight[models.VOCAB - 1, 3] = value
+    weights.save_pretrained(folder)
+    run = launch.launch("train_sft", flags(folder, sft_data, tmp_path, max_train_steps=1), 2)
+    assert run.exit_codes == [2, 2]
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and errors[0].endswith("in float32, are NaN or infinite: in model.embed_tokens.weight")
+    assert not (run.output_dir / "metrics.jsonl").exists() and "Traceback" not in run.stderr
+
+
 def test_a_loss_that_is_not_finite_stops_with_3_and_keeps_the_last_checkpoint(tiny_llama, sft_data, tmp_path):
     """A first update so large that the second step's loss is not finite."""
     run = launch.launch(
@@ -390,12 +405,12 @@ def test_a_loss_that_is_not_finite_stops_with_3_and_keeps_the_last_checkpoint(ti
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_the_sample_that_makes_a_loss_not_finite_is_named_with_its_rank_and_tokens(tmp_path, method):
-    """One row of the embedding is infinite, and one sample has that token."""
+    """One row of the embedding is so large that attention without a norm before it overflows; one sample has that token."""
     rows = models.conversations(6) if method == "sft" else models.preferences(6)
     for messages in [rows[3]["messages"]] if method == "sft" else [rows[3]["chosen"], rows[3]["rejected"]]:
         messages[0]["content"] += " \u00df"
     data = models.write_jsonl(tmp_path / "data.jsonl", rows)
-    folder = models.make_model(tmp_path / "model")
+    folder = models.make_model(tmp_path / "model", "olmo2")
     tokenizer, weights = reference.load_tokenizer(folder), reference.load(folder)
     if method == "sft":
         tokens = [reference.conversation_tokens(tokenizer, row["messages"])[0] for row in rows]
@@ -406,7 +421,7 @@ def test_the_sample_that_makes_a_loss_not_finite_is_named_with_its_rank_and_toke
              if t not in checked and sum(t in other for other in tokens) == 1]  # fmt: skip
     culprit, token = alone[0]
     with torch.no_grad():
-        weights.get_input_embeddings().weight[token] = torch.inf
+        weights.get_input_embeddings().weight[token] = 3e38
     weights.save_pretrained(folder)
     run = launch.launch(
         f"train_{method}", flags(folder, data, tmp_path, global_batch_size=6, max_tokens_per_micro_batch=LONGEST), 2
