@@ -109,7 +109,7 @@ def test_the_visible_devices_are_heeded(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(python))
     done = subprocess.run(common.bench.train_command("sft", 2, ["--beta", "1 2"]), cwd=tmp_path, capture_output=True,
                           text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "4,5,6,7"})
-    assert done.stdout == f"{tmp_path}\n{tmp_path}/deepspeed --quiet --include localhost:4,5 --master_port 5 " \
+    assert done.stdout == f"{tmp_path}\n-P -m deepspeed.launcher.runner --quiet --include localhost:4,5 --master_port 5 " \
                           f"{launch.REPO}/train_sft.py --beta 1 2\n"
 
 
