@@ -517,7 +517,7 @@ def _writing(target: Path, write: Callable, *arguments) -> None:
         write(*arguments)
     except (OSError, SafetensorError) as e:
         raise TrainingStopped(
-            f"the model could not be written to {target}: {one_line(e)}; the last checkpoint stands: once "
+            f"the model could not be written to {target}: {one_line(e)}; if a checkpoint was written, it stands: once "
             f"that is mended (free disk space?), the same command goes on from there"
         ) from e
 

@@ -56,7 +56,7 @@ def reference_key(model_folder: str, data_digest: str, config: DPOConfig, kernel
 
 def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
     """The digest of each safetensors file of a model, by file name, read in parallel and remembered in cache_dir."""
-    memo_path = Path(cache_dir).expanduser() / "weight_digests.json"
+    memo_path = Path(cache_dir) / "weight_digests.json"
     memo = _read_memo(memo_path)
     files = sorted(Path(model_folder).glob("*.safetensors"))
     stamps = {path: f"{path.resolve()}:{file_stamp(path)}" for path in files}
@@ -95,7 +95,7 @@ def reference_logps(
     Raises TrainingStopped if the cache disagrees with the weights.
     """
     key = reference_key(model_folder, data.digest, config, kernel, ranks)
-    folder = Path(config.cache_dir).expanduser() / "reference" / key
+    folder = Path(config.cache_dir) / "reference" / key
     logps = torch.full((len(data), 2), torch.nan, device=ranks.device)
     ranks.once(lambda: _read_parts(folder, logps, config.cache_dir))
     torch.distributed.broadcast(logps, 0)
