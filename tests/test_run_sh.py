@@ -305,6 +305,7 @@ def test_a_stop_is_passed_on_when_the_output_has_no_reader_left(project, number,
 
     def prepare():  # subprocess gives SIGPIPE its default action back by itself
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
         if number == signal.SIGHUP:
             fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
     process = subprocess.Popen(["bash", project / "run.sh", "sft", "heed"], cwd=project, start_new_session=True,

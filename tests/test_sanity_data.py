@@ -206,7 +206,7 @@ def test_a_mistake_is_a_user_error_before_anything_is_run_or_wiped(monkeypatch, 
 def test_a_request_to_stop_is_passed_on_to_the_run_and_its_exit_code_is_sanitys(tmp_path):
     run_sh = "trap 'echo asked; exit 143' TERM; echo ready >ready; for i in {1..1200}; do sleep 0.05; done"
     (tmp_path / "run.sh").write_text(run_sh)
-    code = "import sys; from common import sanity; sys.exit(sanity.main(['sft']))"
+    code = "import sys; from common import sanity; sanity.RUN_SH = 'run.sh'; sys.exit(sanity.main(['sft']))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
                                env={**os.environ, "PYTHONPATH": str(Path(sanity.__file__).parents[1])})
     deadline = time.monotonic() + 60
