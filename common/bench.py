@@ -227,7 +227,7 @@ def main() -> None:
     if PROFILE_VARIABLE in environment:
         print(Path(environment[PROFILE_VARIABLE]).read_text(encoding="utf-8"))
     for name, value in result.items():
-        print(f"{name:30} {value:,.4g}" if isinstance(value, float) else f"{name:30} {value}")
+        print(f"{name:40} {value:,.4g}" if isinstance(value, float) else f"{name:40} {value}")
     if result["recompiles"]:
         raise SystemExit(f"{result['recompiles']} graphs were compiled after warm-up")
 

@@ -171,15 +171,19 @@ def progress_line(record: dict, last_step: int) -> str:
 class MetricsFile:
     """metrics.jsonl: one JSON object a logged step. Every rank holds one; rank 0's writes."""
 
-    def __init__(self, output_dir: str, resume_step: int, ranks: Ranks):
-        """Keeps the lines of steps up to resume_step, so that a resumed run leaves neither gap nor double. Collective."""
+    def __init__(self, output_dir: str, resume_step: int, resume_from: Path | None, ranks: Ranks):
+        """Keeps the lines of steps up to resume_step, so that a resumed run leaves neither gap nor double: its folder's own,
+        or, in a new folder, those beside the checkpoint that it goes on from. Collective."""
         self.path, self.step, self.ranks = Path(output_dir) / "metrics.jsonl", resume_step, ranks
+        self.history = resume_from.parent.parent / "metrics.jsonl" if resume_from else self.path
         self.last = None  # the newest record
         self.error: OSError | None = None  # the one that kept a record from being written
         write_once(self._open, self.path, self.step, ranks)
 
     def _open(self) -> None:
-        kept = [line for line, record in _lines(self.path) if record["step"] <= self.step]
+        histories = ([line for line, record in _lines(path) if record["step"] <= self.step]
+                     for path in (self.path, self.history))  # fmt: skip
+        kept = next(filter(None, histories), [])
         replace_file(self.path, "".join(kept))
         self.file = open(self.path, "a", encoding="utf-8")
         self.last = json.loads(kept[-1]) if kept else None

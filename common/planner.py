@@ -104,7 +104,7 @@ def place(
 
     placement = min((Placement(*pair) for pair in product(*allowed.values())), key=cost)
     ranks.say(
-        f"placement: gradients {placement.gradients}, parameters {placement.parameters}; {counts[0] / 1e9:.2f} billion "
+        f"placement: gradients {placement.gradients}, parameters {placement.parameters}; {counts[0]:,} "
         f"parameters, {free / 1e9:.1f} GB free for each of {ranks.world_size} ranks"
     )
     return ds_config | placement._asdict(), placement
