@@ -43,10 +43,11 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
         zero._get_norm_groups = partial(_gradient_norm, zero)
     is_whole = ds_config.get("gradients") == "whole"
     zero.unscale_and_clip_grads = partial(_clip, zero, is_whole)
+    is_resident = ds_config.get("parameters") == "resident"
     if is_whole:
-        WholeGradients(engine, model, engine.zero_reduce_bucket_size())
-    if ds_config.get("parameters") == "resident":
-        ResidentParameters(engine, model)
+        WholeGradients(engine, model, engine.zero_reduce_bucket_size(), rounds_masters=is_resident)
+    if is_resident:
+        ResidentParameters(engine, model, rounds_masters=not is_whole)
     return engine
 
 

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 from torch.distributed.distributed_c10d import _coalescing_manager  # one launch for a layer's collectives
-from torch.optim.adamw import adamw
+
+from common.adamw import adamw_
 
 
 def _start(collective: Callable, pairs: list[tuple[torch.Tensor, torch.Tensor]], group, **options) -> list:
@@ -117,11 +118,11 @@ class WholeGradients:
     over, the one that ends a backward pass, those that update a group of parameters, and the step, after which sums
     are zeroed while the next forward pass runs.
     policy: the engine's common.model.PackedModel, before its layers are compiled. bucket_elements: of the sums that
-    are reduced in one go.
+    are reduced in one go. rounds_masters: with the update, for ResidentParameters.
     """
 
-    def __init__(self, engine, policy: nn.Module, bucket_elements: int):
-        self.zero, self.bucket_elements = engine.optimizer, bucket_elements
+    def __init__(self, engine, policy: nn.Module, bucket_elements: int, rounds_masters: bool):
+        self.zero, self.bucket_elements, self.rounds_masters = engine.optimizer, bucket_elements, rounds_masters
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.operation = dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM  # gloo only sums
         # [ranks, elements of a rank's part]: the flattened parameter, padded at the end with zeros, by owner
@@ -211,34 +212,20 @@ class WholeGradients:
 
     @torch.no_grad()
     def _update(self, group: int) -> None:
-        """torch's fused AdamW, as the optimizer would do it on a flat tensor, on each parameter's stretch of the group's
-        flat masters and moments."""
+        """What the optimizer would do on a flat tensor, on each parameter's stretch of the group's flat masters and
+        moments; and rounds the masters to the rank's parts of resident parameters."""
         optimizer, masters = self.zero.optimizer, self.zero.fp32_partitioned_groups_flat[group]
         gradients, self.zero.averaged_gradients[group] = self.zero.averaged_gradients[group], None
         state, options = optimizer.state[masters], optimizer.param_groups[self.zero.sub_group_to_group_id[group]]
         if not state:
-            state["step"] = torch.zeros((), device=masters.device)
+            state["step"] = torch.zeros(())
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(masters), torch.zeros_like(masters)
-        sizes, factor = [gradient.numel() for gradient in gradients], self.zero.clip_factor
-        steps = list(state["step"].repeat(len(gradients)).unbind())  # each is counted up
-        adamw(
-            list(masters.detach().split(sizes)),
-            gradients,
-            list(state["exp_avg"].split(sizes)),
-            list(state["exp_avg_sq"].split(sizes)),
-            [],
-            steps,
-            fused=True,
-            grad_scale=torch.full((), 1 / factor, device=masters.device) if factor < 1 else None,  # divides by it
-            amsgrad=False,
-            beta1=options["betas"][0],
-            beta2=options["betas"][1],
-            lr=options["lr"],
-            weight_decay=options["weight_decay"],
-            eps=options["eps"],
-            maximize=False,
-        )
-        state["step"] = steps[0]
+        state["step"] = state["step"].cpu() + 1  # on the host, which would wait for the device to read it
+        sizes = [gradient.numel() for gradient in gradients]
+        flat = (list(tensor.split(sizes)) for tensor in (masters.detach(), state["exp_avg"], state["exp_avg_sq"]))
+        masters, exp_avgs, exp_avg_sqs = flat
+        parts = [part.data for part in self.zero.fp16_partitioned_groups[group]] if self.rounds_masters else None
+        adamw_(masters, gradients, exp_avgs, exp_avg_sqs, parts, int(state["step"]), self.zero.clip_factor, options)
 
     def _step(self, *arguments, **options) -> None:
         self.take_step(*arguments, **options)
@@ -261,10 +248,11 @@ class ResidentParameters:
     DeepSpeed's hooks, which gather and release, are removed, and the parts that this rank owns become views of the
     wholes, into which a step rounds the masters; once that is done for all of a layer, it is gathered. A module that
     runs waits for its own parameters only; whoever reads them in another way calls policy.finish_gathering first.
+    rounds_masters: here, after the update; else the update has done so.
     """
 
-    def __init__(self, engine, policy: nn.Module):
-        self.zero, self.world_size = engine.optimizer, dist.get_world_size()
+    def __init__(self, engine, policy: nn.Module, rounds_masters: bool):
+        self.zero, self.world_size, self.rounds_masters = engine.optimizer, dist.get_world_size(), rounds_masters
         offload = self.zero.parameter_offload
         for hook in (*offload.forward_hooks, *offload.backward_hooks):
             hook.remove()
@@ -285,7 +273,7 @@ class ResidentParameters:
             module.register_forward_pre_hook(self._wait)
         policy.finish_gathering = self._wait_for_all
         self.zero._partition_all_parameters = self._wait_for_all
-        self.zero._reassign_or_swap_out_partitioned_parameters = self._round_masters
+        self.zero._reassign_or_swap_out_partitioned_parameters = self._finish_update
         masters = {master.untyped_storage().data_ptr() for master in self.zero.fp32_partitioned_groups_flat}
         if (parts := self.zero.lp_param_buffer.untyped_storage()).data_ptr() not in masters:  # as float32's are
             parts.resize_(0)
@@ -293,10 +281,11 @@ class ResidentParameters:
             self._gather(group)
 
     @torch.no_grad()
-    def _round_masters(self, group: int) -> None:
-        parts = [part.data for part in self.zero.fp16_partitioned_groups[group]]
-        masters = self.zero.fp32_partitioned_groups_flat[group].split([part.numel() for part in parts])
-        torch._foreach_copy_(parts, list(masters))
+    def _finish_update(self, group: int) -> None:
+        if self.rounds_masters:
+            parts = [part.data for part in self.zero.fp16_partitioned_groups[group]]
+            masters = self.zero.fp32_partitioned_groups_flat[group].split([part.numel() for part in parts])
+            torch._foreach_copy_(parts, list(masters))
         self._gather(group)
 
     @torch.no_grad()
