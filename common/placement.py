@@ -83,6 +83,9 @@ def deepspeed_config(config: TrainConfig) -> dict:
         where = ".".join(map(str, ("zero_optimization", *first["loc"])))
         raise mistake(f"`{where}`: {one_line(first['msg'])}") from None
     offloads = [key for key in placement["zero_optimization"] if key.startswith("offload_")]
+    for key in offloads:
+        if (placement["zero_optimization"][key] or {}).get("device") == "nvme":
+            raise mistake(f"`zero_optimization.{key}.device` nvme is not supported: checkpoints are written from memory; use cpu")
     for key, values in RESIDENCY.items():
         if key in placement and placement[key] not in values:
             raise mistake(f"`{key}` must be {' or '.join(values)}, not {placement[key]!r}")
@@ -103,6 +106,12 @@ def deepspeed_config(config: TrainConfig) -> dict:
         "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},  # it makes the host wait for the device in every forward pass
     }
+
+
+def buckets(ds_config: dict) -> tuple[int, int]:
+    """Elements that may be gathered ahead of the layer that runs, and those that are reduced in one go."""
+    zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+    return zero.prefetch_bucket_size, zero.reduce_bucket_size
 
 
 def _find_auto(value, path: str = "") -> str | None:

@@ -30,7 +30,7 @@ from common.errors import TrainingStopped, UserError
 from common.metrics import memory_gb
 from common.model import model_inputs, parameter_counts
 from common.packing import pack, sft_documents
-from common.placement import RESIDENCY
+from common.placement import RESIDENCY, buckets
 from common.token_cache import SFTSample
 
 LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
@@ -98,7 +98,7 @@ def place(
     itemsize, layers = getattr(torch, config.dtype).itemsize, model_config.num_hidden_layers
 
     def cost(placement: Placement) -> tuple[float, float]:
-        memory = estimated(model_config, counts, itemsize, ranks.world_size, placement)
+        memory = estimated(model_config, counts, itemsize, ranks.world_size, placement, buckets(ds_config))
         choice = choose(memory, free * (1 - HEADROOM), layers, demand, placement.overhead, given_layers(config, layers))
         return choice.cost, memory.fixed  # where by the estimate nothing fits, what needs the least memory
 
@@ -137,27 +137,30 @@ class State(NamedTuple):
         return self.optimizer * 2 / 3
 
 
-def state_of(counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement) -> State:
-    """What passes through DeepSpeed's buffers included. counts: of parameters, all and in a layer, of itemsize bytes."""
+def state_of(
+    counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement, buckets: tuple[int, int]
+) -> State:
+    """What passes through DeepSpeed's buffers included. counts: of parameters, all and in a layer, of itemsize bytes;
+    buckets: common.placement's."""
     numel, layer_numel = counts
-    part, buckets = numel / world_size, min(numel, 2e8)
-    gathered = min(numel, 3 * layer_numel + buckets) if world_size > 1 else 0
+    part, (prefetched, reduced) = numel / world_size, (min(numel, elements) for elements in buckets)
+    gathered = min(numel, 3 * layer_numel + prefetched) if world_size > 1 else 0
     return State(
         parameters=itemsize * (numel if placement.parameters == "resident" else part + gathered),
-        gradients=4 * (numel if placement.gradients == "whole" else part + 2 * buckets),
+        gradients=4 * (numel if placement.gradients == "whole" else part + 2 * reduced),
         optimizer=12 * part,
     )
 
 
 def estimated(
-    model_config, counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement
+    model_config, counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement, buckets: tuple[int, int]
 ) -> "MemoryModel":
-    """The memory model from the shape alone; counts as in state_of.
+    """The memory model from the shape alone; counts and buckets as in state_of.
 
     A compiled layer keeps half of its matrix products' outputs (its parameters over the hidden size) and some five rows
     of the hidden size; outside the layers, the logits and some eight rows. Measured for Llama, within 10%.
     """
-    state, hidden = state_of(counts, itemsize, world_size, placement), model_config.hidden_size
+    state, hidden = state_of(counts, itemsize, world_size, placement, buckets), model_config.hidden_size
     return MemoryModel(
         fixed=sum(state) - state.moments,
         per_token=itemsize * (model_config.vocab_size + 8 * hidden),
@@ -277,7 +280,8 @@ def settle(engine, config: TrainConfig, kernel: str, placement: Placement, deman
         per_layer = max(1.0, (peaks[1] - peaks[0]) / MEASURED_TOKENS / (many - few))
         slope = (peaks[2] - peaks[0]) / MEASURED_TOKENS
         counts = parameter_counts(policy.lm.config)
-        state = state_of(counts, policy.lm.dtype.itemsize, ranks.world_size, placement)
+        sizes = engine.zero_prefetch_bucket_size(), engine.zero_reduce_bucket_size()
+        state = state_of(counts, policy.lm.dtype.itemsize, ranks.world_size, placement, sizes)
         memory = MemoryModel(peaks[0] - slope * MEASURED_TOKENS, slope - per_layer * few, per_layer, state.moments)
         free, total = torch.cuda.mem_get_info(ranks.device)
         usable = free + torch.cuda.memory_reserved(ranks.device) - HEADROOM * total

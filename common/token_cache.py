@@ -452,7 +452,8 @@ def data_table(ds: TokenDataset) -> str:
               ("truncated", f"{stats['truncated']:,}"), ("dropped", f"{sum(stats['dropped'].values()):,}")]
     lines += [(f"  {reason}", f"{count:,}") for reason, count in stats["dropped"].items()]
     lines += [(f"  messages of role {role!r} left out", f"{n:,}") for role, n in stats["unrendered_roles"].items()]
-    lines += [("tokens", f"{stats['tokens']:,}"), ("target tokens", f"{stats['target_tokens']:,}"),
-              ("length", ", ".join(f"{name} {value:,}" for name, value in stats["length_percentiles"].items()))]
+    once = "" if ds.pair_lengths is None else ", a pair's prompt once"
+    lines += [("tokens" + once, f"{stats['tokens']:,}"), ("target tokens", f"{stats['target_tokens']:,}"),
+              ("length" + once, ", ".join(f"{name} {value:,}" for name, value in stats["length_percentiles"].items()))]
     width = min(40, max(len(name) for name, _ in lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

@@ -92,6 +92,10 @@ def test_a_value_that_a_flag_owns_is_refused(ds_config, key):
         ({"zero_optimization": {"stage": 3}, "gradients": "here"}, "`gradients` must be whole or partitioned"),
         ({"zero_optimization": {"stage": 3}, "parameters": 1}, "`parameters` must be resident or streamed"),
         (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/tmp"}}},
+            "`zero_optimization.offload_param.device` nvme is not supported",
+        ),
+        (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}, "gradients": "whole"},
             "gradients cannot be whole with `offload_optimizer`",
         ),

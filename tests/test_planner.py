@@ -14,6 +14,7 @@ from common.checkpoint import RunState
 from common.config import SFTConfig
 from common.errors import TrainingStopped, UserError
 from common.model import parameter_counts
+from common.placement import buckets
 from common.planner import Demand, MemoryModel, Placement, choose, confirmed, demand_of, estimated, place, settle
 
 GB = 1e9
@@ -55,6 +56,10 @@ def test_nothing_fits_gives_the_smallest_with_all_layers_recomputed():
     assert choose(LLAMA_8B_ON_2, 70 * GB, 32, ANY, 700) == (4096, 32, float("inf"))
 
 
+def engine_of(policy) -> SimpleNamespace:
+    return SimpleNamespace(module=policy, zero_prefetch_bucket_size=lambda: 2e8, zero_reduce_bucket_size=lambda: 2e8)
+
+
 @pytest.mark.parametrize(
     ("flags", "is_settled", "expected"),
     [
@@ -82,7 +87,7 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: real.fixed)
     config = SFTConfig(**flags)
     demand = Demand(832, 832, 45_000, 16384, is_settled, "")
-    budget = settle(SimpleNamespace(module=policy), config, "varlen", PARTITIONED, demand, ranks)
+    budget = settle(engine_of(policy), config, "varlen", PARTITIONED, demand, ranks)
     layers = runs[-1][1] if runs else recomputed[-1]
     assert (budget, layers) == expected
     if is_settled and "gradient_checkpointing" in flags:
@@ -114,7 +119,7 @@ def test_a_micro_batch_holds_the_longest_pair_though_no_sequence_in_it_is_as_lon
     monkeypatch.setattr("common.planner._dry_run", dry_run)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (limit * GB / 0.94, limit * GB / 0.94))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    engine = SimpleNamespace(module=policy)
+    engine = engine_of(policy)
     demand = Demand(3000, 2000, tokens_per_step / 2, 16384, False, "")
     budget = settle(engine, SFTConfig(), "varlen", PARTITIONED, demand, ranks)
     assert budget >= 3000 and set(sequences) == {2000}
@@ -224,9 +229,18 @@ def test_the_estimate_of_8b_is_what_was_measured():
     the resident parameters twice."""
     config, twice = models.make_config(**LLAMA_8B), 2 * NUMEL / 2
     assert parameter_counts(config) == (NUMEL, 218_112_000)
-    memory = estimated(config, parameter_counts(config), 2, 2, Placement("whole", "resident"))
+    memory = estimated(config, parameter_counts(config), 2, 2, Placement("whole", "resident"), (2e8, 2e8))
     assert memory.fixed + twice == pytest.approx(73.1e9, rel=0.03)
     assert memory.peak(10_240, 32) + twice == pytest.approx(139.3e9, rel=0.03)
+
+
+def test_buckets_are_those_of_the_ds_config():
+    config = models.make_config(**LLAMA_8B)
+    sizes = [buckets({"zero_optimization": {"stage": 3, "reduce_bucket_size": 10**8, "stage3_prefetch_bucket_size": 10**7}}),
+             buckets({"zero_optimization": {"stage": 3}})]  # fmt: skip
+    assert sizes == [(10**7, 10**8), (5 * 10**7, 5 * 10**8)]  # DeepSpeed's own by default
+    fixed = [estimated(config, parameter_counts(config), 2, 2, Placement("partitioned", "streamed"), s).fixed for s in sizes]
+    assert fixed[1] - fixed[0] == pytest.approx(2 * 4e7 + 4 * 2 * 4e8)
 
 
 def placed(monkeypatch, config, frees, own=None, kept="", budget=None, **flags):
