@@ -27,7 +27,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from common.errors import UserError
+from common.errors import UserError, print_line
 from common.metrics import PROFILE_VARIABLE
 
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -134,7 +134,7 @@ def train_command(method: str, ranks: int, words: list[str]) -> list[str]:
 def main() -> None:
     method, *flags = sys.argv[1:] or [""]
     if {"-h", "--help"} & {method, *flags}:
-        print(f"{__doc__}\nShapes: {', '.join(SHAPES)}. Lengths: {', '.join(SAMPLES_PER_RANK)}.")
+        print_line(f"{__doc__}\nShapes: {', '.join(SHAPES)}. Lengths: {', '.join(SAMPLES_PER_RANK)}.")
         return
     if method not in ("sft", "dpo"):
         raise UserError(f"`bench {method}`: it is bench sft|dpo [N] [flags]")
@@ -179,14 +179,14 @@ def main() -> None:
     words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
     words += ["--global_batch_size", str(samples), *passed]
     command = train_command(method, ranks, words)
-    print("bash run.sh", method, ranks, *words, flush=True)
+    print_line(" ".join(["bash run.sh", method, str(ranks), *words]))
     reference_speed, is_measured = None, False
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda number, _: sys.exit(128 + number))
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
             for line in process.stdout:
-                print(line, end="", flush=True)
+                print_line(line, end="")
                 if match := re.search(r"reference pass: ([0-9,]+) tokens/s", line):
                     reference_speed = float(match[1].replace(",", ""))
                 if is_measured := line.startswith(f"step {steps}/"):
@@ -225,9 +225,9 @@ def main() -> None:
     }
     (folder / f"bench-{method}-{options['--shape']}.json").write_text(json.dumps(result, indent=2) + "\n")
     if PROFILE_VARIABLE in environment:
-        print(Path(environment[PROFILE_VARIABLE]).read_text(encoding="utf-8"))
+        print_line(Path(environment[PROFILE_VARIABLE]).read_text(encoding="utf-8"))
     for name, value in result.items():
-        print(f"{name:40} {value:,.4g}" if isinstance(value, float) else f"{name:40} {value}")
+        print_line(f"{name:40} {value:,.4g}" if isinstance(value, float) else f"{name:40} {value}")
     if result["recompiles"]:
         raise SystemExit(f"{result['recompiles']} graphs were compiled after warm-up")
 
@@ -236,5 +236,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print_line(f"error: {e}", sys.stderr)
         raise SystemExit(e.EXIT_CODE) from None

@@ -15,14 +15,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TextIO
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 
-from common.errors import TrainingStopped, UserError, full_disk, is_out_of_memory
+from common.errors import TrainingStopped, UserError, full_disk, is_out_of_memory, print_line
 
 LONG = timedelta(days=7)  # of the rendezvous store; Ranks itself watches that the others are alive
 SAME_REQUEST = 2.0  # seconds
@@ -60,7 +59,7 @@ class Ranks:
     def say(self, text: str) -> None:
         """Prints from one rank."""
         if self.is_main:
-            print_line(text, sys.stdout)
+            print_line(text)
 
     def sum(self, values: list[float]) -> list[float]:
         """The sums of `values` over all ranks, in float64; every rank gets the same bits."""
@@ -136,15 +135,6 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-def print_line(text: str, stream: TextIO, end: str = "\n") -> None:
-    """print, but no run ends for a line that nobody can read: once a terminal is closed, or the reader of a pipe has
-    ended, the stream goes nowhere."""
-    try:
-        print(text, file=stream, end=end, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 _started: Ranks | None = None

@@ -1,8 +1,10 @@
-"""The two ways in which a run ends early on purpose, and their exit codes (INTERFACE: "Exit codes")."""
-
+"""The two ways in which a run ends early on purpose, and their exit codes (INTERFACE: "Exit codes"); lines of output."""
 
 import errno
 import math
+import os
+import sys
+from typing import TextIO
 
 import torch
 
@@ -24,6 +26,16 @@ class TrainingStopped(RuntimeError):
     """
 
     EXIT_CODE = 3
+
+
+def print_line(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """print, but no run ends for a line that nobody can read: once a terminal is closed, or the reader of a pipe has
+    ended, the stream (None: stdout) goes nowhere."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, end=end, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def one_line(error: BaseException) -> str:

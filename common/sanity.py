@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from common.errors import UserError
+from common.errors import UserError, print_line
 from common.judge import Check, Score, format_table, judge_answers, judge_run
 from common.sanity_data import Question, read_answer, read_held_out, write_data, write_model
 
@@ -61,7 +61,7 @@ class Child:
 def main(argv: list[str]) -> int:
     """Runs what argv asks for; returns the exit code. Raises UserError for a mistake in argv."""
     if {"-h", "--help"} & {*argv}:
-        print(__doc__)
+        print_line(__doc__)
         return 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a background job
@@ -81,8 +81,8 @@ def sanity_of_embedded_default() -> int:
     heading(f"Generating a tiny model and its data from seed {SEED} in {OUTPUT}")
     write_data(OUTPUT / "data", SEED, NUM_SFT, NUM_PREFERENCES, NUM_HELD_OUT)
     write_model(OUTPUT / "model", SEED)
-    print("Its tasks: copy, reverse, sort or count letters, name the last. SFT teaches them in two styles of\n"
-          "answer, half and half; DPO then prefers one. Held-out questions show what was learned.")
+    print_line("Its tasks: copy, reverse, sort or count letters, name the last. SFT teaches them in two styles of\n"
+               "answer, half and half; DPO then prefers one. Held-out questions show what was learned.")
 
     verdict, answers = {}, {}
     questions = read_held_out(OUTPUT / "data")
@@ -145,7 +145,7 @@ def train(words: list[str], log: Path, sparse: bool) -> tuple[int, str]:
             lines.append(line)
             file.write(line)
             if is_shown(line, sparse):
-                print(line, end="", flush=True)
+                print_line(line, end="")
     return Child.process.wait(), "".join(lines)
 
 
@@ -199,7 +199,7 @@ def show_examples(questions: list[Question], answers: dict[str, list[str]], num_
         return f"{text!r:18} {'right' if read_answer(text)[0] == question.answer else 'WRONG'}"
 
     for i, question in enumerate(questions[:num_examples]):
-        print(f"  {question.prompt:22}" + "".join(
+        print_line(f"  {question.prompt:22}" + "".join(
             f"  {method.upper()}: {cell(question, texts[i])}" for method, texts in answers.items()))
 
 
@@ -216,14 +216,14 @@ def conclude(verdict: dict[str, list[Check]], path: Path, seconds: float, exit_c
     passed = all(check.passed for checks in verdict.values() for check in checks)
     for part, checks in verdict.items():
         heading({"answers": "Verdict: what they answer"}.get(part, f"Verdict: {part.upper()}"))
-        print(format_table(checks, colour=sys.stdout.isatty()))
+        print_line(format_table(checks, colour=sys.stdout.isatty()))
     record = {"passed": passed, "seconds": round(seconds, 1), "checks": [
         {"part": part, **asdict(check), **({} if check.passed else {"advice": check.advice})}
         for part, checks in verdict.items() for check in checks]}
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     num_failed = sum(not check["passed"] for check in record["checks"])
     outcome = "every check passed" if passed else f"{num_failed} of {len(record['checks'])} checks FAILED"
-    print(f"\n{outcome} in {seconds:.0f} s; see {path}")
+    print_line(f"\n{outcome} in {seconds:.0f} s; see {path}")
     if exit_code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         return exit_code
     return 0 if passed else 1
@@ -231,12 +231,12 @@ def conclude(verdict: dict[str, list[Check]], path: Path, seconds: float, exit_c
 
 def heading(text: str) -> None:
     """Prints a line that begins a part."""
-    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n== {text}", flush=True)
+    print_line(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n== {text}")
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print_line(f"error: {e}", sys.stderr)
         sys.exit(UserError.EXIT_CODE)

@@ -1,6 +1,9 @@
 """What is said when training stops itself: pytest tests/test_errors.py"""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 from common.errors import not_finite
@@ -20,3 +23,17 @@ def test_a_checkpoint_that_may_not_be_there_is_not_promised():
     error = str(not_finite(1, "loss", math.nan, [], None, [], None, ranks))
     assert error.startswith("step 1: the loss is nan") and error.endswith("if a checkpoint was written, it stands")
     assert "in bfloat16, --dtype float32" in error
+
+
+def test_lines_that_nobody_reads_end_nothing():
+    """As in `run.sh sanity | head -n 1`."""
+    code = "import sys; from common.errors import print_line\nfor i in range(3): sys.stdin.readline(); print_line('.' * 9)"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                          cwd=Path(__file__).parent.parent) as process:  # fmt: skip
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "." * 9 + "\n"
+        process.stdout.close()
+        process.stdin.write("\n\n")
+        process.stdin.close()
+        assert process.wait(60) == 0
