@@ -39,7 +39,7 @@ from deepspeed.utils import (
 from safetensors import safe_open
 
 from common.distributed import Ranks
-from common.errors import TrainingStopped, UserError
+from common.errors import TrainingStopped, UserError, print_line
 
 FOLDER = re.compile(r"step_(\d{8,})")
 PART_BYTES = 2**29  # of a slice file, about; a rank holds three of them in memory while it saves
@@ -239,7 +239,7 @@ def delete_after(output_dir: str, step: int) -> None:
     """
     for path in _all(output_dir):
         if _step(path) > step:
-            print(f"deleting {path}: this run continues from step {step}", flush=True)
+            print_line(f"deleting {path}: this run continues from step {step}")
             _delete(path)
     for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)

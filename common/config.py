@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from common.errors import UserError, one_line
+from common.errors import UserError, one_line, print_line
 
 
 def _field(default, help: str, choices: tuple = (), least: float | None = None, most: float = math.inf):
@@ -136,7 +136,7 @@ def parse_config(cls: type, argv: list[str] | None = None):
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(_help(cls))
+        print_line(_help(cls))
         raise SystemExit(0)
     names = {f.name for f in dataclasses.fields(cls)}
     given, config_file = _split_argv(argv, names | {"config", "local_rank"})

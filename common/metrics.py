@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from common.checkpoint import RunState, replace_file
 from common.distributed import Ranks
-from common.errors import TrainingStopped, one_line
+from common.errors import TrainingStopped, one_line, print_line
 
 # Dense bf16 peak of a device in FLOP/s, from the vendors' datasheets; the first name that matches counts.
 PEAK_FLOPS = (
@@ -238,7 +238,7 @@ def _lines(path: Path):
         if line.endswith("\n") and isinstance(record, dict) and isinstance(record.get("step"), int):
             yield line, record
         elif line.endswith("\n"):
-            print(f"warning: {path}: left out a line that is not a record: {line[:40]!r}", flush=True)
+            print_line(f"warning: {path}: left out a line that is not a record: {line[:40]!r}")
 
 
 def draw_curves(output_dir: str) -> None:
@@ -246,7 +246,7 @@ def draw_curves(output_dir: str) -> None:
     try:
         _draw_curves(output_dir)
     except Exception as e:  # a picture is not worth a run that is done
-        print(f"warning: {output_dir}/curves.png was not drawn: {type(e).__name__}: {one_line(e)}", flush=True)
+        print_line(f"warning: {output_dir}/curves.png was not drawn: {type(e).__name__}: {one_line(e)}")
 
 
 def _draw_curves(output_dir: str) -> None:

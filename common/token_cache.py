@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from common import chat_templates, mixer, tokenization
 from common.chat_templates import ChatTemplate
-from common.errors import UserError, one_line
+from common.errors import UserError, one_line, print_line
 from common.mixer import Rows, decode_row, load_source, parse_source
 from common.tokenization import Dropped, Encoder, PreferencePair, SFTSample
 
@@ -125,7 +125,7 @@ def open_tokens(path: str) -> TokenDataset:
 
 # --------------------------------------------------------------------------------- building
 def prepare_tokens(kind: str, dataset_mixer: list[str], tokenizer, tokenizer_path: str, template: ChatTemplate,
-                   max_seq_length: int, cache_dir: str, num_proc: int, say=print) -> str:
+                   max_seq_length: int, cache_dir: str, num_proc: int, say=print_line) -> str:
     """The path of the finished cache of this data, built by num_proc processes if it is not there yet.
 
     kind: "sft" or "dpo". To be called by one process a node; several at once are safe. Raises UserError, with file
