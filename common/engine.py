@@ -44,10 +44,11 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     is_whole = ds_config.get("gradients") == "whole"
     zero.unscale_and_clip_grads = partial(_clip, zero, is_whole)
     is_resident = ds_config.get("parameters") == "resident"
+    rounded: set[int] = set()
     if is_whole:
-        WholeGradients(engine, model, engine.zero_reduce_bucket_size(), rounds_masters=is_resident)
+        WholeGradients(engine, model, engine.zero_reduce_bucket_size(), rounded if is_resident else None)
     if is_resident:
-        ResidentParameters(engine, model, rounds_masters=not is_whole)
+        ResidentParameters(engine, model, rounded)
     return engine
 
 

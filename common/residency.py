@@ -118,11 +118,12 @@ class WholeGradients:
     over, the one that ends a backward pass, those that update a group of parameters, and the step, after which sums
     are zeroed while the next forward pass runs.
     policy: the engine's common.model.PackedModel, before its layers are compiled. bucket_elements: of the sums that
-    are reduced in one go. rounds_masters: with the update, for ResidentParameters.
+    are reduced in one go. rounded: where parameters are resident, ResidentParameters' own: an update also rounds the
+    masters of its group, and says so there.
     """
 
-    def __init__(self, engine, policy: nn.Module, bucket_elements: int, rounds_masters: bool):
-        self.zero, self.bucket_elements, self.rounds_masters = engine.optimizer, bucket_elements, rounds_masters
+    def __init__(self, engine, policy: nn.Module, bucket_elements: int, rounded: set[int] | None):
+        self.zero, self.bucket_elements, self.rounded = engine.optimizer, bucket_elements, rounded
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.operation = dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM  # gloo only sums
         # [ranks, elements of a rank's part]: the flattened parameter, padded at the end with zeros, by owner
@@ -224,7 +225,10 @@ class WholeGradients:
         sizes = [gradient.numel() for gradient in gradients]
         flat = (list(tensor.split(sizes)) for tensor in (masters.detach(), state["exp_avg"], state["exp_avg_sq"]))
         masters, exp_avgs, exp_avg_sqs = flat
-        parts = [part.data for part in self.zero.fp16_partitioned_groups[group]] if self.rounds_masters else None
+        parts = None
+        if self.rounded is not None:
+            parts = [part.data for part in self.zero.fp16_partitioned_groups[group]]
+            self.rounded.add(group)
         adamw_(masters, gradients, exp_avgs, exp_avg_sqs, parts, int(state["step"]), self.zero.clip_factor, options)
 
     def _step(self, *arguments, **options) -> None:
@@ -248,11 +252,11 @@ class ResidentParameters:
     DeepSpeed's hooks, which gather and release, are removed, and the parts that this rank owns become views of the
     wholes, into which a step rounds the masters; once that is done for all of a layer, it is gathered. A module that
     runs waits for its own parameters only; whoever reads them in another way calls policy.finish_gathering first.
-    rounds_masters: here, after the update; else the update has done so.
+    rounded: groups of which an update has already rounded the masters; those of a checkpoint it has not.
     """
 
-    def __init__(self, engine, policy: nn.Module, rounds_masters: bool):
-        self.zero, self.world_size, self.rounds_masters = engine.optimizer, dist.get_world_size(), rounds_masters
+    def __init__(self, engine, policy: nn.Module, rounded: set[int]):
+        self.zero, self.world_size, self.rounded = engine.optimizer, dist.get_world_size(), rounded
         offload = self.zero.parameter_offload
         for hook in (*offload.forward_hooks, *offload.backward_hooks):
             hook.remove()
@@ -273,7 +277,7 @@ class ResidentParameters:
             module.register_forward_pre_hook(self._wait)
         policy.finish_gathering = self._wait_for_all
         self.zero._partition_all_parameters = self._wait_for_all
-        self.zero._reassign_or_swap_out_partitioned_parameters = self._finish_update
+        self.zero._reassign_or_swap_out_partitioned_parameters = self._round_masters
         masters = {master.untyped_storage().data_ptr() for master in self.zero.fp32_partitioned_groups_flat}
         if (parts := self.zero.lp_param_buffer.untyped_storage()).data_ptr() not in masters:  # as float32's are
             parts.resize_(0)
@@ -281,8 +285,10 @@ class ResidentParameters:
             self._gather(group)
 
     @torch.no_grad()
-    def _finish_update(self, group: int) -> None:
-        if self.rounds_masters:
+    def _round_masters(self, group: int) -> None:
+        if group in self.rounded:
+            self.rounded.remove(group)
+        else:
             parts = [part.data for part in self.zero.fp16_partitioned_groups[group]]
             masters = self.zero.fp32_partitioned_groups_flat[group].split([part.numel() for part in parts])
             torch._foreach_copy_(parts, list(masters))

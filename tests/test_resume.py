@@ -286,12 +286,12 @@ def test_2_then_1_then_4_then_3_ranks_are_one_curve(setting, method):
         np.testing.assert_allclose(values, theirs[name], atol=2e-5, err_msg=name)
 
 
-def engine_states(script: str, words: list[str], checkpoint_path: str) -> dict[str, torch.Tensor]:
+def engine_states(script: str, words: list[str], checkpoint_path: str, residency: dict) -> dict[str, torch.Tensor]:
     """In a rank's process: what a loaded engine holds, whole, through DeepSpeed's own reading of it."""
     from common import checkpoint, config, distributed, engine, model, placement
 
     settings = config.parse_config(config.SFTConfig if script == "train_sft" else config.DPOConfig, words)
-    ds_config = placement.deepspeed_config(settings)
+    ds_config = placement.deepspeed_config(settings) | residency
     ranks = distributed.start(settings.collective_timeout_minutes)
     folder = str(settings.model_name_or_path)
     dtype = getattr(torch, settings.dtype)
@@ -299,6 +299,7 @@ def engine_states(script: str, words: list[str], checkpoint_path: str) -> dict[s
     built = engine.build_engine(policy, settings, ds_config)
     parameters = dict(policy.lm.named_parameters())
     checkpoint.load(built, parameters, Path(checkpoint_path), 9, ranks)
+    policy.finish_gathering()
     states = {}
     for name, param in parameters.items():
         states[f"master/{name}"] = deepspeed.utils.safe_get_full_fp32_param(param).clone()
@@ -310,9 +311,12 @@ def engine_states(script: str, words: list[str], checkpoint_path: str) -> dict[s
     return {name: values.float().numpy() for name, values in states.items()} | {"steps": steps}
 
 
-@pytest.mark.parametrize(("method", "num_ranks", "dtype"),
-                         [("sft", 1, "float32"), ("dpo", 2, "bfloat16"), ("dpo", 3, "float32"), ("sft", 8, "float32")])
-def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, method, num_ranks, dtype):
+@pytest.mark.parametrize(("method", "num_ranks", "dtype", "gradients", "parameters"), [
+    ("sft", 1, "float32", "partitioned", "streamed"), ("dpo", 2, "bfloat16", "partitioned", "streamed"),
+    ("dpo", 3, "float32", "partitioned", "streamed"), ("sft", 8, "float32", "partitioned", "streamed"),
+    ("sft", 1, "bfloat16", "whole", "resident"), ("dpo", 3, "float32", "whole", "resident"),
+    ("sft", 2, "bfloat16", "whole", "streamed"), ("sft", 2, "bfloat16", "partitioned", "resident")])
+def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, method, num_ranks, dtype, gradients, parameters):
     """Written by 2. The expected arrays are put together from the files by the names they bear, with numpy alone."""
     folder = setting.whole(method).output_dir / "checkpoints" / "step_00000009"
     by_rank = [{}, {}]
@@ -322,7 +326,8 @@ def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, metho
     whole = {key: np.concatenate([by_rank[0][key], by_rank[1][key]]).reshape(shapes[key.partition("/")[2]])
              for key in by_rank[0]}
     words = launch.argv(setting.flags(method, setting.folder(), dtype=dtype))
-    for held in launch.on_ranks(engine_states, num_ranks, f"train_{method}", words, str(folder)):
+    residency = {"gradients": gradients, "parameters": parameters}
+    for held in launch.on_ranks(engine_states, num_ranks, f"train_{method}", words, str(folder), residency):
         assert held.pop("steps") == {9.0}
         assert len(held) == 4 * len(shapes)
         for key, values in held.items():
