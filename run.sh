@@ -137,7 +137,9 @@ train() {  # train sft|dpo [N] [flags]
         where=(--include "localhost:$(cut -d, -f "1-$num_ranks" <<<"$CUDA_VISIBLE_DEVICES")")
     fi
     port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    launch "$python" -P -m deepspeed.launcher.runner --quiet "${where[@]}" --master_port "$port" "$root/$script" "$@"
+    # Nothing of the folder where the user stands is taken for a module, by the ranks' launcher either.
+    export PYTHONSAFEPATH=1 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+    launch "$python" -m deepspeed.launcher.runner --quiet "${where[@]}" --master_port "$port" "$root/$script" "$@"
 }
 
 say() {

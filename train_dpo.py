@@ -32,7 +32,14 @@ from common.packing import MicroBatch, one_ahead, pack, packing_report, pair_doc
 from common.placement import deepspeed_config
 from common.planner import demand_of, place, settle
 from common.reference_cache import reference_logps
-from common.schedule import checkpoint_interval, learning_rate_schedule, samples_seen, step_samples, total_steps
+from common.schedule import (
+    checkpoint_interval,
+    learning_rate_schedule,
+    samples_seen,
+    step_samples,
+    steps_per_epoch,
+    total_steps,
+)
 from common.token_cache import data_table, preview, tokenized_data
 
 
@@ -96,9 +103,8 @@ def main() -> None:
         )
 
     # ------------------------------------------------------------------ reference, if it is a model of its own
-    pairs = sorted(
-        {i for step in range(last_step) for i in step_samples(step, len(data), config.global_batch_size, config.seed)}
-    )
+    epoch = range(min(last_step, steps_per_epoch(len(data), config.global_batch_size)))  # later epochs take the same pairs
+    pairs = sorted({i for s in epoch for i in step_samples(s, len(data), config.global_batch_size, config.seed)})
     ds_config, placement = place(ds_config, config, model_config, demand, ranks)
     reference = cached_in = None
     if reference_folder is not None:  # another model than the policy: it is gone before the policy loads
@@ -143,7 +149,7 @@ def main() -> None:
     }
     num_checkpoints = min(config.keep_last_n_checkpoints + 1, last_step // save_every)
     ranks.once(lambda: checkpoint.require_disk_space(parameters, config.output_dir, num_checkpoints))
-    ranks.once(lambda: run_record.open_output_dir(config, run, state.step))
+    ranks.once(lambda: run_record.open_output_dir(config, run, resume_from, state.step))
     metrics = MetricsFile(config.output_dir, state.step, resume_from, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)

@@ -103,7 +103,7 @@ def main() -> None:
     }
     num_checkpoints = min(config.keep_last_n_checkpoints + 1, last_step // save_every)
     ranks.once(lambda: checkpoint.require_disk_space(parameters, config.output_dir, num_checkpoints))
-    ranks.once(lambda: run_record.open_output_dir(config, run, state.step))
+    ranks.once(lambda: run_record.open_output_dir(config, run, resume_from, state.step))
     metrics = MetricsFile(config.output_dir, state.step, resume_from, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)

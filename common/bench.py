@@ -138,7 +138,7 @@ def main() -> None:
         return
     if method not in ("sft", "dpo"):
         raise UserError(f"`bench {method}`: it is bench sft|dpo [N] [flags]")
-    ranks = int(flags.pop(0)) if flags and flags[0].isdigit() else torch.cuda.device_count() if ON_GPU else 2
+    ranks = int(flags.pop(0)) if flags and flags[0].isdecimal() else torch.cuda.device_count() if ON_GPU else 2
     if ranks == 0:
         raise UserError(f"bench {method} 0: N must be 1 or more")
     options = {"--shape": "llama-8b" if ON_GPU else "tiny", "--steps": "10", "--lengths": "tulu"}

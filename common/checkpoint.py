@@ -232,14 +232,14 @@ def _delete(path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)  # what is left, the next run removes
 
 
-def delete_after(output_dir: str, step: int) -> None:
+def delete_after(output_dir: str, step: int, why: str) -> None:
     """Deletes the checkpoints after `step`, and what a crash left of half-written and half-deleted ones.
 
     A run that continues from `step` writes its own later ones: no others may outlive them, nor be found instead.
     """
     for path in _all(output_dir):
         if _step(path) > step:
-            print_line(f"deleting {path}: this run continues from step {step}")
+            print_line(f"deleting {path}: {why}")
             _delete(path)
     for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)

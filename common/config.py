@@ -136,7 +136,8 @@ def parse_config(cls: type, argv: list[str] | None = None):
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print_line(_help(cls))
+        if os.environ.get("RANK", "0") == "0":
+            print_line(_help(cls))
         raise SystemExit(0)
     names = {f.name for f in dataclasses.fields(cls)}
     given, config_file = _split_argv(argv, names | {"config", "local_rank"})
@@ -276,7 +277,7 @@ def _validate(config: TrainConfig) -> None:
             require(False, f.name, f"one of {', '.join(names)} ({near})")
     require(config.adam_beta1 < 1, "adam_beta1", "below 1")
     require(config.adam_beta2 < 1, "adam_beta2", "below 1")
-    require(config.adam_epsilon > 0, "adam_epsilon", "above 0")
+    require(config.adam_epsilon >= 1e-30, "adam_epsilon", "at least 1e-30")
     require(config.max_grad_norm == 0 or config.max_grad_norm >= 1e-30, "max_grad_norm", "0 (never) or at least 1e-30")
     if isinstance(config, DPOConfig):
         require(config.beta > 0, "beta", "above 0")

@@ -172,17 +172,17 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a logged step. Every rank holds one; rank 0's writes."""
 
     def __init__(self, output_dir: str, resume_step: int, resume_from: Path | None, ranks: Ranks):
-        """Keeps the lines of steps up to resume_step, so that a resumed run leaves neither gap nor double: its folder's own,
-        or, in a new folder, those beside the checkpoint that it goes on from. Collective."""
+        """Keeps the lines of steps up to resume_step, so that a resumed run leaves neither gap nor double: those
+        beside the checkpoint that it goes on from, else its folder's own. Collective."""
         self.path, self.step, self.ranks = Path(output_dir) / "metrics.jsonl", resume_step, ranks
-        self.history = resume_from.parent.parent / "metrics.jsonl" if resume_from else self.path
+        self.history = resume_from.resolve().parent.parent / "metrics.jsonl" if resume_from else self.path
         self.last = None  # the newest record
         self.error: OSError | None = None  # the one that kept a record from being written
         write_once(self._open, self.path, self.step, ranks)
 
     def _open(self) -> None:
         histories = ([line for line, record in _lines(path) if record["step"] <= self.step]
-                     for path in (self.path, self.history))  # fmt: skip
+                     for path in (self.history, self.path))  # fmt: skip
         kept = next(filter(None, histories), [])
         replace_file(self.path, "".join(kept))
         self.file = open(self.path, "a", encoding="utf-8")

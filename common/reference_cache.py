@@ -12,6 +12,7 @@ computes it. There is no key by name or by path.
 """
 
 import json
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,10 +28,11 @@ from common import attention, logprobs, model, packing
 from common.checkpoint import digest, file_digest, replace_file
 from common.config import DPOConfig
 from common.distributed import Ranks
-from common.errors import TrainingStopped, UserError, full_disk
+from common.errors import TrainingStopped, UserError, full_disk, one_line
 from common.logprobs import sequence_logps
 from common.mixer import file_stamp
 from common.packing import MicroBatch, one_ahead, pack, pair_documents, plan_step
+from common.token_cache import PROGRESS_SECONDS
 
 PAIRS_PER_PART = 256
 PAIRS_CHECKED = 8
@@ -59,11 +61,14 @@ def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
     memo_path = Path(cache_dir) / "weight_digests.json"
     memo = _read_memo(memo_path)
     files = sorted(Path(model_folder).glob("*.safetensors"))
-    stamps = {path: f"{path.resolve()}:{file_stamp(path)}" for path in files}
-    unknown = [path for path in files if stamps[path] not in memo]
-    if unknown:
-        with ThreadPoolExecutor(min(8, len(unknown))) as pool:
+    try:
+        stamps = {path: f"{path.resolve()}:{file_stamp(path)}" for path in files}
+        unknown = [path for path in files if stamps[path] not in memo]
+        with ThreadPoolExecutor(8) as pool:
             memo.update(zip((stamps[path] for path in unknown), pool.map(file_digest, unknown), strict=True))
+    except OSError as e:
+        raise UserError(f"model {model_folder}: {e.filename} cannot be read: {e.strerror}") from None
+    if unknown:
         with suppress(OSError):  # the next run reads the weights again
             memo_path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(memo_path, json.dumps({"weights": memo, "digest": _memo_digest(memo)}))
@@ -106,11 +111,12 @@ def reference_logps(
         _spot_check(engine, data, checked, logps, config, kernel, budget, ranks)
     missing = sorted(set(needed) - set(cached))
     ranks.say(f"reference log-probabilities: {len(cached):,} of {len(needed):,} pairs cached in {folder}")
+    said, is_terminal = time.monotonic(), ranks.is_main and sys.stderr.isatty()
     with tqdm(
         total=len(missing),
         desc="reference log-probabilities",
         unit="pair",
-        disable=not ranks.is_main or not missing,
+        disable=not is_terminal or not missing,
         mininterval=1,
     ) as bar:
         for start in range(0, len(missing), PAIRS_PER_PART):
@@ -119,6 +125,9 @@ def reference_logps(
             seconds = time.perf_counter() - started
             ranks.once(lambda: _write_part(folder, np.array(pairs), logps[pairs]))
             bar.update(len(pairs))
+            if bar.disable and time.monotonic() - said > PROGRESS_SECONDS:
+                said = time.monotonic()
+                ranks.say(f"reference log-probabilities: {start + len(pairs):,} of {len(missing):,} pairs")
     if missing:  # the first part also compiles, so the last one's speed is told
         tokens = sum(packing.pair_length(*data.pair_lengths[i], config.share_prompt) for i in pairs)
         ranks.say(f"reference pass: {tokens / seconds / ranks.world_size:,.0f} tokens/s a device (last {len(pairs)} pairs)")
@@ -159,6 +168,7 @@ def _spot_check(engine, data, pairs, logps, config, kernel, budget, ranks) -> No
 
 def _read_parts(folder: Path, logps: torch.Tensor, cache_dir: str) -> None:
     """Fills `logps` from every part whose contents are as written, deletes the others."""
+    path = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("part_*.safetensors")):
@@ -170,7 +180,7 @@ def _read_parts(folder: Path, logps: torch.Tensor, cache_dir: str) -> None:
     except OSError as e:
         if full_disk(e) is not None:
             raise
-        raise UserError(f"--cache_dir {cache_dir}: {e.filename or folder} cannot be used: {e.strerror}; move it, or "
+        raise UserError(f"--cache_dir {cache_dir}: {e.filename or path} cannot be used: {one_line(e)}; move it, or "
                         f"name another --cache_dir") from e  # fmt: skip
 
 
@@ -179,7 +189,7 @@ def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
         with safe_open(path, framework="np") as file:
             pairs, values = file.get_tensor("pairs"), file.get_tensor("logps")
             expected = (file.metadata() or {}).get("digest")
-    except (OSError, SafetensorError):
+    except (FileNotFoundError, SafetensorError):
         return None
     return (pairs, values) if digest(pairs.tobytes() + values.tobytes()) == expected else None
 

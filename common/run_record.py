@@ -16,6 +16,7 @@ from common.distributed import Ranks
 from common.errors import UserError
 from common.reference_cache import weight_digests
 
+FINISHED = "the run is done (--clean_checkpoints_at_end)"
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
 # What may differ between a run and its resume: it changes speed, logging or placement, not the result.
 FREE_TO_CHANGE = {"output_dir", "cache_dir", "resume", "logging_steps", "checkpointing_steps",
@@ -70,17 +71,17 @@ def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> boo
     for name, is_right in (("checkpoints", Path.is_dir), ("metrics.jsonl", Path.is_file), ("run_config.json", Path.is_file)):
         if (path := Path(config.output_dir) / name).exists() and not is_right(path):
             raise UserError(f"{path} is in the way; move it, or name another --output_dir")
-    result = read_run_config(config.output_dir)
-    if config.resume != "auto" or "result" not in result:
+    record = read_run_config(config.output_dir)
+    steps = record.get("result", {}).get("steps")
+    if config.resume != "auto" or steps is None:
         return False
-    require_same_run(result.get("identity", {}), identity, f"the model in {config.output_dir}")
-    steps = result["result"]["steps"]
+    require_same_run(record.get("identity", {}), identity, f"the model in {config.output_dir}")
     if steps > last_step:
         raise UserError(f"{config.output_dir} holds this run's model after {steps} steps, past the {last_step} asked for; "
                         f"use another --output_dir, or --resume never to start over")
     is_finished = steps == last_step and _holds_model(config.output_dir)
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
-        delete_after(config.output_dir, 0)
+        delete_after(config.output_dir, 0, FINISHED)
     return is_finished
 
 
@@ -89,7 +90,7 @@ def _holds_model(output_dir: str) -> bool:
     try:
         index = json.loads((Path(output_dir) / "model.safetensors.index.json").read_bytes())
         return all((Path(output_dir) / name).is_file() for name in index["weight_map"].values())
-    except (FileNotFoundError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -113,9 +114,17 @@ def _hold(output_dir: str) -> None:
     _held[folder] = descriptor
 
 
-def open_output_dir(config: TrainConfig, record: dict, step: int) -> None:
-    """Clears what a run that begins after `step` replaces; run_config.json has no result until the run has one."""
-    delete_after(config.output_dir, step)
+def open_output_dir(config: TrainConfig, record: dict, resume_from: Path | None, step: int) -> None:
+    """Clears what a run that begins after `step` replaces: later checkpoints, and with a checkpoint from elsewhere also
+    another run's; run_config.json has no result until the run has one."""
+    output_dir = Path(config.output_dir)
+    is_own = resume_from is None or resume_from.resolve().parent == (output_dir / "checkpoints").resolve()
+    if not is_own and read_run_config(config.output_dir).get("identity", record["identity"]) != record["identity"]:
+        step = 0
+        (output_dir / "metrics.jsonl").unlink(missing_ok=True)
+    for left in output_dir.glob(".*.tmp"):  # of replace_file, when a run was killed
+        left.unlink(missing_ok=True)
+    delete_after(config.output_dir, step, f"this run continues from {resume_from or 'the start'}")
     write_run_config(config.output_dir, record)
 
 
@@ -133,7 +142,7 @@ def finish(config: TrainConfig, record: dict, state: RunState, last_metrics: dic
     (Path(config.output_dir) / "README.md").write_text(card, encoding="utf-8")
     write_run_config(config.output_dir, {**record, "result": result})
     if config.clean_checkpoints_at_end:
-        delete_after(config.output_dir, 0)
+        delete_after(config.output_dir, 0, FINISHED)
 
 
 def read_run_config(output_dir: str) -> dict:
@@ -145,7 +154,7 @@ def read_run_config(output_dir: str) -> dict:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         record = None
-    if not isinstance(record, dict) or not isinstance(record.get("identity", {}), dict):
+    if not isinstance(record, dict) or not all(isinstance(record.get(key, {}), dict) for key in ("identity", "result")):
         raise UserError(f"{path} is not JSON that a run wrote; delete it or use another --output_dir")
     return record
 

@@ -110,7 +110,7 @@ def sanity_of_embedded_default() -> int:
 def sanity_of_recipe(method: str, argv: list[str]) -> int:
     """100 steps of the real recipe, the full run's schedule, a folder of its own; returns the exit code."""
     started = time.perf_counter()
-    num_ranks, flags = (argv[0], argv[1:]) if argv and argv[0].isdigit() else ("1", argv)
+    num_ranks, flags = (argv[0], argv[1:]) if argv and argv[0].isdecimal() else ("1", argv)
     if num_ranks == "0" or (flags and not flags[0].startswith("--")):
         raise UserError(f"sanity {method} {' '.join(argv)}: it is sanity sft|dpo [N] [flags], N 1 or more")
     given = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}

@@ -167,7 +167,7 @@ def test_whatever_file_operation_fails_a_resume_finds_the_old_or_the_new_whole_c
             assert step in (9, 10)
             assert_holds(found, step)
             found_steps.append(step)
-            checkpoint.delete_after(str(output_dir), step)  # as a run that continues from there
+            checkpoint.delete_after(str(output_dir), step, "")  # as a run that continues from there
             assert not [name for name in names(output_dir) if name.startswith(".")]
             save(output_dir, 11, keep)
             assert find(output_dir)[0].name == "step_00000011"
@@ -334,7 +334,7 @@ def test_a_run_that_continues_from_an_earlier_step_leaves_no_later_one_behind(ou
     """Else keep_last_n would delete the new ones, and the next resume would find the abandoned ones."""
     for step in (3, 6, 9):
         save(output_dir, step)
-    checkpoint.delete_after(str(output_dir), 3)
+    checkpoint.delete_after(str(output_dir), 3, "")
     save(output_dir, 4, keep=1)
     assert names(output_dir) == ["step_00000004"]
 
@@ -418,7 +418,7 @@ def test_what_is_in_the_way_is_named_before_training(tmp_path, name):
         run_record.check_output_dir(config_of(SFTConfig, output_dir=str(tmp_path)), {}, 5)
 
 
-@pytest.mark.parametrize("text", ["null", "3", '"text"', '{"identity": 3}', "{"])
+@pytest.mark.parametrize("text", ["null", "3", '"text"', '{"identity": 3}', '{"result": []}', "{"])
 def test_a_run_config_that_no_run_wrote_is_refused(tmp_path, text):
     (tmp_path / "run_config.json").write_text(text)
     with pytest.raises(UserError, match="not JSON that a run wrote"):
@@ -457,6 +457,11 @@ def test_a_finished_run_whose_model_is_gone_is_not_finished(tmp_path, lost):
     files = write_export(tmp_path)
     assert run_record.check_output_dir(config, identity, 4)
     files[lost].unlink()
+    assert not run_record.check_output_dir(config, identity, 4)
+    for text in ("[]", "null", '{"weight_map": 3}', "{"):
+        files[0].write_text(text)
+        assert not run_record.check_output_dir(config, identity, 4)
+    run_record.write_run_config(str(tmp_path), {"identity": identity, "result": {}})
     assert not run_record.check_output_dir(config, identity, 4)
 
 

@@ -261,6 +261,7 @@ def test_words_that_are_no_flag_and_value(argv):
         ("warmup_ratio", "1.5"),
         ("adam_beta2", "1.0"),
         ("adam_epsilon", "0"),
+        ("adam_epsilon", "1e-60"),
         ("max_grad_norm", "1e-31"),
         ("max_train_steps", "1" + "0" * 400),
         ("num_train_epochs", "1" + "0" * 400),

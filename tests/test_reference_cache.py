@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common.checkpoint import replace_file
+from common.errors import UserError
 from common.reference_cache import weight_digests
 from common.schedule import step_samples
 
@@ -217,6 +218,15 @@ def test_weights_are_digested_once_and_again_when_the_file_changes(tmp_path, mon
         == {"model.safetensors": xxhash.xxh3_128_hexdigest(content)}
         != first
     )
+
+
+def test_weights_that_are_not_there_are_named(tmp_path):
+    """As in a hub's cache that was cleaned: a link to nothing."""
+    folder = models.make_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be read: No such file"):
+        weight_digests(str(folder), str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("damage", ["{torn", "[]", "null", '{"weights": {}}', "another digest"])

@@ -393,6 +393,17 @@ def test_resume_auto_never_and_a_path(setting, method):
     assert alone.metrics == []
     assert_same_weights(alone.output_dir, whole.output_dir)
 
+    # Into a folder of another run, from its own place by a relative name: nothing of that run is left.
+    other = setting.run(method, setting.folder(), learning_rate=2e-3, stop_after_steps=4).succeeded()
+    done = setting.run(method, other.output_dir, resume=os.path.relpath(path)).succeeded()
+    assert done.metrics == [] and checkpoints(done.output_dir) == []
+    other = setting.run(method, setting.folder(), learning_rate=2e-3, stop_after_steps=4).succeeded()
+    path = whole.output_dir / "checkpoints" / "step_00000009"
+    done = setting.run(method, other.output_dir, resume=os.path.relpath(path)).succeeded()
+    assert without_times(done.metrics) == without_times(whole.metrics)
+    assert checkpoints(done.output_dir) == [12]
+    assert_same_weights(done.output_dir, whole.output_dir)
+
     done = setting.run(method, output_dir, resume="never", stop_after_steps=1, clean_checkpoints_at_end="true",
                        checkpointing_steps=1).succeeded()
     assert steps_run(done.stdout) == [1]

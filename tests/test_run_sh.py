@@ -264,6 +264,7 @@ def test_training_runs_where_the_user_stands_as_under_deepspeed_itself(project, 
     """FAKE_SCRIPT notes into its working directory, which is that of relative paths."""
     elsewhere = tmp_path / "my data"
     elsewhere.mkdir()
+    (elsewhere / "json.py").write_text("raise SystemExit('not a module of the project')")
     result = run_sh(project, "sft", "1", "exit", "0", cwd=elsewhere)
     assert result.returncode == 0, result.stdout
     assert notes(elsewhere, 0)[0].endswith(" 1 cpu exit 0") and not notes(project, 0)
