@@ -104,12 +104,13 @@ def test_a_mistake_is_one_line_and_exit_2(tmp_path):
 def test_the_visible_devices_are_heeded(tmp_path, monkeypatch):
     """By a Python that finds four GPUs and then only says how it is called."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\ncase "$*" in *device_count*) echo 4;; *getsockname*) echo 5;; *) pwd; echo "$@";; esac\n')
+    python.write_text('#!/bin/sh\ncase "$*" in *device_count*) echo 4;; *getsockname*) echo 5;; '
+                      '*) pwd; echo "$PYTHONSAFEPATH $@";; esac\n')  # fmt: skip
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     done = subprocess.run(common.bench.train_command("sft", 2, ["--beta", "1 2"]), cwd=tmp_path, capture_output=True,
                           text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "4,5,6,7"})
-    assert done.stdout == f"{tmp_path}\n-P -m deepspeed.launcher.runner --quiet --include localhost:4,5 --master_port 5 " \
+    assert done.stdout == f"{tmp_path}\n1 -m deepspeed.launcher.runner --quiet --include localhost:4,5 --master_port 5 " \
                           f"{launch.REPO}/train_sft.py --beta 1 2\n"
 
 
