@@ -4,9 +4,15 @@ import errno
 import math
 import os
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 import torch
+from tqdm import tqdm
+
+PROGRESS_SECONDS = 30  # between progress lines, where there is no terminal for a bar
 
 
 class UserError(ValueError):
@@ -36,6 +42,24 @@ def print_line(text: str, stream: TextIO | None = None, end: str = "\n") -> None
         print(text, file=stream, end=end, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str, say: Callable[[str], None], has_bar: bool = True) -> Iterator[Callable]:
+    """Gives advance(n): n more are done. Shown as a bar on a terminal, of the process that has_bar; else by say, a line
+    every PROGRESS_SECONDS."""
+    done, said = 0, time.monotonic()
+
+    def advance(n: int) -> None:
+        nonlocal done, said
+        done += n
+        bar.update(n)
+        if bar.disable and time.monotonic() - said > PROGRESS_SECONDS:
+            said = time.monotonic()
+            say(f"{what}: {done:,} of {total:,} {unit}")
+
+    with tqdm(desc=what, total=total, unit=unit, disable=not (has_bar and total and sys.stderr.isatty())) as bar:
+        yield advance
 
 
 def one_line(error: BaseException) -> str:

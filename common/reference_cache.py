@@ -12,7 +12,6 @@ computes it. There is no key by name or by path.
 """
 
 import json
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,17 +21,15 @@ import numpy as np
 import safetensors.numpy
 import torch
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 
 from common import attention, logprobs, model, packing
 from common.checkpoint import digest, file_digest, replace_file
 from common.config import DPOConfig
 from common.distributed import Ranks
-from common.errors import TrainingStopped, UserError, full_disk, one_line
+from common.errors import TrainingStopped, UserError, full_disk, one_line, progress
 from common.logprobs import sequence_logps
 from common.mixer import file_stamp
 from common.packing import MicroBatch, one_ahead, pack, pair_documents, plan_step
-from common.token_cache import PROGRESS_SECONDS
 
 PAIRS_PER_PART = 256
 PAIRS_CHECKED = 8
@@ -111,23 +108,13 @@ def reference_logps(
         _spot_check(engine, data, checked, logps, config, kernel, budget, ranks)
     missing = sorted(set(needed) - set(cached))
     ranks.say(f"reference log-probabilities: {len(cached):,} of {len(needed):,} pairs cached in {folder}")
-    said, is_terminal = time.monotonic(), ranks.is_main and sys.stderr.isatty()
-    with tqdm(
-        total=len(missing),
-        desc="reference log-probabilities",
-        unit="pair",
-        disable=not is_terminal or not missing,
-        mininterval=1,
-    ) as bar:
+    with progress("reference log-probabilities", len(missing), "pairs", ranks.say, ranks.is_main) as advance:
         for start in range(0, len(missing), PAIRS_PER_PART):
             pairs, started = missing[start : start + PAIRS_PER_PART], time.perf_counter()
             logps[pairs] = compute_logps(engine, data, pairs, config, kernel, budget, ranks)
             seconds = time.perf_counter() - started
             ranks.once(lambda: _write_part(folder, np.array(pairs), logps[pairs]))
-            bar.update(len(pairs))
-            if bar.disable and time.monotonic() - said > PROGRESS_SECONDS:
-                said = time.monotonic()
-                ranks.say(f"reference log-probabilities: {start + len(pairs):,} of {len(missing):,} pairs")
+            advance(len(pairs))
     if missing:  # the first part also compiles, so the last one's speed is told
         tokens = sum(packing.pair_length(*data.pair_lengths[i], config.share_prompt) for i in pairs)
         ranks.say(f"reference pass: {tokens / seconds / ranks.world_size:,.0f} tokens/s a device (last {len(pairs)} pairs)")

@@ -223,8 +223,8 @@ class WholeGradients:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(masters), torch.zeros_like(masters)
         state["step"] = state["step"].cpu() + 1  # on the host, which would wait for the device to read it
         sizes = [gradient.numel() for gradient in gradients]
-        flat = (list(tensor.split(sizes)) for tensor in (masters.detach(), state["exp_avg"], state["exp_avg_sq"]))
-        masters, exp_avgs, exp_avg_sqs = flat
+        flats = masters.detach(), state["exp_avg"], state["exp_avg_sq"]
+        masters, exp_avgs, exp_avg_sqs = (list(flat.split(sizes)) for flat in flats)
         parts = None
         if self.rounded is not None:
             parts = [part.data for part in self.zero.fp16_partitioned_groups[group]]

@@ -122,8 +122,6 @@ def open_output_dir(config: TrainConfig, record: dict, resume_from: Path | None,
     if not is_own and read_run_config(config.output_dir).get("identity", record["identity"]) != record["identity"]:
         step = 0
         (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-    for left in output_dir.glob(".*.tmp"):  # of replace_file, when a run was killed
-        left.unlink(missing_ok=True)
     delete_after(config.output_dir, step, f"this run continues from {resume_from or 'the start'}")
     write_run_config(config.output_dir, record)
 

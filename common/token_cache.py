@@ -15,7 +15,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import types
 import uuid
 from collections import Counter, deque
@@ -29,17 +28,15 @@ import numpy as np
 import tokenizers
 import transformers
 import xxhash
-from tqdm import tqdm
 
 from common import chat_templates, mixer, tokenization
 from common.chat_templates import ChatTemplate
-from common.errors import UserError, one_line, print_line
+from common.errors import UserError, one_line, print_line, progress
 from common.mixer import Rows, decode_row, load_source, parse_source
 from common.tokenization import Dropped, Encoder, PreferencePair, SFTSample
 
 BLOCK_ROWS = 128  # rows that go to a process at a time
 MIN_ROWS_PER_PROCESS = 2048  # starting a process takes seconds: small data is tokenized in this one
-PROGRESS_SECONDS = 30  # between progress lines, where there is no terminal for a bar
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 
 # The arrays of each kind, name: (dtype, shape of an item). Tokens and spans lie end to end, the others have an item a
@@ -185,18 +182,15 @@ def _build(tokenize: "BlockTokenizer", sources: list[Rows], num_proc: int, folde
     """Tokenizes all rows into the arrays of `folder` and writes the manifest. Returns the stats."""
     num_rows = sum(len(rows.indices) for rows in sources)
     num_proc = max(1, min(num_proc, num_rows // MIN_ROWS_PER_PROCESS))
-    counts, said = Counter(), time.monotonic()
+    counts = Counter()
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(desc="tokenizing", total=num_rows, disable=not sys.stderr.isatty()))
+        advance = stack.enter_context(progress("tokenizing", num_rows, "rows", say))
         files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in ARRAYS[tokenize.kind]}
         for arrays, block_counts in _map_blocks(tokenize, sources, num_proc):
             for name, array in arrays.items():
                 files[name].write(array.tobytes())
             counts.update(block_counts)
-            bar.update(block_counts["rows_read", ""])
-            if bar.disable and time.monotonic() - said > PROGRESS_SECONDS:
-                said = time.monotonic()
-                say(f"tokenizing: {counts['rows_read', '']:,} of {num_rows:,} rows")
+            advance(block_counts["rows_read", ""])
     if (folder / "lengths.bin").stat().st_size == 0:
         reasons = ", ".join(f"{count} x {reason}" for (what, reason), count in counts.items() if what == "dropped")
         raise UserError(f"{', '.join(rows.source.text for rows in sources)}: no row is left to train on ({reasons})")

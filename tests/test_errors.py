@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from common.errors import not_finite
+from common.errors import not_finite, progress
 
 
 def test_samples_are_named_by_file_and_row_and_each_file_once():
@@ -37,3 +37,13 @@ def test_lines_that_nobody_reads_end_nothing():
         process.stdin.write("\n\n")
         process.stdin.close()
         assert process.wait(60) == 0
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch):
+    lines, now = [], [0.0]
+    monkeypatch.setattr("common.errors.time.monotonic", lambda: now[0])
+    with progress("counting", 5000, "sheep", lines.append) as advance:
+        for seconds in (10, 31, 40, 62):
+            now[0] = seconds
+            advance(1000)
+    assert lines == ["counting: 2,000 of 5,000 sheep", "counting: 4,000 of 5,000 sheep"]

@@ -273,8 +273,8 @@ class LateStream:
 def run_with_late_zeros(folder: str) -> list[dict]:
     initialize = WholeGradients.__init__
 
-    def with_a_stream(self, *arguments, **options):
-        initialize(self, *arguments, **options)
+    def with_a_stream(self, *arguments):
+        initialize(self, *arguments)
         self.beside = LateStream()
 
     WholeGradients.__init__ = with_a_stream
