@@ -152,6 +152,12 @@ class MicroBatch:
     num_tokens: int
     sum_squared_lengths: int
 
+    def needed_rows(self) -> np.ndarray:
+        """int64 [M], ascending: the rows that predict. If they are fewer than two, of which torch.compile makes a case of
+        its own, the first two rows as well, which every row has that predicts something."""
+        rows = np.unique(self.target_rows)
+        return rows if len(rows) > 1 else np.union1d(rows, [0, 1])
+
 
 def _attended(doc: Document) -> int:
     """Twice the causal attention area, in the large: the squared length, without what the branches do not see."""

@@ -1,5 +1,6 @@
 """Who sees whom in a packed row, and what packed attention refuses: pytest tests/test_attention.py"""
 
+import functools
 import sys
 import types
 from itertools import pairwise
@@ -202,6 +203,28 @@ def test_layers_compile_without_breaks_and_once_for_rows_of_every_length(flash_a
     torch.testing.assert_close(results[True], results[False])
     assert 0 < warm == torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_compiled_layers_take_no_number_as_a_tensor(flash_attn, monkeypatch):
+    """On a GPU that would be one on the CPU, for which C++ is compiled before the first step, for minutes."""
+    torch._dynamo.reset()
+    inputs = []
+
+    def seen(graph, example_inputs):
+        inputs.extend(x for x in example_inputs if isinstance(x, torch.Tensor))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=seen))
+    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2)  # fmt: skip
+    kernel = "flash_attention_4"
+    model = PackedModel(AutoModelForCausalLM.from_config(config, attn_implementation=registered_name(kernel)))
+    model.compile_layers()
+    row = row_of(ROWS[3])
+    row.target_rows = np.arange(len(row.input_ids) - 1)
+    row.target_ids = row.target_rows % 50
+    model(**model_inputs(row, kernel, CPU)).sum().backward()
+    assert len(inputs) > 10 and all(x.ndim > 0 for x in inputs)
 
 
 def test_torch_compile_may_trust_what_is_said_of_flash_attention_4(flash_attn):
