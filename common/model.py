@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import deepspeed
@@ -145,7 +146,8 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
         refuse(f"has a sliding window of {window} tokens, shorter than --max_seq_length {max_seq_length}")
     if getattr(config, "attention_chunk_size", None):
         refuse(f"has attention chunks of {config.attention_chunk_size} tokens")
-    for name, value in values.items():
+    parts = [part.items() for name, part in values.items() if name.endswith("_config") and isinstance(part, dict)]
+    for name, value in chain(values.items(), *parts):
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if "softcap" in name and value:
             refuse(f"caps logits softly ({name} = {value})")
@@ -397,10 +399,11 @@ class PackedModel(nn.Module):
         return None if self.needed_rows is None else (inputs[0][:, self.needed_rows],)
 
     def _fill_up(self, mlp: nn.Module, inputs: tuple, outputs: torch.Tensor) -> torch.Tensor | None:
-        """Zeros for the other rows. What follows in a last layer mixes no rows, so nothing that is read changes."""
+        """Ones for the other rows, which a norm of epsilon 0 can take. What follows in a last layer mixes no rows, so
+        nothing that is read changes."""
         if self.needed_rows is None:
             return None
-        return outputs.new_zeros(1, self.num_rows, outputs.shape[-1]).index_copy(1, self.needed_rows, outputs)
+        return outputs.new_ones(1, self.num_rows, outputs.shape[-1]).index_copy(1, self.needed_rows, outputs)
 
     def _decoder(self) -> tuple[nn.Module, nn.ModuleList]:
         """The module that has the repeated layers as a list, and that list."""
@@ -421,6 +424,7 @@ class PackedModel(nn.Module):
         functorch_config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
         dynamo_config.specialize_float = True  # else each is a tensor on the CPU, for which C++ may be compiled, in minutes
         decoder, layers = self._decoder()
+        dynamo_config.recompile_limit = max(8, len(layers) + 8)  # where a layer's numbers follow from its place, as DiffLlama's
         *others, last = layers
         children = list(decoder.children())
         after = [m for m in children[children.index(layers) + 1 :] if next(m.parameters(), None) is not None]

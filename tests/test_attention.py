@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DiffLlamaConfig, LlamaConfig
 
 from common import attention
 from common.attention import attention_kwargs, block_mask, registered_name, resolve_kernel
@@ -225,6 +225,21 @@ def test_compiled_layers_take_no_number_as_a_tensor(flash_attn, monkeypatch):
     row.target_ids = row.target_rows % 50
     model(**model_inputs(row, kernel, CPU)).sum().backward()
     assert len(inputs) > 10 and all(x.ndim > 0 for x in inputs)
+
+
+def test_layers_that_differ_in_a_number_are_all_compiled(monkeypatch):
+    """DiffLlama's lambda_init follows from the layer's place: a graph for each, more than torch.compile's own limit of 8."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    config = DiffLlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=12, num_attention_heads=4,
+                             num_key_value_heads=2)  # fmt: skip
+    model = PackedModel(AutoModelForCausalLM.from_config(config, attn_implementation=registered_name("sdpa")))
+    model.compile_layers()
+    row = row_of(ROWS[3])
+    row.target_rows = np.arange(len(row.input_ids) - 1)
+    row.target_ids = row.target_rows % 50
+    model(**model_inputs(row, "sdpa", CPU)).sum().backward()
 
 
 def test_torch_compile_may_trust_what_is_said_of_flash_attention_4(flash_attn):

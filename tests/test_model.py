@@ -194,6 +194,7 @@ REFUSED = {
     "soft cap": (lambda: config_of("gemma2", sliding_window=4096), "softcap"),
     "experts": (lambda: config_of("mixtral", sliding_window=None), "experts"),
     "experts, Qwen": (lambda: config_of("qwen3_moe"), "experts"),
+    "experts, DBRX": (lambda: config_of("dbrx", ffn_config={"moe_num_experts": 4}), "moe_num_experts"),
     "dropout": (lambda: models.make_config(attention_dropout=0.1), "attention_dropout"),
     "dropout, GPT-2": (lambda: config_of("gpt2"), "gpt2"),
     "logit scaling, Granite": (lambda: config_of("granite", logits_scaling=8.0), "logits_scaling"),
