@@ -254,35 +254,34 @@ def confirmed(
 
 
 def settle(engine, config: TrainConfig, kernel: str, placement: Placement, demand: Demand, ranks: Ranks) -> int:
-    """Sets the layers that recompute and returns the micro-batch's tokens, by measurement on a GPU. Collective.
+    """Sets the layers that recompute and returns the micro-batch's tokens, and says the plan. Collective.
 
-    On a CPU nothing is measured: `auto` recomputes nothing.
+    By measurement on a GPU, if the flags leave anything open; on a CPU `auto` recomputes nothing.
     """
     policy, budget, longest = engine.module, demand.budget, demand.longest_sequence
     layers = len(policy.decoder_layers())
     given = given_layers(config, layers)
-    policy.checkpoint_activations(given or 0)
+    recomputing = given or 0
+    policy.checkpoint_activations(recomputing)
+    counts, itemsize = parameter_counts(policy.lm.config), policy.lm.dtype.itemsize
+    sizes = engine.zero_prefetch_bucket_size(), engine.zero_reduce_bucket_size()
+    state = state_of(counts, itemsize, ranks.world_size, placement, sizes)
+    memory = estimated(policy.lm.config, counts, itemsize, ranks.world_size, placement, sizes)
     if ranks.device.type != "cuda" or (given is not None and demand.is_settled):
-        return budget
-    if layers >= MEASURED_LAYERS[1]:
-        few, many = MEASURED_LAYERS
+        peak = memory.peak(budget, layers - recomputing)
+        how = f"{peak / 1e9:.1f} by the model's shape, nothing measured"
+    else:
         # Else a pass holds collectives, or DeepSpeed's timers are left running by one that was cut off.
         can_recover = placement == Placement("whole", "resident") and not (
             engine.wall_clock_breakdown() or engine.flops_profiler_enabled()
         )
-        peaks = [_dry_run(engine, policy, kernel, tokens, layers - keeping, longest, can_recover, ranks)
-                 for tokens, keeping in ((MEASURED_TOKENS, few), (MEASURED_TOKENS, few), (MEASURED_TOKENS, many),
-                                         (2 * MEASURED_TOKENS, few))][1:]  # fmt: skip
-        if max(peaks) == np.inf:
-            raise TrainingStopped(
-                f"step 0: out of memory on {MEASURED_TOKENS:,} tokens; use more devices, or a --ds_config that offloads"
-            )
-        per_layer = max(1.0, (peaks[1] - peaks[0]) / MEASURED_TOKENS / (many - few))
-        slope = (peaks[2] - peaks[0]) / MEASURED_TOKENS
-        counts = parameter_counts(policy.lm.config)
-        sizes = engine.zero_prefetch_bucket_size(), engine.zero_reduce_bucket_size()
-        state = state_of(counts, policy.lm.dtype.itemsize, ranks.world_size, placement, sizes)
-        memory = MemoryModel(peaks[0] - slope * MEASURED_TOKENS, slope - per_layer * few, per_layer, state.moments)
+
+        def peak_of(tokens: int, recomputing: int) -> float:
+            return _dry_run(engine, policy, kernel, tokens, recomputing, longest, can_recover, ranks) + state.moments
+
+        tried = memory.peak(MEASURED_TOKENS, layers) - memory.peak(0, layers)
+        if layers >= MEASURED_LAYERS[1]:
+            memory, tried = _measured(peak_of, layers, state.moments)
         free, total = torch.cuda.mem_get_info(ranks.device)
         usable = free + torch.cuda.memory_reserved(ranks.device) - HEADROOM * total
         limit = -max(ranks.gather(lambda: -usable))
@@ -290,18 +289,31 @@ def settle(engine, config: TrainConfig, kernel: str, placement: Placement, deman
         def choose_by(memory: MemoryModel) -> tuple[int, int]:
             return choose(memory, limit, layers, demand, placement.overhead, given)[:2]
 
-        def peak_of(budget: int, recomputing: int) -> float:
-            peak = _dry_run(engine, policy, kernel, budget, recomputing, longest, can_recover, ranks)
-            return peak + state.moments
-
-        budget, recomputing, peak = confirmed(memory, limit, layers, max(peaks) - memory.fixed, choose_by, peak_of)
-        ranks.say(
-            f"memory plan, GB on each rank: {state.parameters / 1e9:.1f} parameters, {state.gradients / 1e9:.1f} gradients, "
-            f"{state.optimizer / 1e9:.1f} optimizer, {(peak - sum(state)) / 1e9:.1f} activations; {peak / 1e9:.1f} seen, "
-            f"{memory.peak(budget, layers - recomputing) / 1e9:.1f} predicted, {limit / 1e9:.1f} usable; micro-batches of "
-            f"{budget:,} tokens, {recomputing} of {layers} layers recomputed"
-        )
+        budget, recomputing, peak = confirmed(memory, limit, layers, tried, choose_by, peak_of)
+        predicted = memory.peak(budget, layers - recomputing)
+        how = f"{peak / 1e9:.1f} seen, {predicted / 1e9:.1f} predicted, {limit / 1e9:.1f} usable"
+    ranks.say(
+        f"memory plan, GB on each rank: {state.parameters / 1e9:.1f} parameters, {state.gradients / 1e9:.1f} gradients, "
+        f"{state.optimizer / 1e9:.1f} optimizer, {(peak - sum(state)) / 1e9:.1f} activations; {how}; micro-batches of "
+        f"{budget:,} tokens, {recomputing} of {layers} layers recomputed"
+    )
     return budget
+
+
+def _measured(peak_of: Callable, layers: int, moments: float) -> tuple[MemoryModel, float]:
+    """The memory model from dry runs, and the bytes that grow with the tokens of the largest of them. peak_of as in
+    `confirmed`. Collective."""
+    few, many = MEASURED_LAYERS
+    runs = (MEASURED_TOKENS, few), (MEASURED_TOKENS, few), (MEASURED_TOKENS, many), (2 * MEASURED_TOKENS, few)
+    peaks = [peak_of(tokens, layers - keeping) - moments for tokens, keeping in runs][1:]
+    if max(peaks) == np.inf:
+        raise TrainingStopped(
+            f"step 0: out of memory on {MEASURED_TOKENS:,} tokens; use more devices, or a --ds_config that offloads"
+        )
+    per_layer = max(1.0, (peaks[1] - peaks[0]) / MEASURED_TOKENS / (many - few))
+    slope = (peaks[2] - peaks[0]) / MEASURED_TOKENS
+    fixed = peaks[0] - slope * MEASURED_TOKENS
+    return MemoryModel(fixed, slope - per_layer * few, per_layer, moments), max(peaks) - fixed
 
 
 def _dry_run(

@@ -91,7 +91,8 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
     layers = runs[-1][1] if runs else recomputed[-1]
     assert (budget, layers) == expected
     if is_settled and "gradient_checkpointing" in flags:
-        assert not runs and not said, "nothing is left to choose"
+        assert not runs, "nothing is left to choose"
+        assert "nothing measured; micro-batches of 16,384 tokens, 9 of 32 layers recomputed" in said[-1]
     else:
         assert runs[-1] == expected, "the last dry run is of what was chosen"
         assert real.peak(budget, 32 - layers) <= 0.94 * 141 * GB
@@ -101,6 +102,42 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
         activations = real.peak(budget, 32 - layers) - parameters - gradients - 6 * NUMEL
         of_state = f"{parameters / GB:.1f} parameters, {gradients / GB:.1f} gradients, {6 * NUMEL / GB:.1f} optimizer"
         assert f"{of_state}, {activations / GB:.1f} activations" in said[-1]
+
+
+def test_a_model_of_few_layers_has_its_largest_micro_batch_tried_too(monkeypatch):
+    """Four layers of 8B, whose micro-batches need twice what the shape says: the estimate starts, dry runs correct it."""
+    shape, runs, said, recomputed = models.make_config(**LLAMA_8B | {"num_hidden_layers": 4}), [], [], []
+    guess = estimated(shape, parameter_counts(shape), 2, 2, PARTITIONED, (2e8, 2e8))
+
+    def real(tokens: int, recomputing: int) -> float:
+        return guess.peak(0, 0) + 2 * (guess.peak(tokens, 4 - recomputing) - guess.peak(0, 0))
+
+    def dry_run(engine, policy, kernel, tokens, recomputing, longest, can_recover, ranks):
+        runs.append((tokens, recomputing))
+        return real(tokens, recomputing) - guess.optimizer
+
+    policy = SimpleNamespace(decoder_layers=lambda: [None] * 4, checkpoint_activations=recomputed.append,
+                             lm=SimpleNamespace(dtype=torch.bfloat16, config=shape))  # fmt: skip
+    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=2, say=said.append, gather=lambda work: [work()])
+    monkeypatch.setattr("common.planner._dry_run", dry_run)
+    total = guess.peak(0, 0) + 30 * GB
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    budget = settle(engine_of(policy), SFTConfig(), "varlen", PARTITIONED, ANY, ranks)
+    assert runs[0][0] <= 2 * 4608 and runs[-1][0] == budget > 4096
+    assert real(*runs[-1]) <= 0.94 * total < real(int(1.3 * budget), runs[-1][1])
+    assert f"{real(*runs[-1]) / GB:.1f} seen" in said[-1]
+
+
+def test_on_a_cpu_the_plan_is_said_by_the_models_shape():
+    said = []
+    policy = SimpleNamespace(decoder_layers=lambda: [None] * 32, checkpoint_activations=lambda layers: None,
+                             lm=SimpleNamespace(dtype=torch.float32, config=models.make_config(**LLAMA_8B)))  # fmt: skip
+    ranks = SimpleNamespace(device=torch.device("cpu"), world_size=2, say=said.append)
+    whole = Placement("whole", "resident")
+    assert settle(engine_of(policy), SFTConfig(gradient_checkpointing=3), "sdpa", whole, ANY, ranks) == 16384
+    state = f"{4 * NUMEL / GB:.1f} parameters, {4 * NUMEL / GB:.1f} gradients, {6 * NUMEL / GB:.1f} optimizer"
+    assert state in said[0] and "nothing measured; micro-batches of 16,384 tokens, 3 of 32 layers" in said[0]
 
 
 @pytest.mark.parametrize("tokens_per_step", [1_400, 22_000, 90_000])
