@@ -39,7 +39,7 @@ from deepspeed.utils import (
 from safetensors import safe_open
 
 from common.distributed import Ranks
-from common.errors import TrainingStopped, UserError, print_line
+from common.errors import UserError, print_line, writing
 
 FOLDER = re.compile(r"step_(\d{8,})")
 PART_BYTES = 2**29  # of a slice file, about; a rank holds three of them in memory while it saves
@@ -148,18 +148,11 @@ def save(parameters: dict[str, torch.nn.Parameter], state: RunState, output_dir:
         for old in _complete(output_dir)[keep_last_n:]:
             _delete(old)
 
-    ranks.once(lambda: _or_stop(prepare, folder))
-    entries = ranks.gather(lambda: _or_stop(lambda: _write_slices(parameters, temporary, ranks), folder))
-    ranks.once(lambda: _or_stop(lambda: publish(entries), folder))
+    or_stop = writing(f"the checkpoint under {folder} could not be written", "older checkpoints are intact")
+    ranks.once(or_stop(prepare))
+    entries = ranks.gather(or_stop(lambda: _write_slices(parameters, temporary, ranks)))
+    ranks.once(or_stop(lambda: publish(entries)))
     return folder / name
-
-
-def _or_stop(work, folder: Path):
-    try:
-        return work()
-    except OSError as e:
-        raise TrainingStopped(f"the checkpoint under {folder} could not be written: {e.strerror}; "
-                              f"older checkpoints are intact; free disk space and run the same command") from e
 
 
 def _write_slices(parameters: dict, folder: Path, ranks: Ranks) -> dict:

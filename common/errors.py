@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TextIO
 
 import torch
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 PROGRESS_SECONDS = 30  # between progress lines, where there is no terminal for a bar
@@ -65,6 +66,19 @@ def progress(what: str, total: int, unit: str, say: Callable[[str], None], has_b
 def one_line(error: BaseException) -> str:
     """An error's text as part of a line."""
     return " ".join(str(error).split())[:300]
+
+
+@contextmanager
+def writing(failure: str, kept: str) -> Iterator[None]:
+    """Turns an error while a run writes into a TrainingStopped; also decorates a function that writes.
+
+    failure: what could not be written; kept: what stands nevertheless.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or one_line(e)
+        raise TrainingStopped(f"{failure}: {reason}; {kept}; free disk space and run the same command") from e
 
 
 def full_disk(error: Exception) -> TrainingStopped | None:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 from common.checkpoint import RunState, replace_file
 from common.distributed import Ranks
-from common.errors import TrainingStopped, one_line, print_line
+from common.errors import one_line, print_line, writing
 
 # Dense bf16 peak of a device in FLOP/s, from the vendors' datasheets; the first name that matches counts.
 PEAK_FLOPS = (
@@ -213,17 +213,7 @@ class MetricsFile:
 
 def write_once(work: Callable[[], None], path: Path | str, step: int, ranks: Ranks) -> None:
     """Runs `work`, which writes to `path` after `step`, on rank 0. Its OSError is TrainingStopped, on every rank."""
-
-    def write() -> None:
-        try:
-            work()
-        except OSError as e:
-            raise TrainingStopped(
-                f"{e.filename or path} could not be written after step {step}: {e.strerror or e}; checkpoints are "
-                f"intact; free disk space and run the same command"
-            ) from e
-
-    ranks.once(write)
+    ranks.once(writing(f"{path} could not be written after step {step}", "checkpoints are intact")(work))
 
 
 def _lines(path: Path):

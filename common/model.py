@@ -30,7 +30,7 @@ from common.chat_templates import ChatTemplate
 from common.checkpoint import sync_folder
 from common.config import DPOConfig
 from common.distributed import Ranks
-from common.errors import TrainingStopped, UserError, one_line
+from common.errors import UserError, one_line, writing
 from common.logprobs import LogProbHead
 from common.packing import MicroBatch, pack, sft_documents
 from common.token_cache import SFTSample
@@ -531,7 +531,8 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
         shards[-1].append((name, param))
         size += num_bytes
     temporary = target / ".export"
-    ranks.once(lambda: _writing(target, _empty_folder, temporary))
+    or_stop = writing(f"the model could not be written to {target}", "if a checkpoint was written, it stands")
+    ranks.once(or_stop(lambda: _empty_folder(temporary)))
     weight_map = {}
     for i, shard in enumerate(shards):
         file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -544,21 +545,10 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
         if shard is shards[-1]:
             tensors |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
             weight_map |= dict.fromkeys(buffers, file_name)
-        ranks.once(lambda: _writing(target, save_file, tensors, temporary / file_name, {"format": "pt"}))
+        ranks.once(or_stop(lambda: save_file(tensors, temporary / file_name, {"format": "pt"})))
     total_size = sum(p.ds_numel * p.element_size() for _, p in parameters) + sum(b.nbytes for b in buffers.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    ranks.once(lambda: _writing(target, _finish_export, lm, template, source_folder, temporary, target, index))
-
-
-def _writing(target: Path, write: Callable, *arguments) -> None:
-    """write(*arguments). Raises TrainingStopped where the files of the model cannot be written."""
-    try:
-        write(*arguments)
-    except (OSError, SafetensorError) as e:
-        raise TrainingStopped(
-            f"the model could not be written to {target}: {one_line(e)}; if a checkpoint was written, it stands: once "
-            f"that is mended (free disk space?), the same command goes on from there"
-        ) from e
+    ranks.once(or_stop(lambda: _finish_export(lm, template, source_folder, temporary, target, index)))
 
 
 def _empty_folder(path: Path) -> None:

@@ -26,7 +26,7 @@ from common import attention, logprobs, model, packing
 from common.checkpoint import digest, file_digest, replace_file
 from common.config import DPOConfig
 from common.distributed import Ranks
-from common.errors import TrainingStopped, UserError, full_disk, one_line, progress
+from common.errors import TrainingStopped, UserError, full_disk, one_line, progress, writing
 from common.logprobs import sequence_logps
 from common.mixer import file_stamp
 from common.packing import MicroBatch, one_ahead, pack, pair_documents, plan_step
@@ -185,10 +185,5 @@ def _write_part(folder: Path, pairs: np.ndarray, values: np.ndarray) -> None:
     contents = digest(pairs.tobytes() + values.tobytes())
     path = folder / f"part_{contents[:16]}.safetensors"
     data = safetensors.numpy.save({"pairs": pairs, "logps": values}, {"digest": contents})
-    try:
+    with writing(f"{path} could not be written", "the parts before it are kept; or name another --cache_dir"):
         replace_file(path, data)
-    except OSError as e:
-        raise TrainingStopped(
-            f"{path} ({len(data):,} bytes) could not be written: {e.strerror}; the parts before it are kept; free disk "
-            f"space and run the same command, or name another --cache_dir"
-        ) from e
