@@ -9,6 +9,7 @@ Fails if a layer was compiled again after warm-up. --profile adds torch's profil
 them. Model, data and results go to output/bench.
 """
 
+import argparse
 import contextlib
 import json
 import multiprocessing
@@ -102,20 +103,18 @@ def write_data(method: str, lengths: str, num: int, path: Path) -> None:
                 file.write(json.dumps({"chosen": turns(prompt, words(c)), "rejected": turns(prompt, words(r))}) + "\n")
 
 
-def split_flags(flags: list[str], options: dict[str, str]) -> tuple[list[str], bool]:
-    """Puts values of `--name value` and `--name=value` into options; gives the other words, and whether to profile."""
-    passed, is_profiled = [], False
-    while flags:
-        flag, equals, value = flags.pop(0).partition("=")
-        if flag in options:
-            if not equals and not flags:
-                raise UserError(f"{flag} needs a value")
-            options[flag] = value if equals else flags.pop(0)
-        elif flag == "--profile" and not equals:
-            is_profiled = True
-        else:
-            passed.append(flag + equals + value)
-    return passed, is_profiled
+class Options(argparse.ArgumentParser):
+    """The benchmark's own flags, beside those of the script. Raises UserError where argparse prints its usage."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        self.add_argument("--shape", choices=SHAPES, default="llama-8b" if ON_GPU else "tiny")
+        self.add_argument("--steps", type=int, default=10)
+        self.add_argument("--lengths", choices=SAMPLES_PER_RANK, default="tulu")
+        self.add_argument("--profile", action="store_true")
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
 
 
 def num_recompiled(records: list[dict]) -> int | None:
@@ -141,22 +140,17 @@ def main() -> None:
     ranks = int(flags.pop(0)) if flags and flags[0].isdecimal() else torch.cuda.device_count() if ON_GPU else 2
     if ranks == 0:
         raise UserError(f"bench {method} 0: N must be 1 or more")
-    options = {"--shape": "llama-8b" if ON_GPU else "tiny", "--steps": "10", "--lengths": "tulu"}
-    passed, is_profiled = split_flags(flags, options)
-    if not (options["--steps"].isdecimal() and int(options["--steps"]) > 0):
-        raise UserError(f"--steps {options['--steps']}: must be a whole number, 1 or more")
+    options, passed = Options().parse_known_args(flags)
+    if options.steps < 1:
+        raise UserError(f"--steps {options.steps}: must be 1 or more")
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    if is_profiled:
+    if options.profile:
         environment[PROFILE_VARIABLE] = str(Path("output/bench/profile.txt").absolute())
-        options["--steps"] = str(max(3, int(options["--steps"])))  # those that are profiled
-    if options["--shape"] not in SHAPES:
-        raise UserError(f"--shape {options['--shape']}: known shapes are {', '.join(SHAPES)}")
-    if options["--lengths"] not in SAMPLES_PER_RANK:
-        raise UserError(f"--lengths {options['--lengths']}: known are {', '.join(SAMPLES_PER_RANK)}")
-    steps = int(options["--steps"]) + WARMUP_STEPS
+        options.steps = max(3, options.steps)  # those that are profiled
+    steps = options.steps + WARMUP_STEPS
     folder = Path("output/bench")
-    model, data, out = folder / options["--shape"], folder / f"{method}-{options['--lengths']}.jsonl", folder / f"run-{method}"
-    samples = SAMPLES_PER_RANK[options["--lengths"]] * ranks
+    model, data, out = folder / options.shape, folder / f"{method}-{options.lengths}.jsonl", folder / f"run-{method}"
+    samples = SAMPLES_PER_RANK[options.lengths] * ranks
     own = {
         "model_name_or_path": model,
         "dataset_mixer": data,
@@ -173,8 +167,8 @@ def main() -> None:
             raise UserError(f"{word}: the benchmark sets this flag itself; leave it out")
     if not (model / "tokenizer.json").is_file():  # in a process of its own, which leaves the GPU when it is done
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            process.submit(write_model, options["--shape"], model).result()
-    write_data(method, options["--lengths"], 12 * samples, data)
+            process.submit(write_model, options.shape, model).result()
+    write_data(method, options.lengths, 12 * samples, data)
     shutil.rmtree(out, ignore_errors=True)
     words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
     words += ["--global_batch_size", str(samples), *passed]
@@ -208,9 +202,9 @@ def main() -> None:
     samples = json.loads((out / "run_config.json").read_text())["config"]["global_batch_size"]  # a flag may change it
     result = {
         "method": method,
-        "shape": options["--shape"],
+        "shape": options.shape,
         "ranks": ranks,
-        "lengths": options["--lengths"],
+        "lengths": options.lengths,
         "flags": passed,
         "steps": len(records),
         "tokens_per_step": tokens,
@@ -223,7 +217,7 @@ def main() -> None:
         "packing_efficiency": median("packing_efficiency"),
         "recompiles": num_recompiled(all_records),
     }
-    (folder / f"bench-{method}-{options['--shape']}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / f"bench-{method}-{options.shape}.json").write_text(json.dumps(result, indent=2) + "\n")
     if PROFILE_VARIABLE in environment:
         print_line(Path(environment[PROFILE_VARIABLE]).read_text(encoding="utf-8"))
     for name, value in result.items():

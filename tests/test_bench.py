@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import common.bench
-from common.bench import WARMUP_STEPS, generated_lengths, num_recompiled, split_flags
+from common.bench import WARMUP_STEPS, Options, generated_lengths, num_recompiled
 from common.errors import UserError
 
 
@@ -75,12 +75,12 @@ def test_a_benchmark_that_is_stopped_stops_its_ranks(tmp_path, number):
     ("words", "named"),
     [
         ((), "bench sft|dpo"),
-        (("sft", "--shape", "huge"), "known shapes are"),
-        (("sft", "--lengths", "long"), "known are tulu, full"),
-        (("sft", "--steps", "x"), "--steps x"),
+        (("sft", "--shape", "huge"), "--shape: invalid choice: 'huge'"),
+        (("sft", "--lengths", "long"), "--lengths: invalid choice: 'long'"),
+        (("sft", "--steps", "x"), "--steps: invalid int value: 'x'"),
         (("sft", "--steps", "-1"), "--steps -1"),
         (("sft", "--steps=0"), "--steps 0"),
-        (("sft", "--steps"), "--steps needs a value"),
+        (("sft", "--steps"), "--steps: expected one argument"),
         (("sft", "0"), "bench sft 0"),
         (("sft", "--logging_steps", "5"), "--logging_steps: the benchmark sets"),
         (("sft", "--output-dir=x"), "--output-dir=x: the benchmark sets"),
@@ -115,9 +115,10 @@ def test_the_visible_devices_are_heeded(tmp_path, monkeypatch):
 
 
 def test_own_flags_are_taken_as_the_scripts_take_theirs():
-    options = {"--shape": "tiny", "--steps": "10"}
-    passed = split_flags(["--steps=2", "--profile", "--beta", "3", "--shape", "huge", "--seed=1"], options)
-    assert passed == (["--beta", "3", "--seed=1"], True) and options == {"--shape": "huge", "--steps": "2"}
+    words = ["--steps=2", "--profile", "--beta", "3", "--shape", "llama-3b", "--seed=1", "--learning_rate", "-1e-5"]
+    options, passed = Options().parse_known_args(words)
+    assert passed == ["--beta", "3", "--seed=1", "--learning_rate", "-1e-5"]
+    assert vars(options) == {"shape": "llama-3b", "steps": 2, "lengths": "tulu", "profile": True}
 
 
 def test_help_names_the_shapes(monkeypatch, capsys):
