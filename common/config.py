@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from common.errors import UserError, one_line, print_line
+from common.errors import UserError, mistake, print_line
 
 
 def _field(default, help: str, choices: tuple = (), least: float | None = None, most: float = math.inf):
@@ -207,12 +207,8 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _read_yaml(path: str) -> dict:
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
-    except OSError as e:
-        raise UserError(f"--config {path}: {e.strerror}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: no UTF-8, no number, no date
-        raise UserError(f"--config {path}: not YAML: {one_line(e)}") from None
+    with mistake(f"--config {path}", OSError), mistake(f"--config {path}: not YAML", yaml.YAMLError, ValueError, RecursionError):
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)  # ValueError: no UTF-8, no number, no date
     if content is None:
         return {}
     if not isinstance(content, dict):

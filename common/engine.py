@@ -12,7 +12,7 @@ from deepspeed.utils import set_z3_leaf_modules
 
 from common.config import TrainConfig
 from common.distributed import Ranks
-from common.errors import TrainingStopped, UserError, is_out_of_memory, one_line
+from common.errors import TrainingStopped, is_out_of_memory, mistake
 from common.model import PackedModel
 from common.residency import ResidentParameters, WholeGradients
 
@@ -33,11 +33,8 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     )
     # One gather and one reduction a layer, in place of one for every module in it.
     set_z3_leaf_modules(model, list({type(layer) for layer in model.decoder_layers()}))
-    try:
+    with mistake(f"--ds_config {config.ds_config}: DeepSpeed refuses it", AssertionError, NotImplementedError, ValueError):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
-    except (AssertionError, NotImplementedError, ValueError) as e:
-        reason = f"{type(e).__name__}: {one_line(e)}"
-        raise UserError(f"--ds_config {config.ds_config}: DeepSpeed refuses it: {reason}") from e
     zero = engine.optimizer
     if not zero.offload_optimizer:
         zero._get_norm_groups = partial(_gradient_norm, zero)

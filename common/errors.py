@@ -69,6 +69,24 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
+def mistake(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns an error of these kinds (none named: of any) into a UserError that says what went wrong, and why.
+
+    A UserError goes through as it is. Also decorates a function.
+    """
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, UserError) or not isinstance(e, kinds or Exception):
+            raise
+        raise UserError(f"{what}: {_reason(e)}") from e
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {one_line(error)}"
+
+
+@contextmanager
 def writing(failure: str, kept: str) -> Iterator[None]:
     """Turns an error while a run writes into a TrainingStopped; also decorates a function that writes.
 
@@ -77,8 +95,7 @@ def writing(failure: str, kept: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as e:
-        reason = getattr(e, "strerror", None) or one_line(e)
-        raise TrainingStopped(f"{failure}: {reason}; {kept}; free disk space and run the same command") from e
+        raise TrainingStopped(f"{failure}: {_reason(e)}; {kept}; free disk space and run the same command") from e
 
 
 def full_disk(error: Exception) -> TrainingStopped | None:

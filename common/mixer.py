@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError, one_line
+from common.errors import UserError, mistake
 
 SUBSET_SEED = 42  # of every subset, whatever the run's seed: the reference run's rows
 COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")  # all that is read; others are ignored
@@ -134,22 +134,16 @@ def load_source(source: Source) -> Rows:
     opener = {".jsonl": _open_lines, ".json": _open_json, ".parquet": _open_parquet}[Path(source.path).suffix] \
         if source.local else _open_hub
     stamp = file_stamp(source.path) if source.local else None
-    try:
+    with mistake(source.path, OSError, ValueError):
         identity, read, numbers = opener(source)
         indices = subset_indices(len(numbers), source.amount)
-    except OSError as error:
-        raise UserError(f"{source.path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise error if isinstance(error, UserError) else UserError(f"{source.path}: {error}") from error
     return Rows(source, identity, indices, read, numbers, stamp)
 
 
 def decode_row(raw: bytes | dict) -> dict:
     """One item of Rows.read -> the row. Raises UserError, without the row's place, if it is not a JSON object."""
-    try:
+    with mistake("not valid JSON", ValueError, RecursionError):
         row = json.loads(raw) if isinstance(raw, bytes) else raw
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise UserError(f"a row must be a JSON object, not {type(row).__name__}")
     return row
@@ -183,10 +177,8 @@ def _open_json(source: Source):
     content = Path(source.path).read_bytes()
     if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         return _open_lines(source)
-    try:
+    with mistake(f"{source.path}: not valid JSON", ValueError, RecursionError):
         rows = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source.path}: not valid JSON: {error}") from error
     if not isinstance(rows, list):
         raise UserError(f"{source.path}: must hold an array of objects, or an object a line")
     identity = {"sha256": hashlib.sha256(content).hexdigest()}
@@ -199,11 +191,9 @@ def _open_parquet(source: Source):
 
     with open(source.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    try:
+    with mistake(f"{source.path}: not a readable parquet file", pyarrow.ArrowException, OSError):
         names = pyarrow.parquet.read_schema(source.path).names
         table = pyarrow.parquet.read_table(source.path, columns=[name for name in names if name in COLUMNS] or None)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{source.path}: not a readable parquet file: {type(error).__name__}: {one_line(error)}") from error
     return {"sha256": digest}, *_arrow_rows(Dataset(table), source)
 
 
@@ -213,12 +203,10 @@ def _open_hub(source: Source):
     from huggingface_hub import HfApi
 
     commit = source.revision
-    try:
+    with mistake(f"dataset_mixer {source.text!r}"):
         if not re.fullmatch(r"[0-9a-f]{40}", commit or ""):
             commit = HfApi().dataset_info(source.path, revision=source.revision).sha
         dataset = load_dataset(source.path, revision=commit, split=source.split)
-    except Exception as error:  # whatever it is, the user has to see which source cannot be had, and why
-        raise UserError(f"dataset_mixer {source.text!r}: {type(error).__name__}: {one_line(error)}") from error
     if not all(commit in file["filename"] for file in dataset.cache_files):  # offline, the last one cached is given
         raise UserError(f"dataset_mixer {source.text!r}: the hub cannot be reached, and what was last cached from it is "
                         f"not commit {commit}")
@@ -231,10 +219,8 @@ def _arrow_rows(dataset, source: Source):
     dataset = dataset.select_columns(names or dataset.column_names)
 
     def read(indices):
-        try:
+        with mistake(f"{source.path}: a text column does not hold UTF-8", UnicodeDecodeError):
             columns = dataset[indices.tolist()]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{source.path}: a text column does not hold UTF-8: {error}") from error
         return [{name: column[i] for name, column in columns.items()} for i in range(len(indices))]
 
     return read, np.arange(1, len(dataset) + 1)

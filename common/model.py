@@ -30,7 +30,7 @@ from common.chat_templates import ChatTemplate
 from common.checkpoint import sync_folder
 from common.config import DPOConfig
 from common.distributed import Ranks
-from common.errors import UserError, one_line, writing
+from common.errors import UserError, mistake, writing
 from common.logprobs import LogProbHead
 from common.packing import MicroBatch, pack, sft_documents
 from common.token_cache import SFTSample
@@ -65,18 +65,14 @@ def find_folder(what: str, name_or_path: str, revision: str | None, files: list[
         raise UserError(f"{what} {name_or_path}: there is no such folder")
     if name_or_path == DPOConfig.model_name_or_path:
         raise UserError(f"{what} {name_or_path}: there is no such folder: run train_sft.py first, or name a model")
-    try:
+    with mistake(f"{what} {name_or_path}: no such folder here, and the hub did not give it", HfHubHTTPError, OSError, ValueError):
         return snapshot_download(name_or_path, revision=revision, allow_patterns=files)
-    except (HfHubHTTPError, OSError, ValueError) as e:
-        raise UserError(f"{what} {name_or_path}: no such folder here, and the hub did not give it: {one_line(e)}") from None
 
 
 def load_tokenizer(folder: str):
     """The fast tokenizer of a folder. Raises UserError if there is none or it has no end-of-sequence token."""
-    try:
+    with mistake(f"tokenizer {folder}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as e:  # as many kinds as there are ways to be wrong
-        raise UserError(f"tokenizer {folder}: cannot be loaded: {one_line(e)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {folder}: needs a tokenizer.json (a fast tokenizer)")
     if tokenizer.eos_token_id is None:
@@ -91,25 +87,21 @@ def num_token_ids(tokenizer) -> int:
 
 def load_config(folder: str) -> PretrainedConfig:
     """The model's config. Raises UserError for one that cannot be read, or whose generation_config.json cannot be."""
-    try:
+    with mistake(f"model {folder}: config.json cannot be read"):
         config = AutoConfig.from_pretrained(folder)
-    except Exception as e:  # as many kinds as there are ways to be wrong
-        raise UserError(f"model {folder}: config.json cannot be read: {one_line(e)}") from None
     generation_config(folder, config, [])  # now, not when the model is written
     return config
 
 
 def generation_config(folder: str, config: PretrainedConfig, end_ids: list[int]) -> GenerationConfig:
     """The model's, with end_ids as further ends. Raises UserError."""
-    try:
+    with mistake(f"model {folder}: generation_config.json cannot be used; mend or delete it"):
         if (Path(folder) / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(folder)
         else:
             generation = GenerationConfig.from_model_config(config)
         stop = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
         ids = sorted({*end_ids, *(int(t) for t in stop if t is not None)})
-    except Exception as e:  # as many kinds as there are ways to be wrong
-        raise UserError(f"model {folder}: generation_config.json cannot be used: {one_line(e)}; mend or delete it") from None
     generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
     return generation
 
@@ -177,15 +169,12 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
 
 def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
     """Elements of all parameters and of one layer's, of the model that this config describes; tied ones count once."""
-    try:
+    with mistake("config.json describes no model that transformers can build"):
         with torch.device("meta"):
             model = PackedModel(AutoModelForCausalLM.from_config(config))
         model.lm.tie_weights()
         layers = model.decoder_layers()
         of_layer = sum(p.numel() for layer in layers for p in layer.parameters()) // len(layers)
-    except Exception as e:  # as many kinds as there are ways to be wrong
-        reason = f"{type(e).__name__}: {one_line(e)}"
-        raise UserError(f"config.json describes no model that transformers can build: {reason}") from None
     return sum(p.numel() for p in model.parameters()), of_layer
 
 
@@ -208,12 +197,10 @@ class WeightReader:
         self.folder = Path(folder)
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            try:
+            with mistake(f"{index}: not a safetensors index", ValueError, KeyError, TypeError):
                 file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
                 if not all(isinstance(name, str) for name in file_of.values()):
-                    raise ValueError
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{index}: not a safetensors index") from None
+                    raise ValueError("a file's name is no text")
         elif (self.folder / "model.safetensors").is_file():
             with self._open("model.safetensors") as file:
                 file_of = dict.fromkeys(file.keys(), "model.safetensors")
@@ -223,12 +210,8 @@ class WeightReader:
         self.places = {rename_source_key(key, renamings, [])[0]: (file, key) for key, file in file_of.items()}
 
     def _open(self, name: str):
-        try:
+        with mistake(f"{self.folder / name}: not a whole safetensors file", OSError, SafetensorError):
             return safe_open(self.folder / name, framework="pt")
-        except (OSError, SafetensorError) as e:
-            raise UserError(
-                f"{self.folder / name}: not a whole safetensors file ({one_line(e)})"
-            ) from None
 
     def check(self, model: nn.Module) -> None:
         """Raises UserError if a parameter of `model` (whose weights are tied) is missing, has another shape or is no

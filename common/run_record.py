@@ -13,7 +13,7 @@ import torch
 from common.checkpoint import RunState, delete_after, digest, file_digest, replace_file, require_same_run
 from common.config import TrainConfig
 from common.distributed import Ranks
-from common.errors import UserError
+from common.errors import UserError, mistake
 from common.reference_cache import weight_digests
 
 FINISHED = "the run is done (--clean_checkpoints_at_end)"
@@ -61,13 +61,11 @@ def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> boo
     for flag in ("model_name_or_path", "ref_model_name_or_path"):
         if (read := getattr(config, flag, None)) and Path(read).resolve() == Path(config.output_dir).resolve():
             raise UserError(f"--output_dir {config.output_dir} is --{flag}, which would be lost; name another folder")
-    try:
+    with mistake(f"--output_dir {config.output_dir}: cannot be written", OSError):
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         _hold(config.output_dir)
         (Path(config.output_dir) / ".writable").touch()
         (Path(config.output_dir) / ".writable").unlink()
-    except OSError as e:
-        raise UserError(f"--output_dir {config.output_dir}: cannot be written: {e.strerror}") from None
     for name, is_right in (("checkpoints", Path.is_dir), ("metrics.jsonl", Path.is_file), ("run_config.json", Path.is_file)):
         if (path := Path(config.output_dir) / name).exists() and not is_right(path):
             raise UserError(f"{path} is in the way; move it, or name another --output_dir")

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from transformers import get_scheduler
 
-from common.errors import UserError, one_line
+from common.errors import mistake
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
@@ -56,11 +56,9 @@ def learning_rate_schedule(name: str, peak: float, num_steps: int, warmup_ratio:
     does not take.
     """
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    try:
+    with mistake(f"--lr_scheduler_type {name} with --learning_rate {peak}", ValueError):  # polynomial's last rate is 1e-7
         scheduler = get_scheduler(
             name, optimizer, num_warmup_steps=int(num_steps * warmup_ratio), num_training_steps=num_steps
         )
-    except ValueError as e:  # polynomial's last rate is 1e-7
-        raise UserError(f"--lr_scheduler_type {name} with --learning_rate {peak}: {one_line(e)}") from None
     factor = scheduler.lr_lambdas[0]
     return lambda step: peak * factor(step)

@@ -31,7 +31,7 @@ import xxhash
 
 from common import chat_templates, mixer, tokenization
 from common.chat_templates import ChatTemplate
-from common.errors import UserError, one_line, print_line, progress
+from common.errors import UserError, mistake, print_line, progress
 from common.mixer import Rows, decode_row, load_source, parse_source
 from common.tokenization import Dropped, Encoder, PreferencePair, SFTSample
 
@@ -229,10 +229,8 @@ def _map_blocks(tokenize: "BlockTokenizer", sources: list[Rows], num_proc: int):
         for number, rows in enumerate(sources):
             for start in range(0, len(rows.indices), BLOCK_ROWS):
                 indices = rows.indices[start:start + BLOCK_ROWS]
-                try:
+                with mistake(rows.source.path, OSError):
                     read = rows.read(indices)
-                except OSError as error:
-                    raise UserError(f"{rows.source.path}: {one_line(error)}") from error
                 yield number, rows.source.path, rows.numbers[indices].tolist(), read
 
     if num_proc == 1:
