@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jinja2
 
-from common.errors import UserError, one_line
+from common.errors import UserError, mistake, one_line
 
 # The reference run's template: <|role|>, a new line, the content (and EOS, if the assistant's), a new line except at
 # the end. Other roles render nothing.
@@ -188,14 +188,10 @@ def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
             raise UserError(f"chat template {name_or_path!r} ends answers with EOS, but the tokenizer has no eos_token")
         return ChatTemplate(name_or_path, BUILT_IN[name_or_path], tokenizer)
     if name_or_path == "tokenizer":
-        try:
+        with mistake("chat_template 'tokenizer': the tokenizer has none, or several; use 'tulu'"):
             jinja = tokenizer.get_chat_template()
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError("chat_template 'tokenizer': the tokenizer has none, or several; use 'tulu'") from error
         return ChatTemplate(name_or_path, jinja, tokenizer)
-    try:
+    names = ", ".join([*BUILT_IN, "tokenizer"])
+    with mistake(f"chat_template {name_or_path!r} is none of {names}, nor a readable .jinja file", OSError, UnicodeDecodeError):
         jinja = Path(name_or_path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        names = ", ".join([*BUILT_IN, "tokenizer"])
-        raise UserError(f"chat_template {name_or_path!r} is none of {names}, nor a readable .jinja file") from error
     return ChatTemplate(name_or_path, jinja, tokenizer)

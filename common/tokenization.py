@@ -122,8 +122,6 @@ class Encoder:
     """The bare fast tokenizer: no special tokens added, no truncation or padding of its own, exact offsets."""
 
     def __init__(self, tokenizer):
-        if not getattr(tokenizer, "is_fast", False):
-            raise UserError(f"tokenizer {tokenizer.name_or_path!r} has no tokenizer.json, which is needed")
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self.backend.no_truncation()
         self.backend.no_padding()
