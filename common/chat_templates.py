@@ -39,8 +39,8 @@ BUILT_IN = {"tulu": TULU}
 MARKER = "\ue0f1\ue0f2"  # stands for a content; private-use characters, unchanged by strip, split or tojson
 
 
-class TemplateRefused(ValueError):
-    """The template itself refused the conversation (its `raise_exception`), e.g. for its order of roles."""
+class Dropped(Exception):
+    """A well-formed row that holds nothing to train on; its text is the reason it is counted under."""
 
 
 class ChatTemplate:
@@ -60,8 +60,8 @@ class ChatTemplate:
         try:
             answered = self.apply([question, {"role": "assistant", "content": MARKER}])
             asked, prompted = self.apply([question]), self.apply([question], add_generation_prompt=True)
-        except TemplateRefused as error:
-            raise UserError(f"chat template {name!r} refuses a question and its answer: {error}") from error
+        except Dropped as error:
+            raise UserError(f"chat template {name!r}: a question and its answer are {error}") from error
         if answered.count(MARKER) != 1:
             raise UserError(f"chat template {name!r} does not show the assistant's content exactly once")
         header, tail = answered.split(MARKER)
@@ -84,7 +84,7 @@ class ChatTemplate:
         messages = [{"role": role, "content": text} for role, text in zip(roles, ("q", MARKER, "q", "a"), strict=True)]
         try:
             after = self.apply(messages).partition(MARKER)[2]
-        except (TemplateRefused, UserError):
+        except (Dropped, UserError):
             return tail
         return before_eos if after.startswith(before_eos) and not after.startswith(tail.rstrip()) else tail
 
@@ -94,7 +94,8 @@ class ChatTemplate:
         return sorted({self.tokenizer.eos_token_id, *(closing if len(closing) == 1 else ())})
 
     def apply(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """transformers' own rendering. Raises TemplateRefused; UserError for any other failure of the template."""
+        """transformers' own rendering. Raises Dropped where the template itself refuses the conversation (by its
+        `raise_exception`, e.g. for its order of roles); UserError for any other failure of it."""
         try:
             return self.tokenizer.apply_chat_template(messages, chat_template=self.jinja, tokenize=False,
                                                       add_generation_prompt=add_generation_prompt)
@@ -102,14 +103,14 @@ class ChatTemplate:
             raise UserError(f"chat template {self.name!r}, line {error.lineno}: {error.message}") from error
         except Exception as error:  # a template is a program of the user's, and can fail in any way
             if type(error) is jinja2.TemplateError:  # what raise_exception raises
-                raise TemplateRefused(one_line(error)) from error
+                raise Dropped(f"refused by the chat template: {one_line(error)}"[:120]) from error
             raise UserError(f"chat template {self.name!r}: {type(error).__name__}: {one_line(error)}") from error
 
     def render(self, messages: list[dict], only_last: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and the [start, end) characters of it that are trained.
 
         One span for each assistant message, in order; with only_last, the last of them alone. Raises
-        TemplateRefused, or UserError where a turn's place in the text cannot be told.
+        Dropped, or UserError where a turn's place in the text cannot be told.
         """
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         turns = turns[-1:] if only_last else turns
@@ -143,7 +144,7 @@ class ChatTemplate:
             marked = [{**message, "content": f"{MARKER}{i}{MARKER}"} for i, message in enumerate(messages)]
             try:
                 self._printed[roles] = re.split(f"{MARKER}([0-9]+){MARKER}", self.apply(marked))
-            except (UserError, TemplateRefused):  # for a content that is a marker
+            except (UserError, Dropped):  # for a content that is a marker
                 self._printed[roles] = []
         return self._printed[roles]
 
@@ -176,7 +177,7 @@ class ChatTemplate:
             try:
                 self._shows_role[role] = MARKER in self.apply([message, user]) or MARKER in self.apply(
                     [user, {"role": "assistant", "content": "answer"}, message])
-            except (UserError, TemplateRefused):
+            except (UserError, Dropped):
                 self._shows_role[role] = True
         return self._shows_role[role]
 

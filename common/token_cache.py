@@ -30,10 +30,10 @@ import transformers
 import xxhash
 
 from common import chat_templates, mixer, tokenization
-from common.chat_templates import ChatTemplate
+from common.chat_templates import ChatTemplate, Dropped
 from common.errors import UserError, mistake, print_line, progress
 from common.mixer import Rows, decode_row, load_source, parse_source
-from common.tokenization import Dropped, Encoder, PreferencePair, SFTSample
+from common.tokenization import Encoder, PreferencePair, SFTSample
 
 BLOCK_ROWS = 128  # rows that go to a process at a time
 MIN_ROWS_PER_PROCESS = 2048  # starting a process takes seconds: small data is tokenized in this one
@@ -285,7 +285,7 @@ class BlockTokenizer:
     def _render_sft(self, row: dict, counts: Counter) -> tuple:
         form, messages = tokenization.sft_conversation(row)
         self._count(form, messages, counts)
-        return tokenization.render(messages, self.template)
+        return self.template.render(messages)
 
     def _render_dpo(self, row: dict, counts: Counter) -> tuple:
         form, chosen, rejected = tokenization.preference_conversations(row)

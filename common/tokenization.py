@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Encoding
 
-from common.chat_templates import ChatTemplate, TemplateRefused
+from common.chat_templates import ChatTemplate, Dropped
 from common.errors import UserError
 
 # A text longer than CHARS_PER_TOKEN x max_seq_length + SPARE_CHARS is tokenized by its beginning first, of which the
@@ -37,10 +37,6 @@ class PreferencePair(NamedTuple):
     rejected_ids: np.ndarray
     chosen_start: int
     rejected_start: int
-
-
-class Dropped(Exception):
-    """A well-formed row that holds nothing to train on; its text is the reason it is counted under."""
 
 
 # --------------------------------------------------------------------------------- rows to conversations
@@ -165,21 +161,13 @@ class Encoder:
             raise Dropped("the tokenizer fails on its text") from error
 
 
-def render(messages: list[dict], template: ChatTemplate, only_last: bool = False) -> tuple[str, list[tuple[int, int]]]:
-    """ChatTemplate.render, but for Dropped where the template refuses the conversation."""
-    try:
-        return template.render(messages, only_last)
-    except TemplateRefused as error:
-        raise Dropped(f"refused by the chat template: {error}"[:120]) from error
-
-
 def render_pair(chosen: list[dict], rejected: list[dict], template: ChatTemplate) -> tuple[str, str, str]:
     """-> (prompt, chosen's completion, rejected's). Raises Dropped; UserError if the template makes two prompts."""
     prompts, completions = [], []
     for messages in (chosen, rejected):
         if not messages or messages[-1]["role"] != "assistant":
             raise Dropped("does not end with the assistant's message")
-        text, [(start, end)] = render(messages, template, only_last=True)
+        text, [(start, end)] = template.render(messages, only_last=True)
         prompts.append(text[:start])
         completions.append(text[start:end])
     if prompts[0] != prompts[1]:

@@ -31,7 +31,7 @@ from common.token_cache import (
     prepare_tokens,
     preview,
 )
-from common.tokenization import Encoder, render, render_pair, tokenize_pair, tokenize_sft
+from common.tokenization import Encoder, render_pair, tokenize_pair, tokenize_sft
 
 REPO = Path(__file__).parents[1]
 
@@ -82,7 +82,7 @@ def test_an_sft_cache_holds_every_kept_sample_in_order(kit, tmp_path):
     assert len(ds) == len(expected) and ds.kind == "sft" and ds.pair_lengths is None
     num_truncated = 0
     for i, (chat, where) in enumerate(expected):
-        sample, truncated = tokenize_sft(*render(chat, template), Encoder(tokenizer), 64)
+        sample, truncated = tokenize_sft(*template.render(chat), Encoder(tokenizer), 64)
         np.testing.assert_array_equal(ds[i].input_ids, sample.input_ids)
         np.testing.assert_array_equal(ds[i].trained_spans, sample.trained_spans)
         assert (ds.where(i), ds.lengths[i]) == (where, len(sample.input_ids))

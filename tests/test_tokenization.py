@@ -20,7 +20,6 @@ from common.tokenization import (
     Dropped,
     Encoder,
     preference_conversations,
-    render,
     render_pair,
     sft_conversation,
 )
@@ -32,7 +31,7 @@ USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "conte
 
 
 def tokenize_sft(messages, template, encoder, max_seq_length):
-    return tokenization.tokenize_sft(*render(messages, template), encoder, max_seq_length)
+    return tokenization.tokenize_sft(*template.render(messages), encoder, max_seq_length)
 
 
 def tokenize_pair(chosen, rejected, template, encoder, max_seq_length):
