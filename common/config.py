@@ -28,6 +28,8 @@ def _field(default, help: str, choices: tuple = (), least: float | None = None, 
     return dataclasses.field(default=default, metadata=metadata)
 
 
+PATHS = {"model_name_or_path", "tokenizer_name_or_path", "ref_model_name_or_path", "dataset_mixer", "chat_template",
+         "output_dir", "resume", "cache_dir", "ds_config"}  # fmt: skip
 LR_SCHEDULERS = (
     "linear",
     "cosine",
@@ -85,7 +87,7 @@ class TrainConfig:
     keep_last_n_checkpoints: int = _field(3, "older checkpoints are deleted", least=1)
     clean_checkpoints_at_end: bool = _field(False, "delete this run's checkpoints once the model is exported")
     resume: str = _field("auto", "auto, never (start over), or a checkpoint's path")
-    cache_dir: str = _field(os.path.expanduser("~/.cache/plaintune"), "token and reference caches")
+    cache_dir: str = _field("~/.cache/plaintune", "token and reference caches")
     collective_timeout_minutes: int = _field(
         30, "a rank that waits longer for the others gives up", least=1, most=10**6
     )
@@ -150,15 +152,20 @@ def parse_config(cls: type, argv: list[str] | None = None):
         values[name] = (value, f"--{name}")
     hints = typing.get_type_hints(cls)
     config = cls(**{name: _convert(hints[name], value, where) for name, (value, where) in values.items()})
+    for name in PATHS & names:
+        setattr(config, name, _expanded(getattr(config, name), name))
     _validate(config)
     return config
 
 
-def _expanded(text: str, where: str) -> str:
-    """A text; if it is a path of somebody's home folder, with ~ written out."""
-    path = os.path.expanduser(text)
-    if path.startswith("~"):
-        raise UserError(f"{where} {text}: there is no such user's folder")
+def _expanded(value, name: str):
+    """A path, or a list of them, with ~ written out."""
+    if isinstance(value, list):
+        return [_expanded(item, name) for item in value]
+    if value is None or not value.startswith("~"):
+        return value
+    if (path := os.path.expanduser(value)) == value:
+        raise UserError(f"--{name} {value}: there is no such user's folder")
     return path
 
 
@@ -224,7 +231,7 @@ def _convert(hint, value, where: str):
         items = value if isinstance(value, list) else [value]
         if not items or not all(isinstance(item, str) and item.strip() for item in items):
             raise UserError(f"{where}: must be SOURCE[@REVISION][:SPLIT][=AMOUNT] texts, not {value!r}")
-        return [_expanded(item.strip(), where) for item in items]
+        return [item.strip() for item in items]
     for option in options:
         if option is bool:
             if isinstance(text, bool):
@@ -239,7 +246,7 @@ def _convert(hint, value, where: str):
             if number == text or isinstance(text, str):
                 return number
         elif option is str and isinstance(text, str) and text:
-            return _expanded(text, where)
+            return text
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
     raise UserError(f"{where}: must be {' or '.join(names[o] for o in options)}, not {value!r}")
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from common.config import DPOConfig, SFTConfig, parse_config
+from common.config import PATHS, DPOConfig, SFTConfig, parse_config
 from common.errors import UserError
 
 
@@ -110,8 +110,7 @@ def test_ways_to_write_a_flag(argv):
 
 def test_a_home_folder_is_written_out_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    names = ["model_name_or_path", "tokenizer_name_or_path", "ref_model_name_or_path", "chat_template", "output_dir",
-             "resume", "cache_dir", "ds_config"]  # fmt: skip
+    names = [name for name in PATHS if name != "dataset_mixer"]
     config = dpo("--dataset_mixer", "~/a.jsonl=5", "org/b", *(word for name in names for word in (f"--{name}", "~/x")))
     assert config.dataset_mixer == ["/home/me/a.jsonl=5", "org/b"]
     assert {getattr(config, name) for name in names} == {"/home/me/x"}
