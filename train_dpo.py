@@ -172,7 +172,7 @@ def main() -> None:
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
-        with out_of_memory_explained(step + 1, budget, demand.longest) as size:
+        with out_of_memory_explained(f"step {step + 1}", budget, demand.longest) as size:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 size.tokens = micro_batch.num_tokens
                 token_logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
@@ -200,7 +200,8 @@ def main() -> None:
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), pair_lengths, data, ranks)
         if step == 0 and reference_folder is None:
             check_first_step(train_loss, means, loss_of, config)
-        engine.step()
+        with out_of_memory_explained(f"step {step + 1}, update", budget, demand.longest):
+            engine.step()
         if not engine.was_step_applied():
             raise not_finite(step + 1, "gradient norm", math.nan, plan, None, pair_lengths, data, ranks)
 

@@ -125,7 +125,7 @@ def main() -> None:
 
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
-        with out_of_memory_explained(step + 1, budget, demand.longest) as size:
+        with out_of_memory_explained(f"step {step + 1}", budget, demand.longest) as size:
             for m, micro_batch in enumerate(micro_batches):
                 size.tokens = micro_batch.num_tokens
                 logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
@@ -144,7 +144,8 @@ def main() -> None:
         train_loss = nll / num_targets
         if not math.isfinite(train_loss):
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), data.lengths, data, ranks)
-        engine.step()
+        with out_of_memory_explained(f"step {step + 1}, update", budget, demand.longest):
+            engine.step()
         if not engine.was_step_applied():
             raise not_finite(step + 1, "gradient norm", math.nan, plan, None, data.lengths, data, ranks)
 

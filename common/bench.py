@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -163,8 +164,9 @@ def main() -> None:
         "resume": "never",
     }
     for word in passed:
-        if word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in own:
-            raise UserError(f"{word}: the benchmark sets this flag itself; leave it out")
+        if word.startswith("--") and (name := word[2:].partition("=")[0].replace("-", "_")) in {*own, "config"}:
+            why = "name the flags one by one" if name == "config" else "the benchmark sets this flag itself; leave it out"
+            raise UserError(f"{word}: {why}")
     if not (model / "tokenizer.json").is_file():  # in a process of its own, which leaves the GPU when it is done
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
             process.submit(write_model, options.shape, model).result()
@@ -199,7 +201,7 @@ def main() -> None:
         return statistics.median(values) if values else None
 
     tokens = sum(record["total_tokens"] for record in records[-1:]) / steps
-    samples = json.loads((out / "run_config.json").read_text())["config"]["global_batch_size"]  # a flag may change it
+    speeds = [(r["samples"] - before["samples"]) / r["step_seconds"] for before, r in pairwise(all_records[WARMUP_STEPS - 1 :])]
     result = {
         "method": method,
         "shape": options.shape,
@@ -211,7 +213,7 @@ def main() -> None:
         "tokens_per_second_per_device": median("per_device_tps"),
         "mfu": median("mfu"),
         "reference_tokens_per_second_per_device": reference_speed,
-        "samples_per_second": samples / median("step_seconds"),
+        "samples_per_second": statistics.median(speeds),
         "step_seconds": median("step_seconds"),
         "max_memory_gb": max(r["max_memory_gb"] for r in records),
         "packing_efficiency": median("packing_efficiency"),

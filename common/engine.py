@@ -99,11 +99,11 @@ def require_finite_weights(engine, step: int, ranks: Ranks) -> None:
 
 
 @contextmanager
-def out_of_memory_explained(step: int, budget: int, longest: int):
-    """Turns running out of memory into a TrainingStopped that says what was tried and which flag to change.
+def out_of_memory_explained(where: str, budget: int, longest: int):
+    """Turns running out of memory into a TrainingStopped that says where, what was tried and which flag to change.
 
-    Gives an object whose `tokens` the loop sets to those of the micro-batch in hand. longest: tokens of the longest
-    sample (pair), the least that a micro-batch can be.
+    Gives an object whose `tokens` the loop sets to those of the micro-batch in hand; 0 where there is none, as in an
+    update. longest: tokens of the longest sample (pair), the least that a micro-batch can be.
     """
     size = SimpleNamespace(tokens=0)
     try:
@@ -115,10 +115,13 @@ def out_of_memory_explained(step: int, budget: int, longest: int):
             used = f"{torch.cuda.memory_allocated() / 1e9:.1f} GB of {torch.cuda.mem_get_info()[1] / 1e9:.1f} GB were allocated"
         else:
             used = f"the process had used up to {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB"
-        smaller = f"--max_tokens_per_micro_batch {max(longest, budget // 2)}, " if budget > longest else ""
-        stopped = TrainingStopped(
-            f"step {step}: out of memory on a micro-batch of {size.tokens:,} tokens (at most {budget:,}); {used}. Try "
-            f"{smaller}--gradient_checkpointing full, a lower --max_seq_length, or more devices"
-        )
+        micro_batch, advice = "", "more devices, or a --ds_config that offloads"
+        if size.tokens:
+            smaller = max(longest, min(budget, size.tokens) // 2)
+            flags = [f"--max_tokens_per_micro_batch {smaller}"] if smaller < size.tokens else []
+            flags += ["--gradient_checkpointing full"] if torch.is_grad_enabled() else []
+            micro_batch = f" on a micro-batch of {size.tokens:,} tokens (at most {budget:,})"
+            advice = ", ".join([*flags, "a lower --max_seq_length, or more devices"])
+        stopped = TrainingStopped(f"{where}: out of memory{micro_batch}; {used}. Try {advice}")
         stopped.on_this_rank_only = True
         raise stopped from e

@@ -79,11 +79,15 @@ def mistake(what: str, *kinds: type[Exception]) -> Iterator[None]:
     except Exception as e:
         if isinstance(e, UserError) or not isinstance(e, kinds or Exception):
             raise
-        raise UserError(f"{what}: {_reason(e)}") from e
+        raise UserError(f"{what}: {_reason(e, what)}") from e
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or f"{type(error).__name__}: {one_line(error)}"
+def _reason(error: Exception, said: str) -> str:
+    """What went wrong, with the file that an OSError names unless what was `said` names it."""
+    if not getattr(error, "strerror", None):
+        return f"{type(error).__name__}: {one_line(error)}"
+    file = str(error.filename or "")
+    return error.strerror if file in said else f"{file}: {error.strerror}"
 
 
 @contextmanager
@@ -95,7 +99,7 @@ def writing(failure: str, kept: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as e:
-        raise TrainingStopped(f"{failure}: {_reason(e)}; {kept}; free disk space and run the same command") from e
+        raise TrainingStopped(f"{failure}: {_reason(e, failure)}; {kept}; free disk space and run the same command") from e
 
 
 def full_disk(error: Exception) -> TrainingStopped | None:

@@ -85,12 +85,14 @@ def subset_indices(num_rows: int, amount: str | None) -> np.ndarray:
     """The rows that `amount` ("10%", "500", None = all) takes of `num_rows`: int64 [n], in training order.
 
     INTERFACE: n = int(num_rows x percent / 100), in exact arithmetic; n = num_rows keeps the file's order.
-    Raises ValueError where n is 0 or more than num_rows.
+    Raises ValueError where num_rows or n is 0, or n is more than num_rows.
     """
     count = num_rows if amount is None else int(amount) if amount.isdigit() else \
         int(num_rows * Fraction(amount.removesuffix("%")) / 100)
+    if num_rows == 0:
+        raise ValueError("it holds no rows")
     if not 0 < count <= num_rows:
-        raise ValueError(f"{amount or 'all'} of {num_rows} rows is {'more than there are' if count else 'none'}")
+        raise ValueError(f"{amount} of {num_rows} rows is {'more than there are' if count else 'none'}")
     if count == num_rows:
         return np.arange(num_rows)
     return np.random.RandomState(SUBSET_SEED).choice(num_rows, size=count, replace=False)

@@ -332,7 +332,7 @@ def _dry_run(
     memory_gb(ranks.device)  # from here on
     ran_out = False
     try:
-        with out_of_memory_explained(0, tokens, longest) as size:
+        with out_of_memory_explained("step 0", tokens, longest) as size:
             size.tokens = row.num_tokens
             engine.set_gradient_accumulation_boundary(False)
             engine.backward(engine(**model_inputs(row, kernel, ranks.device)).sum() * 0.0)

@@ -26,6 +26,7 @@ from common import attention, logprobs, model, packing
 from common.checkpoint import digest, file_digest, replace_file
 from common.config import DPOConfig
 from common.distributed import Ranks
+from common.engine import out_of_memory_explained
 from common.errors import TrainingStopped, UserError, full_disk, one_line, progress, writing
 from common.logprobs import sequence_logps
 from common.mixer import file_stamp
@@ -132,8 +133,10 @@ def compute_logps(
     def prepared(m: int) -> MicroBatch:
         return pack([pair_documents(data[pairs[i]], config.share_prompt) for i in plan[m]])
 
-    with torch.no_grad():
+    longest = int(packing.pair_length(*data.pair_lengths.T, config.share_prompt).max())
+    with torch.no_grad(), out_of_memory_explained("the reference pass", budget, longest) as size:
         for m, micro_batch in one_ahead(prepared, range(len(plan))):
+            size.tokens = micro_batch.num_tokens
             values = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
             rows = attention.to_device(np.array(plan[m], np.int64), ranks.device)
             result[rows] = sequence_logps(values, micro_batch.sequence_targets).view(len(plan[m]), 2)
@@ -185,5 +188,5 @@ def _write_part(folder: Path, pairs: np.ndarray, values: np.ndarray) -> None:
     contents = digest(pairs.tobytes() + values.tobytes())
     path = folder / f"part_{contents[:16]}.safetensors"
     data = safetensors.numpy.save({"pairs": pairs, "logps": values}, {"digest": contents})
-    with writing(f"{path} could not be written", "the parts before it are kept; or name another --cache_dir"):
+    with writing(f"{path} could not be written", "the parts before it are kept, another --cache_dir can be named"):
         replace_file(path, data)

@@ -36,7 +36,8 @@ def ranks_of(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_benchmark_of_the_scripts_own_steps(tmp_path, method):
-    done = bench(tmp_path, method, "2", "--steps", "2", "--learning_rate", "1e-3")
+    batch = ["--global_batch_size", "500"] if method == "sft" else []  # more than there are: 12 x 32 conversations
+    done = bench(tmp_path, method, "2", "--steps", "2", "--learning_rate", "1e-3", *batch)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     result = json.loads((tmp_path / "output" / "bench" / f"bench-{method}-tiny.json").read_text())
     records = [json.loads(line) for line in (tmp_path / "output" / "bench" / f"run-{method}" / "metrics.jsonl").open()]
@@ -44,7 +45,9 @@ def test_a_benchmark_of_the_scripts_own_steps(tmp_path, method):
     speeds = [record["per_device_tps"] for record in records[WARMUP_STEPS:]]
     assert result["tokens_per_second_per_device"] == pytest.approx(sum(speeds) / 2)
     assert (result["method"], result["ranks"], result["steps"], result["recompiles"]) == (method, 2, 2, None)
-    assert result["flags"] == ["--learning_rate", "1e-3"] and records[0]["learning_rate"] <= 1e-3
+    samples = 12 * 32 if method == "sft" else 32  # of a step
+    assert result["samples_per_second"] == pytest.approx(np.mean([samples / r["step_seconds"] for r in records[WARMUP_STEPS:]]))
+    assert result["flags"] == ["--learning_rate", "1e-3", *batch] and records[0]["learning_rate"] <= 1e-3
     assert (result["reference_tokens_per_second_per_device"] is not None) == (method == "dpo")
     assert not list((tmp_path / "output" / "bench" / f"run-{method}").glob("*.safetensors")), "nothing is exported"
     assert not ranks_of(tmp_path), "no rank outlives its benchmark"
@@ -86,6 +89,7 @@ def test_a_benchmark_that_is_stopped_stops_its_ranks(tmp_path, number):
         (("sft", "--output-dir=x"), "--output-dir=x: the benchmark sets"),
         (("dpo", "--max_train_steps", "5"), "--max_train_steps: the benchmark sets"),
         (("dpo", "--stop_after_steps", "5"), "--stop_after_steps: the benchmark sets"),
+        (("dpo", "--config", "x.yaml"), "--config: name the flags"),
     ],
 )
 def test_a_mistake_is_named(monkeypatch, tmp_path, words, named):

@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from common.errors import not_finite, progress
+import pytest
+import torch
+
+from common.engine import out_of_memory_explained
+from common.errors import TrainingStopped, UserError, mistake, not_finite, progress
 
 
 def test_samples_are_named_by_file_and_row_and_each_file_once():
@@ -47,3 +51,38 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch):
             now[0] = seconds
             advance(1000)
     assert lines == ["counting: 2,000 of 5,000 sheep", "counting: 4,000 of 5,000 sheep"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "budget", "longest", "advised"),
+    [
+        (12_500, 30_000, 900, "Try --max_tokens_per_micro_batch 6250, --gradient"),  # 15000 would change nothing
+        (16_000, 16_384, 9_000, "Try --max_tokens_per_micro_batch 9000, --gradient"),
+        (9_000, 16_384, 9_000, "Try --gradient_checkpointing full"),
+        (0, 16_384, 9_000, "Try more devices, or a --ds_config that offloads"),
+    ],
+)
+def test_out_of_memory_advises_what_changes_something(tokens, budget, longest, advised):
+    with pytest.raises(TrainingStopped) as error, out_of_memory_explained("step 7", budget, longest) as size:
+        size.tokens = tokens
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert str(error.value).startswith("step 7: out of memory") and advised in str(error.value)
+    assert (f"on a micro-batch of {tokens:,} tokens (at most {budget:,})" in str(error.value)) == (tokens > 0)
+    assert error.value.on_this_rank_only
+
+
+@pytest.mark.parametrize("error", [OSError(13, "Permission denied", "/m/a.json"), ValueError("two\nlines")])
+def test_a_mistake_says_what_file_once_and_why_in_one_line(error):
+    for said in ("--model /m", "--file /m/a.json"):
+        with pytest.raises(UserError) as seen, mistake(said, OSError, ValueError):
+            raise error
+        file = "" if "a.json" in said else "/m/a.json: "
+        reason = f"{file}Permission denied" if isinstance(error, OSError) else "ValueError: two lines"
+        assert str(seen.value) == f"{said}: {reason}"
+
+
+def test_other_errors_and_mistakes_already_said_go_through():
+    with pytest.raises(KeyError), mistake("x", OSError):
+        raise KeyError
+    with pytest.raises(UserError, match=r"^as it is$"), mistake("x"):
+        raise UserError("as it is")

@@ -128,7 +128,7 @@ def test_json_lines_in_a_json_file_and_blank_lines_keep_their_line_numbers(tmp_p
 
 @pytest.mark.parametrize("name, content, amount, said", [
     ("few.jsonl", b"{}\n" * 300, "=500", "500 of 300"), ("few.jsonl", b"{}\n" * 50, "=1%", "none"),
-    ("empty.jsonl", b"", "", "none"), ("empty.json", b"[]", "", "none"),
+    ("empty.jsonl", b"", "", "holds no rows"), ("empty.json", b"[]", "", "holds no rows"),
     ("torn.json", b'[{"a": 1}, {"a"', "", "not valid JSON"),
     ("text.json", b'"hello"', "", "array"), ("no.parquet", b"PAR1 nothing", "", "parquet"),
 ])

@@ -6,6 +6,7 @@ pytest tests/test_reference_cache.py
 import errno
 import os
 import random
+import re
 import shutil
 import time
 
@@ -325,6 +326,19 @@ def test_values_of_another_model_stop_the_run_with_3(cache, tiny_llama, data, tm
     assert len(errors) == 1 and "Traceback" not in run.stderr
     assert "disagrees" in errors[0] and "preferences.jsonl:" in errors[0]
     assert not (tmp_path / "output" / "metrics.jsonl").exists()
+
+
+def without_memory(*_) -> None:
+    torch.empty(2**46)
+
+
+def test_running_out_of_memory_says_where_and_what_to_change(tiny_llama, data, tmp_path):
+    given = flags(tiny_llama, data, tmp_path / "cache", tmp_path / "output")
+    run = launch.launch("train_dpo", given, 1, {"common.reference_cache.sequence_logps": without_memory})
+    assert run.exit_codes == [3] and "Traceback" not in run.stderr
+    error = re.search(r"error: the reference pass: out of memory on a micro-batch of ([0-9,]+) tokens (.*)", run.stderr)
+    smaller = int(error[1].replace(",", "")) // 2
+    assert f"Try --max_tokens_per_micro_batch {smaller}, a lower --max_seq_length, or more devices" in error[2]
 
 
 def second_part_on_a_full_disk(path, data) -> None:
