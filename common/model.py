@@ -389,10 +389,13 @@ class PackedModel(nn.Module):
         return outputs.new_ones(1, self.num_rows, outputs.shape[-1]).index_copy(1, self.needed_rows, outputs)
 
     def _decoder(self) -> tuple[nn.Module, nn.ModuleList]:
-        """The module that has the repeated layers as a list, and that list."""
-        places = ((module, child) for module in self.lm.base_model.modules() for child in module.children())
+        """The module that has the repeated layers as a list, and that list. Raises UserError if there is none."""
         num_layers = self.lm.config.num_hidden_layers
-        return next((m, child) for m, child in places if isinstance(child, nn.ModuleList) and len(child) == num_layers)
+        for module in self.lm.base_model.modules():
+            for child in module.children():
+                if isinstance(child, nn.ModuleList) and len(child) == num_layers:
+                    return module, child
+        raise UserError(f"model type {self.lm.config.model_type} is not supported: it has no list of {num_layers} layers")
 
     def decoder_layers(self) -> list[nn.Module]:
         """The repeated layers, first to last."""

@@ -226,6 +226,11 @@ def test_what_would_be_trained_wrongly_is_refused_by_name(name):
     assert "\n" not in str(error.value)
 
 
+def test_a_model_without_one_list_of_layers_is_refused_by_name():
+    with pytest.raises(UserError, match="model type hrm_text is not supported: it has no list of"):
+        model.parameter_counts(config_of("hrm_text"))
+
+
 @pytest.mark.parametrize("architecture", models.ARCHITECTURES)
 def test_the_five_architectures_are_accepted(architecture):
     model.check_supported(models.make_config(architecture), 2048, 2048, 300)
