@@ -83,9 +83,10 @@ def mistake(what: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def _reason(error: Exception, said: str) -> str:
-    """What went wrong, with the file that an OSError names unless what was `said` names it."""
+    """What went wrong, with the file that an OSError names unless what was `said` names it; errors that are not texts of
+    their own, as ValueError's are, with their type."""
     if not getattr(error, "strerror", None):
-        return f"{type(error).__name__}: {one_line(error)}"
+        return one_line(error) if type(error) is ValueError else f"{type(error).__name__}: {one_line(error)}"
     file = str(error.filename or "")
     return error.strerror if file in said else f"{file}: {error.strerror}"
 

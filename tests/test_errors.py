@@ -71,14 +71,19 @@ def test_out_of_memory_advises_what_changes_something(tokens, budget, longest, a
     assert error.value.on_this_rank_only
 
 
-@pytest.mark.parametrize("error", [OSError(13, "Permission denied", "/m/a.json"), ValueError("two\nlines")])
-def test_a_mistake_says_what_file_once_and_why_in_one_line(error):
-    for said in ("--model /m", "--file /m/a.json"):
-        with pytest.raises(UserError) as seen, mistake(said, OSError, ValueError):
-            raise error
-        file = "" if "a.json" in said else "/m/a.json: "
-        reason = f"{file}Permission denied" if isinstance(error, OSError) else "ValueError: two lines"
-        assert str(seen.value) == f"{said}: {reason}"
+@pytest.mark.parametrize(
+    ("said", "error", "reason"),
+    [
+        ("--model /m", OSError(13, "Permission denied", "/m/a.json"), "/m/a.json: Permission denied"),
+        ("--file /m/a.json", OSError(13, "Permission denied", "/m/a.json"), "Permission denied"),
+        ("row 3", ValueError("two\nlines"), "two lines"),
+        ("row 3", KeyError("k"), "KeyError: 'k'"),
+    ],
+)
+def test_a_mistake_says_what_and_why_in_one_line_and_names_a_file_once(said, error, reason):
+    with pytest.raises(UserError) as seen, mistake(said, OSError, ValueError, KeyError):
+        raise error
+    assert str(seen.value) == f"{said}: {reason}"
 
 
 def test_other_errors_and_mistakes_already_said_go_through():

@@ -291,7 +291,7 @@ GOOD = {"messages": CHATS[0]}
     ("sft", [{"messages": [message("user", "x")]}] * 3, r"x\.jsonl: no row is left.*3 x no assistant message"),
     ("dpo", [GOOD], r"x\.jsonl:1: .*chosen"),
     ("dpo", [{"chosen": CHATS[1], "rejected": CHATS[0]}], r"x\.jsonl:1: the prompts .* differ, first at message 1"),
-    ("sft", [], "none"),
+    ("sft", [], "holds no rows"),
 ])
 def test_data_that_cannot_be_used_is_named_and_leaves_nothing(kit, tmp_path, kind, rows, said):
     data = tmp_path / "x.jsonl"
