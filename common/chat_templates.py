@@ -103,7 +103,7 @@ class ChatTemplate:
             raise UserError(f"chat template {self.name!r}, line {error.lineno}: {error.message}") from error
         except Exception as error:  # a template is a program of the user's, and can fail in any way
             if type(error) is jinja2.TemplateError:  # what raise_exception raises
-                raise Dropped(f"refused by the chat template: {one_line(error)}"[:120]) from error
+                raise Dropped(f"refused by the chat template: {one_line(error)}") from error
             raise UserError(f"chat template {self.name!r}: {type(error).__name__}: {one_line(error)}") from error
 
     def render(self, messages: list[dict], only_last: bool = False) -> tuple[str, list[tuple[int, int]]]:

@@ -72,12 +72,12 @@ def one_line(error: BaseException) -> str:
 def mistake(what: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turns an error of these kinds (none named: of any) into a UserError that says what went wrong, and why.
 
-    A UserError goes through as it is. Also decorates a function.
+    A UserError goes through as it is, and so does what is no mistake: a full disk, and no memory.
     """
     try:
         yield
     except Exception as e:
-        if isinstance(e, UserError) or not isinstance(e, kinds or Exception):
+        if isinstance(e, UserError) or not isinstance(e, kinds or Exception) or full_disk(e) or is_out_of_memory(e):
             raise
         raise UserError(f"{what}: {_reason(e, what)}") from e
 
@@ -88,7 +88,7 @@ def _reason(error: Exception, said: str) -> str:
     if not getattr(error, "strerror", None):
         return one_line(error) if type(error) is ValueError else f"{type(error).__name__}: {one_line(error)}"
     file = str(error.filename or "")
-    return error.strerror if file in said else f"{file}: {error.strerror}"
+    return error.strerror if file in said or repr(file) in said else f"{' '.join(file.split())}: {error.strerror}"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -108,10 +109,20 @@ def deepspeed_config(config: TrainConfig) -> dict:
     }
 
 
-def buckets(ds_config: dict) -> tuple[int, int]:
-    """Elements that may be gathered ahead of the layer that runs, and those that are reduced in one go."""
+class Zero(NamedTuple):
+    """What of a ds_config counts for memory: elements that may be gathered ahead of the layer that runs and that are reduced
+    in one go; whether masters, moments and gradients, and whether parameters, lie in the host's memory."""
+
+    prefetched: int
+    reduced: int
+    offloads_optimizer: bool
+    offloads_parameters: bool
+
+
+def zero_of(ds_config: dict) -> Zero:
     zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
-    return zero.prefetch_bucket_size, zero.reduce_bucket_size
+    offloads = (offload is not None and offload.device != "none" for offload in (zero.offload_optimizer, zero.offload_param))
+    return Zero(zero.prefetch_bucket_size, zero.reduce_bucket_size, *offloads)
 
 
 def _find_auto(value, path: str = "") -> str | None:

@@ -7,9 +7,9 @@ more in a layer that keeps. A step's time follows from how many micro-batches it
 
 Before the model loads, B, D and A are estimated from its shape, for each way to place gradients (`whole` on every
 rank, reduced once a step, or `partitioned` after every micro-batch) and parameters (`resident`, whole on every rank
-during a step, or `streamed`, gathered layer by layer): the fastest way that fits is taken. Then three dry
-micro-batches, whose loss is multiplied by 0, measure B, D and A; a few more, the last of the chosen size, confirm
-the choice before step 1. Gradients get exact zeros from them.
+during a step, or `streamed`, gathered layer by layer): the fastest way that fits is taken. Then four dry
+micro-batches, whose loss is multiplied by 0, measure B, D and A (of a model of few layers B alone is measured); a few
+more, the last of the chosen size, confirm the choice before step 1. Gradients get exact zeros from them.
 """
 
 import gc
@@ -30,13 +30,14 @@ from common.errors import TrainingStopped, UserError
 from common.metrics import memory_gb
 from common.model import model_inputs, parameter_counts
 from common.packing import pack, sft_documents
-from common.placement import RESIDENCY, buckets
+from common.placement import RESIDENCY, Zero, zero_of
 from common.token_cache import SFTSample
 
 LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
 HEADROOM = 0.06  # of the device's memory is left free
 MEASURED_LAYERS = (2, 8)  # u of the dry runs
 MEASURED_TOKENS = 4608
+LEAST_TRIED = 1024  # tokens of any dry run whose choice is not smaller
 # What one more micro-batch costs, in tokens' time (which holds for models of any size: both grow with the parameters).
 # 8B on two H200, whole and resident against partitioned and streamed: 0.1 s for each of 5 micro-batches.
 GRADIENT_TOKENS = {"whole": 150, "partitioned": 900}
@@ -98,7 +99,7 @@ def place(
     itemsize, layers = getattr(torch, config.dtype).itemsize, model_config.num_hidden_layers
 
     def cost(placement: Placement) -> tuple[float, float]:
-        memory = estimated(model_config, counts, itemsize, ranks.world_size, placement, buckets(ds_config))
+        memory = estimated(model_config, counts, itemsize, ranks.world_size, placement, zero_of(ds_config))
         choice = choose(memory, free * (1 - HEADROOM), layers, demand, placement.overhead, given_layers(config, layers))
         return choice.cost, memory.fixed  # where by the estimate nothing fits, what needs the least memory
 
@@ -138,29 +139,30 @@ class State(NamedTuple):
 
 
 def state_of(
-    counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement, buckets: tuple[int, int]
+    counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement, zero: Zero
 ) -> State:
-    """What passes through DeepSpeed's buffers included. counts: of parameters, all and in a layer, of itemsize bytes;
-    buckets: common.placement's."""
+    """What passes through DeepSpeed's buffers included, what is offloaded not. counts: of parameters, all and in a layer,
+    of itemsize bytes."""
     numel, layer_numel = counts
-    part, (prefetched, reduced) = numel / world_size, (min(numel, elements) for elements in buckets)
-    gathered = min(numel, 3 * layer_numel + prefetched) if world_size > 1 else 0
+    part = numel / world_size
+    parameters, gradients = (0 if offloads else part for offloads in (zero.offloads_parameters, zero.offloads_optimizer))
+    gathered = min(numel, 3 * layer_numel + zero.prefetched) if world_size > 1 or zero.offloads_parameters else 0
     return State(
-        parameters=itemsize * (numel if placement.parameters == "resident" else part + gathered),
-        gradients=4 * (numel if placement.gradients == "whole" else part + 2 * reduced),
-        optimizer=12 * part,
+        parameters=itemsize * (numel if placement.parameters == "resident" else parameters + gathered),
+        gradients=4 * (numel if placement.gradients == "whole" else gradients + 2 * zero.reduced),
+        optimizer=0 if zero.offloads_optimizer else 12 * part,
     )
 
 
 def estimated(
-    model_config, counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement, buckets: tuple[int, int]
+    model_config, counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement, zero: Zero
 ) -> "MemoryModel":
-    """The memory model from the shape alone; counts and buckets as in state_of.
+    """The memory model from the shape alone; counts as in state_of.
 
     A compiled layer keeps half of its matrix products' outputs (its parameters over the hidden size) and some five rows
     of the hidden size; outside the layers, the logits and some eight rows. Measured for Llama, within 10%.
     """
-    state, hidden = state_of(counts, itemsize, world_size, placement, buckets), model_config.hidden_size
+    state, hidden = state_of(counts, itemsize, world_size, placement, zero), model_config.hidden_size
     return MemoryModel(
         fixed=sum(state) - state.moments,
         per_token=itemsize * (model_config.vocab_size + 8 * hidden),
@@ -235,7 +237,8 @@ def confirmed(
     while True:
         tokens, recomputing = choose_by(memory)
         keeping = layers - recomputing
-        size = min(tokens, int(2 * tried / max(1.0, memory.per_token + memory.per_token_and_layer * keeping)))
+        per_token = max(1.0, memory.per_token + memory.per_token_and_layer * keeping)
+        size = min(tokens, max(LEAST_TRIED, int(2 * tried / per_token)))
         fixed, foretold = memory.peak(0, keeping), memory.peak(size, keeping)
         seen = peak_of(size, recomputing)
         if seen == np.inf:
@@ -253,20 +256,21 @@ def confirmed(
             return tokens, recomputing, seen
 
 
-def settle(engine, config: TrainConfig, kernel: str, placement: Placement, demand: Demand, ranks: Ranks) -> int:
+def settle(
+    engine, config: TrainConfig, ds_config: dict, kernel: str, placement: Placement, demand: Demand, ranks: Ranks
+) -> int:
     """Sets the layers that recompute and returns the micro-batch's tokens, and says the plan. Collective.
 
     By measurement on a GPU, if the flags leave anything open; on a CPU `auto` recomputes nothing.
     """
-    policy, budget, longest = engine.module, demand.budget, demand.longest_sequence
+    policy, budget = engine.module, demand.budget
     layers = len(policy.decoder_layers())
     given = given_layers(config, layers)
     recomputing = given or 0
     policy.checkpoint_activations(recomputing)
-    counts, itemsize = parameter_counts(policy.lm.config), policy.lm.dtype.itemsize
-    sizes = engine.zero_prefetch_bucket_size(), engine.zero_reduce_bucket_size()
-    state = state_of(counts, itemsize, ranks.world_size, placement, sizes)
-    memory = estimated(policy.lm.config, counts, itemsize, ranks.world_size, placement, sizes)
+    counts = parameter_counts(policy.lm.config)
+    shape = counts, policy.lm.dtype.itemsize, ranks.world_size, placement, zero_of(ds_config)
+    state, memory = state_of(*shape), estimated(policy.lm.config, *shape)
     if ranks.device.type != "cuda" or (given is not None and demand.is_settled):
         peak = memory.peak(budget, layers - recomputing)
         how = f"{peak / 1e9:.1f} by the model's shape, nothing measured"
@@ -277,11 +281,13 @@ def settle(engine, config: TrainConfig, kernel: str, placement: Placement, deman
         )
 
         def peak_of(tokens: int, recomputing: int) -> float:
-            return _dry_run(engine, policy, kernel, tokens, recomputing, longest, can_recover, ranks) + state.moments
+            return _dry_run(engine, policy, kernel, tokens, recomputing, demand, can_recover, ranks) + state.moments
 
-        tried = memory.peak(MEASURED_TOKENS, layers) - memory.peak(0, layers)
         if layers >= MEASURED_LAYERS[1]:
             memory, tried = _measured(peak_of, layers, state.moments)
+        else:  # too few to tell them apart: what grows is estimated
+            memory = replace(memory, fixed=max(ranks.gather(lambda: float(torch.cuda.memory_allocated(ranks.device)))))
+            tried = memory.peak(MEASURED_TOKENS, layers) - memory.peak(0, layers)
         free, total = torch.cuda.mem_get_info(ranks.device)
         usable = free + torch.cuda.memory_reserved(ranks.device) - HEADROOM * total
         limit = -max(ranks.gather(lambda: -usable))
@@ -317,7 +323,7 @@ def _measured(peak_of: Callable, layers: int, moments: float) -> tuple[MemoryMod
 
 
 def _dry_run(
-    engine, policy, kernel: str, tokens: int, recomputing: int, longest: int, can_recover: bool, ranks: Ranks
+    engine, policy, kernel: str, tokens: int, recomputing: int, demand: Demand, can_recover: bool, ranks: Ranks
 ) -> float:
     """Peak bytes, of the rank that needed most, of one forward and backward pass over `tokens` made-up tokens.
 
@@ -325,14 +331,14 @@ def _dry_run(
     wait for one that ran out; else that rank stops the run. Collective.
     """
     policy.checkpoint_activations(recomputing)
-    rng = np.random.default_rng(0)
+    rng, longest = np.random.default_rng(0), demand.longest_sequence
     lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
     ids = [rng.integers(0, policy.lm.config.vocab_size, n) for n in lengths]
     row = pack([sft_documents(SFTSample(i, np.array([[0, len(i)]]))) for i in ids])
     memory_gb(ranks.device)  # from here on
     ran_out = False
     try:
-        with out_of_memory_explained("step 0", tokens, longest) as size:
+        with out_of_memory_explained("step 0", tokens, demand.longest) as size:
             size.tokens = row.num_tokens
             engine.set_gradient_accumulation_boundary(False)
             engine.backward(engine(**model_inputs(row, kernel, ranks.device)).sum() * 0.0)

@@ -316,7 +316,7 @@ def _in_row(where: str, counts: Counter):
     try:
         yield
     except Dropped as reason:
-        counts["dropped", str(reason)] += 1
+        counts["dropped", str(reason)[:120]] += 1
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 

@@ -76,6 +76,8 @@ def test_out_of_memory_advises_what_changes_something(tokens, budget, longest, a
     [
         ("--model /m", OSError(13, "Permission denied", "/m/a.json"), "/m/a.json: Permission denied"),
         ("--file /m/a.json", OSError(13, "Permission denied", "/m/a.json"), "Permission denied"),
+        ("template 'a\\nb'", OSError(36, "File name too long", "a\nb"), "File name too long"),
+        ("--model /m", OSError(2, "No such file", "a\nb"), "a b: No such file"),
         ("row 3", ValueError("two\nlines"), "two lines"),
         ("row 3", KeyError("k"), "KeyError: 'k'"),
     ],
@@ -86,8 +88,11 @@ def test_a_mistake_says_what_and_why_in_one_line_and_names_a_file_once(said, err
     assert str(seen.value) == f"{said}: {reason}"
 
 
-def test_other_errors_and_mistakes_already_said_go_through():
+def test_other_errors_mistakes_already_said_and_what_is_no_mistake_go_through():
     with pytest.raises(KeyError), mistake("x", OSError):
         raise KeyError
     with pytest.raises(UserError, match=r"^as it is$"), mistake("x"):
         raise UserError("as it is")
+    for error in (MemoryError(), torch.OutOfMemoryError(), OSError(28, "No space left on device")):
+        with pytest.raises(type(error)), mistake("x"):
+            raise error

@@ -14,10 +14,12 @@ from common.checkpoint import RunState
 from common.config import SFTConfig
 from common.errors import TrainingStopped, UserError
 from common.model import parameter_counts
-from common.placement import buckets
+from common.placement import zero_of
 from common.planner import Demand, MemoryModel, Placement, choose, confirmed, demand_of, estimated, place, settle
 
 GB = 1e9
+DS_CONFIG = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 2 * 10**8, "stage3_prefetch_bucket_size": 2 * 10**8}}
+ZERO = zero_of(DS_CONFIG)
 PARTITIONED = Placement("partitioned", "streamed")
 NUMEL = 8_030_261_248
 LLAMA_8B_ON_2 = MemoryModel(fixed=44 * GB, per_token=0.6e6, per_token_and_layer=1e5, optimizer=4 * NUMEL)
@@ -57,7 +59,7 @@ def test_nothing_fits_gives_the_smallest_with_all_layers_recomputed():
 
 
 def engine_of(policy) -> SimpleNamespace:
-    return SimpleNamespace(module=policy, zero_prefetch_bucket_size=lambda: 2e8, zero_reduce_bucket_size=lambda: 2e8)
+    return SimpleNamespace(module=policy)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
     """The dry runs are played by a memory model, on a device of 141 GB with 8B parameters on 2 ranks."""
     real, runs = LLAMA_8B_ON_2, []
 
-    def dry_run(engine, policy, kernel, tokens, recomputing, longest, can_recover, ranks):
+    def dry_run(engine, policy, kernel, tokens, recomputing, demand, can_recover, ranks):
         runs.append((tokens, recomputing))
         return real.peak(tokens, 32 - recomputing) - real.optimizer
 
@@ -87,7 +89,7 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: real.fixed)
     config = SFTConfig(**flags)
     demand = Demand(832, 832, 45_000, 16384, is_settled, "")
-    budget = settle(engine_of(policy), config, "varlen", PARTITIONED, demand, ranks)
+    budget = settle(engine_of(policy), config, DS_CONFIG, "varlen", PARTITIONED, demand, ranks)
     layers = runs[-1][1] if runs else recomputed[-1]
     assert (budget, layers) == expected
     if is_settled and "gradient_checkpointing" in flags:
@@ -104,29 +106,65 @@ def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, 
         assert f"{of_state}, {activations / GB:.1f} activations" in said[-1]
 
 
-def test_a_model_of_few_layers_has_its_largest_micro_batch_tried_too(monkeypatch):
-    """Four layers of 8B, whose micro-batches need twice what the shape says: the estimate starts, dry runs correct it."""
-    shape, runs, said, recomputed = models.make_config(**LLAMA_8B | {"num_hidden_layers": 4}), [], [], []
-    guess = estimated(shape, parameter_counts(shape), 2, 2, PARTITIONED, (2e8, 2e8))
+def settled(monkeypatch, shape, ds_config: dict, real, allocated: float, total: float, world_size: int):
+    """settle() for a model of this shape, its dry runs played by real(tokens, keeping layers) -> bytes without moments, on
+    devices of `total` bytes. -> (budget, [(tokens, recomputing)] of the dry runs, what was said)."""
+    runs, said, layers = [], [], shape.num_hidden_layers
 
-    def real(tokens: int, recomputing: int) -> float:
-        return guess.peak(0, 0) + 2 * (guess.peak(tokens, 4 - recomputing) - guess.peak(0, 0))
-
-    def dry_run(engine, policy, kernel, tokens, recomputing, longest, can_recover, ranks):
+    def dry_run(engine, policy, kernel, tokens, recomputing, demand, can_recover, ranks):
         runs.append((tokens, recomputing))
-        return real(tokens, recomputing) - guess.optimizer
+        return real(tokens, layers - recomputing)
 
-    policy = SimpleNamespace(decoder_layers=lambda: [None] * 4, checkpoint_activations=recomputed.append,
+    policy = SimpleNamespace(decoder_layers=lambda: [None] * layers, checkpoint_activations=lambda layers: None,
                              lm=SimpleNamespace(dtype=torch.bfloat16, config=shape))  # fmt: skip
-    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=2, say=said.append, gather=lambda work: [work()])
+    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=world_size, say=said.append, gather=lambda work: [work()])
     monkeypatch.setattr("common.planner._dry_run", dry_run)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - allocated, total))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated)
+    return settle(engine_of(policy), SFTConfig(), ds_config, "varlen", PARTITIONED, ANY, ranks), runs, said[-1]
+
+
+def test_a_model_of_few_layers_has_its_largest_micro_batch_tried_too(monkeypatch):
+    """Four layers of 8B, that hold 1 GB more and whose micro-batches need twice what the shape says."""
+    shape = models.make_config(**LLAMA_8B | {"num_hidden_layers": 4})
+    guess = estimated(shape, parameter_counts(shape), 2, 2, PARTITIONED, ZERO)
+
+    def real(tokens: int, keeping: int) -> float:
+        return guess.fixed + 1 * GB + 2 * (guess.peak(tokens, keeping) - guess.peak(0, 0))
+
     total = guess.peak(0, 0) + 30 * GB
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total, total))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    budget = settle(engine_of(policy), SFTConfig(), "varlen", PARTITIONED, ANY, ranks)
+    budget, runs, said = settled(monkeypatch, shape, DS_CONFIG, real, guess.fixed + 1 * GB, total, 2)
     assert runs[0][0] <= 2 * 4608 and runs[-1][0] == budget > 4096
-    assert real(*runs[-1]) <= 0.94 * total < real(int(1.3 * budget), runs[-1][1])
-    assert f"{real(*runs[-1]) / GB:.1f} seen" in said[-1]
+    seen, larger = (real(tokens, 4 - runs[-1][1]) + guess.optimizer for tokens in (budget, int(1.3 * budget)))
+    assert seen <= 0.94 * total < larger
+    assert f"{seen / GB:.1f} seen" in said
+
+
+def test_a_toy_with_a_large_reduce_bucket_gets_a_large_micro_batch(monkeypatch):
+    """What it holds, more than DeepSpeed's buffers, and the workspace of matrix products is not taken for growth."""
+    shape = models.make_config(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    guess = estimated(shape, parameter_counts(shape), 2, 2, PARTITIONED, ZERO)
+    ds_config = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 5 * 10**8}}
+
+    def real(tokens: int, keeping: int) -> float:
+        return 6.07 * GB + guess.peak(tokens, keeping) - guess.peak(0, 0)
+
+    budget, runs, _ = settled(monkeypatch, shape, ds_config, real, 6 * GB, 10 * GB, 2)
+    assert budget == runs[-1][0] > 30_000 and runs[-1][1] == 0 and min(runs)[0] >= 1024
+
+
+def test_what_is_offloaded_takes_no_room_on_the_device(monkeypatch):
+    """8B on one device of 84 GB, its optimizer in the host's memory."""
+    shape = models.make_config(**LLAMA_8B)
+    ds_config = {"zero_optimization": {**DS_CONFIG["zero_optimization"], "offload_optimizer": {"device": "cpu"}}}
+
+    def real(tokens: int, keeping: int) -> float:
+        return 2 * NUMEL + 8 * 2e8 + tokens * (0.6e6 + 1e5 * keeping)
+
+    budget, runs, said = settled(monkeypatch, shape, ds_config, real, 2 * NUMEL + 8 * 2e8, 84 * GB, 1)
+    assert budget >= 14_000 and runs[-1] == (budget, 0) and real(budget, 32) <= 0.94 * 84 * GB
+    assert f"{2 * NUMEL / GB:.1f} parameters, 1.6 gradients, 0.0 optimizer, {(real(budget, 32) - real(0, 0)) / GB:.1f} act" in said
 
 
 def test_on_a_cpu_the_plan_is_said_by_the_models_shape():
@@ -135,7 +173,7 @@ def test_on_a_cpu_the_plan_is_said_by_the_models_shape():
                              lm=SimpleNamespace(dtype=torch.float32, config=models.make_config(**LLAMA_8B)))  # fmt: skip
     ranks = SimpleNamespace(device=torch.device("cpu"), world_size=2, say=said.append)
     whole = Placement("whole", "resident")
-    assert settle(engine_of(policy), SFTConfig(gradient_checkpointing=3), "sdpa", whole, ANY, ranks) == 16384
+    assert settle(engine_of(policy), SFTConfig(gradient_checkpointing=3), DS_CONFIG, "sdpa", whole, ANY, ranks) == 16384
     state = f"{4 * NUMEL / GB:.1f} parameters, {4 * NUMEL / GB:.1f} gradients, {6 * NUMEL / GB:.1f} optimizer"
     assert state in said[0] and "nothing measured; micro-batches of 16,384 tokens, 3 of 32 layers" in said[0]
 
@@ -146,8 +184,8 @@ def test_a_micro_batch_holds_the_longest_pair_though_no_sequence_in_it_is_as_lon
     """A prompt of 1,000 tokens and two answers of 1,000 each."""
     sequences = []
 
-    def dry_run(engine, policy, kernel, tokens, recomputing, longest, can_recover, ranks):
-        sequences.append(longest)
+    def dry_run(engine, policy, kernel, tokens, recomputing, demand, can_recover, ranks):
+        sequences.append((demand.longest_sequence, demand.longest))
         return LLAMA_8B_ON_2.peak(tokens, 32 - recomputing) - LLAMA_8B_ON_2.optimizer
 
     policy = SimpleNamespace(decoder_layers=lambda: [None] * 32, checkpoint_activations=lambda layers: None,
@@ -158,8 +196,8 @@ def test_a_micro_batch_holds_the_longest_pair_though_no_sequence_in_it_is_as_lon
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     engine = engine_of(policy)
     demand = Demand(3000, 2000, tokens_per_step / 2, 16384, False, "")
-    budget = settle(engine, SFTConfig(), "varlen", PARTITIONED, demand, ranks)
-    assert budget >= 3000 and set(sequences) == {2000}
+    budget = settle(engine, SFTConfig(), DS_CONFIG, "varlen", PARTITIONED, demand, ranks)
+    assert budget >= 3000 and set(sequences) == {(2000, 3000)}
 
 
 def choice_within(limit: float):
@@ -234,6 +272,17 @@ def test_if_even_the_smallest_choice_is_above_the_limit_it_is_tried_all_the_same
         assert choice[:2] == (4096, 32)
 
 
+def test_no_dry_run_is_tiny_however_little_was_tried():
+    sizes = []
+
+    def peak_of(tokens: int, recomputing: int) -> float:
+        sizes.append(tokens)
+        return LLAMA_8B_ON_2.peak(tokens, 32 - recomputing)
+
+    confirmed(LLAMA_8B_ON_2, 110 * GB, 32, 1.0, choice_within(110 * GB), peak_of)
+    assert sizes[0] == min(sizes) == 1024 and len(sizes) > 2
+
+
 @pytest.mark.parametrize("given", [0, 10, 32])
 def test_given_layers_are_what_the_budget_is_chosen_for(given):
     budget, recomputing, _ = choose(LLAMA_8B_ON_2, 110 * GB, 32, ANY, 700, given)
@@ -266,18 +315,23 @@ def test_the_estimate_of_8b_is_what_was_measured():
     the resident parameters twice."""
     config, twice = models.make_config(**LLAMA_8B), 2 * NUMEL / 2
     assert parameter_counts(config) == (NUMEL, 218_112_000)
-    memory = estimated(config, parameter_counts(config), 2, 2, Placement("whole", "resident"), (2e8, 2e8))
+    memory = estimated(config, parameter_counts(config), 2, 2, Placement("whole", "resident"), ZERO)
     assert memory.fixed + twice == pytest.approx(73.1e9, rel=0.03)
     assert memory.peak(10_240, 32) + twice == pytest.approx(139.3e9, rel=0.03)
 
 
-def test_buckets_are_those_of_the_ds_config():
+def test_what_counts_for_memory_is_the_ds_configs():
     config = models.make_config(**LLAMA_8B)
-    sizes = [buckets({"zero_optimization": {"stage": 3, "reduce_bucket_size": 10**8, "stage3_prefetch_bucket_size": 10**7}}),
-             buckets({"zero_optimization": {"stage": 3}})]  # fmt: skip
-    assert sizes == [(10**7, 10**8), (5 * 10**7, 5 * 10**8)]  # DeepSpeed's own by default
-    fixed = [estimated(config, parameter_counts(config), 2, 2, Placement("partitioned", "streamed"), s).fixed for s in sizes]
+    given = [{"reduce_bucket_size": 10**8, "stage3_prefetch_bucket_size": 10**7},
+             {"offload_optimizer": {"device": "none"}},
+             {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}]  # fmt: skip
+    zeros = [zero_of({"zero_optimization": {"stage": 3, **keys}}) for keys in given]
+    assert zeros[0] == (10**7, 10**8, False, False)
+    assert zeros[1] == (5 * 10**7, 5 * 10**8, False, False)  # DeepSpeed's own by default
+    assert zeros[2] == (5 * 10**7, 5 * 10**8, True, True)
+    fixed = [estimated(config, parameter_counts(config), 2, 2, PARTITIONED, zero).fixed for zero in zeros]
     assert fixed[1] - fixed[0] == pytest.approx(2 * 4e7 + 4 * 2 * 4e8)
+    assert fixed[1] - fixed[2] == pytest.approx((2 + 4 + 4) * NUMEL / 2)  # parameters, gradients, masters
 
 
 def placed(monkeypatch, config, frees, own=None, kept="", budget=None, **flags):

@@ -202,7 +202,7 @@ def out_of_memory_in_a_dry_run(policy, engine, ranks: distributed.Ranks) -> list
     def run_out(*_):
         raise torch.OutOfMemoryError("no more of it")
 
-    peaks = []
+    peaks, demand = [], planner.Demand(20, 20, 100.0, 50, False, "")
     for phase in ("none", "backward", "forward", "none"):
         hook = None
         if ranks.rank == ranks.world_size - 1 and phase != "none":
@@ -211,7 +211,7 @@ def out_of_memory_in_a_dry_run(policy, engine, ranks: distributed.Ranks) -> list
                 hook = layer.register_forward_hook(run_out)
             else:
                 hook = layer.register_forward_hook(lambda layer, inputs, output: output.register_hook(run_out) and None)
-        peaks.append(planner._dry_run(engine, policy, "sdpa", 50, 0, 20, True, ranks))
+        peaks.append(planner._dry_run(engine, policy, "sdpa", 50, 0, demand, True, ranks))
         if hook is not None:
             hook.remove()
     return peaks
