@@ -78,7 +78,7 @@ def main() -> None:
     model.verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
-    budget = settle(engine, config, ds_config, kernel, placement, demand, ranks)
+    budget = settle(engine, config, ds_config, kernel, demand, ranks)
     state.micro_batch_budget, state.gradients, state.world_size = budget, placement.gradients, ranks.world_size
     first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))
     ranks.say(packing_report((data.lengths[samples].tolist() for samples in first), ranks.world_size, budget))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from common.config import TrainConfig
-from common.errors import UserError, one_line
+from common.errors import UserError, mistake, one_line
 
 OWNED_BY_FLAGS = {
     "train_batch_size": "--global_batch_size",
@@ -52,47 +52,43 @@ def deepspeed_config(config: TrainConfig) -> dict:
     values, is not ZeRO stage 3, or sets what DeepSpeed does not know.
     """
 
-    def mistake(reason: str) -> UserError:
+    def wrong(reason: str) -> UserError:
         return UserError(f"--ds_config {config.ds_config}: {reason}")
 
     path = Path(config.ds_config)
     if not path.is_file() and not path.is_absolute():
         path = Path(__file__).parent.parent / path  # a path of the project's own, from any working directory
-    try:
+    with mistake(f"--ds_config {config.ds_config}", OSError), mistake(f"--ds_config {config.ds_config}: not JSON", ValueError):
         placement = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise mistake(e.strerror) from None
-    except ValueError as e:
-        raise mistake(f"not JSON: {e}") from None
     if not isinstance(placement, dict) or not isinstance(placement.get("zero_optimization"), dict):
-        raise mistake("must be an object with a `zero_optimization` object")
+        raise wrong("must be an object with a `zero_optimization` object")
     for key in placement:
         if key in OWNED_BY_FLAGS:
-            raise mistake(f"sets `{key}`, which belongs to {OWNED_BY_FLAGS[key]}; remove it")
+            raise wrong(f"sets `{key}`, which belongs to {OWNED_BY_FLAGS[key]}; remove it")
         if key not in PLACEMENT_KEYS:
-            raise mistake(f"unknown key `{key}`; known: {', '.join(sorted(PLACEMENT_KEYS))}")
+            raise wrong(f"unknown key `{key}`; known: {', '.join(sorted(PLACEMENT_KEYS))}")
     if placement["zero_optimization"].get("stage") != 3:
-        raise mistake("`zero_optimization.stage` must be 3")
+        raise wrong("`zero_optimization.stage` must be 3")
     if refused := [key for key in placement["zero_optimization"] if key.startswith(REFUSED)]:
-        raise mistake(f"`zero_optimization.{refused[0]}` is not supported; remove it")
+        raise wrong(f"`zero_optimization.{refused[0]}` is not supported; remove it")
     if auto := _find_auto(placement):
-        raise mistake(f'`{auto}` is "auto"; write a value or leave the key out')
+        raise wrong(f'`{auto}` is "auto"; write a value or leave the key out')
     try:
         DeepSpeedZeroConfig(**placement["zero_optimization"])
     except ValueError as e:  # pydantic's
         first = e.errors()[0]
         where = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise mistake(f"`{where}`: {one_line(first['msg'])}") from None
+        raise wrong(f"`{where}`: {one_line(first['msg'])}") from None
     offloads = [key for key in placement["zero_optimization"] if key.startswith("offload_")]
     for key in offloads:
         if (placement["zero_optimization"][key] or {}).get("device") == "nvme":
-            raise mistake(f"`zero_optimization.{key}.device` nvme is not supported: checkpoints are written from memory; use cpu")
+            raise wrong(f"`zero_optimization.{key}.device` nvme is not supported: checkpoints are written from memory; use cpu")
     for key, values in RESIDENCY.items():
         if key in placement and placement[key] not in values:
-            raise mistake(f"`{key}` must be {' or '.join(values)}, not {placement[key]!r}")
+            raise wrong(f"`{key}` must be {' or '.join(values)}, not {placement[key]!r}")
         if offloads:  # what lives elsewhere cannot be kept whole here
             if placement.get(key) == values[0]:
-                raise mistake(f"{key} cannot be {values[0]} with `{offloads[0]}`")
+                raise wrong(f"{key} cannot be {values[0]} with `{offloads[0]}`")
             placement[key] = values[1]
     return {
         "steps_per_print": 2**62,

@@ -95,11 +95,11 @@ def place(
     if demand.gradients and "gradients" not in ds_config:
         allowed["gradients"] = (demand.gradients,)
     free = -max(ranks.gather(lambda: -_free_bytes(ranks)))
-    counts = parameter_counts(model_config)
+    counts, zero = parameter_counts(model_config), zero_of(ds_config)
     itemsize, layers = getattr(torch, config.dtype).itemsize, model_config.num_hidden_layers
 
     def cost(placement: Placement) -> tuple[float, float]:
-        memory = estimated(model_config, counts, itemsize, ranks.world_size, placement, zero_of(ds_config))
+        memory = estimated(model_config, counts, itemsize, ranks.world_size, placement, zero)
         choice = choose(memory, free * (1 - HEADROOM), layers, demand, placement.overhead, given_layers(config, layers))
         return choice.cost, memory.fixed  # where by the estimate nothing fits, what needs the least memory
 
@@ -256,19 +256,17 @@ def confirmed(
             return tokens, recomputing, seen
 
 
-def settle(
-    engine, config: TrainConfig, ds_config: dict, kernel: str, placement: Placement, demand: Demand, ranks: Ranks
-) -> int:
+def settle(engine, config: TrainConfig, ds_config: dict, kernel: str, demand: Demand, ranks: Ranks) -> int:
     """Sets the layers that recompute and returns the micro-batch's tokens, and says the plan. Collective.
 
-    By measurement on a GPU, if the flags leave anything open; on a CPU `auto` recomputes nothing.
+    By measurement on a GPU, if the flags leave anything open; on a CPU `auto` recomputes nothing. ds_config: `place`'s.
     """
     policy, budget = engine.module, demand.budget
     layers = len(policy.decoder_layers())
     given = given_layers(config, layers)
     recomputing = given or 0
     policy.checkpoint_activations(recomputing)
-    counts = parameter_counts(policy.lm.config)
+    counts, placement = parameter_counts(policy.lm.config), Placement(ds_config["gradients"], ds_config["parameters"])
     shape = counts, policy.lm.dtype.itemsize, ranks.world_size, placement, zero_of(ds_config)
     state, memory = state_of(*shape), estimated(policy.lm.config, *shape)
     if ranks.device.type != "cuda" or (given is not None and demand.is_settled):

@@ -58,8 +58,33 @@ def test_nothing_fits_gives_the_smallest_with_all_layers_recomputed():
     assert choose(LLAMA_8B_ON_2, 70 * GB, 32, ANY, 700) == (4096, 32, float("inf"))
 
 
-def engine_of(policy) -> SimpleNamespace:
-    return SimpleNamespace(module=policy)
+def settled(monkeypatch, shape, real, total: float, allocated: float = 0.0, world_size: int = 2, ds_config: dict = DS_CONFIG,
+            placement: Placement = PARTITIONED, demand: Demand = ANY, device: str = "cuda", dtype=torch.bfloat16, **flags):
+    """settle() for a model of this shape, its dry runs played by real(tokens, keeping layers) -> bytes without moments, on
+    devices of `total` bytes. -> its budget and the layers that recompute at last; (tokens, recomputing) and demand of each
+    dry run; what was said."""
+    runs, demands, said, recomputed, layers = [], [], [], [], shape.num_hidden_layers
+
+    def dry_run(engine, policy, kernel, tokens, recomputing, demand, can_recover, ranks):
+        runs.append((tokens, recomputing))
+        demands.append(demand)
+        return real(tokens, layers - recomputing)
+
+    policy = SimpleNamespace(decoder_layers=lambda: [None] * layers, checkpoint_activations=recomputed.append,
+                             lm=SimpleNamespace(dtype=dtype, config=shape))  # fmt: skip
+    ranks = SimpleNamespace(device=torch.device(device), world_size=world_size, say=said.append, gather=lambda work: [work()])
+    monkeypatch.setattr("common.planner._dry_run", dry_run)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - allocated, total))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated)
+    ds_config = ds_config | placement._asdict()
+    budget = settle(SimpleNamespace(module=policy), SFTConfig(**flags), ds_config, "varlen", demand, ranks)
+    layers_at_last = runs[-1][1] if runs else recomputed[-1]
+    return SimpleNamespace(budget=budget, layers=layers_at_last, runs=runs, demands=demands, said=said[-1])
+
+
+def real_8b(tokens: int, keeping: int) -> float:
+    return LLAMA_8B_ON_2.peak(tokens, keeping) - LLAMA_8B_ON_2.optimizer
 
 
 @pytest.mark.parametrize(
@@ -74,55 +99,22 @@ def engine_of(policy) -> SimpleNamespace:
 )
 def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, is_settled, expected):
     """The dry runs are played by a memory model, on a device of 141 GB with 8B parameters on 2 ranks."""
-    real, runs = LLAMA_8B_ON_2, []
-
-    def dry_run(engine, policy, kernel, tokens, recomputing, demand, can_recover, ranks):
-        runs.append((tokens, recomputing))
-        return real.peak(tokens, 32 - recomputing) - real.optimizer
-
-    said, recomputed = [], []
-    policy = SimpleNamespace(decoder_layers=lambda: [None] * 32, checkpoint_activations=recomputed.append,
-                             lm=SimpleNamespace(dtype=torch.bfloat16, config=models.make_config(**LLAMA_8B)))  # fmt: skip
-    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=2, say=said.append, gather=lambda work: [work()])
-    monkeypatch.setattr("common.planner._dry_run", dry_run)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (141 * GB - real.fixed, 141 * GB))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: real.fixed)
-    config = SFTConfig(**flags)
-    demand = Demand(832, 832, 45_000, 16384, is_settled, "")
-    budget = settle(engine_of(policy), config, DS_CONFIG, "varlen", PARTITIONED, demand, ranks)
-    layers = runs[-1][1] if runs else recomputed[-1]
+    real, demand = LLAMA_8B_ON_2, Demand(832, 832, 45_000, 16384, is_settled, "")
+    seen = settled(monkeypatch, models.make_config(**LLAMA_8B), real_8b, 141 * GB, real.fixed, demand=demand, **flags)
+    budget, layers, runs, said = seen.budget, seen.layers, seen.runs, seen.said
     assert (budget, layers) == expected
     if is_settled and "gradient_checkpointing" in flags:
         assert not runs, "nothing is left to choose"
-        assert "nothing measured; micro-batches of 16,384 tokens, 9 of 32 layers recomputed" in said[-1]
+        assert "nothing measured; micro-batches of 16,384 tokens, 9 of 32 layers recomputed" in said
     else:
         assert runs[-1] == expected, "the last dry run is of what was chosen"
         assert real.peak(budget, 32 - layers) <= 0.94 * 141 * GB
-        assert f"micro-batches of {budget:,} tokens, {layers} of 32 layers recomputed" in said[-1]
+        assert f"micro-batches of {budget:,} tokens, {layers} of 32 layers recomputed" in said
         parameters = NUMEL + 2 * (3 * 218_112_000 + 2e8)  # bytes: a half of them, three layers and a bucket
         gradients = 2 * NUMEL + 8 * 2e8  # a half and two buckets, in float32
         activations = real.peak(budget, 32 - layers) - parameters - gradients - 6 * NUMEL
         of_state = f"{parameters / GB:.1f} parameters, {gradients / GB:.1f} gradients, {6 * NUMEL / GB:.1f} optimizer"
-        assert f"{of_state}, {activations / GB:.1f} activations" in said[-1]
-
-
-def settled(monkeypatch, shape, ds_config: dict, real, allocated: float, total: float, world_size: int):
-    """settle() for a model of this shape, its dry runs played by real(tokens, keeping layers) -> bytes without moments, on
-    devices of `total` bytes. -> (budget, [(tokens, recomputing)] of the dry runs, what was said)."""
-    runs, said, layers = [], [], shape.num_hidden_layers
-
-    def dry_run(engine, policy, kernel, tokens, recomputing, demand, can_recover, ranks):
-        runs.append((tokens, recomputing))
-        return real(tokens, layers - recomputing)
-
-    policy = SimpleNamespace(decoder_layers=lambda: [None] * layers, checkpoint_activations=lambda layers: None,
-                             lm=SimpleNamespace(dtype=torch.bfloat16, config=shape))  # fmt: skip
-    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=world_size, say=said.append, gather=lambda work: [work()])
-    monkeypatch.setattr("common.planner._dry_run", dry_run)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - allocated, total))
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated)
-    return settle(engine_of(policy), SFTConfig(), ds_config, "varlen", PARTITIONED, ANY, ranks), runs, said[-1]
+        assert f"{of_state}, {activations / GB:.1f} activations" in said
 
 
 def test_a_model_of_few_layers_has_its_largest_micro_batch_tried_too(monkeypatch):
@@ -134,11 +126,11 @@ def test_a_model_of_few_layers_has_its_largest_micro_batch_tried_too(monkeypatch
         return guess.fixed + 1 * GB + 2 * (guess.peak(tokens, keeping) - guess.peak(0, 0))
 
     total = guess.peak(0, 0) + 30 * GB
-    budget, runs, said = settled(monkeypatch, shape, DS_CONFIG, real, guess.fixed + 1 * GB, total, 2)
-    assert runs[0][0] <= 2 * 4608 and runs[-1][0] == budget > 4096
-    seen, larger = (real(tokens, 4 - runs[-1][1]) + guess.optimizer for tokens in (budget, int(1.3 * budget)))
-    assert seen <= 0.94 * total < larger
-    assert f"{seen / GB:.1f} seen" in said
+    seen = settled(monkeypatch, shape, real, total, guess.fixed + 1 * GB)
+    assert seen.runs[0][0] <= 2 * 4608 and seen.runs[-1][0] == seen.budget > 4096
+    peak, larger = (real(tokens, 4 - seen.layers) + guess.optimizer for tokens in (seen.budget, int(1.3 * seen.budget)))
+    assert peak <= 0.94 * total < larger
+    assert f"{peak / GB:.1f} seen" in seen.said
 
 
 def test_a_toy_with_a_large_reduce_bucket_gets_a_large_micro_batch(monkeypatch):
@@ -150,8 +142,8 @@ def test_a_toy_with_a_large_reduce_bucket_gets_a_large_micro_batch(monkeypatch):
     def real(tokens: int, keeping: int) -> float:
         return 6.07 * GB + guess.peak(tokens, keeping) - guess.peak(0, 0)
 
-    budget, runs, _ = settled(monkeypatch, shape, ds_config, real, 6 * GB, 10 * GB, 2)
-    assert budget == runs[-1][0] > 30_000 and runs[-1][1] == 0 and min(runs)[0] >= 1024
+    seen = settled(monkeypatch, shape, real, 10 * GB, 6 * GB, ds_config=ds_config)
+    assert seen.budget == seen.runs[-1][0] > 30_000 and seen.layers == 0 and min(seen.runs)[0] >= 1024
 
 
 def test_what_is_offloaded_takes_no_room_on_the_device(monkeypatch):
@@ -162,42 +154,28 @@ def test_what_is_offloaded_takes_no_room_on_the_device(monkeypatch):
     def real(tokens: int, keeping: int) -> float:
         return 2 * NUMEL + 8 * 2e8 + tokens * (0.6e6 + 1e5 * keeping)
 
-    budget, runs, said = settled(monkeypatch, shape, ds_config, real, 2 * NUMEL + 8 * 2e8, 84 * GB, 1)
-    assert budget >= 14_000 and runs[-1] == (budget, 0) and real(budget, 32) <= 0.94 * 84 * GB
-    assert f"{2 * NUMEL / GB:.1f} parameters, 1.6 gradients, 0.0 optimizer, {(real(budget, 32) - real(0, 0)) / GB:.1f} act" in said
+    seen = settled(monkeypatch, shape, real, 84 * GB, real(0, 0), world_size=1, ds_config=ds_config)
+    peak = real(seen.budget, 32)
+    assert seen.budget >= 14_000 and seen.runs[-1] == (seen.budget, 0) and peak <= 0.94 * 84 * GB
+    state = f"{2 * NUMEL / GB:.1f} parameters, 1.6 gradients, 0.0 optimizer"
+    assert f"{state}, {(peak - real(0, 0)) / GB:.1f} activations" in seen.said
 
 
-def test_on_a_cpu_the_plan_is_said_by_the_models_shape():
-    said = []
-    policy = SimpleNamespace(decoder_layers=lambda: [None] * 32, checkpoint_activations=lambda layers: None,
-                             lm=SimpleNamespace(dtype=torch.float32, config=models.make_config(**LLAMA_8B)))  # fmt: skip
-    ranks = SimpleNamespace(device=torch.device("cpu"), world_size=2, say=said.append)
-    whole = Placement("whole", "resident")
-    assert settle(engine_of(policy), SFTConfig(gradient_checkpointing=3), DS_CONFIG, "sdpa", whole, ANY, ranks) == 16384
+def test_on_a_cpu_the_plan_is_said_by_the_models_shape(monkeypatch):
+    shape, whole = models.make_config(**LLAMA_8B), Placement("whole", "resident")
+    seen = settled(monkeypatch, shape, real_8b, 0.0, placement=whole, device="cpu", dtype=torch.float32, gradient_checkpointing=3)
+    assert seen.budget == 16384 and seen.layers == 3 and not seen.runs
     state = f"{4 * NUMEL / GB:.1f} parameters, {4 * NUMEL / GB:.1f} gradients, {6 * NUMEL / GB:.1f} optimizer"
-    assert state in said[0] and "nothing measured; micro-batches of 16,384 tokens, 3 of 32 layers" in said[0]
+    assert state in seen.said and "nothing measured; micro-batches of 16,384 tokens, 3 of 32 layers" in seen.said
 
 
 @pytest.mark.parametrize("tokens_per_step", [1_400, 22_000, 90_000])
 @pytest.mark.parametrize("limit", [100, 112, 500])
 def test_a_micro_batch_holds_the_longest_pair_though_no_sequence_in_it_is_as_long(monkeypatch, tokens_per_step, limit):
     """A prompt of 1,000 tokens and two answers of 1,000 each."""
-    sequences = []
-
-    def dry_run(engine, policy, kernel, tokens, recomputing, demand, can_recover, ranks):
-        sequences.append((demand.longest_sequence, demand.longest))
-        return LLAMA_8B_ON_2.peak(tokens, 32 - recomputing) - LLAMA_8B_ON_2.optimizer
-
-    policy = SimpleNamespace(decoder_layers=lambda: [None] * 32, checkpoint_activations=lambda layers: None,
-                             lm=SimpleNamespace(dtype=torch.bfloat16, config=models.make_config(**LLAMA_8B)))  # fmt: skip
-    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=2, say=lambda text: None, gather=lambda work: [work()])
-    monkeypatch.setattr("common.planner._dry_run", dry_run)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (limit * GB / 0.94, limit * GB / 0.94))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
-    engine = engine_of(policy)
     demand = Demand(3000, 2000, tokens_per_step / 2, 16384, False, "")
-    budget = settle(engine, SFTConfig(), DS_CONFIG, "varlen", PARTITIONED, demand, ranks)
-    assert budget >= 3000 and set(sequences) == {(2000, 3000)}
+    seen = settled(monkeypatch, models.make_config(**LLAMA_8B), real_8b, limit * GB / 0.94, demand=demand)
+    assert seen.budget >= 3000 and {(d.longest_sequence, d.longest) for d in seen.demands} == {(2000, 3000)}
 
 
 def choice_within(limit: float):
