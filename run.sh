@@ -246,11 +246,11 @@ main() {
             train "$verb" "$@" ;;
         sanity)
             setup
-            run_module common.sanity "$@" ;;
+            run_module common.verbs.sanity "$@" ;;
         bench)
             setup
             [[ $(num_gpus) != 0 ]] || export DS_ACCELERATOR=cpu
-            run_module common.bench "$@" ;;
+            run_module common.verbs.bench "$@" ;;
         help | -h | --help)
             usage ;;
         *)

@@ -12,27 +12,22 @@ import sys
 import numpy as np
 import torch
 
-from common import checkpoint, model, run_record
-from common.attention import resolve_kernel, to_device
-from common.chat_templates import resolve_template
 from common.config import DPOConfig, parse_config
-from common.distributed import Stopped, StopRequest, main_with_exit_codes, num_cpus, start
-from common.engine import (
-    build_engine,
-    inference_engine,
-    out_of_memory_explained,
-    require_finite_weights,
-    set_learning_rate,
-)
-from common.errors import not_finite
-from common.logprobs import sequence_logps
-from common.losses import SUMMED, check_first_step, preference_loss, preference_sums
-from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line, write_once
-from common.packing import MicroBatch, one_ahead, pack, packing_report, pair_documents, pair_length, plan_step
-from common.placement import deepspeed_config
-from common.planner import demand_of, place, settle
-from common.reference_cache import reference_logps
-from common.schedule import (
+from common.data.cache import tokenized_data
+from common.data.chat_template import resolve_template
+from common.data.report import data_table, preview
+from common.failures import not_finite
+from common.model import export, packed
+from common.model import load as model
+from common.model.attention import resolve_kernel, to_device
+from common.model.logprobs import sequence_logps
+from common.ranks import num_cpus, start
+from common.run import output_dir as run_record
+from common.run.metrics import MetricsFile, StepMeter, draw_curves, progress_line, write_once
+from common.run.reference import reference_logps
+from common.step.losses import SUMMED, check_first_step, preference_loss, preference_sums
+from common.step.packing import MicroBatch, one_ahead, pack, packing_report, pair_documents, pair_length, plan_step
+from common.step.schedule import (
     checkpoint_interval,
     learning_rate_schedule,
     samples_seen,
@@ -40,7 +35,11 @@ from common.schedule import (
     steps_per_epoch,
     total_steps,
 )
-from common.token_cache import data_table, preview, tokenized_data
+from common.stopping import Stopped, StopRequest, main_with_exit_codes
+from common.zero import checkpoint
+from common.zero.ds_config import deepspeed_config
+from common.zero.engine import build_engine, inference_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
+from common.zero.memory import demand_of, place, settle
 
 
 @main_with_exit_codes
@@ -118,7 +117,7 @@ def main() -> None:
     # ------------------------------------------------------------------ model and engine
     policy = model.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config)
-    model.verify_packed_forward(engine, kernel, ranks)
+    packed.verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
     budget = settle(engine, config, ds_config, kernel, demand, ranks)
@@ -175,7 +174,7 @@ def main() -> None:
         with out_of_memory_explained(f"step {step + 1}", budget, demand.longest) as size:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 size.tokens = micro_batch.num_tokens
-                token_logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
+                token_logps = engine(**packed.model_inputs(micro_batch, kernel, ranks.device))
                 logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(-1, 2)  # (chosen, rejected)
                 ratios = logps if reference is None else logps - to_device(reference[members], ranks.device)
                 if loss_of.averages_over_length:
@@ -232,7 +231,7 @@ def main() -> None:
     stop_request.wait_for_export()
     metrics.sync()  # the last record is written, or the run stops
     require_finite_weights(engine, state.step, ranks)
-    model.export_model(policy, config.output_dir, template, model_folder, ranks)
+    export.export_model(policy, config.output_dir, template, model_folder, ranks)
     agreement = ranks.gather(lambda: [state.step, state.total_tokens])
     ranks.once(lambda: draw_curves(config.output_dir))
     write_once(

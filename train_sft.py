@@ -11,19 +11,24 @@ import sys
 
 import torch
 
-from common import checkpoint, model, run_record
-from common.attention import resolve_kernel
-from common.chat_templates import resolve_template
 from common.config import SFTConfig, parse_config
-from common.distributed import Stopped, StopRequest, main_with_exit_codes, num_cpus, start
-from common.engine import build_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
-from common.errors import not_finite
-from common.metrics import MetricsFile, StepMeter, draw_curves, progress_line, write_once
-from common.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
-from common.placement import deepspeed_config
-from common.planner import demand_of, place, settle
-from common.schedule import checkpoint_interval, learning_rate_schedule, samples_seen, step_samples, total_steps
-from common.token_cache import data_table, preview, tokenized_data
+from common.data.cache import tokenized_data
+from common.data.chat_template import resolve_template
+from common.data.report import data_table, preview
+from common.failures import not_finite
+from common.model import export, packed
+from common.model import load as model
+from common.model.attention import resolve_kernel
+from common.ranks import num_cpus, start
+from common.run import output_dir as run_record
+from common.run.metrics import MetricsFile, StepMeter, draw_curves, progress_line, write_once
+from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
+from common.step.schedule import checkpoint_interval, learning_rate_schedule, samples_seen, step_samples, total_steps
+from common.stopping import Stopped, StopRequest, main_with_exit_codes
+from common.zero import checkpoint
+from common.zero.ds_config import deepspeed_config
+from common.zero.engine import build_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
+from common.zero.memory import demand_of, place, settle
 
 
 @main_with_exit_codes
@@ -75,7 +80,7 @@ def main() -> None:
     ds_config, placement = place(ds_config, config, model_config, demand, ranks)
     policy = model.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config)
-    model.verify_packed_forward(engine, kernel, ranks)
+    packed.verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
     budget = settle(engine, config, ds_config, kernel, demand, ranks)
@@ -128,7 +133,7 @@ def main() -> None:
         with out_of_memory_explained(f"step {step + 1}", budget, demand.longest) as size:
             for m, micro_batch in enumerate(micro_batches):
                 size.tokens = micro_batch.num_tokens
-                logps = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
+                logps = engine(**packed.model_inputs(micro_batch, kernel, ranks.device))
                 loss = -logps.sum()
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
                 engine.backward(loss * ranks.world_size / num_targets)  # DeepSpeed averages gradients over ranks
@@ -175,7 +180,7 @@ def main() -> None:
     stop_request.wait_for_export()
     metrics.sync()  # the last record is written, or the run stops
     require_finite_weights(engine, state.step, ranks)
-    model.export_model(policy, config.output_dir, template, model_folder, ranks)
+    export.export_model(policy, config.output_dir, template, model_folder, ranks)
     agreement = ranks.gather(lambda: [state.step, state.total_tokens])
     ranks.once(lambda: draw_curves(config.output_dir))
     write_once(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from common.errors import UserError, mistake, print_line
+from common.failures import UserError, mistake, print_line
 
 
 def _field(default, help: str, choices: tuple = (), least: float | None = None, most: float = math.inf):

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common import checkpoint
+from common.zero import checkpoint
 
 HIDDEN = 2048
 

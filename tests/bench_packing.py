@@ -19,7 +19,8 @@ import launch
 import numpy as np
 
 sys.path.insert(0, str(launch.REPO))
-from common import bench, packing
+from common.step import packing
+from common.verbs import bench
 
 ROUNDS, STEPS, WARMUP = 3, 8, 2
 

@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common import token_cache
-from common.chat_templates import resolve_template
-from common.token_cache import BLOCK_ROWS, BlockTokenizer
-from common.tokenization import Encoder
+from common.data import cache as token_cache
+from common.data.cache import BLOCK_ROWS, BlockTokenizer
+from common.data.chat_template import resolve_template
+from common.data.tokens import Encoder
 
 SHARED = Path(__file__).parents[2] / "shared"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common.adamw import adamw_
+from common.zero.adamw import adamw_
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
 SIZES = [1, 7, 1024, 5001]  # a lone element, one block, and blocks that a stretch does not fill

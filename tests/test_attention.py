@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DiffLlamaConfig, LlamaConfig
 
-from common import attention
-from common.attention import attention_kwargs, block_mask, registered_name, resolve_kernel
-from common.errors import UserError
-from common.model import PackedModel, model_inputs
-from common.packing import Document, pack
+from common.failures import UserError
+from common.model import attention
+from common.model.attention import attention_kwargs, block_mask, registered_name, resolve_kernel
+from common.model.packed import PackedModel, model_inputs
+from common.step.packing import Document, pack
 
 CPU = torch.device("cpu")
 NOTHING = np.zeros(0, np.int64)

@@ -13,14 +13,14 @@ import launch
 import numpy as np
 import pytest
 
-import common.bench
-from common.bench import WARMUP_STEPS, Options, generated_lengths, num_recompiled
-from common.errors import UserError
+import common.verbs.bench
+from common.failures import UserError
+from common.verbs.bench import WARMUP_STEPS, Options, generated_lengths, num_recompiled
 
 
 def bench(folder, *words: str) -> subprocess.CompletedProcess:
     environment = os.environ | launch.CPU_ENVIRONMENT | {"PYTHONPATH": str(launch.REPO)}
-    command = [sys.executable, "-m", "common.bench", *words]
+    command = [sys.executable, "-m", "common.verbs.bench", *words]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=launch.TIMEOUT)
 
 
@@ -62,7 +62,7 @@ def test_a_run_that_fails_fails_the_benchmark(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_benchmark_that_is_stopped_stops_its_ranks(tmp_path, number):
     environment = os.environ | launch.CPU_ENVIRONMENT | {"PYTHONPATH": str(launch.REPO)}
-    command = [sys.executable, "-m", "common.bench", "sft", "2", "--steps", "100000"]
+    command = [sys.executable, "-m", "common.verbs.bench", "sft", "2", "--steps", "100000"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         next(line for line in process.stdout if line.startswith("step 2/"))
         process.send_signal(number)
@@ -96,7 +96,7 @@ def test_a_mistake_is_named(monkeypatch, tmp_path, words, named):
     monkeypatch.setattr(sys, "argv", ["bench", *words])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        common.bench.main()
+        common.verbs.bench.main()
     assert named in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
@@ -112,7 +112,7 @@ def test_the_visible_devices_are_heeded(tmp_path, monkeypatch):
                       '*) pwd; echo "$PYTHONSAFEPATH $@";; esac\n')  # fmt: skip
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    done = subprocess.run(common.bench.train_command("sft", 2, ["--beta", "1 2"]), cwd=tmp_path, capture_output=True,
+    done = subprocess.run(common.verbs.bench.train_command("sft", 2, ["--beta", "1 2"]), cwd=tmp_path, capture_output=True,
                           text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "4,5,6,7"})
     assert done.stdout == f"{tmp_path}\n1 -m deepspeed.launcher.runner --quiet --include localhost:4,5 --master_port 5 " \
                           f"{launch.REPO}/train_sft.py --beta 1 2\n"
@@ -127,7 +127,7 @@ def test_own_flags_are_taken_as_the_scripts_take_theirs():
 
 def test_help_names_the_shapes(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--help"])
-    common.bench.main()
+    common.verbs.bench.main()
     help = capsys.readouterr().out
     assert "llama-8b-half" in help and "--lengths tulu|full" in help
 

@@ -8,8 +8,8 @@ import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.chat_templates import TULU, Dropped, resolve_template
-from common.errors import UserError
+from common.data.chat_template import TULU, Dropped, resolve_template
+from common.failures import UserError
 
 TOKENIZER = tiny_tokenizer.tiny_tokenizer()
 USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}

@@ -25,10 +25,12 @@ import torch
 from faults import Crash, Disk
 from safetensors.numpy import load_file
 
-from common import checkpoint, distributed, run_record
-from common.checkpoint import RunState
+from common import files, stopping
 from common.config import DPOConfig, SFTConfig, parse_config
-from common.errors import TrainingStopped, UserError
+from common.failures import TrainingStopped, UserError
+from common.run import output_dir as run_record
+from common.zero import checkpoint
+from common.zero.checkpoint import RunState
 
 SHAPES = {"embed.weight": (7, 3), "layer.weight": (5,), "norm.weight": (1,)}
 
@@ -121,8 +123,8 @@ def test_a_checkpoint_holds_every_number_and_a_manifest_of_every_file(output_dir
     assert {*manifest["files"]} == {*files} - {"manifest.json", "COMPLETE"}
     assert len([name for name in files if name.endswith(".safetensors")]) > 1
     for name, entry in manifest["files"].items():
-        assert entry == {"size": files[name].stat().st_size, "digest": checkpoint.digest(files[name].read_bytes())}
-    assert (folder / "COMPLETE").read_text() == checkpoint.digest((folder / "manifest.json").read_bytes())
+        assert entry == {"size": files[name].stat().st_size, "digest": files.digest(files[name].read_bytes())}
+    assert (folder / "COMPLETE").read_text() == files.digest((folder / "manifest.json").read_bytes())
     assert find(output_dir) == (folder, "")
 
 
@@ -146,7 +148,7 @@ def test_whatever_file_operation_fails_a_resume_finds_the_old_or_the_new_whole_c
             save(output_dir, 9, keep)
         patch = pytest.MonkeyPatch()
         ended = None
-        with Disk(patch, [checkpoint], n, "full" if how == "full" else "crash") as disk:
+        with Disk(patch, [checkpoint, files], n, "full" if how == "full" else "crash") as disk:
             patch_engine(patch)
             try:
                 save(output_dir, 10, keep)
@@ -201,14 +203,14 @@ def test_nothing_is_renamed_before_it_is_on_disk_nor_deleted_before_the_rename_i
 
 def test_a_write_error_on_any_thread_stops_training_with_one_clear_line(output_dir, monkeypatch):
     save(output_dir, 9)
-    real = checkpoint._write
+    real = files.write_file
 
     def failing(path, blocks):
         if "part_000" in path.name:
             raise OSError(5, os.strerror(5))
         return real(path, blocks)
 
-    monkeypatch.setattr(checkpoint, "_write", failing)
+    monkeypatch.setattr(checkpoint, "write_file", failing)
     with pytest.raises(TrainingStopped, match="could not be written: Input/output error; older checkpoints are intact"):
         save(output_dir, 10)
     assert find(output_dir)[0].name == "step_00000009"
@@ -219,8 +221,8 @@ def test_replace_file_leaves_the_old_text_or_the_new(tmp_path):
     for n in range(1, 20):
         for how in ("crash", "power loss"):
             path.write_text("old " * 100)
-            with Disk(pytest.MonkeyPatch(), [checkpoint], n) as disk, contextlib.suppress(Crash):
-                checkpoint.replace_file(path, "new " * 100)
+            with Disk(pytest.MonkeyPatch(), [checkpoint, files], n) as disk, contextlib.suppress(Crash):
+                files.replace_file(path, "new " * 100)
             if how == "power loss":
                 disk.lose_power(tmp_path)
             assert path.read_text() in ("old " * 100, "new " * 100)
@@ -270,7 +272,7 @@ def test_damage_to_any_file_is_said_and_the_checkpoint_before_is_used(output_dir
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(output_dir, monkeypatch, error):
     for step in (1, 2):
         save(output_dir, step)
-    before, real = sorted(output_dir.rglob("*")), checkpoint.file_digest
+    before, real = sorted(output_dir.rglob("*")), files.file_digest
 
     def failing(path):
         if path.parent.name == "step_00000002" and "part_000" in path.name:
@@ -302,9 +304,9 @@ def test_where_no_checkpoint_is_whole_a_run_starts_over_and_says_why(output_dir)
     ({}, "COMPLETE is missing"),
     ({"COMPLETE": "x"}, "manifest.json is missing"),
     ({"manifest.json": "{}"}, "COMPLETE is missing"),
-    ({"manifest.json": "[]", "COMPLETE": checkpoint.digest(b"[]")}, "not of this project"),
-    ({"manifest.json": "{}", "COMPLETE": checkpoint.digest(b"{}")}, "not of this project"),
-    ({"manifest.json": '{"files": {"a": 1}}', "COMPLETE": checkpoint.digest(b'{"files": {"a": 1}}'), "a": ""},
+    ({"manifest.json": "[]", "COMPLETE": files.digest(b"[]")}, "not of this project"),
+    ({"manifest.json": "{}", "COMPLETE": files.digest(b"{}")}, "not of this project"),
+    ({"manifest.json": '{"files": {"a": 1}}', "COMPLETE": files.digest(b'{"files": {"a": 1}}'), "a": ""},
      "not of this project"),
     ({"manifest.json": "\udcff", "COMPLETE": "\udcff"}, "not of this project|not the one"),
 ], ids=str)
@@ -391,11 +393,11 @@ def test_a_checkpoint_past_the_last_step_is_refused(output_dir):
 
 
 def test_a_folder_in_which_another_run_writes_is_refused_until_that_ends(tmp_path):
-    code = ("import sys; from common import run_record; from common.config import SFTConfig; "
-            "run_record.check_output_dir(SFTConfig(output_dir=sys.argv[1]), {}, 5); print('held', flush=True); sys.stdin.read()")
+    code = ("import sys; from common.run import output_dir; from common.config import SFTConfig; "
+            "output_dir.check_output_dir(SFTConfig(output_dir=sys.argv[1]), {}, 5); print('held', flush=True); sys.stdin.read()")
     config = config_of(SFTConfig, output_dir=str(tmp_path))
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          cwd=Path(run_record.__file__).parents[1]) as other:
+                          cwd=Path(run_record.__file__).parents[2]) as other:
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match="another run writes there now"):
             run_record.check_output_dir(config, {}, 5)
@@ -514,14 +516,14 @@ def request_of_one(monkeypatch):
     for name in ("CROSS_RANK", "TORCHELASTIC_RUN_ID", "PLAINTUNE_RUN_SH"):
         monkeypatch.delenv(name, raising=False)
     ranks = OneRank()
-    yield lambda: distributed.StopRequest(ranks), ranks, signal
+    yield lambda: stopping.StopRequest(ranks), ranks, signal
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def test_a_repeated_signal_is_one_request_and_a_later_one_leaves_at_once(request_of_one, monkeypatch):
     make, ranks, signal = request_of_one
-    monkeypatch.setattr(distributed, "SAME_REQUEST", 0.2)
+    monkeypatch.setattr(stopping, "SAME_REQUEST", 0.2)
     request = make()
     assert request.votes() == (0, 0)
     assert request.agreed(0, 0, ranks) == 0
@@ -548,7 +550,7 @@ def test_a_rank_that_others_told_of_the_stop_does_not_take_its_own_late_signal_f
 @pytest.mark.parametrize("is_early", [False, True], ids=["during the export", "between the last vote and the export"])
 def test_during_the_export_the_first_request_waits_and_the_second_leaves(request_of_one, monkeypatch, capfd, is_early):
     make, _, signal = request_of_one
-    monkeypatch.setattr(distributed, "SAME_REQUEST", 0.1)
+    monkeypatch.setattr(stopping, "SAME_REQUEST", 0.1)
     request = make()
     if is_early:
         os.kill(os.getpid(), signal.SIGINT)

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from common.config import PATHS, DPOConfig, SFTConfig, parse_config
-from common.errors import UserError
+from common.failures import UserError
 
 
 def sft(*argv):

@@ -13,9 +13,11 @@ import test_residency
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common import attention, packing, residency
-from common.model import PackedModel, model_inputs
-from common.token_cache import PreferencePair, SFTSample
+from common.data.cache import PreferencePair, SFTSample
+from common.model import attention, summing
+from common.model.packed import PackedModel, model_inputs
+from common.step import packing
+from common.zero import residency
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 KERNELS = [k for k in attention.KERNELS if k != "sdpa" and torch.cuda.is_available() and not attention._why_not(k, True)]
@@ -97,7 +99,7 @@ def test_a_product_is_added_in_float32_by_the_matrix_product_itself(dtype):
     total = torch.randn(256, 512, device="cuda")
     grad, inputs = (torch.randn(1, 3000, n, device="cuda").to(dtype) for n in (256, 512))
     expected = total.double() + grad[0].double().T @ inputs[0].double()
-    residency.add_product(total, grad, inputs)
+    summing.add_product(total, grad, inputs)
     # A sum rounded to bfloat16 is off by more than 1e-3, and one of 3,000 products in float32 by some 1e-6.
     assert relative(total, expected) < (1e-5 if dtype == torch.bfloat16 else 1e-3)  # float32 may be tf32
 
@@ -115,9 +117,9 @@ def test_a_model_that_sums_its_gradients_gives_autograds(compiled):
     plain, summing = tiny("varlen", torch.bfloat16), tiny("varlen", torch.bfloat16)
     for module in summing.modules():
         if type(module) is torch.nn.Linear:
-            module.__class__, module.weight_sum = residency.SummingLinear, torch.zeros_like(module.weight, dtype=torch.float32)
+            module.__class__, module.weight_sum = summing.SummingLinear, torch.zeros_like(module.weight, dtype=torch.float32)
     embedding, head = summing.lm.get_input_embeddings(), summing.lm.get_output_embeddings()
-    embedding.__class__ = residency.SummingEmbedding
+    embedding.__class__ = summing.SummingEmbedding
     for module in (embedding, head):
         module.weight_sum = torch.zeros_like(module.weight, dtype=torch.float32)
     for model in (plain, summing):

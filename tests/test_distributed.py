@@ -12,7 +12,7 @@ import pytest
 
 def run_main(body: str, **settings) -> subprocess.Popen:
     """A process whose script's main is `body`; it has said "ready" on stdout once imports are done."""
-    program = f"import sys\nfrom common.distributed import main_with_exit_codes, StopRequest, UserError\n" \
+    program = f"import sys\nfrom common.failures import UserError; from common.stopping import main_with_exit_codes, StopRequest\n" \
               f"print('ready', flush=True)\n@main_with_exit_codes\ndef main():\n    {body}\nmain()"
     environment = os.environ | launch.CPU_ENVIRONMENT | settings.pop("env", {})
     return subprocess.Popen([sys.executable, "-c", program], cwd=launch.REPO, env=environment, stdout=subprocess.PIPE,
@@ -39,7 +39,7 @@ def test_the_exit_code_is_the_same_if_nobody_reads_why(body, exit_code):
 
 def stop_request_of_a_lost_reader(ranks):
     """What train_sft.py calls before its loop; from here on stdout and stderr are pipes that nobody reads."""
-    from common.distributed import StopRequest
+    from common.stopping import StopRequest
     read, write = os.pipe()
     os.close(read)
     os.dup2(write, 1)
@@ -64,7 +64,7 @@ def test_a_run_that_nobody_reads_any_more_is_stopped_with_a_checkpoint(tiny_llam
 
 def test_the_answer_to_a_stop_during_the_export_is_not_missed(monkeypatch):
     """The handler's own line, on a pipe that nobody reads."""
-    from common.distributed import StopRequest
+    from common.stopping import StopRequest
     request = StopRequest.__new__(StopRequest)
     request.signal_number, request.answered_at, request.is_exporting = 0, float("inf"), True
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.engine import out_of_memory_explained
-from common.errors import TrainingStopped, UserError, mistake, not_finite, progress
+from common.failures import TrainingStopped, UserError, mistake, not_finite, progress
+from common.zero.engine import out_of_memory_explained
 
 
 def test_samples_are_named_by_file_and_row_and_each_file_once():
@@ -31,7 +31,7 @@ def test_a_checkpoint_that_may_not_be_there_is_not_promised():
 
 def test_lines_that_nobody_reads_end_nothing():
     """As in `run.sh sanity | head -n 1`."""
-    code = "import sys; from common.errors import print_line\nfor i in range(3): sys.stdin.readline(); print_line('.' * 9)"
+    code = "import sys; from common.failures import print_line\nfor i in range(3): sys.stdin.readline(); print_line('.' * 9)"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                           cwd=Path(__file__).parent.parent) as process:  # fmt: skip
         process.stdin.write("\n")
@@ -45,7 +45,7 @@ def test_lines_that_nobody_reads_end_nothing():
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch):
     lines, now = [], [0.0]
-    monkeypatch.setattr("common.errors.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("common.failures.time.monotonic", lambda: now[0])
     with progress("counting", 5000, "sheep", lines.append) as advance:
         for seconds in (10, 31, 40, 62):
             now[0] = seconds

@@ -61,7 +61,7 @@ def hub_of(contents: dict[str, dict[str, bytes]]) -> type[BaseHTTPRequestHandler
 ASK = """
 import json, sys
 from common import model
-from common.errors import UserError
+from common.failures import UserError
 answers = []
 for name, revision in json.loads(sys.argv[1]):
     try:

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from common.judge import ADVICE, Score, format_table, judge, judge_answers, judge_run
+from common.verbs.judge import ADVICE, Score, format_table, judge, judge_answers, judge_run
 
 NUM_STEPS = 100
 

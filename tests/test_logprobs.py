@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from common import logprobs
-from common.logprobs import LogProbHead, sequence_logps
+from common.model import logprobs
+from common.model.logprobs import LogProbHead, sequence_logps
 
 HIDDEN, VOCAB = 12, 37
 

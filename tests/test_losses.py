@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from common.config import DPOConfig
-from common.errors import TrainingStopped, UserError
-from common.losses import LOSSES, SUMMED, check_first_step, preference_loss, preference_sums
+from common.failures import TrainingStopped, UserError
+from common.step.losses import LOSSES, SUMMED, check_first_step, preference_loss, preference_sums
 
 CHOSEN = torch.tensor([-1.5, 0.25, 3.0, 0.0, -40.0], dtype=torch.float64)
 REJECTED = torch.tensor([0.5, -2.0, 2.75, 0.0, 40.0], dtype=torch.float64)

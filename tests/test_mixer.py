@@ -18,8 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import UserError
-from common.mixer import decode_row, load_source, parse_source, subset_indices
+from common.data.sources import decode_row, load_source, parse_source, subset_indices
+from common.failures import UserError
 
 
 @pytest.mark.parametrize("text, path, revision, split, amount", [
@@ -197,8 +197,8 @@ class Hub(BaseHTTPRequestHandler):
 
 ASK_HUB = """
 import json, sys
-from common.errors import UserError
-from common.mixer import load_source, parse_source
+from common.failures import UserError
+from common.data.sources import load_source, parse_source
 answers = []
 for text in sys.argv[1:]:
     try:

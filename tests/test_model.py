@@ -18,13 +18,15 @@ from tokenizers import Tokenizer
 from tokenizers import models as models_of_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from common import distributed, model
-from common.attention import registered_name
-from common.chat_templates import TULU, ChatTemplate
+from common import ranks as distributed
 from common.config import SFTConfig
-from common.engine import build_engine
-from common.errors import UserError
-from common.placement import deepspeed_config
+from common.data.chat_template import TULU, ChatTemplate
+from common.failures import UserError
+from common.model import export, packed
+from common.model import load as model
+from common.model.attention import registered_name
+from common.zero.ds_config import deepspeed_config
+from common.zero.engine import build_engine
 
 IDS = torch.randint(1, models.VOCAB, (1, 70), generator=torch.Generator().manual_seed(3))
 CAUSAL = torch.ones(70, 70, dtype=torch.bool).tril()[None, None]
@@ -40,7 +42,7 @@ CASES = {
 
 def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
     """On each rank: what the partitioned model holds and computes; then its export, in shards of a few tensors."""
-    model.SHARD_BYTES = 9000
+    export.SHARD_BYTES = 9000
     ranks = distributed.start(5)
     seen = []
     for folder, output in zip(folders, outputs, strict=True):
@@ -66,7 +68,7 @@ def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
             }
         )
         template = ChatTemplate("bar", TULU.replace("eos_token", "'|'"), model.load_tokenizer(folder))
-        model.export_model(packed, output, template, folder, ranks)
+        export.export_model(packed, output, template, folder, ranks)
     ranks.leave()
     return seen
 
@@ -374,11 +376,11 @@ def test_a_class_that_transformers_does_not_run_on_its_sdpa_is_built_with_ours(k
 
 
 def test_what_auto_made_of_the_layers_is_recorded():
-    packed = model.PackedModel(AutoModelForCausalLM.from_config(models.make_config(num_hidden_layers=3)))
-    packed.checkpoint_activations(2)
-    assert packed.layers_report() == {"number": 3, "recomputed": 2, "compiled": False}
-    packed.compile_layers()
-    assert packed.layers_report() == {"number": 3, "recomputed": 2, "compiled": True}
+    policy = packed.PackedModel(AutoModelForCausalLM.from_config(models.make_config(num_hidden_layers=3)))
+    policy.checkpoint_activations(2)
+    assert policy.layers_report() == {"number": 3, "recomputed": 2, "compiled": False}
+    policy.compile_layers()
+    assert policy.layers_report() == {"number": 3, "recomputed": 2, "compiled": True}
 
 
 def test_ids_that_a_tokenizer_leaves_out_count():

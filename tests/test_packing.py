@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from common.attention import registered_name
-from common.logprobs import sequence_logps
-from common.model import PackedModel, model_inputs
-from common.packing import one_ahead, pack, pair_documents, pair_length, plan_step, sft_documents
-from common.tokenization import PreferencePair, SFTSample
+from common.data.tokens import PreferencePair, SFTSample
+from common.model.attention import registered_name
+from common.model.logprobs import sequence_logps
+from common.model.packed import PackedModel, model_inputs
+from common.step.packing import one_ahead, pack, pair_documents, pair_length, plan_step, sft_documents
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ import launch
 import pytest
 
 from common.config import SFTConfig
-from common.errors import UserError
-from common.placement import OWNED_BY_FLAGS, deepspeed_config
+from common.failures import UserError
+from common.zero.ds_config import OWNED_BY_FLAGS, deepspeed_config
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from common.checkpoint import RunState
 from common.config import SFTConfig
-from common.errors import TrainingStopped, UserError
-from common.model import parameter_counts
-from common.placement import zero_of
-from common.planner import Demand, MemoryModel, Placement, choose, confirmed, demand_of, estimated, place, settle
+from common.failures import TrainingStopped, UserError
+from common.model.load import parameter_counts
+from common.zero.checkpoint import RunState
+from common.zero.ds_config import zero_of
+from common.zero.memory import Demand, MemoryModel, Placement, choose, confirmed, demand_of, estimated, place, settle
 
 GB = 1e9
 DS_CONFIG = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 2 * 10**8, "stage3_prefetch_bucket_size": 2 * 10**8}}
@@ -73,7 +73,7 @@ def settled(monkeypatch, shape, real, total: float, allocated: float = 0.0, worl
     policy = SimpleNamespace(decoder_layers=lambda: [None] * layers, checkpoint_activations=recomputed.append,
                              lm=SimpleNamespace(dtype=dtype, config=shape))  # fmt: skip
     ranks = SimpleNamespace(device=torch.device(device), world_size=world_size, say=said.append, gather=lambda work: [work()])
-    monkeypatch.setattr("common.planner._dry_run", dry_run)
+    monkeypatch.setattr("common.zero.memory._dry_run", dry_run)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - allocated, total))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated)
@@ -317,7 +317,7 @@ def placed(monkeypatch, config, frees, own=None, kept="", budget=None, **flags):
     said, own, free = [], own or {}, iter(frees)
     ranks = SimpleNamespace(device=torch.device("cuda"), world_size=len(frees), say=said.append,
                             gather=lambda work: [work() for _ in frees])  # fmt: skip
-    monkeypatch.setattr("common.planner._free_bytes", lambda ranks: next(free))
+    monkeypatch.setattr("common.zero.memory._free_bytes", lambda ranks: next(free))
     given = {"zero_optimization": {"stage": 3}, **own}
     demand = ANY._replace(budget=budget or 0, is_settled=budget is not None, gradients=kept)
     ds_config, placement = place(given, SFTConfig(**flags), config, demand, ranks)

@@ -19,10 +19,9 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.checkpoint import replace_file
-from common.errors import UserError
-from common.reference_cache import weight_digests
-from common.schedule import step_samples
+from common.failures import UserError
+from common.files import replace_file, weight_digests
+from common.step.schedule import step_samples
 
 NUM_PAIRS = 40
 SETTINGS = {
@@ -33,7 +32,7 @@ SETTINGS = {
     "global_batch_size": 10,
     "max_train_steps": 4,
 }
-SMALL_PARTS = {"common.reference_cache.PAIRS_PER_PART": 6}
+SMALL_PARTS = {"common.run.reference.PAIRS_PER_PART": 6}
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +208,7 @@ def test_weights_are_digested_once_and_again_when_the_file_changes(tmp_path, mon
         raise AssertionError(f"{path} was read again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("common.reference_cache.file_digest", never)
+        patch.setattr("common.files.file_digest", never)
         assert weight_digests(str(folder), str(tmp_path / "cache")) == first
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -334,7 +333,7 @@ def without_memory(*_) -> None:
 
 def test_running_out_of_memory_says_where_and_what_to_change(tiny_llama, data, tmp_path):
     given = flags(tiny_llama, data, tmp_path / "cache", tmp_path / "output")
-    run = launch.launch("train_dpo", given, 1, {"common.reference_cache.sequence_logps": without_memory})
+    run = launch.launch("train_dpo", given, 1, {"common.run.reference.sequence_logps": without_memory})
     assert run.exit_codes == [3] and "Traceback" not in run.stderr
     error = re.search(r"error: the reference pass: out of memory on a micro-batch of ([0-9,]+) tokens (.*)", run.stderr)
     smaller = int(error[1].replace(",", "")) // 2
@@ -349,7 +348,7 @@ def second_part_on_a_full_disk(path, data) -> None:
 
 def test_a_part_that_cannot_be_written_stops_all_ranks_and_keeps_those_before_it(tiny_llama, data, tmp_path):
     given = flags(tiny_llama, data, tmp_path / "cache", tmp_path / "output")
-    patches = SMALL_PARTS | {"common.reference_cache.replace_file": second_part_on_a_full_disk}
+    patches = SMALL_PARTS | {"common.run.reference.replace_file": second_part_on_a_full_disk}
     run = launch.launch("train_dpo", given, 2, patches)
     assert run.exit_codes == [3, 3], run.stderr
     errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]  # the progress bar's line is over

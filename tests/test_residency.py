@@ -8,13 +8,17 @@ import reference
 import torch
 from torch import nn
 
-from common import distributed, model, planner
+from common import ranks as distributed
 from common.config import SFTConfig
-from common.engine import build_engine
-from common.packing import pack, sft_documents
-from common.placement import deepspeed_config
-from common.residency import SummingEmbedding, SummingLinear, WholeGradients, add_product
-from common.token_cache import SFTSample
+from common.data.cache import SFTSample
+from common.model import load as model
+from common.model import packed
+from common.model.summing import SummingEmbedding, SummingLinear, add_product
+from common.step.packing import pack, sft_documents
+from common.zero import memory as planner
+from common.zero.ds_config import deepspeed_config
+from common.zero.engine import build_engine
+from common.zero.residency import WholeGradients
 
 CASES = {
     "llama": ("llama", {}),
@@ -174,7 +178,7 @@ def run_micro_batches(
         for m, members in enumerate(plan):
             row = pack([sft_documents(SFTSample(np.array(SAMPLES[i]), np.array([[1, len(SAMPLES[i])]]))) for i in members])
             engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-            engine.backward(-engine(**model.model_inputs(row, "sdpa", ranks.device)).sum() * ranks.world_size)
+            engine.backward(-engine(**packed.model_inputs(row, "sdpa", ranks.device)).sum() * ranks.world_size)
             assert all(param.grad is None for param in parameters.values())
         zero = engine.optimizer
         parts = {

@@ -30,7 +30,7 @@ from faults import Disk
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
-from common.metrics import MetricsFile
+from common.run.metrics import MetricsFile
 
 METHODS = ("sft", "dpo")
 LAST_STEP = 12
@@ -212,11 +212,14 @@ def kill_in_a_file_operation(setting: Setting, method: str, rng: random.Random) 
 
 def dying_rank(logs: str, script: str, words: list[str], rank: int, operation: int) -> None:
     """In a rank's process: `rank` gets SIGKILL at its n-th change to the disk once it has an engine."""
-    from common import checkpoint, model
+    from common import files
+    from common.model import export
+    from common.zero import checkpoint
+
     real = checkpoint.require_disk_space
 
     if int(os.environ["RANK"]) == rank:
-        disk = Disk(pytest.MonkeyPatch(), [checkpoint, model], operation, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        disk = Disk(pytest.MonkeyPatch(), [checkpoint, export, files], operation, lambda: os.kill(os.getpid(), signal.SIGKILL))
         if rank == 0:  # who asks for the disk's space
             checkpoint.require_disk_space = lambda *arguments: (real(*arguments), disk.__enter__())[0]
         else:
@@ -288,7 +291,11 @@ def test_2_then_1_then_4_then_3_ranks_are_one_curve(setting, method):
 
 def engine_states(script: str, words: list[str], checkpoint_path: str, residency: dict) -> dict[str, torch.Tensor]:
     """In a rank's process: what a loaded engine holds, whole, through DeepSpeed's own reading of it."""
-    from common import checkpoint, config, distributed, engine, model, placement
+    from common import config
+    from common import ranks as distributed
+    from common.model import load as model
+    from common.zero import checkpoint, engine
+    from common.zero import ds_config as placement
 
     settings = config.parse_config(config.SFTConfig if script == "train_sft" else config.DPOConfig, words)
     ds_config = placement.deepspeed_config(settings) | residency
@@ -467,7 +474,7 @@ def slow_save(*_) -> None:
 
 def test_a_second_request_leaves_at_once(setting):
     output_dir = setting.folder()
-    patches = {"common.checkpoint.save": slow_save, "common.distributed.SAME_REQUEST": 0.2}
+    patches = {"common.zero.checkpoint.save": slow_save, "common.stopping.SAME_REQUEST": 0.2}
     run = setting.start("sft", output_dir, patches=patches)
     wait_for(run, "\nstep 1/")
     os.kill(run.processes[0].pid, signal.SIGTERM)
@@ -483,7 +490,7 @@ def test_a_second_request_leaves_at_once(setting):
 
 def test_a_signal_before_the_first_step_ends_the_run_without_a_traceback(setting):
     for number in (signal.SIGINT, signal.SIGTERM):
-        run = setting.start("sft", setting.folder(), patches={"common.model.load_partitioned": slow_save})
+        run = setting.start("sft", setting.folder(), patches={"common.model.load.load_partitioned": slow_save})
         assert wait_for(run, "saving")
         for process in run.processes:
             os.kill(process.pid, number)
@@ -526,7 +533,7 @@ def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
 
 def files_of_at_most(num_bytes: int, rank: int, from_step: int):
     """In a rank's process: from `from_step`'s checkpoint on, the system refuses `rank` larger files."""
-    from common import checkpoint
+    from common.zero import checkpoint
     real = checkpoint.save
 
     def limited(parameters, state, *arguments):
@@ -623,7 +630,7 @@ def card_on_a_full_disk(*arguments) -> None:
 @both
 def test_a_result_that_cannot_be_written_stops_all_ranks_and_the_rerun_writes_it(setting, method):
     output_dir = setting.copy_of_whole(method)
-    done = setting.run(method, output_dir, patches={"common.run_record.model_card": card_on_a_full_disk})
+    done = setting.run(method, output_dir, patches={"common.run.output_dir.model_card": card_on_a_full_disk})
     assert done.exit_codes == [3, 3], done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and f"{output_dir} could not be written after step 12: No space left" in errors[0]
@@ -632,7 +639,7 @@ def test_a_result_that_cannot_be_written_stops_all_ranks_and_the_rerun_writes_it
 
 def test_too_small_a_disk_is_an_error_before_the_first_step(setting):
     output_dir = setting.folder()
-    done = setting.run("sft", output_dir, patches={"common.checkpoint.shutil": TinyDisk()})
+    done = setting.run("sft", output_dir, patches={"common.zero.checkpoint.shutil": TinyDisk()})
     assert done.exit_codes == [2, 2]
     assert re.search(r"error: --output_dir .* needs 0.0 GB for 3 checkpoints and the model, 0.0 GB", done.stderr)
     assert steps_run(done.stdout) == []
@@ -651,8 +658,8 @@ def index_on_a_full_disk(*arguments) -> None:
 @pytest.mark.parametrize(
     "patches",
     [
-        {"common.model.save_file": save_where_no_file_may_be_large},
-        {"common.model._finish_export": index_on_a_full_disk},
+        {"common.model.export.save_file": save_where_no_file_may_be_large},
+        {"common.model.export._finish_export": index_on_a_full_disk},
     ],
 )
 def test_an_export_that_cannot_be_written_is_one_line_from_one_rank_and_the_rerun_exports(setting, patches):
@@ -677,7 +684,7 @@ class TinyDisk:
 
 def wait_for_a_dead_rank(what: str) -> float:
     """In a rank's process: seconds until rank 0 gives up on rank 1, which dies; the timeout is 3 s."""
-    from common import distributed
+    from common import ranks as distributed
 
     ranks = distributed.start(timeout_minutes=0.05)
     assert ranks.once(lambda: time.sleep(4) or "work longer than the timeout") == "work longer than the timeout"

@@ -5,7 +5,7 @@ import json
 import pytest
 from test_judge import good_run
 
-from common import sanity
+from common.verbs import sanity
 
 
 @pytest.mark.parametrize(("slowest", "exit_code"), [(2.4, 0), (3.1, 1)])

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import sanity, sanity_data
-from common.chat_templates import TULU
-from common.errors import UserError
-from common.judge import Check, Score
-from common.sanity_data import CHOSEN_STYLE, OTHER_STYLE, Question, read_answer, read_held_out, write_data, write_model
+from common.data.chat_template import TULU
+from common.failures import UserError
+from common.verbs import sanity, sanity_data
+from common.verbs.judge import Check, Score
+from common.verbs.sanity_data import CHOSEN_STYLE, OTHER_STYLE, Question, read_answer, read_held_out, write_data, write_model
 
 SIZES = {"num_sft": 600, "num_preferences": 200, "num_held_out": 100}
 
@@ -128,7 +128,7 @@ def test_the_model_is_an_ordinary_folder_with_random_weights(generated):
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(generated / "model"))
 
 
-# ------------------------------------------------------------------ common/sanity.py: asking, showing, concluding
+# ------------------------------------------------------------------ common/verbs/sanity.py: asking, showing, concluding
 def test_score_counts_right_answers_and_the_chosen_style():
     questions = [Question("copy", "abc", True), Question("sort", "cba", False), Question("count", "abcd", False)]
     assert sanity.score(questions, ["answer: abc", "abc.", "answer: 5"]) == Score(3, 2, 2)
@@ -206,9 +206,9 @@ def test_a_mistake_is_a_user_error_before_anything_is_run_or_wiped(monkeypatch, 
 def test_a_request_to_stop_is_passed_on_to_the_run_and_its_exit_code_is_sanitys(tmp_path):
     run_sh = "trap 'echo asked; exit 143' TERM; echo ready >ready; for i in {1..1200}; do sleep 0.05; done"
     (tmp_path / "run.sh").write_text(run_sh)
-    code = "import sys; from common import sanity; sanity.RUN_SH = 'run.sh'; sys.exit(sanity.main(['sft']))"
+    code = "import sys; from common.verbs import sanity; sanity.RUN_SH = 'run.sh'; sys.exit(sanity.main(['sft']))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(Path(sanity.__file__).parents[1])})
+                               env={**os.environ, "PYTHONPATH": str(Path(sanity.__file__).parents[2])})
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

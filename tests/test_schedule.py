@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from common.config import LR_SCHEDULERS
-from common.errors import UserError
-from common.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
+from common.failures import UserError
+from common.step.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
 
 
 @pytest.mark.parametrize(

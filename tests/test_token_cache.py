@@ -18,20 +18,14 @@ import tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import token_cache, tokenization
-from common.chat_templates import TULU, ChatTemplate, resolve_template
-from common.errors import UserError
-from common.mixer import load_source, parse_source
-from common.token_cache import (
-    BlockTokenizer,
-    TokenDataset,
-    cache_key,
-    data_table,
-    open_tokens,
-    prepare_tokens,
-    preview,
-)
-from common.tokenization import Encoder, render_pair, tokenize_pair, tokenize_sft
+from common.data import cache as token_cache
+from common.data import tokens as tokenization
+from common.data.cache import BlockTokenizer, TokenDataset, cache_key, open_tokens, prepare_tokens
+from common.data.chat_template import TULU, ChatTemplate, resolve_template
+from common.data.report import data_table, preview
+from common.data.sources import load_source, parse_source
+from common.data.tokens import Encoder, render_pair, tokenize_pair, tokenize_sft
+from common.failures import UserError
 
 REPO = Path(__file__).parents[1]
 
@@ -372,8 +366,8 @@ import multiprocessing, os, pathlib, signal, sys, time
 sys.stdout.write("main module imported\\n")
 from transformers import PreTrainedTokenizerFast
 from common import token_cache
-from common.chat_templates import resolve_template
-from common.errors import UserError
+from common.data.chat_template import resolve_template
+from common.failures import UserError
 
 folder, tokenizer_folder, num_proc = sys.argv[1], sys.argv[2], int(sys.argv[3])
 token_cache.BLOCK_ROWS, token_cache.MIN_ROWS_PER_PROCESS = 8, 1

@@ -13,16 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from common import tokenization
-from common.chat_templates import resolve_template
-from common.errors import UserError
-from common.tokenization import (
-    Dropped,
-    Encoder,
-    preference_conversations,
-    render_pair,
-    sft_conversation,
-)
+from common.data import tokens as tokenization
+from common.data.chat_template import resolve_template
+from common.data.tokens import Dropped, Encoder, preference_conversations, render_pair, sft_conversation
+from common.failures import UserError
 
 TOKENIZER = tiny_tokenizer.tiny_tokenizer()
 ENCODER = Encoder(TOKENIZER)

@@ -11,7 +11,7 @@ import reference
 import torch
 from test_model import load_silently
 
-from common.reference_cache import reference_logps
+from common.run.reference import reference_logps
 
 SETTINGS = {"learning_rate": 3e-3, "warmup_ratio": 0.3, "weight_decay": 0.1, "global_batch_size": 4}
 NUM_STEPS, NUM_PAIRS = 4, 10  # an epoch's last step holds two pairs

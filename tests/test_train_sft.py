@@ -14,7 +14,7 @@ import reference
 import torch
 from test_model import load_silently
 
-from common.engine import set_learning_rate
+from common.zero.engine import set_learning_rate
 
 # Clipping is active, weight decay and warm-up are on, the last step of an epoch holds one sample.
 SETTINGS = {

@@ -24,11 +24,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from common.errors import UserError, print_line
-from common.judge import Check, Score, format_table, judge_answers, judge_run
-from common.sanity_data import Question, read_answer, read_held_out, write_data, write_model
+from common.failures import UserError, print_line
+from common.verbs.judge import Check, Score, format_table, judge_answers, judge_run
+from common.verbs.sanity_data import Question, read_answer, read_held_out, write_data, write_model
 
-RUN_SH = Path(__file__).resolve().parent.parent / "run.sh"
+RUN_SH = Path(__file__).resolve().parents[2] / "run.sh"
 SEED = 42
 OUTPUT = Path("output/sanity")
 NUM_SFT, NUM_PREFERENCES, NUM_HELD_OUT = 6000, 1920, 400

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from common.residency import add_product
+from common.model.summing import add_product
 
 CHUNK_ELEMENTS = 2**27  # logits that exist at once: 512 MiB in float32
 COMPILED_CHUNK_BYTES = 2**32  # of logits in their own dtype; in bfloat16 just below 2**31 elements, an index of 32 bits
@@ -38,7 +38,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
     dh = dz W, dW = sum over rows of dz^T h, db = sum over rows of dz. If one chunk holds all rows, z is kept for
     the backward pass, which can then run once; else it is computed again.
     Logits are computed in the weight's dtype, as transformers does, and reduced in float32; dW and db are
-    summed in float32. With weight_sum (common/residency.py) dW is added to it and autograd gets none.
+    summed in float32. With weight_sum (common/zero/residency.py) dW is added to it and autograd gets none.
     """
 
     @staticmethod

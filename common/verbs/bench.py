@@ -4,7 +4,7 @@
 
 Writes a model folder with random weights and a data set with generated lengths, trains on them with
 train_sft.py or train_dpo.py under the launcher, and reads metrics.jsonl: medians over the steps after
-warm-up, of tokens/s/GPU, MFU (FLOPs as in common/metrics.py, recomputation not counted) and peak memory.
+warm-up, of tokens/s/GPU, MFU (FLOPs as in common/run/metrics.py, recomputation not counted) and peak memory.
 Fails if a layer was compiled again after warm-up. --profile adds torch's profiler over two of the steps, which slows
 them. Model, data and results go to output/bench.
 """
@@ -29,8 +29,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from common.errors import UserError, print_line
-from common.metrics import PROFILE_VARIABLE
+from common.failures import UserError, print_line
+from common.run.metrics import PROFILE_VARIABLE
 
 LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                 num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)  # fmt: skip
@@ -43,7 +43,7 @@ SHAPES = {
     "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, vocab_size=1024, tie_word_embeddings=False),
 }  # fmt: skip
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 NUM_WORDS = 1000
 WARMUP_STEPS = 4
 ON_GPU = torch.cuda.is_available()

@@ -23,13 +23,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import xxhash
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -38,8 +36,9 @@ from deepspeed.utils import (
 )
 from safetensors import safe_open
 
-from common.distributed import Ranks
-from common.errors import UserError, print_line, writing
+from common.failures import UserError, print_line, writing
+from common.files import digest, file_digest, sync_folder, write_file
+from common.ranks import Ranks
 
 FOLDER = re.compile(r"step_(\d{8,})")
 PART_BYTES = 2**29  # of a slice file, about; a rank holds three of them in memory while it saves
@@ -56,53 +55,13 @@ class RunState:
     target_tokens: int = 0  # tokens trained on
     micro_batch_budget: int = 0  # tokens that a micro-batch may hold
     world_size: int = 0
-    gradients: str = ""  # how they are summed: common/planner.py's Placement
+    gradients: str = ""  # how they are summed: common/zero/memory.py's Placement
     identity: dict = field(default_factory=dict)  # every value that changes the result, by its flag's name
 
     def kept_at(self, world_size: int) -> tuple[int, str]:
         """The micro-batch budget and how gradients are summed that keep a resume bitwise; 0 and "" at another number of
         ranks, where nothing does."""
         return (self.micro_batch_budget, self.gradients) if self.world_size == world_size else (0, "")
-
-
-def digest(data: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(data)
-
-
-def file_digest(path: Path) -> str:
-    """As digest, of a file's contents, in bounded memory."""
-    state = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(2**24):
-            state.update(block)
-    return state.hexdigest()
-
-
-def replace_file(path: Path, data: str | bytes) -> None:
-    """Writes a whole file in one step: whoever reads it finds the old contents or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # in a shared folder others may write it too
-    _write(temporary, [data.encode() if isinstance(data, str) else data])
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def _write(path: Path, blocks: Iterable) -> dict:
-    """Writes and flushes one file from blocks of bytes; its entry in the manifest."""
-    state, size = xxhash.xxh3_128(), 0
-    with open(path, "wb") as file:
-        for block in blocks:
-            file.write(block)
-            state.update(block)
-            size += memoryview(block).nbytes
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": size, "digest": state.hexdigest()}
-
-
-def sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 
 def require_disk_space(parameters: dict[str, torch.nn.Parameter], output_dir: str, num_checkpoints: int) -> None:
@@ -137,11 +96,11 @@ def save(parameters: dict[str, torch.nn.Parameter], state: RunState, output_dir:
 
     def publish(entries: list[dict]) -> None:
         files = {file: entry for part in entries for file, entry in part.items()}
-        files["state.json"] = _write(temporary / "state.json", [json.dumps(asdict(state), indent=2).encode()])
+        files["state.json"] = write_file(temporary / "state.json", [json.dumps(asdict(state), indent=2).encode()])
         manifest = {"world_size": ranks.world_size, "files": files,
                     "parameters": {name: list(p.ds_shape) for name, p in parameters.items()}}
-        entry = _write(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
-        _write(temporary / "COMPLETE", [entry["digest"].encode()])
+        entry = write_file(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
+        write_file(temporary / "COMPLETE", [entry["digest"].encode()])
         sync_folder(temporary)
         os.rename(temporary, folder / name)
         sync_folder(folder)
@@ -166,7 +125,7 @@ def _write_slices(parameters: dict, folder: Path, ranks: Ranks) -> dict:
             for future in list(written.values())[:-1]:
                 future.result()
             file = f"rank_{ranks.rank:05d}_of_{ranks.world_size:05d}.part_{len(written):03d}.safetensors"
-            written[file] = pool.submit(_write, folder / file, _safetensors(tensors))
+            written[file] = pool.submit(write_file, folder / file, _safetensors(tensors))
 
         for name, param in parameters.items():
             start, end = slice_of(param.ds_numel, ranks.rank, ranks.world_size)

@@ -1,6 +1,6 @@
 """Rows -> conversations -> tokens: what a row may look like, which tokens are targets, what is dropped.
 
-A token is trained if it begins inside a trained span of the text (common/chat_templates.py). So one that begins in
+A token is trained if it begins inside a trained span of the text (common/data/chat_template.py). So one that begins in
 the header and runs into the content (a newline of each merged into one token) is not.
 """
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Encoding
 
-from common.chat_templates import ChatTemplate, Dropped
-from common.errors import UserError
+from common.data.chat_template import ChatTemplate, Dropped
+from common.failures import UserError
 
 # A text longer than CHARS_PER_TOKEN x max_seq_length + SPARE_CHARS is tokenized by its beginning first, of which the
 # last SPARE_WORDS pre-tokenizer words are not trusted: what follows could change them.

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from transformers import get_scheduler
 
-from common.errors import mistake
+from common.failures import mistake
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:

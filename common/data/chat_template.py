@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jinja2
 
-from common.errors import UserError, mistake, one_line
+from common.failures import UserError, mistake, one_line
 
 # The reference run's template: <|role|>, a new line, the content (and EOS, if the assistant's), a new line except at
 # the end. Other roles render nothing.

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from common.errors import UserError, one_line
-from common.packing import REJECTED, STEM, MicroBatch
+from common.failures import UserError, one_line
+from common.step.packing import REJECTED, STEM, MicroBatch
 
 KERNELS = ("flash_attention_4", "flash_attention_2", "varlen", "sdpa")
 
@@ -125,7 +125,7 @@ def _refuse_unimplemented(module: torch.nn.Module, dropout: float, packing: torc
     """Raises for arguments that change what attention computes and that the packed kernels do not implement, and where
     `packing`, what keeps samples apart, has not come through the model.
 
-    A sliding window is compared with the samples' length before the model loads (common/model.py).
+    A sliding window is compared with the samples' length before the model loads (common/model/load.py).
     """
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:

@@ -22,16 +22,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.checkpoint import RunState
 from common.config import TrainConfig
-from common.distributed import Ranks
-from common.engine import out_of_memory_explained
-from common.errors import TrainingStopped, UserError
-from common.metrics import memory_gb
-from common.model import model_inputs, parameter_counts
-from common.packing import pack, sft_documents
-from common.placement import RESIDENCY, Zero, zero_of
-from common.token_cache import SFTSample
+from common.data.cache import SFTSample
+from common.failures import TrainingStopped, UserError
+from common.model.load import parameter_counts
+from common.model.packed import model_inputs
+from common.ranks import Ranks
+from common.step.packing import pack, sft_documents
+from common.zero.checkpoint import RunState
+from common.zero.ds_config import RESIDENCY, Zero, zero_of
+from common.zero.engine import out_of_memory_explained
 
 LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
 HEADROOM = 0.06  # of the device's memory is left free
@@ -45,7 +45,7 @@ PARAMETER_TOKENS = {"resident": 0, "streamed": 400}
 
 
 class Placement(NamedTuple):
-    """One of each of common.placement.RESIDENCY."""
+    """One of each of common.zero.ds_config.RESIDENCY."""
 
     gradients: str
     parameters: str
@@ -352,3 +352,15 @@ def _dry_run(
         if ranks.device.type == "cuda":
             torch.cuda.empty_cache()
     return max(ranks.gather(lambda: np.inf if ran_out else memory_gb(ranks.device) * 1e9))
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process on its device since the last call, in GB (10^9 bytes); on a CPU its peak resident set."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+

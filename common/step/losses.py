@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from common.config import DPOConfig
-from common.errors import TrainingStopped, UserError
+from common.failures import TrainingStopped, UserError
 
 
 def logistic(chosen_logratio: torch.Tensor, rejected_logratio: torch.Tensor, config: DPOConfig) -> torch.Tensor:

@@ -29,11 +29,13 @@ import tokenizers
 import transformers
 import xxhash
 
-from common import chat_templates, mixer, tokenization
-from common.chat_templates import ChatTemplate, Dropped
-from common.errors import UserError, mistake, print_line, progress
-from common.mixer import Rows, decode_row, load_source, parse_source
-from common.tokenization import Encoder, PreferencePair, SFTSample
+from common.data import chat_template as chat_templates
+from common.data import sources as mixer
+from common.data import tokens as tokenization
+from common.data.chat_template import ChatTemplate, Dropped
+from common.data.sources import Rows, decode_row, load_source, parse_source
+from common.data.tokens import Encoder, PreferencePair, SFTSample
+from common.failures import UserError, mistake, print_line, progress
 
 BLOCK_ROWS = 128  # rows that go to a process at a time
 MIN_ROWS_PER_PROCESS = 2048  # starting a process takes seconds: small data is tokenized in this one
@@ -411,41 +413,3 @@ def _digest_file(path: Path) -> list:
 
 def _digest_json(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-# --------------------------------------------------------------------------------- what is shown before training
-def preview(ds: TokenDataset, index: int, tokenizer, colour: bool) -> str:
-    """Sample `index` as text, its target tokens (of a pair: its scored ones) green, or in [[ ]] without colour."""
-    mark = "\033[32m{}\033[0m" if colour else "[[{}]]"
-
-    def show(ids, spans):
-        pieces, done = [], 0
-        for start, end in spans:
-            pieces += [tokenizer.decode(ids[done:start]), mark.format(tokenizer.decode(ids[start:end]))]
-            done = end
-        return "".join([*pieces, tokenizer.decode(ids[done:])])
-
-    sample, title = ds[index], f"sample {index} ({ds.where(index)})"
-    if ds.kind == "sft":
-        return f"{title}:\n{show(sample.input_ids, sample.trained_spans.tolist())}"
-    chosen = show(sample.chosen_ids, [(sample.chosen_start, len(sample.chosen_ids))])
-    rejected = show(sample.rejected_ids, [(sample.rejected_start, len(sample.rejected_ids))])
-    return f"{title}:\n{tokenizer.decode(sample.prompt_ids)}\n--- chosen:\n{chosen}\n--- rejected:\n{rejected}"
-
-
-def data_table(ds: TokenDataset) -> str:
-    """The stats, a line each: name, value."""
-    stats, lines = ds.stats, []
-    for source in stats["sources"]:
-        known_by = ", ".join(f"{name} {source[name]}" for name in ("revision", "split", "sha256") if name in source)
-        lines.append((source["asked_for"], f"{source['rows_used']:,} of {source['num_rows']:,} rows; {known_by}"))
-    lines += [("format", ", ".join(f"{form} ({count:,} rows)" for form, count in stats["formats"].items())),
-              ("rows read", f"{stats['rows_read']:,}"), ("kept", f"{stats['kept']:,}"),
-              ("truncated", f"{stats['truncated']:,}"), ("dropped", f"{sum(stats['dropped'].values()):,}")]
-    lines += [(f"  {reason}", f"{count:,}") for reason, count in stats["dropped"].items()]
-    lines += [(f"  messages of role {role!r} left out", f"{n:,}") for role, n in stats["unrendered_roles"].items()]
-    once = "" if ds.pair_lengths is None else ", a pair's prompt once"
-    lines += [("tokens" + once, f"{stats['tokens']:,}"), ("target tokens", f"{stats['target_tokens']:,}"),
-              ("length" + once, ", ".join(f"{name} {value:,}" for name, value in stats["length_percentiles"].items()))]
-    width = min(40, max(len(name) for name, _ in lines))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from common.checkpoint import RunState, delete_after, digest, file_digest, replace_file, require_same_run
 from common.config import TrainConfig
-from common.distributed import Ranks
-from common.errors import UserError, mistake
-from common.reference_cache import weight_digests
+from common.failures import UserError, mistake
+from common.files import digest, file_digest, replace_file, weight_digests
+from common.ranks import Ranks
+from common.zero.checkpoint import RunState, delete_after, require_same_run
 
 FINISHED = "the run is done (--clean_checkpoints_at_end)"
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from common.checkpoint import RunState, replace_file
-from common.distributed import Ranks
-from common.errors import one_line, print_line, writing
+from common.failures import one_line, print_line, writing
+from common.files import replace_file
+from common.ranks import Ranks
+from common.zero.checkpoint import RunState
+from common.zero.memory import memory_gb
 
 # Dense bf16 peak of a device in FLOP/s, from the vendors' datasheets; the first name that matches counts.
 PEAK_FLOPS = (
@@ -270,14 +272,3 @@ def _draw_curves(output_dir: str) -> None:
     figure.savefig(Path(output_dir) / "curves.png.tmp", format="png", dpi=110)
     pyplot.close(figure)
     os.replace(Path(output_dir) / "curves.png.tmp", Path(output_dir) / "curves.png")
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory of this process on its device since the last call, in GB (10^9 bytes); on a CPU its peak resident set."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

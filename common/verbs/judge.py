@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
 
-from common.errors import TrainingStopped
-from common.losses import LOSSES, check_first_step
+from common.failures import TrainingStopped
+from common.step.losses import LOSSES, check_first_step
 
 WINDOW = 10  # logged steps at either end of a history that are averaged
 WARMUP_STEPS = 5  # logged steps whose duration is not judged: allocators, compilers and caches warm up

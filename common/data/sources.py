@@ -9,7 +9,6 @@ hash, a local file to its sha256: they key the token cache and are recorded in r
 import codecs
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import UserError, mistake
+from common.failures import UserError, mistake
+from common.files import file_stamp
 
 SUBSET_SEED = 42  # of every subset, whatever the run's seed: the reference run's rows
 COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")  # all that is read; others are ignored
@@ -120,15 +120,6 @@ class Rows:
         """Raises UserError if the file is not what it was when its identity was read."""
         if self.stamp is not None and file_stamp(self.source.path) != self.stamp:
             raise UserError(f"{self.source.path}: was changed while it was read; run again once it stays as it is")
-
-
-def file_stamp(path: str | Path) -> tuple[int, int, int, int] | None:
-    """Changes whenever the file does: its size, times of change and inode; None if it has gone."""
-    try:
-        s = os.stat(path)
-    except OSError:
-        return None
-    return s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino
 
 
 def load_source(source: Source) -> Rows:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from common.config import TrainConfig
-from common.errors import UserError, mistake, one_line
+from common.failures import UserError, mistake, one_line
 
 OWNED_BY_FLAGS = {
     "train_batch_size": "--global_batch_size",
@@ -26,7 +26,7 @@ OWNED_BY_FLAGS = {
     "prescale_gradients": "nothing: gradients are exact sums",
 }
 # Of zero_optimization: what would change the numbers, lay parts out in another way than checkpoints are written for, or
-# choose other leaf modules than the decoder layers (common/engine.py), whose gradients then pass by common/residency.py.
+# choose other leaf modules than the decoder layers (common/zero/engine.py), whose gradients then pass by common/zero/residency.py.
 REFUSED = ("zero_quantized_", "zero_hpz_", "mics_", "zenflow", "cpu_offload", "leaf_module", "module_granularity_",
            "stage3_module_granularity_")  # fmt: skip
 # What the planner decides where the file does not say it: the two keys that are not DeepSpeed's.
@@ -57,7 +57,7 @@ def deepspeed_config(config: TrainConfig) -> dict:
 
     path = Path(config.ds_config)
     if not path.is_file() and not path.is_absolute():
-        path = Path(__file__).parent.parent / path  # a path of the project's own, from any working directory
+        path = Path(__file__).parents[2] / path  # a path of the project's own, from any working directory
     with mistake(f"--ds_config {config.ds_config}", OSError), mistake(f"--ds_config {config.ds_config}: not JSON", ValueError):
         placement = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(placement, dict) or not isinstance(placement.get("zero_optimization"), dict):

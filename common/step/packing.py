@@ -3,7 +3,7 @@
 A micro-batch is one row of T tokens without padding. Each sample in it is a *document*: it starts at
 position 0 and attends to nothing outside itself. A document may end in two *branches* after a shared
 stem (a preference pair: prompt, chosen, rejected); the branches do not see each other, and both
-continue the stem's positions. How that is enforced on a device is common/attention.py's.
+continue the stem's positions. How that is enforced on a device is common/model/attention.py's.
 """
 
 import heapq
@@ -14,7 +14,7 @@ from itertools import islice
 
 import numpy as np
 
-from common.token_cache import PreferencePair, SFTSample
+from common.data.cache import PreferencePair, SFTSample
 
 STEM, CHOSEN, REJECTED = 0, 1, 2  # branch of a token; an ordinary sample is all stem
 

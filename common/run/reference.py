@@ -13,8 +13,6 @@ computes it. There is no key by name or by path.
 
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +20,16 @@ import safetensors.numpy
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common import attention, logprobs, model, packing
-from common.checkpoint import digest, file_digest, replace_file
 from common.config import DPOConfig
-from common.distributed import Ranks
-from common.engine import out_of_memory_explained
-from common.errors import TrainingStopped, UserError, full_disk, one_line, progress, writing
-from common.logprobs import sequence_logps
-from common.mixer import file_stamp
-from common.packing import MicroBatch, one_ahead, pack, pair_documents, plan_step
+from common.failures import TrainingStopped, UserError, full_disk, one_line, progress, writing
+from common.files import digest, file_digest, replace_file, weight_digests
+from common.model import attention, logprobs, packed
+from common.model import load as model
+from common.model.logprobs import sequence_logps
+from common.ranks import Ranks
+from common.step import packing
+from common.step.packing import MicroBatch, one_ahead, pack, pair_documents, plan_step
+from common.zero.engine import out_of_memory_explained
 
 PAIRS_PER_PART = 256
 PAIRS_CHECKED = 8
@@ -52,39 +51,6 @@ def reference_key(model_folder: str, data_digest: str, config: DPOConfig, kernel
         "code": digest(b"".join(Path(file).read_bytes() for file in files)),
     }
     return digest(json.dumps(parts, sort_keys=True).encode())
-
-
-def weight_digests(model_folder: str, cache_dir: str) -> dict[str, str]:
-    """The digest of each safetensors file of a model, by file name, read in parallel and remembered in cache_dir."""
-    memo_path = Path(cache_dir) / "weight_digests.json"
-    memo = _read_memo(memo_path)
-    files = sorted(Path(model_folder).glob("*.safetensors"))
-    try:
-        stamps = {path: f"{path.resolve()}:{file_stamp(path)}" for path in files}
-        unknown = [path for path in files if stamps[path] not in memo]
-        with ThreadPoolExecutor(8) as pool:
-            memo.update(zip((stamps[path] for path in unknown), pool.map(file_digest, unknown), strict=True))
-    except OSError as e:
-        raise UserError(f"model {model_folder}: {e.filename} cannot be read: {e.strerror}") from None
-    if unknown:
-        with suppress(OSError):  # the next run reads the weights again
-            memo_path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(memo_path, json.dumps({"weights": memo, "digest": _memo_digest(memo)}))
-    return {path.name: memo[stamps[path]] for path in files}
-
-
-def _read_memo(path: Path) -> dict[str, str]:
-    """What weight_digests remembers; nothing if it is not as written, for a wrong digest stands for other weights."""
-    try:
-        content = json.loads(path.read_text())
-        memo, expected = content["weights"], content["digest"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return {}
-    return memo if _memo_digest(memo) == expected else {}
-
-
-def _memo_digest(memo: dict[str, str]) -> str:
-    return digest(json.dumps(memo, sort_keys=True).encode())
 
 
 def reference_logps(
@@ -137,7 +103,7 @@ def compute_logps(
     with torch.no_grad(), out_of_memory_explained("the reference pass", budget, longest) as size:
         for m, micro_batch in one_ahead(prepared, range(len(plan))):
             size.tokens = micro_batch.num_tokens
-            values = engine(**model.model_inputs(micro_batch, kernel, ranks.device))
+            values = engine(**packed.model_inputs(micro_batch, kernel, ranks.device))
             rows = attention.to_device(np.array(plan[m], np.int64), ranks.device)
             result[rows] = sequence_logps(values, micro_batch.sequence_targets).view(len(plan[m]), 2)
     torch.distributed.all_reduce(result)  # each pair was computed by one rank and is zero on the others

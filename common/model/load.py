@@ -1,44 +1,29 @@
 """A causal LM under ZeRO-3: found, checked, partitioned as it loads, run on packed rows, written back whole."""
 
-import inspect
 import json
-import os
 import re
-import shutil
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
 import deepspeed
-import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
-from torch._dynamo import config as dynamo_config
-from torch._functorch import config as functorch_config
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.conversion_mapping import extract_weight_conversions_for_model
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from common.attention import attention_kwargs, registered_name, to_device
-from common.chat_templates import ChatTemplate
-from common.checkpoint import sync_folder
 from common.config import DPOConfig
-from common.distributed import Ranks
-from common.errors import UserError, mistake, writing
-from common.logprobs import LogProbHead
-from common.packing import MicroBatch, pack, sft_documents
-from common.token_cache import SFTSample
+from common.failures import UserError, mistake
+from common.model.attention import registered_name
+from common.model.packed import PackedModel
+from common.ranks import Ranks
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
-SHARD_BYTES = 5 * 10**9
-ACTIVATION_MEMORY_BUDGET = 0.8  # at this a compiled layer keeps no outputs of norms and activation functions
 LOAD_GROUP_ELEMENTS = 250_000_000  # parameters that are whole on a device at once while the model loads
 
 
@@ -341,145 +326,6 @@ def _materialize_buffers(model: nn.Module, reader: WeightReader, dtype: torch.dt
                 raise UserError(f"model type {model.config.model_type}: nothing says what its buffer {key} holds")
 
 
-class PackedModel(nn.Module):
-    """A causal LM that answers for the targets of one packed row.
-
-    forward(input_ids, position_ids int64 [1, T], target_rows, target_ids int64 [N], needed_rows int64 [M], **attention) ->
-    float32 [N], log p(target_ids[n] | hidden state of row target_rows[n]).
-    needed_rows holds each row of target_rows once, and may hold others; the last layer's MLP runs for these alone.
-    `attention` is what common/attention.py made of the packing.
-    forward(input_ids int64 [B, L]) -> logits [B, L, vocab_size], by transformers' own path.
-    """
-
-    def __init__(self, lm: nn.Module):
-        super().__init__()
-        self.lm = lm
-        self.is_compiled = False
-        self.finish_gathering: Callable[[], None] = lambda: None  # common/residency.py
-        self.needed_rows: torch.Tensor | None = None
-        self.num_rows = 0
-        mlp = getattr(self.decoder_layers()[-1], "mlp", None)
-        if mlp is not None and len(inspect.signature(mlp.forward).parameters) == 1:
-            mlp.register_forward_pre_hook(self._choose_rows)
-            mlp.register_forward_hook(self._fill_up)
-        lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings()))
-        assert "position_ids" in inspect.signature(lm.base_model.forward).parameters
-        lm.train()
-
-    def forward(
-        self, input_ids, position_ids=None, target_rows=None, target_ids=None, needed_rows=None, **attention
-    ) -> torch.Tensor:
-        self.needed_rows, self.num_rows = needed_rows, input_ids.shape[1]  # as a backward pass that runs the layer again needs
-        if target_rows is None:
-            return self.lm(input_ids=input_ids, use_cache=False).logits
-        hidden = self.lm.base_model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False, **attention
-        ).last_hidden_state[0]
-        return self.lm.get_output_embeddings()(hidden[target_rows], target_ids)
-
-    def _choose_rows(self, mlp: nn.Module, inputs: tuple) -> tuple | None:
-        """Of the hidden states [1, T, hidden_size] that come to the last layer's MLP those of needed_rows."""
-        return None if self.needed_rows is None else (inputs[0][:, self.needed_rows],)
-
-    def _fill_up(self, mlp: nn.Module, inputs: tuple, outputs: torch.Tensor) -> torch.Tensor | None:
-        """Ones for the other rows, which a norm of epsilon 0 can take. What follows in a last layer mixes no rows, so
-        nothing that is read changes."""
-        if self.needed_rows is None:
-            return None
-        return outputs.new_ones(1, self.num_rows, outputs.shape[-1]).index_copy(1, self.needed_rows, outputs)
-
-    def _decoder(self) -> tuple[nn.Module, nn.ModuleList]:
-        """The module that has the repeated layers as a list, and that list. Raises UserError if there is none."""
-        num_layers = self.lm.config.num_hidden_layers
-        for module in self.lm.base_model.modules():
-            for child in module.children():
-                if isinstance(child, nn.ModuleList) and len(child) == num_layers:
-                    return module, child
-        raise UserError(f"model type {self.lm.config.model_type} is not supported: it has no list of {num_layers} layers")
-
-    def decoder_layers(self) -> list[nn.Module]:
-        """The repeated layers, first to last."""
-        return list(self._decoder()[1])
-
-    def compile_layers(self) -> None:
-        """Compiles the decoder layers, all into one graph, and the head's arithmetic, for rows of any length.
-
-        Of the last layer, whose MLP runs for other rows than the rest, the parts; and what follows it, a norm.
-        """
-        self.is_compiled = True
-        functorch_config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
-        dynamo_config.specialize_float = True  # else each is a tensor on the CPU, for which C++ may be compiled, in minutes
-        decoder, layers = self._decoder()
-        dynamo_config.recompile_limit = max(8, len(layers) + 8)  # where a layer's numbers follow from its place, as DiffLlama's
-        *others, last = layers
-        children = list(decoder.children())
-        after = [m for m in children[children.index(layers) + 1 :] if next(m.parameters(), None) is not None]
-        for module in (*others, *last.children(), *after):
-            module.forward = torch.compile(module.forward, dynamic=True)
-        self.lm.get_output_embeddings().compile_arithmetic()
-
-    def checkpoint_activations(self, num_layers: int) -> None:
-        """The first `num_layers` layers' activations are computed again in the backward pass, the others' kept."""
-        for i, layer in enumerate(self.decoder_layers()):
-            layer.gradient_checkpointing = i < num_layers
-            layer._gradient_checkpointing_func = lambda f, *args: checkpoint(f, *args, use_reentrant=False)
-
-    def layers_report(self) -> dict:
-        """What --gradient_checkpointing and --compile_layers came to."""
-        layers = self.decoder_layers()
-        recomputed = sum(layer.gradient_checkpointing for layer in layers)
-        return {"number": len(layers), "recomputed": recomputed, "compiled": self.is_compiled}
-
-
-def model_inputs(micro_batch: MicroBatch, kernel: str, device: torch.device) -> dict:
-    """A micro-batch as PackedModel's arguments, on the device."""
-
-    def put(array: np.ndarray) -> torch.Tensor:
-        return to_device(array, device)
-
-    return {
-        "input_ids": put(micro_batch.input_ids)[None],
-        "position_ids": put(micro_batch.position_ids)[None],
-        "target_rows": put(micro_batch.target_rows),
-        "target_ids": put(micro_batch.target_ids),
-        "needed_rows": put(micro_batch.needed_rows()),
-        **attention_kwargs(micro_batch, kernel, device),
-    }
-
-
-@torch.no_grad()
-def verify_packed_forward(engine, kernel: str, ranks: Ranks) -> None:
-    """Runs two made-up samples packed and, one at a time, through transformers' own attention and output layers.
-
-    Catches what no list of names can: an architecture that lets samples see each other, or whose logits are
-    not its output projection of its decoder's last hidden state. Raises UserError. Collective.
-    """
-    config = engine.module.lm.config
-    generator = torch.Generator().manual_seed(0)
-    longest = getattr(config, "sliding_window", None) or 24
-    lengths = (min(n, longest) for n in (24, 17))
-    samples = [torch.randint(config.vocab_size, (n,), generator=generator).numpy() for n in lengths]
-    row = pack([sft_documents(SFTSample(ids, np.array([[len(ids) // 2, len(ids)]]))) for ids in samples])
-    packed = engine(**model_inputs(row, kernel, ranks.device))
-    config._attn_implementation = "sdpa" if getattr(engine.module.lm, "_supports_sdpa", False) else "eager"
-    alone = []
-    for ids in samples:
-        tokens = torch.from_numpy(ids)[None].to(ranks.device)
-        logps = engine(tokens)[0, :-1].float().log_softmax(-1)
-        alone.append(logps.gather(1, tokens[0, 1:, None])[max(0, len(ids) // 2 - 1) :, 0])
-    config._attn_implementation = registered_name(kernel)
-    alone = torch.cat(alone)
-    difference = (packed - alone).abs().mean().item()
-    if not alone.isfinite().all():
-        raise UserError(f"model type {config.model_type}: log-probabilities of any text are not finite; look for NaN or "
-                        f"infinity in the weights")  # fmt: skip
-    if not difference <= (1e-3 if engine.module.lm.dtype == torch.float32 else 0.1):
-        raise UserError(
-            f"model type {config.model_type}: packed log-probabilities differ from transformers' own by "
-            f"{difference:.3g} a token; this architecture needs code that is not here"
-        )
-
-
 def partition_report(parameters: dict[str, nn.Parameter], ranks: Ranks) -> dict:
     """How many elements there are and how many each rank holds, its padding included: the proof of ZeRO-3."""
     return {
@@ -493,70 +339,3 @@ def persistent_buffers(lm: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that are part of a model folder, by name: nothing trains them."""
     names = lm.state_dict().keys()
     return {name: buffer for name, buffer in lm.named_buffers() if name in names}
-
-
-def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, source_folder: str, ranks: Ranks) -> None:
-    """Writes what AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load; generate() stops where
-    the template's answers end.
-
-    Parameters are gathered one at a time; rank 0 writes shards of at most 5 GB, buffers that a model folder holds with
-    the last one. Everything is written to a temporary folder first; the index, which makes the shards a model, is moved
-    last.
-    """
-    model.finish_gathering()
-    lm, target = model.lm, Path(output_dir)
-    buffers = persistent_buffers(lm)
-    parameters = list(lm.named_parameters())
-    shards: list[list[tuple[str, nn.Parameter]]] = [[]]
-    size = 0
-    for name, param in parameters:
-        num_bytes = param.ds_numel * param.element_size()
-        if shards[-1] and size + num_bytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append((name, param))
-        size += num_bytes
-    temporary = target / ".export"
-    or_stop = writing(f"the model could not be written to {target}", "if a checkpoint was written, it stands")
-    ranks.once(or_stop(lambda: _empty_folder(temporary)))
-    weight_map = {}
-    for i, shard in enumerate(shards):
-        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name, param in shard:
-            with deepspeed.zero.GatheredParameters([param]):
-                if ranks.is_main:
-                    tensors[name] = param.detach().to("cpu", copy=True).contiguous()
-            weight_map[name] = file_name
-        if shard is shards[-1]:
-            tensors |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
-            weight_map |= dict.fromkeys(buffers, file_name)
-        ranks.once(or_stop(lambda: save_file(tensors, temporary / file_name, {"format": "pt"})))
-    total_size = sum(p.ds_numel * p.element_size() for _, p in parameters) + sum(b.nbytes for b in buffers.values())
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    ranks.once(or_stop(lambda: _finish_export(lm, template, source_folder, temporary, target, index)))
-
-
-def _empty_folder(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-
-
-def _finish_export(lm, template: ChatTemplate, source_folder: str, temporary: Path, target: Path, index: dict) -> None:
-    config = type(lm.config).from_dict(lm.config.to_dict())
-    config.architectures = [type(lm).__name__]
-    config.save_pretrained(temporary)
-    generation_config(source_folder, config, template.end_ids()).save_pretrained(temporary)
-    template.tokenizer.chat_template = template.jinja
-    template.tokenizer.save_pretrained(temporary)
-    index_name = "model.safetensors.index.json"
-    (temporary / index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for stale in [target / index_name, *target.glob("model*.safetensors")]:
-        stale.unlink(missing_ok=True)
-    for path in sorted(temporary.iterdir(), key=lambda p: p.name == index_name):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
-        os.replace(path, target / path.name)
-    temporary.rmdir()
-    sync_folder(target)

@@ -11,16 +11,16 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 
 from common.config import TrainConfig
-from common.distributed import Ranks
-from common.errors import TrainingStopped, is_out_of_memory, mistake
-from common.model import PackedModel
-from common.residency import ResidentParameters, WholeGradients
+from common.failures import TrainingStopped, is_out_of_memory, mistake
+from common.model.packed import PackedModel
+from common.ranks import Ranks
+from common.zero.residency import ResidentParameters, WholeGradients
 
 
 def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     """deepspeed.initialize with torch's fused AdamW over every parameter, weight decay on all of them.
 
-    ds_config's `gradients` and `parameters` say what is kept whole during a step (common/residency.py). Raises UserError
+    ds_config's `gradients` and `parameters` say what is kept whole during a step (common/zero/residency.py). Raises UserError
     for what DeepSpeed itself refuses.
     """
     optimizer = torch.optim.AdamW(
@@ -60,7 +60,7 @@ def _gradient_norm(zero) -> list[torch.Tensor]:
 
 def _clip(zero, is_whole: bool, group: int, norm: torch.Tensor) -> None:
     """Finds zero.clip_factor, max_grad_norm / (norm + 1e-6) if that is below 1, as torch's clip_grad_norm_, and scales
-    the group's flat gradients by it; where they are whole the update does that (common/residency.py)."""
+    the group's flat gradients by it; where they are whole the update does that (common/zero/residency.py)."""
     if group == 0:  # the host waits for the norm once, before an update is under way
         zero._global_grad_norm = float(norm)
         zero.clip_factor = min(1.0, zero.clip_grad / (zero._global_grad_norm + 1e-6)) if zero.clip_grad > 0 else 1.0

@@ -1,0 +1,87 @@
+"""The trained model written back: an ordinary folder of transformers."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import deepspeed
+from safetensors.torch import save_file
+from torch import nn
+
+from common.data.chat_template import ChatTemplate
+from common.failures import writing
+from common.files import sync_folder
+from common.model.load import generation_config, persistent_buffers
+from common.model.packed import PackedModel
+from common.ranks import Ranks
+
+SHARD_BYTES = 5 * 10**9
+
+
+def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, source_folder: str, ranks: Ranks) -> None:
+    """Writes what AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load; generate() stops where
+    the template's answers end.
+
+    Parameters are gathered one at a time; rank 0 writes shards of at most 5 GB, buffers that a model folder holds with
+    the last one. Everything is written to a temporary folder first; the index, which makes the shards a model, is moved
+    last.
+    """
+    model.finish_gathering()
+    lm, target = model.lm, Path(output_dir)
+    buffers = persistent_buffers(lm)
+    parameters = list(lm.named_parameters())
+    shards: list[list[tuple[str, nn.Parameter]]] = [[]]
+    size = 0
+    for name, param in parameters:
+        num_bytes = param.ds_numel * param.element_size()
+        if shards[-1] and size + num_bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append((name, param))
+        size += num_bytes
+    temporary = target / ".export"
+    or_stop = writing(f"the model could not be written to {target}", "if a checkpoint was written, it stands")
+    ranks.once(or_stop(lambda: _empty_folder(temporary)))
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for name, param in shard:
+            with deepspeed.zero.GatheredParameters([param]):
+                if ranks.is_main:
+                    tensors[name] = param.detach().to("cpu", copy=True).contiguous()
+            weight_map[name] = file_name
+        if shard is shards[-1]:
+            tensors |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
+            weight_map |= dict.fromkeys(buffers, file_name)
+        ranks.once(or_stop(lambda: save_file(tensors, temporary / file_name, {"format": "pt"})))
+    total_size = sum(p.ds_numel * p.element_size() for _, p in parameters) + sum(b.nbytes for b in buffers.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    ranks.once(or_stop(lambda: _finish_export(lm, template, source_folder, temporary, target, index)))
+
+
+def _empty_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _finish_export(lm, template: ChatTemplate, source_folder: str, temporary: Path, target: Path, index: dict) -> None:
+    config = type(lm.config).from_dict(lm.config.to_dict())
+    config.architectures = [type(lm).__name__]
+    config.save_pretrained(temporary)
+    generation_config(source_folder, config, template.end_ids()).save_pretrained(temporary)
+    template.tokenizer.chat_template = template.jinja
+    template.tokenizer.save_pretrained(temporary)
+    index_name = "model.safetensors.index.json"
+    (temporary / index_name).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for stale in [target / index_name, *target.glob("model*.safetensors")]:
+        stale.unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda p: p.name == index_name):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
+        os.replace(path, target / path.name)
+    temporary.rmdir()
+    sync_folder(target)
+
