@@ -38,15 +38,21 @@ from common.step.schedule import (
 from common.stopping import Stopped, StopRequest, main_with_exit_codes
 from common.zero import checkpoint
 from common.zero.ds_config import deepspeed_config
-from common.zero.engine import build_engine, inference_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
-from common.zero.memory import demand_of, place, settle
+from common.zero.engine import (
+    build_engine,
+    inference_engine,
+    out_of_memory_explained,
+    require_finite_weights,
+    set_learning_rate,
+)
+from common.zero.memory import choose_micro_batch, choose_residency, workload_of
 
 
 @main_with_exit_codes
 def main() -> None:
     # ------------------------------------------------------------------ config and process group
     config = parse_config(DPOConfig)
-    loss_of = preference_loss(config)
+    preference = preference_loss(config)
     ds_config = deepspeed_config(config)
     ranks = start(config.collective_timeout_minutes)
     dtype = getattr(torch, config.dtype)
@@ -86,7 +92,7 @@ def main() -> None:
         ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
         return
     state, resume_from = checkpoint.starting_point(config.output_dir, config.resume, identity, last_step, ranks)
-    demand = demand_of(config, pair_lengths, longest_side, data.where(int(pair_lengths.argmax())), state, ranks)
+    workload = workload_of(config, pair_lengths, longest_side, data.source_of(int(pair_lengths.argmax())), state, ranks)
     ranks.say(
         f"DPO ({config.loss_type}): {len(data):,} pairs; {last_step:,} of {num_steps:,} steps of "
         f"{config.global_batch_size} pairs; {ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "
@@ -102,15 +108,17 @@ def main() -> None:
         )
 
     # ------------------------------------------------------------------ reference, if it is a model of its own
-    epoch = range(min(last_step, steps_per_epoch(len(data), config.global_batch_size)))  # later epochs take the same pairs
+    epoch = range(
+        min(last_step, steps_per_epoch(len(data), config.global_batch_size))
+    )  # later epochs take the same pairs
     pairs = sorted({i for s in epoch for i in step_samples(s, len(data), config.global_batch_size, config.seed)})
-    ds_config, placement = place(ds_config, config, model_config, demand, ranks)
+    ds_config, placement = choose_residency(ds_config, config, model_config, workload, ranks)
     reference = cached_in = None
     if reference_folder is not None:  # another model than the policy: it is gone before the policy loads
         other = model.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
         with inference_engine(other, ds_config) as engine:
             reference, cached_in = reference_logps(
-                engine, data, pairs, reference_folder, config, kernel, demand.budget, ranks
+                engine, data, pairs, reference_folder, config, kernel, workload.budget, ranks
             )
         del other, engine
 
@@ -120,12 +128,12 @@ def main() -> None:
     packed.verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
-    budget = settle(engine, config, ds_config, kernel, demand, ranks)
+    budget = choose_micro_batch(engine, config, ds_config, kernel, workload, ranks)
     state.micro_batch_budget, state.gradients, state.world_size = budget, placement.gradients, ranks.world_size
     first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))
     ranks.say(packing_report((pair_lengths[samples].tolist() for samples in first), ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
-    if loss_of.needs_reference and reference is None:  # the policy, which still is the starting model
+    if preference.needs_reference and reference is None:  # the policy, which still is the starting model
         reference, cached_in = reference_logps(engine, data, pairs, model_folder, config, kernel, budget, ranks)
 
     # ------------------------------------------------------------------ resume
@@ -159,7 +167,11 @@ def main() -> None:
         samples = step_samples(step, len(data), config.global_batch_size, config.seed)
         plan = plan_step(pair_lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
         plan = [[samples[i] for i in members] for members in plan]
-        return samples, plan, [pack([pair_documents(data[i], config.share_prompt) for i in members]) for members in plan]
+        return (
+            samples,
+            plan,
+            [pack([pair_documents(data[i], config.share_prompt) for i in members]) for members in plan],
+        )
 
     gc.collect()
     gc.freeze()  # what lives until the end is not searched for garbage again
@@ -171,16 +183,16 @@ def main() -> None:
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
-        with out_of_memory_explained(f"step {step + 1}", budget, demand.longest) as size:
+        with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 size.tokens = micro_batch.num_tokens
                 token_logps = engine(**packed.model_inputs(micro_batch, kernel, ranks.device))
                 logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(-1, 2)  # (chosen, rejected)
                 ratios = logps if reference is None else logps - to_device(reference[members], ranks.device)
-                if loss_of.averages_over_length:
+                if preference.averages_over_length:
                     lengths = to_device(np.reshape(micro_batch.sequence_targets, (len(members), 2)), ranks.device)
                     logps, ratios = logps / lengths, ratios / lengths
-                loss = loss_of.function(ratios[:, 0], ratios[:, 1], config).sum()
+                loss = preference.function(ratios[:, 0], ratios[:, 1], config).sum()
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
                 engine.backward(loss * ranks.world_size / len(samples))  # DeepSpeed averages gradients over ranks
                 losses[m] = loss.detach()
@@ -198,8 +210,8 @@ def main() -> None:
         if not math.isfinite(train_loss):
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), pair_lengths, data, ranks)
         if step == 0 and reference_folder is None:
-            check_first_step(train_loss, means, loss_of, config)
-        with out_of_memory_explained(f"step {step + 1}, update", budget, demand.longest):
+            check_first_step(train_loss, means, preference, config)
+        with out_of_memory_explained(f"step {step + 1}, update", budget, workload.longest):
             engine.step()
         if not engine.was_step_applied():
             raise not_finite(step + 1, "gradient norm", math.nan, plan, None, pair_lengths, data, ranks)
@@ -236,7 +248,9 @@ def main() -> None:
     ranks.once(lambda: draw_curves(config.output_dir))
     write_once(
         lambda: run_record.finish(config, run, state, metrics.last, agreement, data_table(data)),
-        config.output_dir, state.step, ranks,
+        config.output_dir,
+        state.step,
+        ranks,
     )
     ranks.say(f"done: {config.output_dir} holds the model after {state.step} steps")
 

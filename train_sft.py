@@ -28,7 +28,7 @@ from common.stopping import Stopped, StopRequest, main_with_exit_codes
 from common.zero import checkpoint
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import build_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
-from common.zero.memory import demand_of, place, settle
+from common.zero.memory import choose_micro_batch, choose_residency, workload_of
 
 
 @main_with_exit_codes
@@ -64,7 +64,7 @@ def main() -> None:
         ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
         return
     state, resume_from = checkpoint.starting_point(config.output_dir, config.resume, identity, last_step, ranks)
-    demand = demand_of(config, data.lengths, longest, data.where(int(data.lengths.argmax())), state, ranks)
+    workload = workload_of(config, data.lengths, longest, data.source_of(int(data.lengths.argmax())), state, ranks)
     ranks.say(
         f"SFT: {len(data):,} samples; {last_step:,} of {num_steps:,} steps of {config.global_batch_size} samples; "
         f"{ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "
@@ -77,13 +77,13 @@ def main() -> None:
         )
 
     # ------------------------------------------------------------------ model and engine
-    ds_config, placement = place(ds_config, config, model_config, demand, ranks)
+    ds_config, placement = choose_residency(ds_config, config, model_config, workload, ranks)
     policy = model.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config)
     packed.verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
-    budget = settle(engine, config, ds_config, kernel, demand, ranks)
+    budget = choose_micro_batch(engine, config, ds_config, kernel, workload, ranks)
     state.micro_batch_budget, state.gradients, state.world_size = budget, placement.gradients, ranks.world_size
     first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))
     ranks.say(packing_report((data.lengths[samples].tolist() for samples in first), ranks.world_size, budget))
@@ -130,7 +130,7 @@ def main() -> None:
 
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
-        with out_of_memory_explained(f"step {step + 1}", budget, demand.longest) as size:
+        with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, micro_batch in enumerate(micro_batches):
                 size.tokens = micro_batch.num_tokens
                 logps = engine(**packed.model_inputs(micro_batch, kernel, ranks.device))
@@ -149,7 +149,7 @@ def main() -> None:
         train_loss = nll / num_targets
         if not math.isfinite(train_loss):
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), data.lengths, data, ranks)
-        with out_of_memory_explained(f"step {step + 1}, update", budget, demand.longest):
+        with out_of_memory_explained(f"step {step + 1}, update", budget, workload.longest):
             engine.step()
         if not engine.was_step_applied():
             raise not_finite(step + 1, "gradient norm", math.nan, plan, None, data.lengths, data, ranks)
@@ -185,7 +185,9 @@ def main() -> None:
     ranks.once(lambda: draw_curves(config.output_dir))
     write_once(
         lambda: run_record.finish(config, run, state, metrics.last, agreement, data_table(data)),
-        config.output_dir, state.step, ranks,
+        config.output_dir,
+        state.step,
+        ranks,
     )
     ranks.say(f"done: {config.output_dir} holds the model after {state.step} steps")
 

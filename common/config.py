@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from common.failures import UserError, mistake, print_line
+from common.failures import UserError, as_user_error, print_line
 
 
 def _field(default, help: str, choices: tuple = (), least: float | None = None, most: float = math.inf):
@@ -28,8 +28,17 @@ def _field(default, help: str, choices: tuple = (), least: float | None = None, 
     return dataclasses.field(default=default, metadata=metadata)
 
 
-PATHS = {"model_name_or_path", "tokenizer_name_or_path", "ref_model_name_or_path", "dataset_mixer", "chat_template",
-         "output_dir", "resume", "cache_dir", "ds_config"}  # fmt: skip
+PATHS = {
+    "model_name_or_path",
+    "tokenizer_name_or_path",
+    "ref_model_name_or_path",
+    "dataset_mixer",
+    "chat_template",
+    "output_dir",
+    "resume",
+    "cache_dir",
+    "ds_config",
+}
 LR_SCHEDULERS = (
     "linear",
     "cosine",
@@ -60,7 +69,9 @@ class TrainConfig:
     max_seq_length: int = _field(4096, "samples keep their first max_seq_length tokens", least=2)
     chat_template: str = _field("tulu", "a built-in name, a .jinja file, or `tokenizer` for the tokenizer's own")
     global_batch_size: int = _field(128, "samples (SFT) or pairs (DPO) per optimizer step, over all ranks", least=1)
-    max_tokens_per_micro_batch: int | str = _field("auto", "tokens packed into one forward pass of one rank", ("auto",), least=1)
+    max_tokens_per_micro_batch: int | str = _field(
+        "auto", "tokens packed into one forward pass of one rank", ("auto",), least=1
+    )
     gradient_checkpointing: int | str = _field(
         "auto", "layers that recompute their activations", ("auto", "none", "full"), least=0
     )
@@ -77,13 +88,17 @@ class TrainConfig:
     adam_epsilon: float = _field(1e-8, "AdamW's epsilon", least=0)
     max_grad_norm: float = _field(1.0, "gradients are scaled down to this global norm; 0 = never", least=0)
     num_train_epochs: int = _field(2, "passes over the data", least=1, most=10**9)
-    max_train_steps: int | None = _field(None, "optimizer steps in all, in place of num_train_epochs", least=1, most=10**9)
+    max_train_steps: int | None = _field(
+        None, "optimizer steps in all, in place of num_train_epochs", least=1, most=10**9
+    )
     stop_after_steps: int | None = _field(
         None, "stop and export after this many steps of the schedule that the other flags make", least=1
     )
     seed: int = _field(42, "decides the order of the samples", least=0, most=2**63 - 1)
     output_dir: str = _field("output/sft", "model, metrics and checkpoints go here")
-    checkpointing_steps: int | str = _field(500, "a checkpoint every so many steps, or every epoch", ("epoch",), least=1)
+    checkpointing_steps: int | str = _field(
+        500, "a checkpoint every so many steps, or every epoch", ("epoch",), least=1
+    )
     keep_last_n_checkpoints: int = _field(3, "older checkpoints are deleted", least=1)
     clean_checkpoints_at_end: bool = _field(False, "delete this run's checkpoints once the model is exported")
     resume: str = _field("auto", "auto, never (start over), or a checkpoint's path")
@@ -117,7 +132,9 @@ class DPOConfig(TrainConfig):
     warmup_ratio: float = _field(0.1, "part of all steps that warms up", least=0, most=1)
     num_train_epochs: int = _field(1, "passes over the data", least=1, most=10**9)
     output_dir: str = _field("output/dpo", "model, metrics and checkpoints go here")
-    checkpointing_steps: int | str = _field(100, "a checkpoint every so many steps, or every epoch", ("epoch",), least=1)
+    checkpointing_steps: int | str = _field(
+        100, "a checkpoint every so many steps, or every epoch", ("epoch",), least=1
+    )
     loss_type: str = _field("dpo_norm", "the preference loss", ("sigmoid", "dpo_norm", "ipo", "simpo"))
     beta: float = _field(5.0, "how strongly the policy is held to the reference", least=0)
     label_smoothing: float = _field(
@@ -207,8 +224,13 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def _read_yaml(path: str) -> dict:
-    with mistake(f"--config {path}", OSError), mistake(f"--config {path}: not YAML", yaml.YAMLError, ValueError, RecursionError):
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)  # ValueError: no UTF-8, no number, no date
+    with (
+        as_user_error(f"--config {path}", OSError),
+        as_user_error(f"--config {path}: not YAML", yaml.YAMLError, ValueError, RecursionError),
+    ):
+        content = yaml.load(
+            Path(path).read_text(encoding="utf-8"), _UniqueKeys
+        )  # ValueError: no UTF-8, no number, no date
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -69,7 +69,7 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def mistake(what: str, *kinds: type[Exception]) -> Iterator[None]:
+def as_user_error(what: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turns an error of these kinds (none named: of any) into a UserError that says what went wrong, and why.
 
     A UserError goes through as it is, and so does what is no mistake: a full disk, and no memory.
@@ -100,7 +100,9 @@ def writing(failure: str, kept: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as e:
-        raise TrainingStopped(f"{failure}: {_reason(e, failure)}; {kept}; free disk space and run the same command") from e
+        raise TrainingStopped(
+            f"{failure}: {_reason(e, failure)}; {kept}; free disk space and run the same command"
+        ) from e
 
 
 def full_disk(error: Exception) -> TrainingStopped | None:
@@ -117,8 +119,9 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def not_finite(step: int, what: str, value: float, micro_batches: list[list[int]], losses: list[float] | None, lengths,
-               data, ranks) -> TrainingStopped:  # fmt: skip
+def not_finite(
+    step: int, what: str, value: float, micro_batches: list[list[int]], losses: list[float] | None, lengths, data, ranks
+) -> TrainingStopped:
     """What to raise when a step's loss or gradient is NaN or infinite; nothing was updated. Collective.
 
     micro_batches: this rank's, as indices of samples; losses: of each, None where the gradient alone is not finite, so
@@ -141,7 +144,7 @@ def _some(samples: list[int], data) -> str:
     """The first samples as `file:row, row, file:row`, and how many more there are."""
     rows_of: dict[str, list[str]] = {}
     for i in samples[:8]:
-        file, _, row = data.where(i).rpartition(":")
+        file, _, row = data.source_of(i).rpartition(":")
         rows_of.setdefault(file, []).append(row)
     named = ", ".join(f"{file}:{', '.join(rows)}" for file, rows in rows_of.items())
     return named + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")

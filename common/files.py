@@ -92,4 +92,3 @@ def file_stamp(path: str | Path) -> tuple[int, int, int, int] | None:
     except OSError:
         return None
     return s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino
-

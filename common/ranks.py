@@ -143,16 +143,24 @@ def start(timeout_minutes: int) -> Ranks:
     deepspeed_logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free_port()),
+        )
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     local_rank = int(os.environ["LOCAL_RANK"])
     # Row lengths differ from micro-batch to micro-batch: segments that grow leave no holes between them.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {os.environ['RANK']} has no GPU of its own: "
-                            f"{torch.cuda.device_count()} are visible here; start fewer processes")
+            raise UserError(
+                f"rank {os.environ['RANK']} has no GPU of its own: "
+                f"{torch.cuda.device_count()} are visible here; start fewer processes"
+            )
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
     else:
@@ -165,16 +173,20 @@ def start(timeout_minutes: int) -> Ranks:
     try:
         store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
     except RuntimeError as e:
-        alone = UserError(f"the {os.environ['WORLD_SIZE']} ranks did not come together at {os.environ['MASTER_ADDR']}:"
-                          f"{os.environ['MASTER_PORT']} within {timeout_minutes} minutes: {str(e).splitlines()[0][:200]}")
+        alone = UserError(
+            f"the {os.environ['WORLD_SIZE']} ranks did not come together at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} within {timeout_minutes} minutes: {str(e).splitlines()[0][:200]}"
+        )
         alone.on_this_rank_only = True
         raise alone from e
     store.set_timeout(LONG)
     os.environ["DEEPSPEED_TIMEOUT"] = str(timeout_minutes)
-    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size,
-                            timeout=timeout)
+    dist.init_process_group(
+        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=timeout
+    )
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
     global _started
-    _started = Ranks(rank, world_size, local_rank, local_world_size, device, dist.PrefixStore("plaintune", store),
-                     timeout)
+    _started = Ranks(
+        rank, world_size, local_rank, local_world_size, device, dist.PrefixStore("plaintune", store), timeout
+    )
     return _started

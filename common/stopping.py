@@ -20,6 +20,7 @@ SAME_REQUEST = 2.0  # seconds
 
 def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
     """Wraps a script's main: INTERFACE's exit codes, one `error:` line from one rank, no traceback for 2 and 3."""
+
     @functools.wraps(main)
     def run() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training there is nothing to save
@@ -42,8 +43,11 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
                 code = TrainingStopped.EXIT_CODE
                 reason = (str(e).strip() or type(e).__name__).splitlines()[0]
                 rank = os.environ.get("RANK", "0")
-                print_line(f"error: rank {rank}: out of memory before or after a micro-batch ({reason}): the model and its "
-                           f"optimizer need more devices, or a --ds_config that offloads", sys.stderr)
+                print_line(
+                    f"error: rank {rank}: out of memory before or after a micro-batch ({reason}): the model and its "
+                    f"optimizer need more devices, or a --ds_config that offloads",
+                    sys.stderr,
+                )
             else:
                 code = 1
                 print_line(traceback.format_exc(), sys.stderr)
@@ -56,6 +60,7 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
         if code and dist.is_initialized():
             os._exit(code)  # the other ranks may sit in a collective: no clean-up can wait for them
         raise SystemExit(code)
+
     return run
 
 
@@ -82,8 +87,10 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
         if "PLAINTUNE_RUN_SH" not in os.environ and {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & {*os.environ}:
-            ranks.say("note: this launcher, when it is asked to stop, gives the ranks 30 s, which may not do for a "
-                      "checkpoint: the last periodic one stands then. `bash run.sh` waits for as long as it takes")
+            ranks.say(
+                "note: this launcher, when it is asked to stop, gives the ranks 30 s, which may not do for a "
+                "checkpoint: the last periodic one stands then. `bash run.sh` waits for as long as it takes"
+            )
 
     def _receive(self, number: int, frame) -> None:
         if time.monotonic() > self.answered_at + SAME_REQUEST:
@@ -115,4 +122,3 @@ class StopRequest:
         self.answered_at = time.monotonic()
         ranks.say("asked to stop: writing a checkpoint first; ask again to leave without it")
         return signal.SIGTERM if terminate else signal.SIGINT
-

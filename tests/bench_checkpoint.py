@@ -78,23 +78,37 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench_checkpoint_", dir=given.folder))
     rows = []
     try:
-        with mock.patch.object(checkpoint, "safe_get_local_fp32_param", lambda p: p.local["master"]), \
-                mock.patch.object(checkpoint, "safe_get_local_optimizer_state", lambda p, kind: p.local[kind]):
+        with (
+            mock.patch.object(checkpoint, "safe_get_local_fp32_param", lambda p: p.local["master"]),
+            mock.patch.object(checkpoint, "safe_get_local_optimizer_state", lambda p, kind: p.local[kind]),
+        ):
             for i in range(given.rounds):
                 seconds = {}
                 for what in ("save", "disk") if i % 2 else ("disk", "save"):
                     os.sync()
-                    seconds[what] = save(parameters, folder, i + 1) if what == "save" \
+                    seconds[what] = (
+                        save(parameters, folder, i + 1)
+                        if what == "save"
                         else sequential_write(folder / "one_file", num_bytes)
+                    )
                 rows.append((seconds["save"], seconds["disk"]))
                 rates = {what: num_bytes / seconds[what] / 1e6 for what in seconds}  # MB/s
-                print(f"round {i + 1}: blocked {seconds['save']:.2f} s, {rates['save']:,.0f} MB/s; "
-                      f"disk {rates['disk']:,.0f} MB/s; ratio {rates['save'] / rates['disk']:.0%}")
+                print(
+                    f"round {i + 1}: blocked {seconds['save']:.2f} s, {rates['save']:,.0f} MB/s; "
+                    f"disk {rates['disk']:,.0f} MB/s; ratio {rates['save'] / rates['disk']:.0%}"
+                )
     finally:
         shutil.rmtree(folder)
-    print(json.dumps({"gigabytes": num_bytes / 1e9, "device": device,
-                      "seconds_blocked": statistics.median(s for s, _ in rows),
-                      "ratio_to_disk": statistics.median(d / s for s, d in rows)}))
+    print(
+        json.dumps(
+            {
+                "gigabytes": num_bytes / 1e9,
+                "device": device,
+                "seconds_blocked": statistics.median(s for s, _ in rows),
+                "ratio_to_disk": statistics.median(d / s for s, d in rows),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

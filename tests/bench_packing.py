@@ -53,25 +53,40 @@ def main() -> None:
         ways = {
             "packed": {},
             "one at a time": {"train_sft.plan_step": one_at_a_time},
-            "one at a time, padded": {"train_sft.plan_step": one_at_a_time_noting_the_longest, "train_sft.pack": pack_padded},
+            "one at a time, padded": {
+                "train_sft.plan_step": one_at_a_time_noting_the_longest,
+                "train_sft.pack": pack_padded,
+            },
         }
         seconds, tokens = {way: [] for way in ways}, []
         for round_ in range(ROUNDS):
             for way, patches in ways.items():
-                flags = {"model_name_or_path": folder / "model", "dataset_mixer": folder / "data.jsonl",
-                         "dtype": "float32", "global_batch_size": 32, "max_train_steps": STEPS,
-                         "output_dir": folder / f"{way}-{round_}", "cache_dir": folder / "cache"}  # fmt: skip
+                flags = {
+                    "model_name_or_path": folder / "model",
+                    "dataset_mixer": folder / "data.jsonl",
+                    "dtype": "float32",
+                    "global_batch_size": 32,
+                    "max_train_steps": STEPS,
+                    "output_dir": folder / f"{way}-{round_}",
+                    "cache_dir": folder / "cache",
+                }
                 run = launch.launch("train_sft", flags, 2, patches).succeeded()
                 seconds[way].append(run.column("step_seconds")[WARMUP:])
                 if way == "packed":
-                    tokens.append([after - before for before, after in pairwise(run.column("total_tokens")[WARMUP - 1 :])])
+                    tokens.append(
+                        [after - before for before, after in pairwise(run.column("total_tokens")[WARMUP - 1 :])]
+                    )
         result = {}
         for way in ways:
-            ratios = [other / packed for theirs, ours in zip(seconds[way], seconds["packed"], strict=True)
-                      for other, packed in zip(theirs, ours, strict=True)]  # fmt: skip
+            ratios = [
+                other / packed
+                for theirs, ours in zip(seconds[way], seconds["packed"], strict=True)
+                for other, packed in zip(theirs, ours, strict=True)
+            ]
             result[way] = statistics.median(ratios)
-            typical = statistics.median(n / s for steps, of in zip(seconds[way], tokens, strict=True)
-                                        for s, n in zip(steps, of, strict=True))  # fmt: skip
+            typical = statistics.median(
+                n / s for steps, of in zip(seconds[way], tokens, strict=True) for s, n in zip(steps, of, strict=True)
+            )
             print(f"{way:24} {typical:8,.0f} tokens/s, a step takes {result[way]:.2f} x the time packed takes")
         print(json.dumps(result))
 

@@ -31,10 +31,19 @@ def main() -> None:
         for _ in range(ROUNDS):
             for share in (True, False):
                 out = folder / f"out-{share}"
-                flags = {"model_name_or_path": model, "dataset_mixer": data, "dtype": "float32", "max_seq_length": 1024,
-                         "global_batch_size": PAIRS, "max_train_steps": STEPS, "max_tokens_per_micro_batch": 2048,
-                         "share_prompt": str(share).lower(), "output_dir": out, "cache_dir": folder / "cache",
-                         "resume": "never"}  # fmt: skip
+                flags = {
+                    "model_name_or_path": model,
+                    "dataset_mixer": data,
+                    "dtype": "float32",
+                    "max_seq_length": 1024,
+                    "global_batch_size": PAIRS,
+                    "max_train_steps": STEPS,
+                    "max_tokens_per_micro_batch": 2048,
+                    "share_prompt": str(share).lower(),
+                    "output_dir": out,
+                    "cache_dir": folder / "cache",
+                    "resume": "never",
+                }
                 words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
                 subprocess.run([sys.executable, ROOT / "train_dpo.py", *words], check=True, stdout=subprocess.DEVNULL)
                 records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -43,8 +52,10 @@ def main() -> None:
     seconds = {share: [s for steps in speeds[share] for s in steps] for share in speeds}
     ratio = statistics.median(whole / shared for shared, whole in zip(seconds[True], seconds[False], strict=True))
     shared, whole = (PAIRS / statistics.median(seconds[share]) for share in (True, False))
-    print(f"{data}: {shared:.2f} pairs/s shared, {whole:.2f} pairs/s whole; a step of the same pairs: {ratio:.2f}x; "
-          f"tokens {tokens[True]:,} and {tokens[False]:,}: {tokens[False] / tokens[True]:.2f}x")  # fmt: skip
+    print(
+        f"{data}: {shared:.2f} pairs/s shared, {whole:.2f} pairs/s whole; a step of the same pairs: {ratio:.2f}x; "
+        f"tokens {tokens[True]:,} and {tokens[False]:,}: {tokens[False] / tokens[True]:.2f}x"
+    )
 
 
 if __name__ == "__main__":

@@ -50,8 +50,10 @@ def generated_rows(num_rows: int) -> list[dict]:
     def turn(role):
         return {"role": role, "content": " ".join(rng.choices(words, k=rng.randint(20, 200))) + "."}
 
-    return [{"messages": [turn(role) for _ in range(rng.randint(1, 4)) for role in ("user", "assistant")]}
-            for _ in range(num_rows)]
+    return [
+        {"messages": [turn(role) for _ in range(rng.randint(1, 4)) for role in ("user", "assistant")]}
+        for _ in range(num_rows)
+    ]
 
 
 def main():
@@ -65,21 +67,23 @@ def main():
 
     if Path(options.tokenizer).is_dir():
         from transformers import AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     else:
         from tiny_tokenizer import tiny_tokenizer
+
         tokenizer = tiny_tokenizer()
     if Path(options.data).is_file():
         rows = [json.loads(line) for line in Path(options.data).read_text().splitlines()]
-        rows = (rows * (options.rows // len(rows) + 1))[:options.rows]
+        rows = (rows * (options.rows // len(rows) + 1))[: options.rows]
     else:
         rows = generated_rows(options.rows)
     template = resolve_template("tulu", tokenizer)
     lines = [json.dumps(row).encode() for row in rows]
     texts = [template.render(row["messages"])[0] for row in rows]
     starts = range(0, len(rows), BLOCK_ROWS)
-    blocks = [(0, "bench", list(range(len(lines[i:i + BLOCK_ROWS]))), lines[i:i + BLOCK_ROWS]) for i in starts]
-    batches = [texts[i:i + BLOCK_ROWS] for i in starts]
+    blocks = [(0, "bench", list(range(len(lines[i : i + BLOCK_ROWS]))), lines[i : i + BLOCK_ROWS]) for i in starts]
+    batches = [texts[i : i + BLOCK_ROWS] for i in starts]
 
     # No truncation: both sides tokenize every character.
     state = pickle.dumps(BlockTokenizer("sft", template, Encoder(tokenizer), 1_000_000))
@@ -96,10 +100,20 @@ def main():
                     cpu[name].append(sum(seconds))
     assert num_tokens["bare"] == num_tokens["ours"]
     wall, cpu = ({name: statistics.median(times) for name, times in both.items()} for both in (wall, cpu))
-    print(json.dumps({"rows": len(rows), "tokens": num_tokens["ours"], "num_proc": options.num_proc,
-                      "rounds": options.rounds, "tokens_per_second": round(num_tokens["ours"] / wall["ours"]),
-                      "bare_tokens_per_second": round(num_tokens["bare"] / wall["bare"]),
-                      "ratio": round(wall["bare"] / wall["ours"], 3), "cpu_ratio": round(cpu["bare"] / cpu["ours"], 3)}))
+    print(
+        json.dumps(
+            {
+                "rows": len(rows),
+                "tokens": num_tokens["ours"],
+                "num_proc": options.num_proc,
+                "rounds": options.rounds,
+                "tokens_per_second": round(num_tokens["ours"] / wall["ours"]),
+                "bare_tokens_per_second": round(num_tokens["bare"] / wall["bare"]),
+                "ratio": round(wall["bare"] / wall["ours"], 3),
+                "cpu_ratio": round(cpu["bare"] / cpu["ours"], 3),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

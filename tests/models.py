@@ -21,7 +21,10 @@ ARCHITECTURES = {
     "mistral": ("mistral", {"sliding_window": None}),
     "olmo2": ("olmo2", {}),
     "gpt_neox": ("gpt_neox", {}),  # whose folders call the head by another name than its class
-    "apertus": ("apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),  # its folders hold buffers
+    "apertus": (
+        "apertus",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),  # its folders hold buffers
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -44,9 +47,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator(
-        [" ".join(WORDS)] * 3 + [f"<|{role}|>\n" for role in ("user", "assistant")], trainer
-    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3 + [f"<|{role}|>\n" for role in ("user", "assistant")], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
@@ -76,9 +77,7 @@ def make_model(
     model = AutoModelForCausalLM.from_config(make_config(architecture, **changes), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(
-                1.0 if parameter.ndim == 1 and "norm" in parameter_name(model, parameter) else 0.0, 0.15
-            )
+            parameter.normal_(1.0 if parameter.ndim == 1 and "norm" in parameter_name(model, parameter) else 0.0, 0.15)
     model.to(dtype).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return Path(folder)

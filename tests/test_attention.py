@@ -131,15 +131,29 @@ def gradients_by_definition(grad, out, query, key, value, offsets_q, offsets_k, 
 def flash_attn(monkeypatch):
     """Both packages of that name, with the arguments that they have and the definition in place of kernels."""
 
-    def forward(query, key, value, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
-                return_lse):  # fmt: skip
+    def forward(
+        query, key, value, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse
+    ):
         assert causal and return_lse and max_seqlen_q >= cu_seqlens_q.diff().max()
         assert max_seqlen_k >= cu_seqlens_k.diff().max()
         packing = cu_seqlens_q, cu_seqlens_k, softmax_scale
         return *attention_by_definition(query, key, value, *packing), None, None, None
 
-    def backward(query, key, value, out, grad, lse, *, softmax_scale, causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
-                 max_seqlen_k):  # fmt: skip
+    def backward(
+        query,
+        key,
+        value,
+        out,
+        grad,
+        lse,
+        *,
+        softmax_scale,
+        causal,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+    ):
         packing = cu_seqlens_q, cu_seqlens_k, softmax_scale
         torch.testing.assert_close((out, lse), attention_by_definition(query, key, value, *packing))
         return gradients_by_definition(grad, out, query, key, value, *packing)
@@ -181,8 +195,14 @@ def test_layers_compile_without_breaks_and_once_for_rows_of_every_length(flash_a
     samples."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = PackedModel(AutoModelForCausalLM.from_config(config, attn_implementation=registered_name(kernel)))
     results = {False: [], True: []}
     for compiled in (False, True):
@@ -215,8 +235,14 @@ def test_compiled_layers_take_no_number_as_a_tensor(flash_attn, monkeypatch):
         return graph
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=seen))
-    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=2)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     kernel = "flash_attention_4"
     model = PackedModel(AutoModelForCausalLM.from_config(config, attn_implementation=registered_name(kernel)))
     model.compile_layers()
@@ -232,8 +258,14 @@ def test_layers_that_differ_in_a_number_are_all_compiled(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    config = DiffLlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=12, num_attention_heads=4,
-                             num_key_value_heads=2)  # fmt: skip
+    config = DiffLlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = PackedModel(AutoModelForCausalLM.from_config(config, attn_implementation=registered_name("sdpa")))
     model.compile_layers()
     row = row_of(ROWS[3])

@@ -46,7 +46,9 @@ def test_a_benchmark_of_the_scripts_own_steps(tmp_path, method):
     assert result["tokens_per_second_per_device"] == pytest.approx(sum(speeds) / 2)
     assert (result["method"], result["ranks"], result["steps"], result["recompiles"]) == (method, 2, 2, None)
     samples = 12 * 32 if method == "sft" else 32  # of a step
-    assert result["samples_per_second"] == pytest.approx(np.mean([samples / r["step_seconds"] for r in records[WARMUP_STEPS:]]))
+    assert result["samples_per_second"] == pytest.approx(
+        np.mean([samples / r["step_seconds"] for r in records[WARMUP_STEPS:]])
+    )
     assert result["flags"] == ["--learning_rate", "1e-3", *batch] and records[0]["learning_rate"] <= 1e-3
     assert (result["reference_tokens_per_second_per_device"] is not None) == (method == "dpo")
     assert not list((tmp_path / "output" / "bench" / f"run-{method}").glob("*.safetensors")), "nothing is exported"
@@ -108,14 +110,23 @@ def test_a_mistake_is_one_line_and_exit_2(tmp_path):
 def test_the_visible_devices_are_heeded(tmp_path, monkeypatch):
     """By a Python that finds four GPUs and then only says how it is called."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\ncase "$*" in *device_count*) echo 4;; *getsockname*) echo 5;; '
-                      '*) pwd; echo "$PYTHONSAFEPATH $@";; esac\n')  # fmt: skip
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *device_count*) echo 4;; *getsockname*) echo 5;; '
+        '*) pwd; echo "$PYTHONSAFEPATH $@";; esac\n'
+    )
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    done = subprocess.run(common.verbs.bench.train_command("sft", 2, ["--beta", "1 2"]), cwd=tmp_path, capture_output=True,
-                          text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "4,5,6,7"})
-    assert done.stdout == f"{tmp_path}\n1 -m deepspeed.launcher.runner --quiet --include localhost:4,5 --master_port 5 " \
-                          f"{launch.REPO}/train_sft.py --beta 1 2\n"
+    done = subprocess.run(
+        common.verbs.bench.train_command("sft", 2, ["--beta", "1 2"]),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "4,5,6,7"},
+    )
+    assert (
+        done.stdout == f"{tmp_path}\n1 -m deepspeed.launcher.runner --quiet --include localhost:4,5 --master_port 5 "
+        f"{launch.REPO}/train_sft.py --beta 1 2\n"
+    )
 
 
 def test_own_flags_are_taken_as_the_scripts_take_theirs():

@@ -23,8 +23,10 @@ def template_of(tmp_path_factory, jinja: str):
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory):
-    named = {name: template_of(tmp_path_factory, getattr(tiny_tokenizer, name))
-             for name in ("CHATML", "LLAMA3", "QWEN3", "MISTRAL", "PLAIN", "PHI3")}
+    named = {
+        name: template_of(tmp_path_factory, getattr(tiny_tokenizer, name))
+        for name in ("CHATML", "LLAMA3", "QWEN3", "MISTRAL", "PLAIN", "PHI3")
+    }
     return {"TULU": resolve_template("tulu", TOKENIZER), **named}
 
 
@@ -90,7 +92,15 @@ def phi3(messages):
     yield "<eos>", False
 
 
-REFERENCES = {"PHI3": phi3, "TULU": tulu, "CHATML": chatml, "LLAMA3": llama3, "QWEN3": qwen3, "MISTRAL": mistral, "PLAIN": plain}
+REFERENCES = {
+    "PHI3": phi3,
+    "TULU": tulu,
+    "CHATML": chatml,
+    "LLAMA3": llama3,
+    "QWEN3": qwen3,
+    "MISTRAL": mistral,
+    "PLAIN": plain,
+}
 
 
 def reference(name, messages):
@@ -105,15 +115,34 @@ def reference(name, messages):
     return text, spans
 
 
-SNIPPETS = ["so.", "why?", "\n", "\n\n", " ", "<|assistant|>\n", "<eos>", "ü漢🙂", "42", "</think>", "<think>",
-            "### user:", "<|im_end|>\n", "{{ eos_token }}", "[/INST]", "'ll", "\t"]
+SNIPPETS = [
+    "so.",
+    "why?",
+    "\n",
+    "\n\n",
+    " ",
+    "<|assistant|>\n",
+    "<eos>",
+    "ü漢🙂",
+    "42",
+    "</think>",
+    "<think>",
+    "### user:",
+    "<|im_end|>\n",
+    "{{ eos_token }}",
+    "[/INST]",
+    "'ll",
+    "\t",
+]
 CONTENTS = st.lists(st.sampled_from(SNIPPETS), max_size=5).map("".join)
 
 
 @st.composite
 def conversations(draw, roles=("system", "user", "assistant")):
-    messages = [{"role": role, "content": draw(CONTENTS)} for role in draw(st.lists(st.sampled_from(roles), min_size=1,
-                                                                                    max_size=6))]
+    messages = [
+        {"role": role, "content": draw(CONTENTS)}
+        for role in draw(st.lists(st.sampled_from(roles), min_size=1, max_size=6))
+    ]
     if len(messages) > 2 and draw(st.booleans()):  # somebody quotes somebody else word for word
         i, j = draw(st.integers(0, len(messages) - 1)), draw(st.integers(0, len(messages) - 1))
         messages[i]["content"] = messages[j]["content"]
@@ -122,9 +151,15 @@ def conversations(draw, roles=("system", "user", "assistant")):
 
 @pytest.mark.parametrize(
     ("name", "closing", "end_tokens"),
-    [("TULU", "<eos>", ["<eos>"]), ("CHATML", "<|im_end|>", ["<eos>", "<|im_end|>"]), ("LLAMA3", "<|eot_id|>", None),
-     ("QWEN3", "<|im_end|>", None), ("MISTRAL", "<eos>", None), ("PHI3", "<|end|>", ["<eos>"])],
-)  # fmt: skip
+    [
+        ("TULU", "<eos>", ["<eos>"]),
+        ("CHATML", "<|im_end|>", ["<eos>", "<|im_end|>"]),
+        ("LLAMA3", "<|eot_id|>", None),
+        ("QWEN3", "<|im_end|>", None),
+        ("MISTRAL", "<eos>", None),
+        ("PHI3", "<|end|>", ["<eos>"]),
+    ],
+)
 def test_what_closes_an_answer_ends_generation_where_it_is_one_token(templates, name, closing, end_tokens):
     assert templates[name].closing == closing
     expected = TOKENIZER.convert_tokens_to_ids(end_tokens or ["<eos>", closing])
@@ -135,8 +170,15 @@ def test_what_closes_an_answer_ends_generation_where_it_is_one_token(templates, 
 @settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_trained_text_is_every_assistant_content_and_what_closes_it(templates, name, data):
-    messages = data.draw(conversations(("system", "user", "assistant", "tool") if name == "TULU" else
-                                       ("user", "assistant") if name == "MISTRAL" else ("system", "user", "assistant")))
+    messages = data.draw(
+        conversations(
+            ("system", "user", "assistant", "tool")
+            if name == "TULU"
+            else ("user", "assistant")
+            if name == "MISTRAL"
+            else ("system", "user", "assistant")
+        )
+    )
     if name == "MISTRAL":
         for i, message in enumerate(messages):
             message["role"] = "assistant" if i % 2 else "user"
@@ -157,27 +199,36 @@ def test_a_user_who_quotes_the_answer_is_not_trained_on(templates):
 
 def test_what_a_template_adds_to_a_turn_after_its_content_is_trained(tmp_path_factory):
     """Tool calls: the model has to write them too."""
-    calling = template_of(tmp_path_factory, """\
+    calling = template_of(
+        tmp_path_factory,
+        """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' + message.content }}
 {%- if message.tool_calls %}{{- '\\n<call>' + message.tool_calls[0].name + '</call>' }}{% endif %}
 {{- '<|im_end|>\\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}""")
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}""",
+    )
     call = {"role": "assistant", "content": "let me see", "tool_calls": [{"name": "look"}]}
     text, spans = calling.render([USER, call, {"role": "tool", "content": "let me see"}, ANSWER, USER, call])
     called = "let me see\n<call>look</call><|im_end|>"
     assert [text[start:end] for start, end in spans] == [called, "so.<|im_end|>", called]
-    seldom = template_of(tmp_path_factory, calling.jinja.replace(
-        "if add_generation_prompt", "if add_generation_prompt and messages[-1].role == 'user'"))
+    seldom = template_of(
+        tmp_path_factory,
+        calling.jinja.replace("if add_generation_prompt", "if add_generation_prompt and messages[-1].role == 'user'"),
+    )
     text, spans = seldom.render([USER, ANSWER, call])
     assert [text[start:end] for start, end in spans] == ["so.<|im_end|>", called]
 
 
 def test_a_template_that_fails_on_the_marker_only_still_serves(tmp_path_factory):
-    picky = template_of(tmp_path_factory, tiny_tokenizer.CHATML + """\
+    picky = template_of(
+        tmp_path_factory,
+        tiny_tokenizer.CHATML
+        + """\
 {%- if messages|length == 2 and messages[1].content == 'so.' %}{% endif %}
-{%- if messages|length == 4 and messages[1].content != 'so.' %}{{ raise_exception('so!') }}{% endif %}""")
+{%- if messages|length == 4 and messages[1].content != 'so.' %}{{ raise_exception('so!') }}{% endif %}""",
+    )
     text, spans = picky.render([USER, ANSWER, USER, ANSWER])
     assert [text[start:end] for start, end in spans] == ["so.<|im_end|>"] * 2
 
@@ -217,17 +268,25 @@ def test_roles_that_are_not_shown_are_told(templates):
 def test_a_templates_own_refusal_is_told_from_its_failure(templates, tmp_path_factory):
     with pytest.raises(Dropped, match=r"refused by the chat template: .*alternate"):
         templates["MISTRAL"].render([USER, USER])
-    failing = template_of(tmp_path_factory,
-                          "{% if messages|length > 2 %}{{ 1 / 0 }}{% endif %}" + tiny_tokenizer.CHATML)
+    failing = template_of(
+        tmp_path_factory, "{% if messages|length > 2 %}{{ 1 / 0 }}{% endif %}" + tiny_tokenizer.CHATML
+    )
     with pytest.raises(UserError, match="ZeroDivisionError"):
         failing.render([USER, ANSWER, USER])
 
 
-@pytest.mark.parametrize("jinja, said", [
-    ("{% for m in messages %}{{ m.content }}", "line 1"), ("{{ messages[0].content }}", "content exactly once"),
-    ("hello", "content exactly once"), ("{% for m in messages %}{{ m.content * 2 }}{% endfor %}", "exactly once"),
-    ("{{ raise_exception('never') }}", "never"), ("{{ messages[9].content }}", "Undefined"), ("{{ 1 / 0 }}", "ZeroDiv"),
-])
+@pytest.mark.parametrize(
+    "jinja, said",
+    [
+        ("{% for m in messages %}{{ m.content }}", "line 1"),
+        ("{{ messages[0].content }}", "content exactly once"),
+        ("hello", "content exactly once"),
+        ("{% for m in messages %}{{ m.content * 2 }}{% endfor %}", "exactly once"),
+        ("{{ raise_exception('never') }}", "never"),
+        ("{{ messages[9].content }}", "Undefined"),
+        ("{{ 1 / 0 }}", "ZeroDiv"),
+    ],
+)
 def test_a_template_that_cannot_serve_is_refused_by_name(tmp_path, jinja, said):
     (tmp_path / "bad.jinja").write_text(jinja)
     with pytest.raises(UserError, match=said) as error:
@@ -250,10 +309,13 @@ def test_a_template_that_is_not_there_is_refused(tmp_path):
 
 def test_a_turn_that_cannot_be_told_from_the_rest_is_refused(tmp_path_factory):
     """Here each turn is rendered differently once another follows, and what it says also appears in the first line."""
-    changing = template_of(tmp_path_factory, """\
+    changing = template_of(
+        tmp_path_factory,
+        """\
 {%- if messages|length > 2 %}{{ messages[1].content|length }}{% endif %}
 {%- for message in messages %}{{- '<' + message.role + '>' + message.content + eos_token }}
 {%- if not loop.last %}{{ messages|length }}{% endif %}{%- endfor %}
-{%- if add_generation_prompt %}{{- '<assistant>' }}{% endif %}""")
+{%- if add_generation_prompt %}{{- '<assistant>' }}{% endif %}""",
+    )
     with pytest.raises(UserError, match="message 2"):
         changing.render([USER, {"role": "assistant", "content": "a long answer"}, USER, ANSWER])

@@ -59,8 +59,10 @@ class Slice:
     def __init__(self, shape, step):
         numel = int(np.prod(shape))
         self.ds_shape, self.ds_numel = torch.Size(shape), numel
-        self.local = {kind: torch.cat([torch.arange(numel) + 100.0 * step + 0.25 * i, torch.full((2,), torch.nan)])
-                      for i, kind in enumerate(checkpoint.KINDS)}
+        self.local = {
+            kind: torch.cat([torch.arange(numel) + 100.0 * step + 0.25 * i, torch.full((2,), torch.nan)])
+            for i, kind in enumerate(checkpoint.KINDS)
+        }
 
     def element_size(self):
         return 2
@@ -104,8 +106,11 @@ def assert_holds(folder: Path, step: int):
     read = {}
     for file in folder.glob("*.safetensors"):
         read |= load_file(file)
-    expected = {f"{kind}/{name}": values[:-2].numpy() for name, p in parameters(step).items()
-                for kind, values in p.local.items()}
+    expected = {
+        f"{kind}/{name}": values[:-2].numpy()
+        for name, p in parameters(step).items()
+        for kind, values in p.local.items()
+    }
     assert read.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_array_equal(read[name], values)
@@ -192,12 +197,17 @@ def test_nothing_is_renamed_before_it_is_on_disk_nor_deleted_before_the_rename_i
             target = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else str(args[0])
             journal.append((name, Path(target).name))
             return real(*args, **kwargs)
+
         monkeypatch.setattr(os, name, spy)
     folder = save(output_dir, 10, keep=1)
     publish = journal.index(("rename", ".step_00000010.tmp"))
     assert {name for what, name in journal[:publish] if what == "fsync"} >= {path.name for path in folder.iterdir()}
-    assert journal[publish - 1:publish + 3] == [("fsync", ".step_00000010.tmp"), ("rename", ".step_00000010.tmp"),
-                                                ("fsync", "checkpoints"), ("rename", "step_00000009")]
+    assert journal[publish - 1 : publish + 3] == [
+        ("fsync", ".step_00000010.tmp"),
+        ("rename", ".step_00000010.tmp"),
+        ("fsync", "checkpoints"),
+        ("rename", "step_00000009"),
+    ]
     assert not [name for what, name in journal[:publish] if what in ("unlink", "rmdir")]
 
 
@@ -239,7 +249,7 @@ def damage(path: Path, how: str, rng: random.Random):
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
     elif how == "cut":
-        path.write_bytes(data[:rng.randrange(len(data))])
+        path.write_bytes(data[: rng.randrange(len(data))])
     elif how == "grow":
         path.write_bytes(bytes(data) + b"\0")
     else:
@@ -300,16 +310,22 @@ def test_where_no_checkpoint_is_whole_a_run_starts_over_and_says_why(output_dir)
     assert said.count("state.json has 2 bytes in place of") == 2
 
 
-@pytest.mark.parametrize(("files", "why"), [
-    ({}, "COMPLETE is missing"),
-    ({"COMPLETE": "x"}, "manifest.json is missing"),
-    ({"manifest.json": "{}"}, "COMPLETE is missing"),
-    ({"manifest.json": "[]", "COMPLETE": files.digest(b"[]")}, "not of this project"),
-    ({"manifest.json": "{}", "COMPLETE": files.digest(b"{}")}, "not of this project"),
-    ({"manifest.json": '{"files": {"a": 1}}', "COMPLETE": files.digest(b'{"files": {"a": 1}}'), "a": ""},
-     "not of this project"),
-    ({"manifest.json": "\udcff", "COMPLETE": "\udcff"}, "not of this project|not the one"),
-], ids=str)
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({}, "COMPLETE is missing"),
+        ({"COMPLETE": "x"}, "manifest.json is missing"),
+        ({"manifest.json": "{}"}, "COMPLETE is missing"),
+        ({"manifest.json": "[]", "COMPLETE": files.digest(b"[]")}, "not of this project"),
+        ({"manifest.json": "{}", "COMPLETE": files.digest(b"{}")}, "not of this project"),
+        (
+            {"manifest.json": '{"files": {"a": 1}}', "COMPLETE": files.digest(b'{"files": {"a": 1}}'), "a": ""},
+            "not of this project",
+        ),
+        ({"manifest.json": "\udcff", "COMPLETE": "\udcff"}, "not of this project|not the one"),
+    ],
+    ids=str,
+)
 def test_a_folder_without_a_manifest_of_ours_is_refused_by_path(tmp_path, files, why):
     for name, text in files.items():
         (tmp_path / name).write_bytes(text.encode(errors="surrogateescape"))
@@ -319,9 +335,11 @@ def test_a_folder_without_a_manifest_of_ours_is_refused_by_path(tmp_path, files,
 
 def test_a_pickle_is_never_opened(output_dir, tmp_path):
     """A file that our manifest does not name is not read, whatever it is."""
+
     class Boom:
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path}/unpickled",))
+
     folder = save(output_dir, 9)
     torch.save(Boom(), folder / "mp_rank_00_model_states.pt")
     assert find(output_dir)[0] == folder
@@ -351,9 +369,23 @@ def identity_of(config, folder: Path, data="d", template="t"):
 
 
 # A field is here or it must be the same in a resume.
-FREE = {"output_dir", "cache_dir", "resume", "logging_steps", "checkpointing_steps", "keep_last_n_checkpoints",
-        "clean_checkpoints_at_end", "max_tokens_per_micro_batch", "gradient_checkpointing", "attn_implementation",
-        "compile_layers", "collective_timeout_minutes", "ds_config", "stop_after_steps", "share_prompt"}
+FREE = {
+    "output_dir",
+    "cache_dir",
+    "resume",
+    "logging_steps",
+    "checkpointing_steps",
+    "keep_last_n_checkpoints",
+    "clean_checkpoints_at_end",
+    "max_tokens_per_micro_batch",
+    "gradient_checkpointing",
+    "attn_implementation",
+    "compile_layers",
+    "collective_timeout_minutes",
+    "ds_config",
+    "stop_after_steps",
+    "share_prompt",
+}
 # Other words for the same rows, template or weights are the same run.
 BY_CONTENTS = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}
 
@@ -393,11 +425,17 @@ def test_a_checkpoint_past_the_last_step_is_refused(output_dir):
 
 
 def test_a_folder_in_which_another_run_writes_is_refused_until_that_ends(tmp_path):
-    code = ("import sys; from common.run import output_dir; from common.config import SFTConfig; "
-            "output_dir.check_output_dir(SFTConfig(output_dir=sys.argv[1]), {}, 5); print('held', flush=True); sys.stdin.read()")
+    code = (
+        "import sys; from common.run import output_dir; from common.config import SFTConfig; "
+        "output_dir.check_output_dir(SFTConfig(output_dir=sys.argv[1]), {}, 5); print('held', flush=True); sys.stdin.read()"
+    )
     config = config_of(SFTConfig, output_dir=str(tmp_path))
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          cwd=Path(run_record.__file__).parents[2]) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(run_record.__file__).parents[2],
+    ) as other:
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match="another run writes there now"):
             run_record.check_output_dir(config, {}, 5)
@@ -511,6 +549,7 @@ def test_space_is_checked_for_checkpoints_and_export_with_both_numbers(output_di
 def request_of_one(monkeypatch):
     """StopRequest with `os._exit` raising SystemExit, and the handlers put back afterwards."""
     import signal
+
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
     for name in ("CROSS_RANK", "TORCHELASTIC_RUN_ID", "PLAINTUNE_RUN_SH"):
@@ -566,9 +605,16 @@ def test_during_the_export_the_first_request_waits_and_the_second_leaves(request
     assert e.value.code == 130
 
 
-@pytest.mark.parametrize(("environment", "warned"), [
-    ({}, False), ({"CROSS_RANK": "0"}, True), ({"TORCHELASTIC_RUN_ID": "x"}, True),
-    ({"CROSS_RANK": "0", "PLAINTUNE_RUN_SH": "1"}, False)], ids=str)
+@pytest.mark.parametrize(
+    ("environment", "warned"),
+    [
+        ({}, False),
+        ({"CROSS_RANK": "0"}, True),
+        ({"TORCHELASTIC_RUN_ID": "x"}, True),
+        ({"CROSS_RANK": "0", "PLAINTUNE_RUN_SH": "1"}, False),
+    ],
+    ids=str,
+)
 def test_a_bare_launcher_s_30_seconds_are_said(request_of_one, monkeypatch, environment, warned):
     make, ranks, _ = request_of_one
     for name, value in environment.items():
@@ -604,7 +650,9 @@ def test_another_reference_under_the_same_name_is_another_run(tmp_path):
     policy = str(models.make_model(tmp_path / "policy"))
     none = run_record.run_identity(config, "data", "template", policy)
     one, other = (
-        run_record.run_identity(config, "data", "template", policy, str(models.make_model(tmp_path / "reference", seed=seed)))
+        run_record.run_identity(
+            config, "data", "template", policy, str(models.make_model(tmp_path / "reference", seed=seed))
+        )
         for seed in (0, 1)
     )
     assert {name for name in one if one[name] != other[name]} == {"ref_model_name_or_path (weights)"}

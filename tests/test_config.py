@@ -146,11 +146,7 @@ def test_values_get_their_types():
     assert (config.gradient_checkpointing, config.max_tokens_per_micro_batch, config.seed) == (3, 512, 0)
     assert config.dataset_mixer == ["a.jsonl=10%", "b.jsonl"]
     assert isinstance(config.weight_decay, float)
-    assert [sft("--compile_layers", text).compile_layers for text in ("true", "False", "auto")] == [
-        True,
-        False,
-        "auto",
-    ]
+    assert [sft("--compile_layers", text).compile_layers for text in ("true", "False", "auto")] == [True, False, "auto"]
 
 
 def test_local_rank_with_an_equals_sign_is_the_launchers():

@@ -20,7 +20,9 @@ from common.step import packing
 from common.zero import residency
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-KERNELS = [k for k in attention.KERNELS if k != "sdpa" and torch.cuda.is_available() and not attention._why_not(k, True)]
+KERNELS = [
+    k for k in attention.KERNELS if k != "sdpa" and torch.cuda.is_available() and not attention._why_not(k, True)
+]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -37,8 +39,12 @@ def conversations(rng, sizes) -> list[SFTSample]:
 
 PACKS = {
     "sft": lambda rng: [packing.sft_documents(s) for s in conversations(rng, [1, 2, 130, 700, 64])],
-    "pairs": lambda rng: [packing.pair_documents(p, False) for p in pairs(rng, [(5, 3, 9), (200, 130, 1), (1, 300, 40)])],
-    "shared": lambda rng: [packing.pair_documents(p, True) for p in pairs(rng, [(5, 3, 9), (200, 130, 1), (1, 300, 40)])],
+    "pairs": lambda rng: [
+        packing.pair_documents(p, False) for p in pairs(rng, [(5, 3, 9), (200, 130, 1), (1, 300, 40)])
+    ],
+    "shared": lambda rng: [
+        packing.pair_documents(p, True) for p in pairs(rng, [(5, 3, 9), (200, 130, 1), (1, 300, 40)])
+    ],
 }
 
 
@@ -67,10 +73,22 @@ def test_varlen_kernel_equals_block_mask_forward_and_backward(kernel, pack, head
 
 def tiny(kernel: str, dtype) -> PackedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)
-    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32,
-                                          attn_implementation=attention.registered_name(kernel)).to(dtype).cuda()
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+    )
+    lm = (
+        AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention.registered_name(kernel)
+        )
+        .to(dtype)
+        .cuda()
+    )
     return PackedModel(lm)
 
 
@@ -117,7 +135,10 @@ def test_a_model_that_sums_its_gradients_gives_autograds(compiled):
     plain, summing = tiny("varlen", torch.bfloat16), tiny("varlen", torch.bfloat16)
     for module in summing.modules():
         if type(module) is torch.nn.Linear:
-            module.__class__, module.weight_sum = summing.SummingLinear, torch.zeros_like(module.weight, dtype=torch.float32)
+            module.__class__, module.weight_sum = (
+                summing.SummingLinear,
+                torch.zeros_like(module.weight, dtype=torch.float32),
+            )
     embedding, head = summing.lm.get_input_embeddings(), summing.lm.get_output_embeddings()
     embedding.__class__ = summing.SummingEmbedding
     for module in (embedding, head):

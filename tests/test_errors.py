@@ -9,14 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.failures import TrainingStopped, UserError, mistake, not_finite, progress
+from common.failures import TrainingStopped, UserError, as_user_error, not_finite, progress
 from common.zero.engine import out_of_memory_explained
 
 
 def test_samples_are_named_by_file_and_row_and_each_file_once():
     """A micro-batch of 64 samples of two files, of which the first eight are named."""
-    rows = [("a/chats.jsonl", 71), ("b/chats.jsonl", 5), ("a/chats.jsonl", 930)] + [("a/chats.jsonl", n) for n in range(61)]
-    data = SimpleNamespace(where=lambda i: "{}:{}".format(*rows[i]))
+    rows = [("a/chats.jsonl", 71), ("b/chats.jsonl", 5), ("a/chats.jsonl", 930)] + [
+        ("a/chats.jsonl", n) for n in range(61)
+    ]
+    data = SimpleNamespace(source_of=lambda i: "{}:{}".format(*rows[i]))
     ranks = SimpleNamespace(rank=0, gather=lambda work: [work()])
     error = not_finite(3, "loss", math.nan, [list(range(64))], [math.nan], [10] * 64, data, ranks)
     assert "of 640 tokens: a/chats.jsonl:71, 930, 0, 1, 2, 3, 4, b/chats.jsonl:5 and 56 more)" in str(error)
@@ -32,8 +34,13 @@ def test_a_checkpoint_that_may_not_be_there_is_not_promised():
 def test_lines_that_nobody_reads_end_nothing():
     """As in `run.sh sanity | head -n 1`."""
     code = "import sys; from common.failures import print_line\nfor i in range(3): sys.stdin.readline(); print_line('.' * 9)"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                          cwd=Path(__file__).parent.parent) as process:  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    ) as process:
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.stdout.readline() == "." * 9 + "\n"
@@ -83,16 +90,16 @@ def test_out_of_memory_advises_what_changes_something(tokens, budget, longest, a
     ],
 )
 def test_a_mistake_says_what_and_why_in_one_line_and_names_a_file_once(said, error, reason):
-    with pytest.raises(UserError) as seen, mistake(said, OSError, ValueError, KeyError):
+    with pytest.raises(UserError) as seen, as_user_error(said, OSError, ValueError, KeyError):
         raise error
     assert str(seen.value) == f"{said}: {reason}"
 
 
 def test_other_errors_mistakes_already_said_and_what_is_no_mistake_go_through():
-    with pytest.raises(KeyError), mistake("x", OSError):
+    with pytest.raises(KeyError), as_user_error("x", OSError):
         raise KeyError
-    with pytest.raises(UserError, match=r"^as it is$"), mistake("x"):
+    with pytest.raises(UserError, match=r"^as it is$"), as_user_error("x"):
         raise UserError("as it is")
     for error in (MemoryError(), torch.OutOfMemoryError(), OSError(28, "No space left on device")):
-        with pytest.raises(type(error)), mistake("x"):
+        with pytest.raises(type(error)), as_user_error("x"):
             raise error

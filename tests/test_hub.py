@@ -40,13 +40,18 @@ def hub_of(contents: dict[str, dict[str, bytes]]) -> type[BaseHTTPRequestHandler
             commit = COMMITS.get(asked, asked)
             if commit not in contents or file and file[2] not in contents[commit]:
                 is_model = "org/model" in path
-                self.answer(b"{}", 404, X_Error_Code=("EntryNotFound" if file else "RevisionNotFound") if is_model
-                            else "RepoNotFound")  # fmt: skip
+                self.answer(
+                    b"{}",
+                    404,
+                    X_Error_Code=("EntryNotFound" if file else "RevisionNotFound") if is_model else "RepoNotFound",
+                )
             elif file:
                 self.answer(contents[commit][file[2]], ETag=f'"{commit}{file[2]}"', X_Repo_Commit=commit)
             elif tree:
-                entries = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
-                           for name, data in contents[commit].items()]  # fmt: skip
+                entries = [
+                    {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+                    for name, data in contents[commit].items()
+                ]
                 self.answer(json.dumps(entries).encode(), Content_Type="application/json")
             else:
                 siblings = [{"rfilename": name} for name in contents[commit]]
@@ -85,10 +90,20 @@ def ask(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def ask(*questions, offline=False):
-        environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": str(int(offline)),
-                       "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_TELEMETRY": "1"}  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", ASK, json.dumps(questions)], env=environment, text=True,
-                              capture_output=True, cwd=Path(__file__).parents[1])  # fmt: skip
+        environment = {
+            **os.environ,
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": str(int(offline)),
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", ASK, json.dumps(questions)],
+            env=environment,
+            text=True,
+            capture_output=True,
+            cwd=Path(__file__).parents[1],
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,6 +1,6 @@
 """The judge: a good history passes every check, and each check fails on a history made to fail it alone.
 
-    python -m pytest tests/test_judge.py
+python -m pytest tests/test_judge.py
 """
 
 import json
@@ -17,22 +17,40 @@ def good_run(tmp_path, method="dpo", loss_type="dpo_norm"):
     """(history, run_config) of a run with nothing wrong."""
     history = []
     for step in range(1, NUM_STEPS + 1):
-        row = {"step": step, "train_loss": 1.2 * 0.98**step, "grad_norm": 1.5, "tokens_per_second": 5000.0,
-               "step_seconds": 2.0, "max_memory_gb": 61.5}
+        row = {
+            "step": step,
+            "train_loss": 1.2 * 0.98**step,
+            "grad_norm": 1.5,
+            "tokens_per_second": 5000.0,
+            "step_seconds": 2.0,
+            "max_memory_gb": 61.5,
+        }
         if method == "dpo":
-            row |= {"train_loss": math.log(2) * 0.99 ** (step - 1), "rewards/accuracy": 0.5 + step / 400,
-                    "rewards/margin": step / 1000, "logps/chosen": -120.0, "logps/rejected": -80.0}
+            row |= {
+                "train_loss": math.log(2) * 0.99 ** (step - 1),
+                "rewards/accuracy": 0.5 + step / 400,
+                "rewards/margin": step / 1000,
+                "logps/chosen": -120.0,
+                "logps/rejected": -80.0,
+            }
         history.append(row)
     history[1]["step_seconds"] = 300.0  # compiling: before the sixth step nothing is slow
     config = {"logging_steps": 1}
     run = {"result": {"steps": NUM_STEPS, "rank_agreement": True}}
     if method == "dpo":
-        config |= {"loss_type": loss_type, "ref_model_name_or_path": None, "dtype": "float32", "beta": 5.0,
-                   "cache_dir": "cache"}
+        config |= {
+            "loss_type": loss_type,
+            "ref_model_name_or_path": None,
+            "dtype": "float32",
+            "beta": 5.0,
+            "cache_dir": "cache",
+        }
         (tmp_path / "reference").write_text("logps")
         run["reference_cache"] = str(tmp_path / "reference")
     return history, run | {
-        "config": config, "world_size": 4, "device": {"name": "GPU", "total_memory_gb": 80.0},
+        "config": config,
+        "world_size": 4,
+        "device": {"name": "GPU", "total_memory_gb": 80.0},
         "zero": {"stage": 3, "num_parameters": 1001, "partitioned_parameters_per_rank": [251, 251, 251, 251]},
     }
 
@@ -50,11 +68,13 @@ def test_a_good_run_passes_every_check(tmp_path, method):
 
 def edit_rows(**values):
     """An edit that sets fields of steps: edit_rows(grad_norm={3: 0.0}); steps=None means every step."""
+
     def edit(history, run_config):
         for field, by_step in values.items():
             for row in history:
                 if None in by_step or row["step"] in by_step:
                     row[field.replace("__", "/")] = by_step.get(row["step"], by_step.get(None))
+
     return edit
 
 
@@ -72,8 +92,11 @@ ALONE = [  # (the one check that must fail, method, what is done to a good run)
     ("run finished", "sft", lambda history, run_config: history.pop(40)),
     ("run finished", "sft", lambda history, run_config: history.insert(40, dict(history[40]))),
     ("SFT loss falls", "sft", flat(1.2)),
-    ("SFT loss falls", "sft", lambda history, run_config: [
-        row.update(train_loss=2.0 - 0.11 * (row["step"] > 50)) for row in history]),  # 5.5% lower is not enough
+    (
+        "SFT loss falls",
+        "sft",
+        lambda history, run_config: [row.update(train_loss=2.0 - 0.11 * (row["step"] > 50)) for row in history],
+    ),  # 5.5% lower is not enough
     ("DPO loss falls", "dpo", flat(math.log(2) + 1e-6)),
     ("loss value", "sft", edit_rows(train_loss={50: math.nan})),
     ("loss value", "sft", edit_rows(train_loss={50: math.inf})),
@@ -93,10 +116,16 @@ ALONE = [  # (the one check that must fail, method, what is done to a good run)
     ("rewards/accuracy", "dpo", edit_rows(rewards__accuracy={None: 0.5})),
     ("rewards/margin", "dpo", edit_rows(rewards__margin={None: 0.0})),
     ("ZeRO-3 partitions", "sft", lambda history, run_config: run_config["zero"].update(stage=2)),
-    ("ZeRO-3 partitions", "sft", lambda history, run_config: run_config["zero"].update(
-        partitioned_parameters_per_rank=[1001] * 4)),
-    ("ZeRO-3 partitions", "sft", lambda history, run_config: run_config["zero"].update(
-        partitioned_parameters_per_rank=[251] * 3)),
+    (
+        "ZeRO-3 partitions",
+        "sft",
+        lambda history, run_config: run_config["zero"].update(partitioned_parameters_per_rank=[1001] * 4),
+    ),
+    (
+        "ZeRO-3 partitions",
+        "sft",
+        lambda history, run_config: run_config["zero"].update(partitioned_parameters_per_rank=[251] * 3),
+    ),
     ("ranks agree", "sft", edit_config("result", rank_agreement=False)),
     ("ranks agree", "sft", lambda history, run_config: run_config["result"].pop("rank_agreement")),
 ]
@@ -133,10 +162,16 @@ def test_accuracy_of_exactly_055_and_a_step_of_exactly_10_medians_are_the_limits
 
 
 def test_ln_2_is_asked_only_of_logistic_losses_and_of_a_reference_that_is_the_starting_policy(tmp_path):
-    names = {loss_type: {c.name for c in judge(*good_run(tmp_path, loss_type=loss_type), 0)}
-             for loss_type in ("sigmoid", "dpo_norm", "ipo", "simpo")}
+    names = {
+        loss_type: {c.name for c in judge(*good_run(tmp_path, loss_type=loss_type), 0)}
+        for loss_type in ("sigmoid", "dpo_norm", "ipo", "simpo")
+    }
     assert [("DPO starts at ln 2" in names[t], "reference cached" in names[t]) for t in names] == [
-        (True, True), (True, True), (False, True), (False, False)]
+        (True, True),
+        (True, True),
+        (False, True),
+        (False, False),
+    ]
     history, run_config = good_run(tmp_path)
     run_config["config"]["ref_model_name_or_path"] = "another/model"
     assert "DPO starts at ln 2" not in {c.name for c in judge(history, run_config, 0)}
@@ -146,8 +181,12 @@ def test_the_first_loss_may_be_as_far_from_ln_2_as_the_run_itself_allows(tmp_pat
     """In bfloat16 by half of beta times 2e-4 of the log-probabilities' sum, besides the 0.01 of float32."""
     history, run_config = good_run(tmp_path)
     allowed = 0.01 + 5 / 2 * 2e-4 * (120 + 80)
-    for dtype, off, passes in (("float32", 0.011, False), ("bfloat16", 0.011, True), ("bfloat16", allowed - 1e-6, True),
-                               ("bfloat16", allowed + 1e-6, False)):
+    for dtype, off, passes in (
+        ("float32", 0.011, False),
+        ("bfloat16", 0.011, True),
+        ("bfloat16", allowed - 1e-6, True),
+        ("bfloat16", allowed + 1e-6, False),
+    ):
         run_config["config"]["dtype"], history[0]["train_loss"] = dtype, math.log(2) + off
         assert failed(judge(history, run_config, 0)) == ([] if passes else ["DPO starts at ln 2"])
 
@@ -195,17 +234,20 @@ def spoil(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
-@pytest.mark.parametrize("harm, word", [
-    (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl: No such file"),
-    (lambda folder: (folder / "run_config.json").unlink(), "run_config.json: No such file"),
-    (spoil("metrics.jsonl", ""), "metrics.jsonl is empty"),
-    (spoil("metrics.jsonl", '{"step": 1, "train_lo'), "metrics.jsonl line 1 is not JSON"),
-    (spoil("metrics.jsonl", '{"step": 1}\n'), "metrics.jsonl line 1 has no number `train_loss`"),
-    (spoil("metrics.jsonl", "[1]\n"), "metrics.jsonl line 1 has no number `step`"),
-    (spoil("run_config.json", "{"), "unreadable"),
-    (spoil("run_config.json", "[]"), "unreadable"),
-    (spoil("run_config.json", "{}"), "unreadable"),
-])
+@pytest.mark.parametrize(
+    "harm, word",
+    [
+        (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl: No such file"),
+        (lambda folder: (folder / "run_config.json").unlink(), "run_config.json: No such file"),
+        (spoil("metrics.jsonl", ""), "metrics.jsonl is empty"),
+        (spoil("metrics.jsonl", '{"step": 1, "train_lo'), "metrics.jsonl line 1 is not JSON"),
+        (spoil("metrics.jsonl", '{"step": 1}\n'), "metrics.jsonl line 1 has no number `train_loss`"),
+        (spoil("metrics.jsonl", "[1]\n"), "metrics.jsonl line 1 has no number `step`"),
+        (spoil("run_config.json", "{"), "unreadable"),
+        (spoil("run_config.json", "[]"), "unreadable"),
+        (spoil("run_config.json", "{}"), "unreadable"),
+    ],
+)
 def test_missing_torn_and_empty_files_fail_with_a_clear_line(tmp_path, harm, word):
     write_run(tmp_path)
     harm(tmp_path)
@@ -220,14 +262,17 @@ def test_a_run_that_never_began_shows_its_error_line(tmp_path):
 
 
 # ------------------------------------------------------------------ answers and the table
-@pytest.mark.parametrize("sft, dpo, names", [
-    ((400, 280, 200), (400, 260, 360), []),
-    ((400, 279, 200), (400, 279, 360), ["SFT answers right"]),
-    ((400, 400, 139), (400, 400, 400), ["SFT style"]),
-    ((400, 400, 261), (400, 400, 400), ["SFT style"]),
-    ((400, 400, 200), (400, 400, 359), ["DPO style"]),
-    ((400, 400, 200), (400, 379, 400), ["DPO keeps answers"]),
-])
+@pytest.mark.parametrize(
+    "sft, dpo, names",
+    [
+        ((400, 280, 200), (400, 260, 360), []),
+        ((400, 279, 200), (400, 279, 360), ["SFT answers right"]),
+        ((400, 400, 139), (400, 400, 400), ["SFT style"]),
+        ((400, 400, 261), (400, 400, 400), ["SFT style"]),
+        ((400, 400, 200), (400, 400, 359), ["DPO style"]),
+        ((400, 400, 200), (400, 379, 400), ["DPO keeps answers"]),
+    ],
+)
 def test_answers_are_held_to_the_limits(sft, dpo, names):
     assert failed(judge_answers(Score(*sft), Score(*dpo))) == names
 

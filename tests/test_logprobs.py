@@ -59,7 +59,12 @@ def test_head_passes_gradcheck():
     inputs = (hidden, linear.weight, linear.bias)
     assert torch.autograd.gradcheck(
         lambda h, w, b: logprobs._ChunkedLogProbs.apply(
-            h, w, b, None, targets, 2, logprobs.target_logps, logprobs.logits_gradient_), inputs, eps=1e-2, atol=5e-3, rtol=5e-3
+            h, w, b, None, targets, 2, logprobs.target_logps, logprobs.logits_gradient_
+        ),
+        inputs,
+        eps=1e-2,
+        atol=5e-3,
+        rtol=5e-3,
     )
 
 
@@ -122,7 +127,9 @@ def test_compiled_arithmetic_is_the_same_and_sees_a_chunk_at_a_time(monkeypatch,
 
 def test_kept_logits_are_used_once(monkeypatch):
     """The backward pass writes over them: a second one would be wrong without a word."""
-    logps = LogProbHead(projection(False))(torch.randn(3, HIDDEN, requires_grad=True), torch.zeros(3, dtype=torch.int64))
+    logps = LogProbHead(projection(False))(
+        torch.randn(3, HIDDEN, requires_grad=True), torch.zeros(3, dtype=torch.int64)
+    )
     logps.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         logps.sum().backward()

@@ -29,9 +29,7 @@ def test_logistic_losses_are_the_papers(loss_type, beta, smoothing):
     seen = loss(loss_type, CHOSEN[:4], REJECTED[:4], beta=beta, label_smoothing=smoothing)
     for i in range(4):
         p = sigmoid(beta * (CHOSEN[i].item() - REJECTED[i].item()))
-        assert seen[i].item() == pytest.approx(
-            -(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p), rel=1e-12
-        )
+        assert seen[i].item() == pytest.approx(-(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p), rel=1e-12)
 
 
 @pytest.mark.parametrize("beta", [0.1, 2.0])
@@ -59,9 +57,7 @@ def test_hand_worked_numbers():
         0.75 * math.log(4 / 3) + 0.25 * math.log(4)
     )
     assert loss("ipo", two, one, beta=0.25).item() == pytest.approx(1.0)  # (1 - 2)^2
-    assert loss("simpo", two, one, beta=2 * math.log(3), gamma_beta_ratio=0.5).item() == pytest.approx(
-        math.log(4 / 3)
-    )
+    assert loss("simpo", two, one, beta=2 * math.log(3), gamma_beta_ratio=0.5).item() == pytest.approx(math.log(4 / 3))
 
 
 @pytest.mark.parametrize("loss_type", sorted(LOSSES))
@@ -103,8 +99,10 @@ def test_a_first_step_that_is_not_ln_2_stops_the_run(loss_type):
 def test_in_bfloat16_a_first_step_may_be_off_by_the_rounding_of_long_sums():
     """2e-4 of 2000 nats are 0.4; at beta 1 they move the loss by half of that. Of means of 2 and 1 nats, hardly."""
     config = DPOConfig(loss_type="sigmoid", beta=1.0, dtype="bfloat16")
-    for means, allowed in (({"logps/chosen": -1500.0, "logps/rejected": -500.0}, 0.21),
-                           ({"logps/chosen": -2.0, "logps/rejected": -1.0}, 0.0103)):  # fmt: skip
+    for means, allowed in (
+        ({"logps/chosen": -1500.0, "logps/rejected": -500.0}, 0.21),
+        ({"logps/chosen": -2.0, "logps/rejected": -1.0}, 0.0103),
+    ):
         check_first_step(math.log(2) + 0.99 * allowed, means, LOSSES["sigmoid"], config)
         with pytest.raises(TrainingStopped, match=r"must be 0\.6931"):
             check_first_step(math.log(2) + 1.01 * allowed, means, LOSSES["sigmoid"], config)

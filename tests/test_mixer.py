@@ -22,13 +22,16 @@ from common.data.sources import decode_row, load_source, parse_source, subset_in
 from common.failures import UserError
 
 
-@pytest.mark.parametrize("text, path, revision, split, amount", [
-    ("allenai/tulu-3-sft-mixture", "allenai/tulu-3-sft-mixture", None, "train", None),
-    ("org/data=10%", "org/data", None, "train", "10%"),
-    ("org/data@v1.0:test=500", "org/data", "v1.0", "test", "500"),
-    ("org/data@refs/pr/1=.5%", "org/data", "refs/pr/1", "train", ".5%"),
-    ("squad:validation", "squad", None, "validation", None),
-])
+@pytest.mark.parametrize(
+    "text, path, revision, split, amount",
+    [
+        ("allenai/tulu-3-sft-mixture", "allenai/tulu-3-sft-mixture", None, "train", None),
+        ("org/data=10%", "org/data", None, "train", "10%"),
+        ("org/data@v1.0:test=500", "org/data", "v1.0", "test", "500"),
+        ("org/data@refs/pr/1=.5%", "org/data", "refs/pr/1", "train", ".5%"),
+        ("squad:validation", "squad", None, "validation", None),
+    ],
+)
 def test_hub_sources_parse(text, path, revision, split, amount):
     source = parse_source(text)
     assert (source.path, source.revision, source.split, source.amount) == (path, revision, split, amount)
@@ -50,14 +53,28 @@ def test_the_longest_path_that_exists_is_meant(tmp_path):
     assert parse_source(f"{tmp_path}/a.json=5").path.endswith("a.json")
 
 
-@pytest.mark.parametrize("text, said", [
-    ("org/data=0.1", ["10%", "0.1%"]), ("org/data=.5", ["50%", "0.5%"]), ("org/data=1.0", ["100%", "1%"]),
-    ("org/data=2.5", ["2 (rows)", "2.5%"]), ("org/data=0%", ["=0%"]), ("org/data=0", ["=0"]),
-    ("org/data=101%", ["=101%"]), ("org/data=ten", ["=ten"]), ("org/data=", ["10%"]), ("org/data=-5", ["=-5"]),
-    ("org/data=1e3", ["=1e3"]), ("missing.jsonl=10%", ["missing.jsonl"]),
-    ("/nowhere/x.parquet", ["/nowhere/x.parquet"]),
-    ("./data.csv", [".jsonl", ".parquet"]), ("a/b/c", ["SOURCE"]), ("", ["SOURCE"]), ("org/data@:train", ["SOURCE"]),
-])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("org/data=0.1", ["10%", "0.1%"]),
+        ("org/data=.5", ["50%", "0.5%"]),
+        ("org/data=1.0", ["100%", "1%"]),
+        ("org/data=2.5", ["2 (rows)", "2.5%"]),
+        ("org/data=0%", ["=0%"]),
+        ("org/data=0", ["=0"]),
+        ("org/data=101%", ["=101%"]),
+        ("org/data=ten", ["=ten"]),
+        ("org/data=", ["10%"]),
+        ("org/data=-5", ["=-5"]),
+        ("org/data=1e3", ["=1e3"]),
+        ("missing.jsonl=10%", ["missing.jsonl"]),
+        ("/nowhere/x.parquet", ["/nowhere/x.parquet"]),
+        ("./data.csv", [".jsonl", ".parquet"]),
+        ("a/b/c", ["SOURCE"]),
+        ("", ["SOURCE"]),
+        ("org/data@:train", ["SOURCE"]),
+    ],
+)
 def test_a_malformed_source_is_refused_by_name(text, said):
     with pytest.raises(UserError) as error:
         parse_source(text)
@@ -126,12 +143,18 @@ def test_json_lines_in_a_json_file_and_blank_lines_keep_their_line_numbers(tmp_p
     assert [decode_row(raw)["messages"] for raw in rows.read(rows.indices)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name, content, amount, said", [
-    ("few.jsonl", b"{}\n" * 300, "=500", "500 of 300"), ("few.jsonl", b"{}\n" * 50, "=1%", "none"),
-    ("empty.jsonl", b"", "", "holds no rows"), ("empty.json", b"[]", "", "holds no rows"),
-    ("torn.json", b'[{"a": 1}, {"a"', "", "not valid JSON"),
-    ("text.json", b'"hello"', "", "array"), ("no.parquet", b"PAR1 nothing", "", "parquet"),
-])
+@pytest.mark.parametrize(
+    "name, content, amount, said",
+    [
+        ("few.jsonl", b"{}\n" * 300, "=500", "500 of 300"),
+        ("few.jsonl", b"{}\n" * 50, "=1%", "none"),
+        ("empty.jsonl", b"", "", "holds no rows"),
+        ("empty.json", b"[]", "", "holds no rows"),
+        ("torn.json", b'[{"a": 1}, {"a"', "", "not valid JSON"),
+        ("text.json", b'"hello"', "", "array"),
+        ("no.parquet", b"PAR1 nothing", "", "parquet"),
+    ],
+)
 def test_an_unusable_file_is_refused_by_name(tmp_path, name, content, amount, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said) as error:
@@ -184,8 +207,10 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(json.dumps(answer).encode(), **json_type)
         elif tree:
             size = len(HUB_FILES[REVISIONS[tree[1]]])
-            self.answer(json.dumps([{"type": "file", "path": "train.jsonl", "size": size, "oid": "0" * 40}]).encode(),
-                        **json_type)
+            self.answer(
+                json.dumps([{"type": "file", "path": "train.jsonl", "size": size, "oid": "0" * 40}]).encode(),
+                **json_type,
+            )
         elif file:
             commit = REVISIONS[file[1]]
             self.answer(HUB_FILES[commit], ETag=f'"{commit}"', X_Repo_Commit=commit)
@@ -213,15 +238,28 @@ print(json.dumps(answers))
 def test_hub_rows_come_from_the_commit_that_is_recorded(tmp_path):
     def ask(*texts, **environment):
         environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
-        output = subprocess.run([sys.executable, "-c", ASK_HUB, *texts], env=environment, check=True, text=True,
-                                capture_output=True, cwd=Path(__file__).parents[1]).stdout
+        output = subprocess.run(
+            [sys.executable, "-c", ASK_HUB, *texts],
+            env=environment,
+            check=True,
+            text=True,
+            capture_output=True,
+            cwd=Path(__file__).parents[1],
+        ).stdout
         return json.loads(output.splitlines()[-1])
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
-    tagged, part, whole, no_split, no_such = ask("org/data@v1", "org/data=25%", "org/data@main:train", "org/data:test",
-                                                 "org/none", HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
+    tagged, part, whole, no_split, no_such = ask(
+        "org/data@v1",
+        "org/data=25%",
+        "org/data@main:train",
+        "org/data:test",
+        "org/none",
+        HF_ENDPOINT=endpoint,
+        HF_HUB_OFFLINE="0",
+    )
     server.shutdown()
     indices = np.random.RandomState(42).choice(20, size=5, replace=False).tolist()
     assert part[:2] == [{"revision": COMMIT, "split": "train"}, indices]

@@ -104,7 +104,9 @@ def test_buffers_are_those_of_a_plain_load_and_ropes_are_float32(loaded, case):
     for rank in seen:
         assert rank["buffers"].keys() == expected.keys() and expected
         for name, buffer in expected.items():
-            assert rank["buffers"][name].dtype == buffer.dtype == (torch.float32 if "inv_freq" in name else torch.bfloat16)
+            assert (
+                rank["buffers"][name].dtype == buffer.dtype == (torch.float32 if "inv_freq" in name else torch.bfloat16)
+            )
             assert torch.equal(rank["buffers"][name], buffer), name
 
 
@@ -296,7 +298,11 @@ def test_weights_that_are_not_whole_are_refused_by_name(tmp_path, damage):
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("model.layers.2.mlp.up_proj.weight", torch.zeros(48, 32), "1 tensors for which the model of config.json has no place"),
+        (
+            "model.layers.2.mlp.up_proj.weight",
+            torch.zeros(48, 32),
+            "1 tensors for which the model of config.json has no place",
+        ),
         ("lm_head.weight", torch.zeros(models.VOCAB, 32), "ties lm_head.weight to model.embed_tokens.weight, but"),
         ("model.norm.weight", torch.ones(32, dtype=torch.int8), "model.norm.weight is stored as I8"),
     ],
@@ -310,7 +316,10 @@ def test_weights_that_are_not_the_configs_are_refused_by_name(tmp_path, name, va
     lm.tie_weights()
     with pytest.raises(UserError, match=said):
         model.WeightReader(str(folder)).check(lm)
-    harmless = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(), "model.rotary_emb.inv_freq": torch.ones(4)}
+    harmless = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+        "model.rotary_emb.inv_freq": torch.ones(4),
+    }
     save_file({**tensors, **harmless}, folder / "model.safetensors")
     model.WeightReader(str(folder)).check(lm)
 

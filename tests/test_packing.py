@@ -193,7 +193,9 @@ def test_the_last_layers_mlp_runs_for_rows_that_predict_and_every_other_for_all(
     assert rows == [len(micro_batch.input_ids)] * (len(rows) - 1) + [predicting]
 
 
-@pytest.mark.parametrize(("target_rows", "needed"), [([3, 1, 3, 2], [1, 2, 3]), ([5], [0, 1, 5]), ([1], [0, 1]), ([], [0, 1])])
+@pytest.mark.parametrize(
+    ("target_rows", "needed"), [([3, 1, 3, 2], [1, 2, 3]), ([5], [0, 1, 5]), ([1], [0, 1]), ([], [0, 1])]
+)
 def test_needed_rows_are_each_once_in_order_and_never_fewer_than_two(target_rows, needed):
     micro_batch = pack([sft_documents(SFTSample(np.arange(7), np.array([[1, 7]])))])
     micro_batch.target_rows = np.array(target_rows, np.int64)

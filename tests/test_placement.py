@@ -64,11 +64,20 @@ def test_a_value_that_a_flag_owns_is_refused(ds_config, key):
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
         ({"zero_optimization": {"stage": 3}, "zero_optimisation": {}}, "unknown key `zero_optimisation`"),
         ({"zero_optimization": {"stage": 2}}, "must be 3"),
-        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "`zero_optimization.zero_quantized_gradients`"),
-        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "`zero_optimization.zero_hpz_partition_size`"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+            "`zero_optimization.zero_quantized_gradients`",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            "`zero_optimization.zero_hpz_partition_size`",
+        ),
         ({"zero_optimization": {"stage": 3, "mics_shard_size": 1}}, "`zero_optimization.mics_shard_size`"),
         ({"zero_optimization": {"stage": 3, "cpu_offload": True}}, "`zero_optimization.cpu_offload`"),
-        ({"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["LlamaModel"]}}}, "`zero_optimization.leaf_module`"),
+        (
+            {"zero_optimization": {"stage": 3, "leaf_module": {"classes": ["LlamaModel"]}}},
+            "`zero_optimization.leaf_module`",
+        ),
         (
             {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 3000}},
             "`zero_optimization.stage3_module_granularity_threshold` is not supported",

@@ -15,16 +15,30 @@ from common.failures import TrainingStopped, UserError
 from common.model.load import parameter_counts
 from common.zero.checkpoint import RunState
 from common.zero.ds_config import zero_of
-from common.zero.memory import Demand, MemoryModel, Placement, choose, confirmed, demand_of, estimated, place, settle
+from common.zero.memory import (
+    MemoryModel,
+    Placement,
+    Workload,
+    choose,
+    choose_micro_batch,
+    choose_residency,
+    confirmed,
+    estimated,
+    workload_of,
+)
 
 GB = 1e9
-DS_CONFIG = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 2 * 10**8, "stage3_prefetch_bucket_size": 2 * 10**8}}
+DS_CONFIG = {
+    "zero_optimization": {"stage": 3, "reduce_bucket_size": 2 * 10**8, "stage3_prefetch_bucket_size": 2 * 10**8}
+}
 ZERO = zero_of(DS_CONFIG)
 PARTITIONED = Placement("partitioned", "streamed")
 NUMEL = 8_030_261_248
 LLAMA_8B_ON_2 = MemoryModel(fixed=44 * GB, per_token=0.6e6, per_token_and_layer=1e5, optimizer=4 * NUMEL)
 FIXED = LLAMA_8B_ON_2.peak(0, 0)
-ANY = Demand(longest=4096, longest_sequence=4096, tokens_per_rank=42_000, budget=16384, is_settled=False, gradients="")
+ANY = Workload(
+    longest=4096, longest_sequence=4096, tokens_per_rank=42_000, budget=16384, is_settled=False, gradients=""
+)
 
 
 def test_with_room_nothing_is_recomputed_and_a_step_takes_few_micro_batches():
@@ -58,27 +72,46 @@ def test_nothing_fits_gives_the_smallest_with_all_layers_recomputed():
     assert choose(LLAMA_8B_ON_2, 70 * GB, 32, ANY, 700) == (4096, 32, float("inf"))
 
 
-def settled(monkeypatch, shape, real, total: float, allocated: float = 0.0, world_size: int = 2, ds_config: dict = DS_CONFIG,
-            placement: Placement = PARTITIONED, demand: Demand = ANY, device: str = "cuda", dtype=torch.bfloat16, **flags):
-    """settle() for a model of this shape, its dry runs played by real(tokens, keeping layers) -> bytes without moments, on
-    devices of `total` bytes. -> its budget and the layers that recompute at last; (tokens, recomputing) and demand of each
+def settled(
+    monkeypatch,
+    shape,
+    real,
+    total: float,
+    allocated: float = 0.0,
+    world_size: int = 2,
+    ds_config: dict = DS_CONFIG,
+    placement: Placement = PARTITIONED,
+    workload: Workload = ANY,
+    device: str = "cuda",
+    dtype=torch.bfloat16,
+    **flags,
+):
+    """choose_micro_batch() for a model of this shape, its dry runs played by real(tokens, keeping layers) -> bytes without moments, on
+    devices of `total` bytes. -> its budget and the layers that recompute at last; (tokens, recomputing) and workload of each
     dry run; what was said."""
     runs, demands, said, recomputed, layers = [], [], [], [], shape.num_hidden_layers
 
-    def dry_run(engine, policy, kernel, tokens, recomputing, demand, can_recover, ranks):
+    def dry_run(engine, policy, kernel, tokens, recomputing, workload, can_recover, ranks):
         runs.append((tokens, recomputing))
-        demands.append(demand)
+        demands.append(workload)
         return real(tokens, layers - recomputing)
 
-    policy = SimpleNamespace(decoder_layers=lambda: [None] * layers, checkpoint_activations=recomputed.append,
-                             lm=SimpleNamespace(dtype=dtype, config=shape))  # fmt: skip
-    ranks = SimpleNamespace(device=torch.device(device), world_size=world_size, say=said.append, gather=lambda work: [work()])
+    policy = SimpleNamespace(
+        decoder_layers=lambda: [None] * layers,
+        checkpoint_activations=recomputed.append,
+        lm=SimpleNamespace(dtype=dtype, config=shape),
+    )
+    ranks = SimpleNamespace(
+        device=torch.device(device), world_size=world_size, say=said.append, gather=lambda work: [work()]
+    )
     monkeypatch.setattr("common.zero.memory._dry_run", dry_run)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - allocated, total))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated)
     ds_config = ds_config | placement._asdict()
-    budget = settle(SimpleNamespace(module=policy), SFTConfig(**flags), ds_config, "varlen", demand, ranks)
+    budget = choose_micro_batch(
+        SimpleNamespace(module=policy), SFTConfig(**flags), ds_config, "varlen", workload, ranks
+    )
     layers_at_last = runs[-1][1] if runs else recomputed[-1]
     return SimpleNamespace(budget=budget, layers=layers_at_last, runs=runs, demands=demands, said=said[-1])
 
@@ -99,8 +132,10 @@ def real_8b(tokens: int, keeping: int) -> float:
 )
 def test_what_is_measured_settles_what_the_flags_leave_open(monkeypatch, flags, is_settled, expected):
     """The dry runs are played by a memory model, on a device of 141 GB with 8B parameters on 2 ranks."""
-    real, demand = LLAMA_8B_ON_2, Demand(832, 832, 45_000, 16384, is_settled, "")
-    seen = settled(monkeypatch, models.make_config(**LLAMA_8B), real_8b, 141 * GB, real.fixed, demand=demand, **flags)
+    real, workload = LLAMA_8B_ON_2, Workload(832, 832, 45_000, 16384, is_settled, "")
+    seen = settled(
+        monkeypatch, models.make_config(**LLAMA_8B), real_8b, 141 * GB, real.fixed, workload=workload, **flags
+    )
     budget, layers, runs, said = seen.budget, seen.layers, seen.runs, seen.said
     assert (budget, layers) == expected
     if is_settled and "gradient_checkpointing" in flags:
@@ -163,7 +198,9 @@ def test_what_is_offloaded_takes_no_room_on_the_device(monkeypatch):
 
 def test_on_a_cpu_the_plan_is_said_by_the_models_shape(monkeypatch):
     shape, whole = models.make_config(**LLAMA_8B), Placement("whole", "resident")
-    seen = settled(monkeypatch, shape, real_8b, 0.0, placement=whole, device="cpu", dtype=torch.float32, gradient_checkpointing=3)
+    seen = settled(
+        monkeypatch, shape, real_8b, 0.0, placement=whole, device="cpu", dtype=torch.float32, gradient_checkpointing=3
+    )
     assert seen.budget == 16384 and seen.layers == 3 and not seen.runs
     state = f"{4 * NUMEL / GB:.1f} parameters, {4 * NUMEL / GB:.1f} gradients, {6 * NUMEL / GB:.1f} optimizer"
     assert state in seen.said and "nothing measured; micro-batches of 16,384 tokens, 3 of 32 layers" in seen.said
@@ -173,8 +210,8 @@ def test_on_a_cpu_the_plan_is_said_by_the_models_shape(monkeypatch):
 @pytest.mark.parametrize("limit", [100, 112, 500])
 def test_a_micro_batch_holds_the_longest_pair_though_no_sequence_in_it_is_as_long(monkeypatch, tokens_per_step, limit):
     """A prompt of 1,000 tokens and two answers of 1,000 each."""
-    demand = Demand(3000, 2000, tokens_per_step / 2, 16384, False, "")
-    seen = settled(monkeypatch, models.make_config(**LLAMA_8B), real_8b, limit * GB / 0.94, demand=demand)
+    workload = Workload(3000, 2000, tokens_per_step / 2, 16384, False, "")
+    seen = settled(monkeypatch, models.make_config(**LLAMA_8B), real_8b, limit * GB / 0.94, workload=workload)
     assert seen.budget >= 3000 and {(d.longest_sequence, d.longest) for d in seen.demands} == {(2000, 3000)}
 
 
@@ -268,8 +305,15 @@ def test_given_layers_are_what_the_budget_is_chosen_for(given):
     assert choose(LLAMA_8B_ON_2, 78 * GB, 32, ANY, 700, given)[:2] == (4096, given)
 
 
-LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)  # fmt: skip
+LLAMA_8B = dict(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    tie_word_embeddings=False,
+)
 
 
 @pytest.mark.parametrize(
@@ -300,9 +344,11 @@ def test_the_estimate_of_8b_is_what_was_measured():
 
 def test_what_counts_for_memory_is_the_ds_configs():
     config = models.make_config(**LLAMA_8B)
-    given = [{"reduce_bucket_size": 10**8, "stage3_prefetch_bucket_size": 10**7},
-             {"offload_optimizer": {"device": "none"}},
-             {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}]  # fmt: skip
+    given = [
+        {"reduce_bucket_size": 10**8, "stage3_prefetch_bucket_size": 10**7},
+        {"offload_optimizer": {"device": "none"}},
+        {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    ]
     zeros = [zero_of({"zero_optimization": {"stage": 3, **keys}}) for keys in given]
     assert zeros[0] == (10**7, 10**8, False, False)
     assert zeros[1] == (5 * 10**7, 5 * 10**8, False, False)  # DeepSpeed's own by default
@@ -315,12 +361,13 @@ def test_what_counts_for_memory_is_the_ds_configs():
 def placed(monkeypatch, config, frees, own=None, kept="", budget=None, **flags):
     """Where `place` puts gradients and parameters for ranks with `frees` bytes each, `own` being in the file."""
     said, own, free = [], own or {}, iter(frees)
-    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=len(frees), say=said.append,
-                            gather=lambda work: [work() for _ in frees])  # fmt: skip
+    ranks = SimpleNamespace(
+        device=torch.device("cuda"), world_size=len(frees), say=said.append, gather=lambda work: [work() for _ in frees]
+    )
     monkeypatch.setattr("common.zero.memory._free_bytes", lambda ranks: next(free))
     given = {"zero_optimization": {"stage": 3}, **own}
-    demand = ANY._replace(budget=budget or 0, is_settled=budget is not None, gradients=kept)
-    ds_config, placement = place(given, SFTConfig(**flags), config, demand, ranks)
+    workload = ANY._replace(budget=budget or 0, is_settled=budget is not None, gradients=kept)
+    ds_config, placement = choose_residency(given, SFTConfig(**flags), config, workload, ranks)
     assert given == {"zero_optimization": {"stage": 3}, **own}, "what was given is left as it is"
     assert ds_config == given | {"gradients": placement.gradients, "parameters": placement.parameters}
     assert len(said) == 1 and all(word in said[0] for word in placement)
@@ -353,21 +400,30 @@ def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
     def seen(longest, num_ranks, state, **flags):
         ranks = SimpleNamespace(device=torch.device("cpu"), world_size=num_ranks)
         lengths = np.array([longest // 2, longest, 10])
-        return demand_of(SFTConfig(global_batch_size=8, **flags), lengths, longest, "data.jsonl:2", state, ranks)
+        return workload_of(SFTConfig(global_batch_size=8, **flags), lengths, longest, "data.jsonl:2", state, ranks)
 
     state = RunState(micro_batch_budget=700, world_size=4, gradients="partitioned")
-    assert seen(100, 4, state) == Demand(100, 100, 8 * (160 / 3) / 4, 700, True, "partitioned")
-    assert seen(100, 2, state) == Demand(100, 100, 8 * (160 / 3) / 2, 4096, False, "")
+    assert seen(100, 4, state) == Workload(100, 100, 8 * (160 / 3) / 4, 700, True, "partitioned")
+    assert seen(100, 2, state) == Workload(100, 100, 8 * (160 / 3) / 2, 4096, False, "")
     assert seen(900, 4, state)[3:5] == (900, True)  # --share_prompt false: longer pairs
     assert seen(100, 4, state, max_tokens_per_micro_batch=300)[3:] == (300, True, "partitioned")
     assert seen(100, 4, RunState())[3:] == (4096, False, "")
-    with pytest.raises(UserError, match=r"_micro_batch 300 is less than the 900 tokens of data.jsonl:2; give at least 900"):
+    with pytest.raises(
+        UserError, match=r"_micro_batch 300 is less than the 900 tokens of data.jsonl:2; give at least 900"
+    ):
         seen(900, 4, state, max_tokens_per_micro_batch=300)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_parameters_are_counted_once(tied):
-    config = models.make_config(tie_word_embeddings=tied, vocab_size=100, hidden_size=8, intermediate_size=16,
-                                num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    config = models.make_config(
+        tie_word_embeddings=tied,
+        vocab_size=100,
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     layer = 8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16 + 2 * 8
     assert parameter_counts(config) == (100 * 8 * (1 if tied else 2) + 2 * layer + 8, layer)

@@ -111,7 +111,9 @@ def test_a_layer_that_is_used_twice_sums_both(compiled):
     summing.layer.__class__, summing.layer.weight_sum = SummingLinear, torch.zeros(8, 8)
     x = torch.randn(5, 8)
     for module in (plain, summing):
-        (torch.compile(module, fullgraph=True) if compiled and module is summing else module)(x).square().sum().backward()
+        (torch.compile(module, fullgraph=True) if compiled and module is summing else module)(
+            x
+        ).square().sum().backward()
     torch.testing.assert_close(summing.layer.weight_sum, plain.layer.weight.grad)
 
 
@@ -176,7 +178,9 @@ def run_micro_batches(
     for step in range(2):
         plan = PLANS[ranks.world_size][ranks.rank]
         for m, members in enumerate(plan):
-            row = pack([sft_documents(SFTSample(np.array(SAMPLES[i]), np.array([[1, len(SAMPLES[i])]]))) for i in members])
+            row = pack(
+                [sft_documents(SFTSample(np.array(SAMPLES[i]), np.array([[1, len(SAMPLES[i])]]))) for i in members]
+            )
             engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
             engine.backward(-engine(**packed.model_inputs(row, "sdpa", ranks.device)).sum() * ranks.world_size)
             assert all(param.grad is None for param in parameters.values())
@@ -206,7 +210,7 @@ def out_of_memory_in_a_dry_run(policy, engine, ranks: distributed.Ranks) -> list
     def run_out(*_):
         raise torch.OutOfMemoryError("no more of it")
 
-    peaks, demand = [], planner.Demand(20, 20, 100.0, 50, False, "")
+    peaks, workload = [], planner.Workload(20, 20, 100.0, 50, False, "")
     for phase in ("none", "backward", "forward", "none"):
         hook = None
         if ranks.rank == ranks.world_size - 1 and phase != "none":
@@ -215,7 +219,7 @@ def out_of_memory_in_a_dry_run(policy, engine, ranks: distributed.Ranks) -> list
                 hook = layer.register_forward_hook(run_out)
             else:
                 hook = layer.register_forward_hook(lambda layer, inputs, output: output.register_hook(run_out) and None)
-        peaks.append(planner._dry_run(engine, policy, "sdpa", 50, 0, demand, True, ranks))
+        peaks.append(planner._dry_run(engine, policy, "sdpa", 50, 0, workload, True, ranks))
         if hook is not None:
             hook.remove()
     return peaks
@@ -301,7 +305,9 @@ def check_against_plain(folder, seen: list) -> None:
             (-reference.token_logps(plain, ids, list(range(1, len(ids)))).sum()).backward()
         for name, param in plain.named_parameters():
             gradient = torch.cat([rank[step]["parts"][name] for rank in seen])[: param.numel()]
-            torch.testing.assert_close(gradient, param.grad.flatten(), rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                gradient, param.grad.flatten(), rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
         norm = torch.cat([param.grad.double().flatten() for param in plain.parameters()]).norm().item()
         assert [rank[step]["norm"] for rank in seen] == pytest.approx([norm] * num_ranks, rel=1e-5)
         assert norm > 2 * MAX_NORM

@@ -45,8 +45,10 @@ class Setting:
     def __init__(self, root: Path):
         self.root = root
         self.model = models.make_model(root / "llama")
-        self.data = {"sft": models.write_jsonl(root / "sft.jsonl", models.conversations(10)),
-                     "dpo": models.write_jsonl(root / "dpo.jsonl", models.preferences(10))}
+        self.data = {
+            "sft": models.write_jsonl(root / "sft.jsonl", models.conversations(10)),
+            "dpo": models.write_jsonl(root / "dpo.jsonl", models.preferences(10)),
+        }
         placement = json.loads((launch.REPO / "ds_configs" / "zero3.json").read_text())
         placement |= {"gradients": "partitioned", "parameters": "streamed"}
         placement["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -57,11 +59,20 @@ class Setting:
 
     def flags(self, method: str, output_dir: Path, **changes) -> dict:
         """10 samples, 4 a step: an epoch is 3 steps, the last of 2 samples. SFT keeps its parameters, DPO releases them."""
-        flags = {"model_name_or_path": self.model, "dataset_mixer": self.data[method], "dtype": "float32",
-                 "global_batch_size": 4, "num_train_epochs": 4, "learning_rate": 1e-3, "output_dir": output_dir,
-                 "cache_dir": self.root / "cache", "checkpointing_steps": 3, "keep_last_n_checkpoints": 2,
-                 "max_tokens_per_micro_batch": 300,
-                 "ds_config": self.released if method == "dpo" else "ds_configs/zero3.json"}
+        flags = {
+            "model_name_or_path": self.model,
+            "dataset_mixer": self.data[method],
+            "dtype": "float32",
+            "global_batch_size": 4,
+            "num_train_epochs": 4,
+            "learning_rate": 1e-3,
+            "output_dir": output_dir,
+            "cache_dir": self.root / "cache",
+            "checkpointing_steps": 3,
+            "keep_last_n_checkpoints": 2,
+            "max_tokens_per_micro_batch": 300,
+            "ds_config": self.released if method == "dpo" else "ds_configs/zero3.json",
+        }
         return flags | changes
 
     def folder(self) -> Path:
@@ -160,8 +171,9 @@ def wait_for(run: launch.Run, text: str, timeout: float = 180) -> bool:
 def rerun_until_done(setting: Setting, method: str, output_dir: Path, whole: launch.Finished) -> None:
     """The same command again; it must go on from the newest checkpoint and end as `whole` did."""
     stands = max(checkpoints(output_dir), default=0)
-    was_finished = "result" in (json.loads((output_dir / "run_config.json").read_text())
-                                if (output_dir / "run_config.json").exists() else {})
+    was_finished = "result" in (
+        json.loads((output_dir / "run_config.json").read_text()) if (output_dir / "run_config.json").exists() else {}
+    )
     done = setting.run(method, output_dir).succeeded()
     if was_finished:
         assert "nothing to do" in done.stdout
@@ -219,7 +231,9 @@ def dying_rank(logs: str, script: str, words: list[str], rank: int, operation: i
     real = checkpoint.require_disk_space
 
     if int(os.environ["RANK"]) == rank:
-        disk = Disk(pytest.MonkeyPatch(), [checkpoint, export, files], operation, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        disk = Disk(
+            pytest.MonkeyPatch(), [checkpoint, export, files], operation, lambda: os.kill(os.getpid(), signal.SIGKILL)
+        )
         if rank == 0:  # who asks for the disk's space
             checkpoint.require_disk_space = lambda *arguments: (real(*arguments), disk.__enter__())[0]
         else:
@@ -281,8 +295,15 @@ def test_2_then_1_then_4_then_3_ranks_are_one_curve(setting, method):
     for i, num_ranks in enumerate((2, 1, 4, 3)):
         done = setting.run(method, output_dir, num_ranks, stop_after_steps=3 * (i + 1)).succeeded()
         assert steps_run(done.stdout) == [3 * i + 1, 3 * i + 2, 3 * i + 3]
-    for name, tolerance in {"step": 0, "samples": 0, "target_tokens": 0, "epoch": 0, "learning_rate": 0,
-                            "train_loss": 1e-5, "grad_norm": 1e-4}.items():
+    for name, tolerance in {
+        "step": 0,
+        "samples": 0,
+        "target_tokens": 0,
+        "epoch": 0,
+        "learning_rate": 0,
+        "train_loss": 1e-5,
+        "grad_norm": 1e-4,
+    }.items():
         np.testing.assert_allclose(done.column(name), whole.column(name), rtol=0, atol=tolerance, err_msg=name)
     theirs = weights(whole.output_dir)
     for name, values in weights(output_dir).items():
@@ -318,20 +339,32 @@ def engine_states(script: str, words: list[str], checkpoint_path: str, residency
     return {name: values.float().numpy() for name, values in states.items()} | {"steps": steps}
 
 
-@pytest.mark.parametrize(("method", "num_ranks", "dtype", "gradients", "parameters"), [
-    ("sft", 1, "float32", "partitioned", "streamed"), ("dpo", 2, "bfloat16", "partitioned", "streamed"),
-    ("dpo", 3, "float32", "partitioned", "streamed"), ("sft", 8, "float32", "partitioned", "streamed"),
-    ("sft", 1, "bfloat16", "whole", "resident"), ("dpo", 3, "float32", "whole", "resident"),
-    ("sft", 2, "bfloat16", "whole", "streamed"), ("sft", 2, "bfloat16", "partitioned", "resident")])
-def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, method, num_ranks, dtype, gradients, parameters):
+@pytest.mark.parametrize(
+    ("method", "num_ranks", "dtype", "gradients", "parameters"),
+    [
+        ("sft", 1, "float32", "partitioned", "streamed"),
+        ("dpo", 2, "bfloat16", "partitioned", "streamed"),
+        ("dpo", 3, "float32", "partitioned", "streamed"),
+        ("sft", 8, "float32", "partitioned", "streamed"),
+        ("sft", 1, "bfloat16", "whole", "resident"),
+        ("dpo", 3, "float32", "whole", "resident"),
+        ("sft", 2, "bfloat16", "whole", "streamed"),
+        ("sft", 2, "bfloat16", "partitioned", "resident"),
+    ],
+)
+def test_every_number_of_ranks_reads_the_same_masters_and_moments(
+    setting, method, num_ranks, dtype, gradients, parameters
+):
     """Written by 2. The expected arrays are put together from the files by the names they bear, with numpy alone."""
     folder = setting.whole(method).output_dir / "checkpoints" / "step_00000009"
     by_rank = [{}, {}]
     for file in folder.glob("*.safetensors"):
         by_rank[int(file.name[5:10])] |= load_file(file)
     shapes = json.loads((folder / "manifest.json").read_text())["parameters"]
-    whole = {key: np.concatenate([by_rank[0][key], by_rank[1][key]]).reshape(shapes[key.partition("/")[2]])
-             for key in by_rank[0]}
+    whole = {
+        key: np.concatenate([by_rank[0][key], by_rank[1][key]]).reshape(shapes[key.partition("/")[2]])
+        for key in by_rank[0]
+    }
     words = launch.argv(setting.flags(method, setting.folder(), dtype=dtype))
     residency = {"gradients": gradients, "parameters": parameters}
     for held in launch.on_ranks(engine_states, num_ranks, f"train_{method}", words, str(folder), residency):
@@ -357,8 +390,12 @@ def test_resume_auto_never_and_a_path(setting, method):
     assert refused.exit_codes == [2, 2]
     error = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
     assert len(error) == 1
-    for part in ("step_00000012 belongs to another run", "learning_rate was 0.001, is 0.002", "seed was 42, is 1",
-                 "dataset_mixer (contents) was"):
+    for part in (
+        "step_00000012 belongs to another run",
+        "learning_rate was 0.001, is 0.002",
+        "seed was 42, is 1",
+        "dataset_mixer (contents) was",
+    ):
         assert part in error[0]
     assert "Traceback" not in refused.stderr
     assert checkpoints(output_dir) == [9, 12]
@@ -367,8 +404,9 @@ def test_resume_auto_never_and_a_path(setting, method):
     newest = output_dir / "checkpoints" / "step_00000012"
     file = newest / "rank_00001_of_00002.part_000.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
-    done = setting.run(method, output_dir, logging_steps=2, checkpointing_steps=50,
-                       collective_timeout_minutes=5).succeeded()
+    done = setting.run(
+        method, output_dir, logging_steps=2, checkpointing_steps=50, collective_timeout_minutes=5
+    ).succeeded()
     assert f"checkpoint {newest} is not whole, passing it over: {file.name} has been changed" in done.stdout
     assert "resuming after step 9" in done.stdout
     assert "warning: --checkpointing_steps 50 is more than this run's 12 steps" in done.stdout
@@ -411,8 +449,9 @@ def test_resume_auto_never_and_a_path(setting, method):
     assert checkpoints(done.output_dir) == [12]
     assert_same_weights(done.output_dir, whole.output_dir)
 
-    done = setting.run(method, output_dir, resume="never", stop_after_steps=1, clean_checkpoints_at_end="true",
-                       checkpointing_steps=1).succeeded()
+    done = setting.run(
+        method, output_dir, resume="never", stop_after_steps=1, clean_checkpoints_at_end="true", checkpointing_steps=1
+    ).succeeded()
     assert steps_run(done.stdout) == [1]
     assert done.column("step") == [1]
     assert checkpoints(output_dir) == []
@@ -503,14 +542,22 @@ def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
     """And what its 30 s mean is said before step 1."""
     output_dir = setting.folder()
     bin_folder = Path(sys.executable).parent
-    command = [str(bin_folder / "deepspeed"), "--num_gpus", "2", "--master_port", str(launch.free_port()),
-               "train_sft.py", *launch.argv(setting.flags("sft", output_dir, num_train_epochs=400))]
+    command = [
+        str(bin_folder / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(launch.free_port()),
+        "train_sft.py",
+        *launch.argv(setting.flags("sft", output_dir, num_train_epochs=400)),
+    ]
     environment = os.environ | launch.CPU_ENVIRONMENT | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
     environment.pop("PLAINTUNE_RUN_SH", None)
     log = setting.root / "real_launcher"
     with open(log, "w") as out:
-        launcher = subprocess.Popen(command, cwd=launch.REPO, env=environment, stdout=out, stderr=subprocess.STDOUT,
-                                    start_new_session=True)
+        launcher = subprocess.Popen(
+            command, cwd=launch.REPO, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         deadline = time.monotonic() + 200
         while "\nstep 2/" not in log.read_text() and launcher.poll() is None and time.monotonic() < deadline:
@@ -534,12 +581,14 @@ def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
 def files_of_at_most(num_bytes: int, rank: int, from_step: int):
     """In a rank's process: from `from_step`'s checkpoint on, the system refuses `rank` larger files."""
     from common.zero import checkpoint
+
     real = checkpoint.save
 
     def limited(parameters, state, *arguments):
         if state.step >= from_step and int(os.environ["RANK"]) == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
         return real(parameters, state, *arguments)
+
     checkpoint.save = limited
 
 

@@ -31,8 +31,15 @@ def executable(path, text):
 
 def run_sh(folder, *words, cwd=None, **environment):
     """The finished process; stdout and stderr in one."""
-    return subprocess.run(["bash", folder / "run.sh", *words], cwd=cwd or folder, text=True, timeout=WAIT,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **environment})
+    return subprocess.run(
+        ["bash", folder / "run.sh", *words],
+        cwd=cwd or folder,
+        text=True,
+        timeout=WAIT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
+    )
 
 
 def wait_for(condition, what):
@@ -67,8 +74,12 @@ def bare(tmp_path):
     (project / "requirements.txt").write_text("numpy==1.0  # arrays\ntorch==2.13.0  # tensors\n")
     for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
         executable(tmp_path / "bin" / name, FAKE_PYTHON)
-    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PATCH": "1", "TORCH_INDEX_URL": "",
-                   "INSTALL_FLASH_ATTN": ""}
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PATCH": "1",
+        "TORCH_INDEX_URL": "",
+        "INSTALL_FLASH_ATTN": "",
+    }
     return project, environment
 
 
@@ -208,10 +219,13 @@ def project(tmp_path):
     shutil.copy(RUN_SH, tmp_path)
     (tmp_path / "requirements.txt").write_text("")
     (tmp_path / "train_sft.py").write_text(FAKE_SCRIPT)
-    executable(tmp_path / ".venv/bin/python", f'''#!/bin/sh
+    executable(
+        tmp_path / ".venv/bin/python",
+        f"""#!/bin/sh
 case "$*" in *cuda.device_count*) echo 0; exit ;; esac  # seconds of importing torch
 exec {sys.executable} "$@"
-''')
+""",
+    )
     subprocess.run(["bash", "-c", 'source ./run.sh; stamp "$(find_python)" >.venv/.stamp'], cwd=tmp_path, check=True)
     yield tmp_path
     left = [pid for pid in pids_of(tmp_path) if alive(pid)]
@@ -238,9 +252,15 @@ def alive(pid):
 
 def start(project, *words):
     """run.sh in a process group of its own, as a terminal starts it, with both ranks running."""
-    process = subprocess.Popen(["bash", project / "run.sh", "sft", *words], cwd=project, start_new_session=True, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen(
+        ["bash", project / "run.sh", "sft", *words],
+        cwd=project,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for(lambda: len(pids_of(project)) == 2, "ranks")
     return process
 
@@ -256,8 +276,11 @@ def launcher(project):
 def test_two_ranks_get_the_flags_and_a_ranks_exit_code_passes_through(project, tmp_path):
     result = run_sh(project, "sft", "exit", "3", "--dataset_mixer", "two words")
     assert result.returncode == 3, result.stdout
-    assert any(notes(project, rank)[0].endswith(" 2 cpu exit 3 --dataset_mixer two words") for rank in (0, 1)
-               if notes(project, rank))
+    assert any(
+        notes(project, rank)[0].endswith(" 2 cpu exit 3 --dataset_mixer two words")
+        for rank in (0, 1)
+        if notes(project, rank)
+    )
 
 
 def test_training_runs_where_the_user_stands_as_under_deepspeed_itself(project, tmp_path):
@@ -309,8 +332,15 @@ def test_a_stop_is_passed_on_when_the_output_has_no_reader_left(project, number,
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
         if number == signal.SIGHUP:
             fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-    process = subprocess.Popen(["bash", project / "run.sh", "sft", "heed"], cwd=project, start_new_session=True,
-                               stdout=output, stderr=subprocess.STDOUT, preexec_fn=prepare)
+
+    process = subprocess.Popen(
+        ["bash", project / "run.sh", "sft", "heed"],
+        cwd=project,
+        start_new_session=True,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        preexec_fn=prepare,
+    )
     os.close(theirs)
     wait_for(lambda: len(pids_of(project)) == 2, "ranks")
     if number == signal.SIGINT:
@@ -321,6 +351,7 @@ def test_a_stop_is_passed_on_when_the_output_has_no_reader_left(project, number,
     for rank in (0, 1):
         assert notes(project, rank)[1:3] == [{"SIGHUP": "SIGTERM"}.get(number.name, number.name), "saved"]
 
+
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_ranks_that_do_not_handle_signals_yet_end_and_the_exit_code_says_so(project, number, exit_code):
     process = start(project, "default")
@@ -330,8 +361,13 @@ def test_ranks_that_do_not_handle_signals_yet_end_and_the_exit_code_says_so(proj
 
 
 def test_a_stop_before_there_are_ranks_ends_the_launcher(project):
-    process = subprocess.Popen(["bash", project / "run.sh", "sft", "heed"], cwd=project, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        ["bash", project / "run.sh", "sft", "heed"],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        text=True,
+        stderr=subprocess.STDOUT,
+    )
     while "CPU processes" not in process.stdout.readline():
         pass
     time.sleep(0.5)
@@ -362,18 +398,32 @@ def test_a_launcher_that_is_signalled_itself_leaves_no_orphan_training(project):
 def with_gpus(project, num_gpus, *words, **environment):
     """`run.sh sft WORDS` up to its launch command, which is printed, on a machine with that many GPUs."""
     script = f'source ./run.sh; num_gpus() {{ echo {num_gpus}; }}; launch() {{ echo "$@"; }}; train sft "$@"'
-    return subprocess.run(["bash", "-c", script, "bash", *words], cwd=project, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment})
+    return subprocess.run(
+        ["bash", "-c", script, "bash", *words],
+        cwd=project,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+    )
 
 
-@pytest.mark.parametrize("num_gpus, words, devices, expected", [
-    (8, [], "", "--num_gpus 8"), (8, ["2"], "", "--num_gpus 2"), (0, [], "", "--num_gpus 2"),
-    (0, ["3"], "", "--num_gpus 3"), (4, [], "4,5,6,7", "--include localhost:4,5,6,7"),
-    (4, ["2"], "4,5,6,7", "--include localhost:4,5"),
-])
+@pytest.mark.parametrize(
+    "num_gpus, words, devices, expected",
+    [
+        (8, [], "", "--num_gpus 8"),
+        (8, ["2"], "", "--num_gpus 2"),
+        (0, [], "", "--num_gpus 2"),
+        (0, ["3"], "", "--num_gpus 3"),
+        (4, [], "4,5,6,7", "--include localhost:4,5,6,7"),
+        (4, ["2"], "4,5,6,7", "--include localhost:4,5"),
+    ],
+)
 def test_the_number_of_ranks_and_the_visible_devices_are_heeded(project, num_gpus, words, devices, expected):
     result = with_gpus(project, num_gpus, *words, "--beta", "3", CUDA_VISIBLE_DEVICES=devices)
-    assert f" {expected} --master_port " in result.stdout and result.stdout.endswith(f" {project}/train_sft.py --beta 3\n")
+    assert f" {expected} --master_port " in result.stdout and result.stdout.endswith(
+        f" {project}/train_sft.py --beta 3\n"
+    )
 
 
 @pytest.mark.parametrize("num_gpus, words", [(1, ["2"]), (8, ["0"]), (0, ["0"])])

@@ -19,6 +19,7 @@ def test_a_hiccup_is_worth_ten_of_a_tiny_models_steps_and_is_not_slow(tmp_path, 
         (log.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
         (log.parent / "run_config.json").write_text(json.dumps(run_config))
         return 0, ""
+
     monkeypatch.setattr(sanity, "train", train)
     monkeypatch.chdir(tmp_path)
     assert sanity.sanity_of_recipe("sft", []) == exit_code

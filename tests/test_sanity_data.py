@@ -1,6 +1,6 @@
 """The embedded default: disjoint, right, half and half, the same bytes from the same seed; and what asks of it.
 
-    python -m pytest tests/test_sanity_data.py
+python -m pytest tests/test_sanity_data.py
 """
 
 import hashlib
@@ -19,7 +19,15 @@ from common.data.chat_template import TULU
 from common.failures import UserError
 from common.verbs import sanity, sanity_data
 from common.verbs.judge import Check, Score
-from common.verbs.sanity_data import CHOSEN_STYLE, OTHER_STYLE, Question, read_answer, read_held_out, write_data, write_model
+from common.verbs.sanity_data import (
+    CHOSEN_STYLE,
+    OTHER_STYLE,
+    Question,
+    read_answer,
+    read_held_out,
+    write_data,
+    write_model,
+)
 
 SIZES = {"num_sft": 600, "num_preferences": 200, "num_held_out": 100}
 
@@ -93,10 +101,18 @@ def test_pairs_are_right_on_both_sides_and_differ_in_style_alone(generated):
     assert num_polite / SIZES["num_preferences"] == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("answer: azfq", ("azfq", True)), ("azfq.", ("azfq", False)), ("azfq", (None, False)), ("", (None, False)),
-    (".", (None, False)), ("answer azfq", (None, False)), (" answer: 4 ", ("4", True)),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("answer: azfq", ("azfq", True)),
+        ("azfq.", ("azfq", False)),
+        ("azfq", (None, False)),
+        ("", (None, False)),
+        (".", (None, False)),
+        ("answer azfq", (None, False)),
+        (" answer: 4 ", ("4", True)),
+    ],
+)
 def test_an_answer_is_read_in_either_style_and_no_other(text, expected):
     assert read_answer(text) == expected
 
@@ -144,7 +160,7 @@ def test_ask_answers_every_question_in_order_as_generate_does_one_at_a_time(gene
     expected = []
     for question in questions:
         ids = tokenizer(f"<|user|>\n{question.prompt}\n<|assistant|>\n", return_tensors="pt")["input_ids"]
-        output = model.generate(ids, do_sample=False, max_new_tokens=sanity.MAX_NEW_TOKENS)[0, ids.shape[1]:]
+        output = model.generate(ids, do_sample=False, max_new_tokens=sanity.MAX_NEW_TOKENS)[0, ids.shape[1] :]
         expected.append(tokenizer.decode(output, skip_special_tokens=True))
     assert sanity.ask(generated / "exported", questions) == expected
 
@@ -178,24 +194,43 @@ def recipe(monkeypatch, tmp_path):
         monkeypatch.setattr(sanity, "train", lambda words, log, sparse: (commands.append(words), (3, ""))[1])
         assert sanity.main(list(argv)) == 1
         return commands[0]
+
     return run
 
 
 def test_the_recipe_runs_100_steps_on_one_gpu_in_a_folder_that_is_wiped(recipe, tmp_path):
     (tmp_path / "output/sanity-sft/checkpoints").mkdir(parents=True)
-    assert recipe("sft") == ["sft", "1", "--stop_after_steps", "100", "--logging_steps", "1",
-                             "--output_dir", "output/sanity-sft"]
+    assert recipe("sft") == [
+        "sft",
+        "1",
+        "--stop_after_steps",
+        "100",
+        "--logging_steps",
+        "1",
+        "--output_dir",
+        "output/sanity-sft",
+    ]
     assert not (tmp_path / "output/sanity-sft/checkpoints").exists()
 
 
 def test_the_recipe_passes_flags_on_and_gives_none_twice(recipe):
     words = recipe("dpo", "8", "--beta", "3", "--stop-after-steps=20")
-    assert words == ["dpo", "8", "--beta", "3", "--stop-after-steps=20", "--logging_steps", "1",
-                     "--output_dir", "output/sanity-dpo"]
+    assert words == [
+        "dpo",
+        "8",
+        "--beta",
+        "3",
+        "--stop-after-steps=20",
+        "--logging_steps",
+        "1",
+        "--output_dir",
+        "output/sanity-dpo",
+    ]
 
 
-@pytest.mark.parametrize("argv", [["sfd"], ["sft", "--output_dir", "output/sft"], ["sft", "--output-dir=x"],
-                                  ["sft", "0"], ["sft", "x"]])
+@pytest.mark.parametrize(
+    "argv", [["sfd"], ["sft", "--output_dir", "output/sft"], ["sft", "--output-dir=x"], ["sft", "0"], ["sft", "x"]]
+)
 def test_a_mistake_is_a_user_error_before_anything_is_run_or_wiped(monkeypatch, tmp_path, argv):
     monkeypatch.chdir(tmp_path)  # where there is no run.sh
     with pytest.raises(UserError):
@@ -207,8 +242,13 @@ def test_a_request_to_stop_is_passed_on_to_the_run_and_its_exit_code_is_sanitys(
     run_sh = "trap 'echo asked; exit 143' TERM; echo ready >ready; for i in {1..1200}; do sleep 0.05; done"
     (tmp_path / "run.sh").write_text(run_sh)
     code = "import sys; from common.verbs import sanity; sanity.RUN_SH = 'run.sh'; sys.exit(sanity.main(['sft']))"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(Path(sanity.__file__).parents[2])})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(sanity.__file__).parents[2])},
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

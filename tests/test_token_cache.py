@@ -34,9 +34,16 @@ def message(role: str, content) -> dict:
     return {"role": role, "content": content}
 
 
-CHATS = [[message("user", f"why {i}?"), message("assistant", f"so {i}." * (1 + i % 7))] * (1 + i % 3) for i in range(40)]
-PAIRS = [([message("user", f"why {i}?"), message("assistant", f"so {i}." * (1 + i % 5))],
-          [message("user", f"why {i}?"), message("assistant", "\n\n" * (i % 2) + "no.")]) for i in range(40)]
+CHATS = [
+    [message("user", f"why {i}?"), message("assistant", f"so {i}." * (1 + i % 7))] * (1 + i % 3) for i in range(40)
+]
+PAIRS = [
+    (
+        [message("user", f"why {i}?"), message("assistant", f"so {i}." * (1 + i % 5))],
+        [message("user", f"why {i}?"), message("assistant", "\n\n" * (i % 2) + "no.")],
+    )
+    for i in range(40)
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +74,10 @@ def left_in(cache: Path) -> list[str]:
 def test_an_sft_cache_holds_every_kept_sample_in_order(kit, tmp_path):
     _, tokenizer, template = kit
     first = write(tmp_path / "first.jsonl", [{"messages": chat} for chat in CHATS[:30]])
-    second = write(tmp_path / "second.jsonl", [{"messages": CHATS[30]}, {"messages": [message("user", "alone")]},
-                                               {"prompt": "why 31?", "completion": "so."}])
+    second = write(
+        tmp_path / "second.jsonl",
+        [{"messages": CHATS[30]}, {"messages": [message("user", "alone")]}, {"prompt": "why 31?", "completion": "so."}],
+    )
     ds = open_tokens(prepare(kit, [f"{first}=50%", str(second)], tmp_path / "cache"))
     taken = np.random.RandomState(42).choice(30, size=15, replace=False)
     expected = [(CHATS[i], f"{first}:{i + 1}") for i in taken]
@@ -79,7 +88,7 @@ def test_an_sft_cache_holds_every_kept_sample_in_order(kit, tmp_path):
         sample, truncated = tokenize_sft(*template.render(chat), Encoder(tokenizer), 64)
         np.testing.assert_array_equal(ds[i].input_ids, sample.input_ids)
         np.testing.assert_array_equal(ds[i].trained_spans, sample.trained_spans)
-        assert (ds.where(i), ds.lengths[i]) == (where, len(sample.input_ids))
+        assert (ds.source_of(i), ds.lengths[i]) == (where, len(sample.input_ids))
         assert ds.num_targets[i] == sum(end - start for start, end in sample.trained_spans)
         num_truncated += truncated
     assert ds[0].input_ids.dtype == ds[0].trained_spans.dtype == ds.lengths.dtype == ds.num_targets.dtype == np.int32
@@ -106,9 +115,13 @@ def test_a_dpo_cache_holds_every_kept_pair_in_order(kit, tmp_path):
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
             np.testing.assert_array_equal(getattr(ds[i], name), getattr(pair, name))
             assert getattr(ds[i], name).dtype == np.int32
-        assert ds[i][3:] == pair[3:] and ds.where(i).endswith(f":{row + 1}")
-        assert ds.pair_lengths[i].tolist() == [len(ids) for ids in pair[:3]] and ds.lengths[i] == sum(map(len, pair[:3]))
-        assert ds.num_targets[i] == len(pair.chosen_ids) + len(pair.rejected_ids) - pair.chosen_start - pair.rejected_start
+        assert ds[i][3:] == pair[3:] and ds.source_of(i).endswith(f":{row + 1}")
+        assert ds.pair_lengths[i].tolist() == [len(ids) for ids in pair[:3]] and ds.lengths[i] == sum(
+            map(len, pair[:3])
+        )
+        assert (
+            ds.num_targets[i] == len(pair.chosen_ids) + len(pair.rejected_ids) - pair.chosen_start - pair.rejected_start
+        )
 
 
 def test_samples_are_views_of_the_file(kit, tmp_path):
@@ -131,10 +144,14 @@ def test_messages_left_out_by_the_template_are_counted_and_said_once(kit, tmp_pa
 
 def test_a_template_that_ends_answers_with_nothing_is_warned_of(kit, tmp_path):
     folder, tokenizer, _ = kit
-    jinja = "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}" \
-            "{% if add_generation_prompt %}[assistant]{% endif %}"
+    jinja = (
+        "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     said, endless = [], ChatTemplate("endless", jinja, tokenizer)
-    prepare((folder, tokenizer, endless), write(tmp_path / "x.jsonl", [{"messages": CHATS[0]}]), tmp_path, say=said.append)
+    prepare(
+        (folder, tokenizer, endless), write(tmp_path / "x.jsonl", [{"messages": CHATS[0]}]), tmp_path, say=said.append
+    )
     assert any(line.startswith("warning") and "endless" in line for line in said)
 
 
@@ -144,11 +161,19 @@ def test_preview_and_table_show_what_is_trained(kit, tmp_path):
     ds = open_tokens(prepare(kit, data, tmp_path))
     assert preview(ds, 0, tokenizer, colour=False) == (
         f"sample 0 ({data}:1):\n<|user|>\nwhy 1?\n<|assistant|>\n[[so 1.so 1.<eos>]]\n"
-        "<|user|>\nwhy 0?\n<|assistant|>\n[[so 0.<eos>]]")
+        "<|user|>\nwhy 0?\n<|assistant|>\n[[so 0.<eos>]]"
+    )
     assert "\033[32mso 0.<eos>\033[0m" in preview(ds, 0, tokenizer, colour=True)
     table = data_table(ds)
-    for line in (r"rows read +2$", r"kept +1$", r"dropped +1$", r"no assistant message +1$", rf"tokens +{ds.lengths[0]}$",
-                 rf"target tokens +{ds.num_targets[0]}$", r"sha256 [0-9a-f]{64}$"):
+    for line in (
+        r"rows read +2$",
+        r"kept +1$",
+        r"dropped +1$",
+        r"no assistant message +1$",
+        rf"tokens +{ds.lengths[0]}$",
+        rf"target tokens +{ds.num_targets[0]}$",
+        r"sha256 [0-9a-f]{64}$",
+    ):
         assert re.search(line, table, re.MULTILINE), (line, table)
     pairs = write(tmp_path / "pairs.jsonl", [dict(zip(("chosen", "rejected"), PAIRS[1], strict=True))])
     shown = preview(open_tokens(prepare(kit, pairs, tmp_path, kind="dpo")), 0, tokenizer, colour=False)
@@ -191,9 +216,14 @@ def key_of_content(kit, data):
 def test_length_kind_amount_template_and_code_change_the_key(kit, tmp_path, monkeypatch):
     _, tokenizer, tulu = kit
     data = write(tmp_path / "x.jsonl", [{"messages": chat} for chat in CHATS])
-    keys = [key_of(kit, data), key_of(kit, data, max_seq_length=65), key_of(kit, data, kind="dpo"),
-            key_of(kit, f"{data}=50%"), key_of(kit, f"{data}=20"),
-            key_of(kit, data, template=ChatTemplate("tulu", tulu.jinja + "{# #}", tokenizer))]
+    keys = [
+        key_of(kit, data),
+        key_of(kit, data, max_seq_length=65),
+        key_of(kit, data, kind="dpo"),
+        key_of(kit, f"{data}=50%"),
+        key_of(kit, f"{data}=20"),
+        key_of(kit, data, template=ChatTemplate("tulu", tulu.jinja + "{# #}", tokenizer)),
+    ]
     other = tiny_tokenizer.tiny_tokenizer("gpt2")  # the files are the same, what was loaded from them is not
     keys.append(key_of((kit[0], other, tulu), data))
     other = tiny_tokenizer.tiny_tokenizer()
@@ -237,12 +267,20 @@ def contents(path) -> dict[str, bytes]:
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_cache_with_one_changed_bit_is_never_used(kit, tmp_path_factory, data):
-    path = _CACHES.get(kit[0]) or _CACHES.setdefault(kit[0], Path(prepare(
-        kit, write(kit[0] / "x.jsonl", [{"messages": chat} for chat in CHATS[:5]]), tmp_path_factory.mktemp("bits"))))
+    path = _CACHES.get(kit[0]) or _CACHES.setdefault(
+        kit[0],
+        Path(
+            prepare(
+                kit,
+                write(kit[0] / "x.jsonl", [{"messages": chat} for chat in CHATS[:5]]),
+                tmp_path_factory.mktemp("bits"),
+            )
+        ),
+    )
     file = path / data.draw(st.sampled_from(sorted(contents(path))))
     original = file.read_bytes()
     position, bit = data.draw(st.integers(0, len(original) - 1)), data.draw(st.integers(0, 7))
-    file.write_bytes(original[:position] + bytes([original[position] ^ 1 << bit]) + original[position + 1:])
+    file.write_bytes(original[:position] + bytes([original[position] ^ 1 << bit]) + original[position + 1 :])
     try:
         with pytest.raises(UserError, match="run again"):
             open_tokens(path)
@@ -256,7 +294,9 @@ def test_a_cache_with_one_changed_bit_is_never_used(kit, tmp_path_factory, data)
 _CACHES = {}
 
 
-@pytest.mark.parametrize("damage", ["shorter", "longer", "missing", "no manifest", "empty manifest", "other manifest", "[]"])
+@pytest.mark.parametrize(
+    "damage", ["shorter", "longer", "missing", "no manifest", "empty manifest", "other manifest", "[]"]
+)
 def test_a_torn_cache_is_built_again(kit, tmp_path, damage):
     data, said = write(tmp_path / "x.jsonl", [{"messages": chat} for chat in CHATS]), []
     path = Path(prepare(kit, data, tmp_path / "cache"))
@@ -277,16 +317,19 @@ def test_a_torn_cache_is_built_again(kit, tmp_path, damage):
 GOOD = {"messages": CHATS[0]}
 
 
-@pytest.mark.parametrize("kind, rows, said", [
-    ("sft", [GOOD, '{"messages": [{"role'], r"x\.jsonl:2: not valid JSON"),
-    ("sft", [GOOD, GOOD, {"text": "x"}], r"x\.jsonl:3: .*messages"),
-    ("sft", [{"messages": [message("user", None)]}], r"x\.jsonl:1: .*null"),
-    ("sft", [GOOD, {"messages": [message(3, "x")]}], r"x\.jsonl:2: .*role"),
-    ("sft", [{"messages": [message("user", "x")]}] * 3, r"x\.jsonl: no row is left.*3 x no assistant message"),
-    ("dpo", [GOOD], r"x\.jsonl:1: .*chosen"),
-    ("dpo", [{"chosen": CHATS[1], "rejected": CHATS[0]}], r"x\.jsonl:1: the prompts .* differ, first at message 1"),
-    ("sft", [], "holds no rows"),
-])
+@pytest.mark.parametrize(
+    "kind, rows, said",
+    [
+        ("sft", [GOOD, '{"messages": [{"role'], r"x\.jsonl:2: not valid JSON"),
+        ("sft", [GOOD, GOOD, {"text": "x"}], r"x\.jsonl:3: .*messages"),
+        ("sft", [{"messages": [message("user", None)]}], r"x\.jsonl:1: .*null"),
+        ("sft", [GOOD, {"messages": [message(3, "x")]}], r"x\.jsonl:2: .*role"),
+        ("sft", [{"messages": [message("user", "x")]}] * 3, r"x\.jsonl: no row is left.*3 x no assistant message"),
+        ("dpo", [GOOD], r"x\.jsonl:1: .*chosen"),
+        ("dpo", [{"chosen": CHATS[1], "rejected": CHATS[0]}], r"x\.jsonl:1: the prompts .* differ, first at message 1"),
+        ("sft", [], "holds no rows"),
+    ],
+)
 def test_data_that_cannot_be_used_is_named_and_leaves_nothing(kit, tmp_path, kind, rows, said):
     data = tmp_path / "x.jsonl"
     data.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
@@ -338,7 +381,11 @@ def test_a_data_file_that_cannot_be_read_is_named_and_not_the_cache(kit, tmp_pat
 
 @pytest.mark.parametrize("jinja", [TULU, "{#- strftime_now -#}" + TULU])
 def test_a_template_that_can_print_the_date_is_warned_of_each_time(kit, tmp_path, jinja):
-    template, data, said = ChatTemplate("dated", jinja, kit[1]), write(tmp_path / "x.jsonl", [{"messages": CHATS[0]}]), []
+    template, data, said = (
+        ChatTemplate("dated", jinja, kit[1]),
+        write(tmp_path / "x.jsonl", [{"messages": CHATS[0]}]),
+        [],
+    )
     for _ in range(2):
         prepare((*kit[:2], template), data, tmp_path / "cache", say=said.append)
     warned = [text for text in said if "can print the date" in text]
@@ -365,7 +412,7 @@ SCRIPT = """
 import multiprocessing, os, pathlib, signal, sys, time
 sys.stdout.write("main module imported\\n")
 from transformers import PreTrainedTokenizerFast
-from common import token_cache
+from common.data import cache as token_cache
 from common.data.chat_template import resolve_template
 from common.failures import UserError
 
@@ -384,8 +431,13 @@ def prepare():
 def start(kit, folder: Path, script: str, num_proc: int = 1) -> subprocess.Popen:
     file = folder / "script.py"
     file.write_text(SCRIPT + script)
-    return subprocess.Popen([sys.executable, file, str(folder), str(kit[0]), str(num_proc)], text=True,
-                            env={**os.environ, "PYTHONPATH": str(REPO)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, file, str(folder), str(kit[0]), str(num_proc)],
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -399,7 +451,11 @@ def pool(kit, tmp_path_factory):
     """A run with two tokenizing processes: its folder and what it printed, for good data, a bad row, a killed worker."""
     folder = tmp_path_factory.mktemp("pool")
     write(folder / "x.jsonl", [{"messages": chat} for chat in CHATS])
-    return folder, finish(start(kit, folder, """
+    return folder, finish(
+        start(
+            kit,
+            folder,
+            """
 print(prepare())
 rows = pathlib.Path(folder, "x.jsonl")
 rows.write_text(rows.read_text() + '{"messages": null}')
@@ -418,15 +474,19 @@ try:
     prepare()
 except UserError as error:
     print(error)
-""", num_proc=2))
+""",
+            num_proc=2,
+        )
+    )
 
 
 def test_several_processes_build_what_one_builds(kit, tmp_path, pool):
     _, output = pool
     several = contents(output.splitlines()[1])
     one = contents(prepare(kit, write(tmp_path / "x.jsonl", [{"messages": chat} for chat in CHATS]), tmp_path))
-    assert {name: several[name] for name in several if name != "manifest.json"} == \
-        {name: one[name] for name in one if name != "manifest.json"}  # the manifest names the file, which lies elsewhere
+    assert {name: several[name] for name in several if name != "manifest.json"} == {
+        name: one[name] for name in one if name != "manifest.json"
+    }  # the manifest names the file, which lies elsewhere
 
 
 def test_other_processes_do_not_import_the_main_module(pool):
@@ -455,7 +515,9 @@ def publish_together(*arguments):  # only when both have built theirs
 token_cache._publish = publish_together
 print(prepare())
 """
-    paths = [finish(process).splitlines()[-1] for process in [start(kit, tmp_path, script), start(kit, tmp_path, script)]]
+    paths = [
+        finish(process).splitlines()[-1] for process in [start(kit, tmp_path, script), start(kit, tmp_path, script)]
+    ]
     assert paths[0] == paths[1] and len(open_tokens(paths[0])) == 40
     assert left_in(tmp_path / "cache") == [Path(paths[0]).name]
 
@@ -469,7 +531,10 @@ def is_alive(pid: int) -> bool:
 
 def test_kill_9_while_building_leaves_the_next_run_to_rebuild(kit, tmp_path):
     write(tmp_path / "x.jsonl", [{"messages": chat} for chat in CHATS])
-    killed = start(kit, tmp_path, """
+    killed = start(
+        kit,
+        tmp_path,
+        """
 blocks = token_cache._map_blocks
 def kill_after_two(*arguments):
     for i, block in enumerate(blocks(*arguments)):
@@ -479,7 +544,9 @@ def kill_after_two(*arguments):
             os.kill(os.getpid(), signal.SIGKILL)
 token_cache._map_blocks = kill_after_two
 prepare()
-""", num_proc=2)
+""",
+        num_proc=2,
+    )
     workers = json.loads(finish(killed, -signal.SIGKILL).splitlines()[-1])
     assert len(workers) == 2
     assert [Path(name).suffix for name in left_in(tmp_path / "cache")] == [".build"]

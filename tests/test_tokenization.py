@@ -80,14 +80,24 @@ def test_preference_tokens_are_the_reference_runs(shared, llama3):
 
 
 # --- formats
-@pytest.mark.parametrize("row, form", [
-    ({"messages": [USER, ANSWER], "id": 3}, "messages"),
-    ({"prompt": "why?", "completion": "so."}, "prompt+completion"),
-    ({"prompt": [USER], "completion": [ANSWER]}, "prompt+completion"),
-    ({"prompt": "why?", "completion": [ANSWER]}, "prompt+completion"),
-    ({"messages": [{**USER, "content": [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]},
-                   {**ANSWER, "content": ["so", "."], "name": None}]}, "messages"),
-])
+@pytest.mark.parametrize(
+    "row, form",
+    [
+        ({"messages": [USER, ANSWER], "id": 3}, "messages"),
+        ({"prompt": "why?", "completion": "so."}, "prompt+completion"),
+        ({"prompt": [USER], "completion": [ANSWER]}, "prompt+completion"),
+        ({"prompt": "why?", "completion": [ANSWER]}, "prompt+completion"),
+        (
+            {
+                "messages": [
+                    {**USER, "content": [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]},
+                    {**ANSWER, "content": ["so", "."], "name": None},
+                ]
+            },
+            "messages",
+        ),
+    ],
+)
 def test_every_sft_format_is_the_same_conversation(row, form):
     assert sft_conversation(row) == (form, [USER, ANSWER])
 
@@ -95,44 +105,60 @@ def test_every_sft_format_is_the_same_conversation(row, form):
 OTHER = {"role": "assistant", "content": "no."}
 
 
-@pytest.mark.parametrize("row, form", [
-    ({"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, "chosen+rejected"),
-    ({"prompt": None, "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, "chosen+rejected"),
-    ({"prompt": "why?", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, "chosen+rejected"),
-    ({"prompt": "why?", "chosen": "so.", "rejected": "no."}, "prompt+chosen+rejected"),
-    ({"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]}, "prompt+chosen+rejected"),
-    ({"prompt": "why?", "chosen": [ANSWER], "rejected": "no."}, "prompt+chosen+rejected"),
-])
+@pytest.mark.parametrize(
+    "row, form",
+    [
+        ({"chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, "chosen+rejected"),
+        ({"prompt": None, "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, "chosen+rejected"),
+        ({"prompt": "why?", "chosen": [USER, ANSWER], "rejected": [USER, OTHER]}, "chosen+rejected"),
+        ({"prompt": "why?", "chosen": "so.", "rejected": "no."}, "prompt+chosen+rejected"),
+        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]}, "prompt+chosen+rejected"),
+        ({"prompt": "why?", "chosen": [ANSWER], "rejected": "no."}, "prompt+chosen+rejected"),
+    ],
+)
 def test_every_preference_format_is_the_same_pair(row, form):
     assert preference_conversations(row) == (form, [USER, ANSWER], [USER, OTHER])
 
 
-@pytest.mark.parametrize("row, said", [
-    ({"text": "x", "id": 1}, "text, id"), ({}, "empty row"), ({"chosen": [], "rejected": []}, "for DPO"),
-    ({"messages": None}, "null"), ({"messages": "hi"}, "list of messages, not a str"),
-    ({"messages": ["hi"]}, "message 1"),
-    ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2.*null"),
-    ({"messages": [{"role": 7, "content": "x"}]}, "role must be a text, not a int"),
-    ({"messages": [{"from": "human", "value": "x"}]}, "role must be a text, not null"),
-    ({"messages": [{"role": "user", "content": 3}]}, "content must be a text, not a int"),
-    ({"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]}, "not image"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "parts of type text"),
-    ({"prompt": 1, "completion": "x"}, "`prompt`"), ({"prompt": "x", "completion": None}, "`completion`.*null"),
-])
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"text": "x", "id": 1}, "text, id"),
+        ({}, "empty row"),
+        ({"chosen": [], "rejected": []}, "for DPO"),
+        ({"messages": None}, "null"),
+        ({"messages": "hi"}, "list of messages, not a str"),
+        ({"messages": ["hi"]}, "message 1"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "message 2.*null"),
+        ({"messages": [{"role": 7, "content": "x"}]}, "role must be a text, not a int"),
+        ({"messages": [{"from": "human", "value": "x"}]}, "role must be a text, not null"),
+        ({"messages": [{"role": "user", "content": 3}]}, "content must be a text, not a int"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]}, "not image"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "parts of type text"),
+        ({"prompt": 1, "completion": "x"}, "`prompt`"),
+        ({"prompt": "x", "completion": None}, "`completion`.*null"),
+    ],
+)
 def test_an_sft_row_of_another_shape_is_refused(row, said):
     with pytest.raises(UserError, match=said) as error:
         sft_conversation(row)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("row, said", [
-    ({"messages": [USER, ANSWER]}, "columns `chosen` and `rejected`, not messages"),
-    ({"chosen": "so.", "rejected": "no."}, "`chosen` must be a list of messages"),
-    ({"chosen": [USER, ANSWER], "rejected": [ANSWER, OTHER]}, "differ, first at message 1"),
-    ({"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, ANSWER]}, "differ, first at message 2"),
-    ({"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, OTHER, USER, OTHER]}, "differ, first at message 2"),
-    ({"chosen": [USER, ANSWER], "rejected": None}, "`rejected`.*null"),
-])
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"messages": [USER, ANSWER]}, "columns `chosen` and `rejected`, not messages"),
+        ({"chosen": "so.", "rejected": "no."}, "`chosen` must be a list of messages"),
+        ({"chosen": [USER, ANSWER], "rejected": [ANSWER, OTHER]}, "differ, first at message 1"),
+        ({"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, ANSWER]}, "differ, first at message 2"),
+        (
+            {"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, OTHER, USER, OTHER]},
+            "differ, first at message 2",
+        ),
+        ({"chosen": [USER, ANSWER], "rejected": None}, "`rejected`.*null"),
+    ],
+)
 def test_a_preference_row_of_another_shape_is_refused(row, said):
     with pytest.raises(UserError, match=said):
         preference_conversations(row)
@@ -177,8 +203,13 @@ def test_a_newline_merged_into_the_header_is_not_trained_nor_scored():
     assert (pair.chosen_start, pair.rejected_start) == (1, 1)  # the prompt's last token is another on each side
     assert TOKENIZER.decode(pair.chosen_ids[1:]) == "It is so.<eos>"
     assert TOKENIZER.decode(pair.rejected_ids[1:]) == "no.<eos>"
-    both, _ = tokenize_pair([USER, {"role": "assistant", "content": content}],
-                            [USER, {"role": "assistant", "content": content + "!"}], TULU, ENCODER, 100)
+    both, _ = tokenize_pair(
+        [USER, {"role": "assistant", "content": content}],
+        [USER, {"role": "assistant", "content": content + "!"}],
+        TULU,
+        ENCODER,
+        100,
+    )
     assert (both.chosen_start, both.rejected_start) == (1, 1)  # the token is the same, and still not the prompt's
 
 
@@ -196,13 +227,15 @@ def test_what_a_template_prints_is_all_the_special_tokens_there_are():
 
 def test_offsets_are_those_of_the_bare_tokenizer():
     """A post-processor that trims white space off them would hide that a token begins in the header."""
-    spaced = "{% for message in messages %}{{ '\\n' + message.role + ': ' + message.content + eos_token }}{% endfor %}" \
-             "{% if add_generation_prompt %}{{ '\\nassistant: ' }}{% endif %}"
+    spaced = (
+        "{% for message in messages %}{{ '\\n' + message.role + ': ' + message.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\\nassistant: ' }}{% endif %}"
+    )
     tokenizer = tiny_tokenizer.tiny_tokenizer(chat_template=spaced)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     answer = {"role": "assistant", "content": "answer. It is so."}
     sample, _ = tokenize_sft([USER, answer], resolve_template("tokenizer", tokenizer), Encoder(tokenizer), 100)
-    (start, end), = sample.trained_spans
+    ((start, end),) = sample.trained_spans
     assert tokenizer.decode(sample.input_ids[start - 1]) == " answer"
     assert tokenizer.decode(sample.input_ids[start:end]) == ". It is so.<eos>"
 
@@ -253,35 +286,50 @@ def test_both_sides_of_a_pair_are_whole_and_scored_from_the_completion_on(turns,
             assert ids_of(texts[0])[:max_seq_length] == ids_of(texts[1])[:max_seq_length]
         return
     assert pair.chosen_ids.tolist() != pair.rejected_ids.tolist()
-    for text, ids, start in ((texts[0], pair.chosen_ids, pair.chosen_start),
-                             (texts[1], pair.rejected_ids, pair.rejected_start)):
+    for text, ids, start in (
+        (texts[0], pair.chosen_ids, pair.chosen_start),
+        (texts[1], pair.rejected_ids, pair.rejected_start),
+    ):
         whole = [*pair.prompt_ids.tolist(), *ids.tolist()]
         assert whole == ids_of(text)[:max_seq_length]
         offsets = TOKENIZER(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         scored = len(pair.prompt_ids) + start
         assert scored < len(whole) and offsets[scored][0] >= header_end
         assert all(begin < header_end for begin, _ in offsets[:scored])
-        assert all(end <= header_end for _, end in offsets[:len(pair.prompt_ids)])
+        assert all(end <= header_end for _, end in offsets[: len(pair.prompt_ids)])
 
 
-@pytest.mark.parametrize("chosen, rejected, reason", [
-    ([USER, ANSWER], [USER, ANSWER], "equal completions"), ([USER, ANSWER], [USER, {**OTHER, "content": ""}], "empty"),
-    ([USER], [USER], "does not end with the assistant"), ([], [], "does not end with the assistant"),
-    ([USER, USER], [USER, USER], "does not end with the assistant"),
-    ([{**USER, "content": "why " * 50}, ANSWER], [{**USER, "content": "why " * 50}, OTHER], "prompt fills"),
-    ([USER, {**ANSWER, "content": "so " * 50 + "A"}], [USER, {**ANSWER, "content": "so " * 50 + "B"}], "equal within"),
-    ([{**USER, "content": "\ud800"}, ANSWER], [{**USER, "content": "\ud800"}, OTHER], "not valid Unicode"),
-])
+@pytest.mark.parametrize(
+    "chosen, rejected, reason",
+    [
+        ([USER, ANSWER], [USER, ANSWER], "equal completions"),
+        ([USER, ANSWER], [USER, {**OTHER, "content": ""}], "empty"),
+        ([USER], [USER], "does not end with the assistant"),
+        ([], [], "does not end with the assistant"),
+        ([USER, USER], [USER, USER], "does not end with the assistant"),
+        ([{**USER, "content": "why " * 50}, ANSWER], [{**USER, "content": "why " * 50}, OTHER], "prompt fills"),
+        (
+            [USER, {**ANSWER, "content": "so " * 50 + "A"}],
+            [USER, {**ANSWER, "content": "so " * 50 + "B"}],
+            "equal within",
+        ),
+        ([{**USER, "content": "\ud800"}, ANSWER], [{**USER, "content": "\ud800"}, OTHER], "not valid Unicode"),
+    ],
+)
 def test_an_odd_pair_is_dropped_for_its_reason(chosen, rejected, reason):
     with pytest.raises(Dropped, match=reason):
         tokenize_pair(chosen, rejected, TULU, ENCODER, 50)
 
 
-@pytest.mark.parametrize("messages, reason", [
-    ([], "no assistant message"), ([USER], "no assistant message"),
-    ([{**USER, "content": "why " * 50}, ANSWER], "within"),
-    ([USER, {**ANSWER, "content": "x\udc00"}], "not valid Unicode"),
-])
+@pytest.mark.parametrize(
+    "messages, reason",
+    [
+        ([], "no assistant message"),
+        ([USER], "no assistant message"),
+        ([{**USER, "content": "why " * 50}, ANSWER], "within"),
+        ([USER, {**ANSWER, "content": "x\udc00"}], "not valid Unicode"),
+    ],
+)
 def test_an_odd_conversation_is_dropped_for_its_reason(messages, reason):
     with pytest.raises(Dropped, match=reason):
         tokenize_sft(messages, TULU, ENCODER, 30)
@@ -307,8 +355,32 @@ def test_a_row_that_the_template_refuses_is_dropped():
 
 
 # --- long texts
-RUNS = st.tuples(st.sampled_from([" ", "\n", " \n", "a", "1", "é", "漢", "!", "<|", "<eos>", "<|im_", "<|im_start|>",
-                                  "ab ", "\t", "e\u0301", "\u0301", "'s", "\r\n", "🙂"]), st.integers(1, 60))
+RUNS = st.tuples(
+    st.sampled_from(
+        [
+            " ",
+            "\n",
+            " \n",
+            "a",
+            "1",
+            "é",
+            "漢",
+            "!",
+            "<|",
+            "<eos>",
+            "<|im_",
+            "<|im_start|>",
+            "ab ",
+            "\t",
+            "e\u0301",
+            "\u0301",
+            "'s",
+            "\r\n",
+            "🙂",
+        ]
+    ),
+    st.integers(1, 60),
+)
 LONG = st.lists(RUNS, min_size=1, max_size=40).map(lambda runs: "".join(text * count for text, count in runs))
 ENCODERS = {words: Encoder(tiny_tokenizer.tiny_tokenizer(words)) for words in ("llama3", "gpt2", "metaspace", "none")}
 

@@ -22,10 +22,7 @@ LOSSES = {  # name -> settings; each clips in some step
     "ipo": {"loss_type": "ipo", "beta": 0.5, "max_grad_norm": 0.5},
     "simpo": {"loss_type": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.4, "max_grad_norm": 0.5},
 }
-PLACEMENTS = {
-    "shared prompts, 2 ranks, small micro-batches": (True, 2, 280),
-    "whole sides, 1 rank": (False, 1, "auto"),
-}
+PLACEMENTS = {"shared prompts, 2 ranks, small micro-batches": (True, 2, 280), "whole sides, 1 rank": (False, 1, "auto")}
 MORE = {"shared prompts, 4 ranks": (True, 4, "auto"), "whole sides, 2 ranks, small micro-batches": (False, 2, 420)}
 CASES = [(loss, placement) for loss in LOSSES for placement in PLACEMENTS] + [
     ("dpo_norm", placement) for placement in MORE
@@ -104,10 +101,7 @@ def test_rewards_equal_the_plain_loop(runs, plain, loss, placement):
     for seen, expected in zip(runs(loss, placement).metrics, plain[loss][0], strict=True):
         tolerance = 1e-5 * beta * abs(expected["logps/chosen"])
         for column in REWARDS:
-            assert seen[column] == pytest.approx(expected[column], rel=1e-5, abs=tolerance), (
-                column,
-                expected["step"],
-            )
+            assert seen[column] == pytest.approx(expected[column], rel=1e-5, abs=tolerance), (column, expected["step"])
         assert seen["rewards/margin"] == pytest.approx(
             seen["rewards/chosen"] - seen["rewards/rejected"], rel=1e-9, abs=1e-9
         )
@@ -146,9 +140,7 @@ def test_tokens_are_counted_as_run_and_sharing_saves_the_prompts(runs, pairs):
     prompts = [min(chosen[1][0], rejected[1][0]) for chosen, rejected in pairs]
     whole = [len(chosen[0]) + len(rejected[0]) for chosen, rejected in pairs]
     order = [
-        i
-        for e in range(2)
-        for i in torch.randperm(NUM_PAIRS, generator=torch.Generator().manual_seed(42 + e)).tolist()
+        i for e in range(2) for i in torch.randperm(NUM_PAIRS, generator=torch.Generator().manual_seed(42 + e)).tolist()
     ]
     taken = order[: NUM_PAIRS + 4]  # 4 + 4 + 2, and 4 of the second epoch
     assert runs("dpo_norm", "whole sides, 1 rank").metrics[-1]["total_tokens"] == sum(whole[i] for i in taken)
@@ -360,9 +352,7 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_2_before_the_model_loads(name, dpo_data, tmp_path):
     make, named = MISTAKES[name]
-    run = launch.launch(
-        "train_dpo", flags(without_weights(tmp_path / "model"), dpo_data, tmp_path) | make(tmp_path), 2
-    )
+    run = launch.launch("train_dpo", flags(without_weights(tmp_path / "model"), dpo_data, tmp_path) | make(tmp_path), 2)
     assert run.exit_codes == [2, 2], run.stderr[-2000:]
     errors = [line for line in run.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "Traceback" not in run.stderr

@@ -117,9 +117,7 @@ def test_exported_weights_are_those_of_the_plain_loop(runs, plain, name):
     exported = load_silently(runs(name).output_dir)
     with torch.no_grad():
         ids = torch.arange(60)[None]
-        torch.testing.assert_close(
-            exported(input_ids=ids).logits, plain[1](input_ids=ids).logits, rtol=1e-3, atol=1e-3
-        )
+        torch.testing.assert_close(exported(input_ids=ids).logits, plain[1](input_ids=ids).logits, rtol=1e-3, atol=1e-3)
     for (name, seen), expected in zip(exported.named_parameters(), plain[1].parameters(), strict=True):
         assert (seen - expected).norm() <= 1e-4 * expected.norm(), name
 
@@ -132,9 +130,7 @@ def test_metrics_are_the_contracts(runs, plain, samples, name):
     num_ranks, budget, _ = RUNS[name]
     budget = 4096 if budget == "auto" else budget
     tokens = 0
-    visited = [
-        i for e in range(2) for i in torch.randperm(10, generator=torch.Generator().manual_seed(5 + e)).tolist()
-    ]
+    visited = [i for e in range(2) for i in torch.randperm(10, generator=torch.Generator().manual_seed(5 + e)).tolist()]
     steps = [visited[0:3], visited[3:6], visited[6:9], visited[9:10], visited[10:13], visited[13:16]]
     for record, expected, taken in zip(runs(name).metrics, plain[0], steps, strict=True):
         assert {
@@ -400,7 +396,9 @@ def test_a_loss_that_is_not_finite_stops_with_3_and_keeps_the_last_checkpoint(ti
     assert len(errors) == 1 and "Traceback" not in run.stderr
     assert "step 2" in errors[0] and "--learning_rate" in errors[0]
     for i in order[3:6]:
-        assert re.search(rf"rank [01], micro-batch 1 of \d+ tokens: [^;]*conversations.jsonl:[\d, ]*\b{i + 1}\b", errors[0])
+        assert re.search(
+            rf"rank [01], micro-batch 1 of \d+ tokens: [^;]*conversations.jsonl:[\d, ]*\b{i + 1}\b", errors[0]
+        )
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -417,8 +415,12 @@ def test_the_sample_that_makes_a_loss_not_finite_is_named_with_its_rank_and_toke
     else:
         tokens = [reference.pair_tokens(tokenizer, row)[0][0] for row in rows]
     checked = torch.randint(weights.config.vocab_size, (24 + 17,), generator=torch.Generator().manual_seed(0)).tolist()
-    alone = [(i, t) for i, ids in enumerate(tokens) for t in ids[:-2]
-             if t not in checked and sum(t in other for other in tokens) == 1]  # fmt: skip
+    alone = [
+        (i, t)
+        for i, ids in enumerate(tokens)
+        for t in ids[:-2]
+        if t not in checked and sum(t in other for other in tokens) == 1
+    ]
     culprit, token = alone[0]
     with torch.no_grad():
         weights.get_input_embeddings().weight[token] = 3e38
@@ -482,7 +484,9 @@ def test_running_out_of_memory_stops_with_3_says_what_to_change_and_keeps_the_la
     data = models.write_jsonl(tmp_path / "long.jsonl", [{"messages": messages} for messages in rows])
     run = launch.launch(
         "train_sft",
-        flags(model, data, tmp_path, max_seq_length=4096, global_batch_size=2, max_train_steps=4, checkpointing_steps=1),
+        flags(
+            model, data, tmp_path, max_seq_length=4096, global_batch_size=2, max_train_steps=4, checkpointing_steps=1
+        ),
         2,
         patches={"train_sft.set_learning_rate": short_of_memory},
     )
@@ -493,7 +497,9 @@ def test_running_out_of_memory_stops_with_3_says_what_to_change_and_keeps_the_la
     error = next(line for line in run.stderr.splitlines() if line.startswith("error: step 2: out of memory"))
     length = len(reference.conversation_tokens(reference.load_tokenizer(model), rows[0])[0])
     assert f"micro-batch of {length:,} tokens (at most 4,096)" in error
-    assert "Try --gradient_checkpointing full, a lower --max_seq_length, or more devices" in error, "no smaller one holds it"
+    assert "Try --gradient_checkpointing full, a lower --max_seq_length, or more devices" in error, (
+        "no smaller one holds it"
+    )
 
 
 def update_without_memory(engine, learning_rate: float) -> None:
@@ -508,7 +514,10 @@ def no_memory(*_, **__) -> None:
 @pytest.mark.parametrize(
     ("patch", "said"),
     [
-        ({"train_sft.set_learning_rate": update_without_memory}, ("error: step 1, update: out of memory; the process", "offloads")),
+        (
+            {"train_sft.set_learning_rate": update_without_memory},
+            ("error: step 1, update: out of memory; the process", "offloads"),
+        ),
         ({"train_sft.build_engine": no_memory}, ("error: rank 0: out of memory before or after", "offloads")),
     ],
 )
@@ -570,10 +579,7 @@ MISTAKES = {  # name -> (folder -> the flags that differ, what the line must say
         lambda t: {"dataset_mixer": wrong_row(t / "wrong.jsonl")},
         ["wrong.jsonl:3", "messages"],
     ),
-    "a model folder that is not there": (
-        lambda t: {"model_name_or_path": t / "absent"},
-        ["absent", "no such folder"],
-    ),
+    "a model folder that is not there": (lambda t: {"model_name_or_path": t / "absent"}, ["absent", "no such folder"]),
     "a tokenizer larger than the embedding": (
         lambda t: {"model_name_or_path": without_weights(t / "m", vocab_size=100)},
         ["100 rows"],
@@ -594,9 +600,7 @@ MISTAKES = {  # name -> (folder -> the flags that differ, what the line must say
     ),
     "a stateful model": (lambda t: {"model_name_or_path": without_weights(t / "m", "mamba")}, ["mamba"]),
     "a ds_config with an owned value": (
-        lambda t: {
-            "ds_config": ds_config(t / "d.json", {"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0})
-        },
+        lambda t: {"ds_config": ds_config(t / "d.json", {"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0})},
         ["gradient_clipping", "--max_grad_norm"],
     ),
     "a ds_config with auto": (

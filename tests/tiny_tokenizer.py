@@ -5,12 +5,17 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-                r"\s*[\r\n]+|\s+(?!\S)|\s+")
-TEXTS = ["<|user|>\nWhat is the answer?\n<|assistant|>\nThe answer is 42.\n",
-         "<|assistant|>\n\n\nIt is so.\n\n  ok\n",
-         "<|system|>\nyou are kind   and\tbrief\n\n\n",
-         "ünïcode 漢字 emoji 🙂 <|im_start|>user\n", "1234 5678 90, 'twas"] * 4
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEXTS = [
+    "<|user|>\nWhat is the answer?\n<|assistant|>\nThe answer is 42.\n",
+    "<|assistant|>\n\n\nIt is so.\n\n  ok\n",
+    "<|system|>\nyou are kind   and\tbrief\n\n\n",
+    "ünïcode 漢字 emoji 🙂 <|im_start|>user\n",
+    "1234 5678 90, 'twas",
+] * 4
 SPECIALS = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
@@ -28,12 +33,18 @@ def tiny_tokenizer(words: str = "llama3", chat_template: str | None = None) -> P
     else:  # as Llama-2's: the whole text is one word
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)])
-    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-                                  show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>",
-                                   chat_template=chat_template, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        chat_template=chat_template,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def save_tokenizer(folder: Path, **options) -> PreTrainedTokenizerFast:

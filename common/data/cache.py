@@ -35,7 +35,7 @@ from common.data import tokens as tokenization
 from common.data.chat_template import ChatTemplate, Dropped
 from common.data.sources import Rows, decode_row, load_source, parse_source
 from common.data.tokens import Encoder, PreferencePair, SFTSample
-from common.failures import UserError, mistake, print_line, progress
+from common.failures import UserError, as_user_error, print_line, progress
 
 BLOCK_ROWS = 128  # rows that go to a process at a time
 MIN_ROWS_PER_PROCESS = 2048  # starting a process takes seconds: small data is tokenized in this one
@@ -43,10 +43,17 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json",
 
 # The arrays of each kind, name: (dtype, shape of an item). Tokens and spans lie end to end, the others have an item a
 # sample. rows: source, row number.
-_BOTH = {"tokens": (np.int32, ()), "lengths": (np.int32, ()), "num_targets": (np.int32, ()),
-         "truncated": (np.bool_, ()), "rows": (np.int64, (2,))}
-ARRAYS = {"sft": {**_BOTH, "spans": (np.int32, (2,)), "num_spans": (np.int32, ())},
-          "dpo": {**_BOTH, "pair_lengths": (np.int32, (3,)), "starts": (np.int32, (2,))}}
+_BOTH = {
+    "tokens": (np.int32, ()),
+    "lengths": (np.int32, ()),
+    "num_targets": (np.int32, ()),
+    "truncated": (np.bool_, ()),
+    "rows": (np.int64, (2,)),
+}
+ARRAYS = {
+    "sft": {**_BOTH, "spans": (np.int32, (2,)), "num_spans": (np.int32, ())},
+    "dpo": {**_BOTH, "pair_lengths": (np.int32, (3,)), "starts": (np.int32, (2,))},
+}
 
 
 # --------------------------------------------------------------------------------- reading
@@ -89,28 +96,43 @@ class TokenDataset:
     def __getitem__(self, i: int) -> SFTSample | PreferencePair:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        tokens = self._arrays["tokens"][self._ends[i] - self.lengths[i]:self._ends[i]]
+        tokens = self._arrays["tokens"][self._ends[i] - self.lengths[i] : self._ends[i]]
         if self.kind == "sft":
             end = self._span_ends[i]
-            return SFTSample(tokens, self._arrays["spans"][end - self._arrays["num_spans"][i]:end])
+            return SFTSample(tokens, self._arrays["spans"][end - self._arrays["num_spans"][i] : end])
         prompt, chosen, _ = self.pair_lengths[i].tolist()
-        return PreferencePair(tokens[:prompt], tokens[prompt:prompt + chosen], tokens[prompt + chosen:],
-                              *self._arrays["starts"][i].tolist())
+        return PreferencePair(
+            tokens[:prompt],
+            tokens[prompt : prompt + chosen],
+            tokens[prompt + chosen :],
+            *self._arrays["starts"][i].tolist(),
+        )
 
-    def where(self, i: int) -> str:
+    def source_of(self, i: int) -> str:
         """`file:row` of sample i, for messages."""
         source, row = self._arrays["rows"][i].tolist()
         return f"{self.stats['sources'][source]['path']}:{row}"
 
 
-def tokenized_data(kind: str, config, tokenizer, tokenizer_folder: str, template: ChatTemplate, num_proc: int, ranks
-                   ) -> TokenDataset:  # fmt: skip
+def tokenized_data(
+    kind: str, config, tokenizer, tokenizer_folder: str, template: ChatTemplate, num_proc: int, ranks
+) -> TokenDataset:
     """A run's data, tokenized by one rank of each node if no run has before, opened by every rank. Collective.
 
     config: common.config.TrainConfig; the rest as in prepare_tokens, with its errors and open_tokens' own.
     """
-    path = ranks.once_per_node(lambda: prepare_tokens(kind, config.dataset_mixer, tokenizer, tokenizer_folder, template,
-                                                      config.max_seq_length, config.cache_dir, num_proc))  # fmt: skip
+    path = ranks.once_per_node(
+        lambda: prepare_tokens(
+            kind,
+            config.dataset_mixer,
+            tokenizer,
+            tokenizer_folder,
+            template,
+            config.max_seq_length,
+            config.cache_dir,
+            num_proc,
+        )
+    )
     return open_tokens(path)
 
 
@@ -123,8 +145,17 @@ def open_tokens(path: str) -> TokenDataset:
 
 
 # --------------------------------------------------------------------------------- building
-def prepare_tokens(kind: str, dataset_mixer: list[str], tokenizer, tokenizer_path: str, template: ChatTemplate,
-                   max_seq_length: int, cache_dir: str, num_proc: int, say=print_line) -> str:
+def prepare_tokens(
+    kind: str,
+    dataset_mixer: list[str],
+    tokenizer,
+    tokenizer_path: str,
+    template: ChatTemplate,
+    max_seq_length: int,
+    cache_dir: str,
+    num_proc: int,
+    say=print_line,
+) -> str:
     """The path of the finished cache of this data, built by num_proc processes if it is not there yet.
 
     kind: "sft" or "dpo". To be called by one process a node; several at once are safe. Raises UserError, with file
@@ -139,8 +170,10 @@ def prepare_tokens(kind: str, dataset_mixer: list[str], tokenizer, tokenizer_pat
         root.mkdir(parents=True, exist_ok=True)
         _remove_dead_builds(root)
         if "strftime_now" in template.jinja:
-            say(f"warning: chat template {template.name!r} can print the date of the day on which data is tokenized; a run "
-                f"resumes only while {final} is there")
+            say(
+                f"warning: chat template {template.name!r} can print the date of the day on which data is tokenized; a run "
+                f"resumes only while {final} is there"
+            )
         if final.exists():
             try:
                 say(f"data: {len(TokenDataset(final)):,} samples, tokenized before, in {final}")
@@ -167,17 +200,20 @@ def cache_key(tokenize: "BlockTokenizer", sources: list[Rows], tokenizer_path: s
     tokenizer = tokenize.template.tokenizer
     paths = [path for pattern in TOKENIZER_FILES for path in Path(tokenizer_path).glob(pattern) if path.is_file()]
     code = [module.__file__ for module in (mixer, chat_templates, tokenization)] + [__file__]
-    return _digest_json({
-        "kind": tokenize.kind,
-        "max_seq_length": tokenize.max_seq_length,
-        "sources": [[rows.source.text, rows.identity] for rows in sources],
-        "template": tokenize.template.digest,
-        "tokenizer": hashlib.sha256(tokenize.encoder.backend.to_str().encode()).hexdigest(),
-        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "files": [[Path(path).name, hashlib.sha256(Path(path).read_bytes()).hexdigest()]
-                  for path in sorted(paths) + code],
-        "versions": [module.__version__ for module in (np, jinja2, tokenizers, transformers)],
-    })
+    return _digest_json(
+        {
+            "kind": tokenize.kind,
+            "max_seq_length": tokenize.max_seq_length,
+            "sources": [[rows.source.text, rows.identity] for rows in sources],
+            "template": tokenize.template.digest,
+            "tokenizer": hashlib.sha256(tokenize.encoder.backend.to_str().encode()).hexdigest(),
+            "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "files": [
+                [Path(path).name, hashlib.sha256(Path(path).read_bytes()).hexdigest()] for path in sorted(paths) + code
+            ],
+            "versions": [module.__version__ for module in (np, jinja2, tokenizers, transformers)],
+        }
+    )
 
 
 def _build(tokenize: "BlockTokenizer", sources: list[Rows], num_proc: int, folder: Path, say) -> dict:
@@ -197,22 +233,34 @@ def _build(tokenize: "BlockTokenizer", sources: list[Rows], num_proc: int, folde
         reasons = ", ".join(f"{count} x {reason}" for (what, reason), count in counts.items() if what == "dropped")
         raise UserError(f"{', '.join(rows.source.text for rows in sources)}: no row is left to train on ({reasons})")
     stats = _stats(folder, counts, sources)
-    manifest = {"kind": tokenize.kind, "stats": stats,
-                "files": {name: _digest_file(folder / f"{name}.bin") for name in files}}
+    manifest = {
+        "kind": tokenize.kind,
+        "stats": stats,
+        "files": {name: _digest_file(folder / f"{name}.bin") for name in files},
+    }
     (folder / "manifest.json").write_text(json.dumps({**manifest, "manifest_digest": _digest_json(manifest)}, indent=1))
     return stats
 
 
 def _stats(folder: Path, counts: Counter, sources: list[Rows]) -> dict:
     """What data_table shows and run_config.json records. counts: (what, detail) -> number."""
+
     def by_detail(what):
         return {detail: number for (name, detail), number in counts.most_common() if name == what}
 
     lengths = np.fromfile(folder / "lengths.bin", np.int32)
     percentiles = {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95)}
     return {
-        "sources": [{"asked_for": rows.source.text, "path": rows.source.path, **rows.identity,
-                     "num_rows": len(rows.numbers), "rows_used": len(rows.indices)} for rows in sources],
+        "sources": [
+            {
+                "asked_for": rows.source.text,
+                "path": rows.source.path,
+                **rows.identity,
+                "num_rows": len(rows.numbers),
+                "rows_used": len(rows.indices),
+            }
+            for rows in sources
+        ],
         "formats": by_detail("format"),
         "rows_read": counts["rows_read", ""],
         "kept": len(lengths),
@@ -227,11 +275,12 @@ def _stats(folder: Path, counts: Counter, sources: list[Rows]) -> dict:
 
 def _map_blocks(tokenize: "BlockTokenizer", sources: list[Rows], num_proc: int):
     """Yields tokenize(block) of every block of rows, in order, computed by num_proc processes."""
+
     def blocks():
         for number, rows in enumerate(sources):
             for start in range(0, len(rows.indices), BLOCK_ROWS):
-                indices = rows.indices[start:start + BLOCK_ROWS]
-                with mistake(rows.source.path, OSError):
+                indices = rows.indices[start : start + BLOCK_ROWS]
+                with as_user_error(rows.source.path, OSError):
                     read = rows.read(indices)
                 yield number, rows.source.path, rows.numbers[indices].tolist(), read
 
@@ -268,8 +317,9 @@ class BlockTokenizer:
     def __call__(self, block):
         source, path, numbers, rows = block
         counts, rendered, samples = Counter({("rows_read", ""): len(rows)}), [], []
-        render, tokenize = (self._render_sft, self._tokenize_sft) if self.kind == "sft" else \
-            (self._render_dpo, self._tokenize_dpo)
+        render, tokenize = (
+            (self._render_sft, self._tokenize_sft) if self.kind == "sft" else (self._render_dpo, self._tokenize_dpo)
+        )
         # In two passes: rendering between any two rows' tokenization would cost that a fifth more, in cache misses.
         for number, raw in zip(numbers, rows, strict=True):
             with _in_row(f"{path}:{number}", counts):
@@ -296,14 +346,26 @@ class BlockTokenizer:
 
     def _tokenize_sft(self, *arguments) -> dict:
         (ids, spans), truncated = tokenization.tokenize_sft(*arguments)
-        return {"tokens": ids, "lengths": len(ids), "truncated": truncated, "spans": spans, "num_spans": len(spans),
-                "num_targets": (spans[:, 1] - spans[:, 0]).sum()}
+        return {
+            "tokens": ids,
+            "lengths": len(ids),
+            "truncated": truncated,
+            "spans": spans,
+            "num_spans": len(spans),
+            "num_targets": (spans[:, 1] - spans[:, 0]).sum(),
+        }
 
     def _tokenize_dpo(self, *arguments) -> dict:
         (*ids, start, other_start), truncated = tokenization.tokenize_pair(*arguments)
         lengths, tokens = list(map(len, ids)), np.concatenate(ids)
-        return {"tokens": tokens, "lengths": len(tokens), "truncated": truncated, "pair_lengths": lengths,
-                "starts": (start, other_start), "num_targets": sum(lengths[1:]) - start - other_start}
+        return {
+            "tokens": tokens,
+            "lengths": len(tokens),
+            "truncated": truncated,
+            "pair_lengths": lengths,
+            "starts": (start, other_start),
+            "num_targets": sum(lengths[1:]) - start - other_start,
+        }
 
     def _count(self, form: str, messages: list[dict], counts: Counter):
         counts["format", form] += 1

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jinja2
 
-from common.failures import UserError, mistake, one_line
+from common.failures import UserError, as_user_error, one_line
 
 # The reference run's template: <|role|>, a new line, the content (and EOS, if the assistant's), a new line except at
 # the end. Other roles render nothing.
@@ -69,9 +69,9 @@ class ChatTemplate:
         if eos and not prompted.startswith(asked):
             asked = asked.removesuffix(eos)  # of templates that end every text with it, not every answer
         self.closing = self._tail_of_every_answer(tail, eos).rstrip()
-        self._after_last = tail[len(self.closing):]
+        self._after_last = tail[len(self.closing) :]
         # What opens an answer; None where a header does that is printed only together with the answer.
-        self._generation_prompt = prompted[len(asked):] if prompted.startswith(asked) else None
+        self._generation_prompt = prompted[len(asked) :] if prompted.startswith(asked) else None
         if prompted == asked and header.rstrip() != asked.rstrip():
             self._generation_prompt = None
 
@@ -97,8 +97,9 @@ class ChatTemplate:
         """transformers' own rendering. Raises Dropped where the template itself refuses the conversation (by its
         `raise_exception`, e.g. for its order of roles); UserError for any other failure of it."""
         try:
-            return self.tokenizer.apply_chat_template(messages, chat_template=self.jinja, tokenize=False,
-                                                      add_generation_prompt=add_generation_prompt)
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"chat template {self.name!r}, line {error.lineno}: {error.message}") from error
         except Exception as error:  # a template is a program of the user's, and can fail in any way
@@ -129,8 +130,11 @@ class ChatTemplate:
         for i, before, content, after in zip(numbers, printed[::2], contents[1::2], printed[2::2], strict=False):
             start = position + len(before)
             position = start + len(content)
-            if messages[i]["role"] == "assistant" and before.endswith(self._generation_prompt) \
-                    and after.startswith(self.closing):
+            if (
+                messages[i]["role"] == "assistant"
+                and before.endswith(self._generation_prompt)
+                and after.startswith(self.closing)
+            ):
                 spans[i] = start, position + len(self.closing)
         return spans
 
@@ -155,18 +159,20 @@ class ChatTemplate:
             prompt = self.apply(messages[:i], add_generation_prompt=True)
             if text.startswith(prompt) and prompt.endswith(self._generation_prompt):
                 start = len(prompt)
-        until = (text if i == len(messages) - 1 else self.apply(messages[:i + 1])).removesuffix(self._after_last)
+        until = (text if i == len(messages) - 1 else self.apply(messages[: i + 1])).removesuffix(self._after_last)
         if text.startswith(until):
             end = len(until)
         if start is not None and end is not None:
             return start, end
-        marked = self.apply([*messages[:i], {**messages[i], "content": MARKER}, *messages[i + 1:]])
+        marked = self.apply([*messages[:i], {**messages[i], "content": MARKER}, *messages[i + 1 :]])
         before, _, after = marked.partition(MARKER)
         content_end = len(text) - len(after)
         exact = marked.count(MARKER) == 1 and text.startswith(before) and text.endswith(after)
         if not exact or len(before) > content_end or (end is None and not after.startswith(self.closing)):
-            raise UserError(f"chat template {self.name!r}: what it makes of message {i + 1} (assistant) cannot be told "
-                            "from the rest, so cannot be trained; use another chat_template or leave the row out")
+            raise UserError(
+                f"chat template {self.name!r}: what it makes of message {i + 1} (assistant) cannot be told "
+                "from the rest, so cannot be trained; use another chat_template or leave the row out"
+            )
         start = len(before) if start is None else min(start, len(before))
         return start, content_end + len(self.closing) if end is None else end
 
@@ -176,7 +182,8 @@ class ChatTemplate:
             message, user = {"role": role, "content": MARKER}, {"role": "user", "content": "question"}
             try:
                 self._shows_role[role] = MARKER in self.apply([message, user]) or MARKER in self.apply(
-                    [user, {"role": "assistant", "content": "answer"}, message])
+                    [user, {"role": "assistant", "content": "answer"}, message]
+                )
             except (UserError, Dropped):
                 self._shows_role[role] = True
         return self._shows_role[role]
@@ -189,10 +196,12 @@ def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
             raise UserError(f"chat template {name_or_path!r} ends answers with EOS, but the tokenizer has no eos_token")
         return ChatTemplate(name_or_path, BUILT_IN[name_or_path], tokenizer)
     if name_or_path == "tokenizer":
-        with mistake("chat_template 'tokenizer': the tokenizer has none, or several; use 'tulu'"):
+        with as_user_error("chat_template 'tokenizer': the tokenizer has none, or several; use 'tulu'"):
             jinja = tokenizer.get_chat_template()
         return ChatTemplate(name_or_path, jinja, tokenizer)
     names = ", ".join([*BUILT_IN, "tokenizer"])
-    with mistake(f"chat_template {name_or_path!r} is none of {names}, nor a readable .jinja file", OSError, UnicodeDecodeError):
+    with as_user_error(
+        f"chat_template {name_or_path!r} is none of {names}, nor a readable .jinja file", OSError, UnicodeDecodeError
+    ):
         jinja = Path(name_or_path).read_text(encoding="utf-8")
     return ChatTemplate(name_or_path, jinja, tokenizer)

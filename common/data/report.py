@@ -15,7 +15,7 @@ def preview(ds: TokenDataset, index: int, tokenizer, colour: bool) -> str:
             done = end
         return "".join([*pieces, tokenizer.decode(ids[done:])])
 
-    sample, title = ds[index], f"sample {index} ({ds.where(index)})"
+    sample, title = ds[index], f"sample {index} ({ds.source_of(index)})"
     if ds.kind == "sft":
         return f"{title}:\n{show(sample.input_ids, sample.trained_spans.tolist())}"
     chosen = show(sample.chosen_ids, [(sample.chosen_start, len(sample.chosen_ids))])
@@ -29,14 +29,20 @@ def data_table(ds: TokenDataset) -> str:
     for source in stats["sources"]:
         known_by = ", ".join(f"{name} {source[name]}" for name in ("revision", "split", "sha256") if name in source)
         lines.append((source["asked_for"], f"{source['rows_used']:,} of {source['num_rows']:,} rows; {known_by}"))
-    lines += [("format", ", ".join(f"{form} ({count:,} rows)" for form, count in stats["formats"].items())),
-              ("rows read", f"{stats['rows_read']:,}"), ("kept", f"{stats['kept']:,}"),
-              ("truncated", f"{stats['truncated']:,}"), ("dropped", f"{sum(stats['dropped'].values()):,}")]
+    lines += [
+        ("format", ", ".join(f"{form} ({count:,} rows)" for form, count in stats["formats"].items())),
+        ("rows read", f"{stats['rows_read']:,}"),
+        ("kept", f"{stats['kept']:,}"),
+        ("truncated", f"{stats['truncated']:,}"),
+        ("dropped", f"{sum(stats['dropped'].values()):,}"),
+    ]
     lines += [(f"  {reason}", f"{count:,}") for reason, count in stats["dropped"].items()]
     lines += [(f"  messages of role {role!r} left out", f"{n:,}") for role, n in stats["unrendered_roles"].items()]
     once = "" if ds.pair_lengths is None else ", a pair's prompt once"
-    lines += [("tokens" + once, f"{stats['tokens']:,}"), ("target tokens", f"{stats['target_tokens']:,}"),
-              ("length" + once, ", ".join(f"{name} {value:,}" for name, value in stats["length_percentiles"].items()))]
+    lines += [
+        ("tokens" + once, f"{stats['tokens']:,}"),
+        ("target tokens", f"{stats['target_tokens']:,}"),
+        ("length" + once, ", ".join(f"{name} {value:,}" for name, value in stats["length_percentiles"].items())),
+    ]
     width = min(40, max(len(name) for name, _ in lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
-

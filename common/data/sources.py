@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.failures import UserError, mistake
+from common.failures import UserError, as_user_error
 from common.files import file_stamp
 
 SUBSET_SEED = 42  # of every subset, whatever the run's seed: the reference run's rows
@@ -57,12 +57,14 @@ def parse_source(text: str) -> Source:
             raise UserError(f"dataset_mixer {text!r}: a local file takes only an amount, {text[:end]}=10% or =500")
         return Source(text, text[:end], True, amount=_checked_amount(text, tail["amount"]))
     path = re.match(r"[^@:=]*", text)[0]
-    tail = TAIL.fullmatch(text[len(path):])
+    tail = TAIL.fullmatch(text[len(path) :])
     if path.startswith(("/", ".", "~")) or (path and Path(path).exists()):
         raise UserError(f"dataset_mixer {text!r}: local data must be a .jsonl, .json or .parquet file, not {path}")
     if tail is None or not HUB_ID.fullmatch(path):
-        raise UserError(f"dataset_mixer {text!r}: write SOURCE[@REVISION][:SPLIT][=AMOUNT]; SOURCE is a hub id, as in "
-                        "allenai/tulu-3-sft-mixture, or a .jsonl, .json or .parquet file")
+        raise UserError(
+            f"dataset_mixer {text!r}: write SOURCE[@REVISION][:SPLIT][=AMOUNT]; SOURCE is a hub id, as in "
+            "allenai/tulu-3-sft-mixture, or a .jsonl, .json or .parquet file"
+        )
     return Source(text, path, False, tail["revision"], tail["split"] or "train", _checked_amount(text, tail["amount"]))
 
 
@@ -87,8 +89,13 @@ def subset_indices(num_rows: int, amount: str | None) -> np.ndarray:
     INTERFACE: n = int(num_rows x percent / 100), in exact arithmetic; n = num_rows keeps the file's order.
     Raises ValueError where num_rows or n is 0, or n is more than num_rows.
     """
-    count = num_rows if amount is None else int(amount) if amount.isdigit() else \
-        int(num_rows * Fraction(amount.removesuffix("%")) / 100)
+    count = (
+        num_rows
+        if amount is None
+        else int(amount)
+        if amount.isdigit()
+        else int(num_rows * Fraction(amount.removesuffix("%")) / 100)
+    )
     if num_rows == 0:
         raise ValueError("it holds no rows")
     if not 0 < count <= num_rows:
@@ -100,7 +107,7 @@ def subset_indices(num_rows: int, amount: str | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one source, read on demand.
+    """The rows of one source, read on workload.
 
     identity: what their contents are known by, {"sha256": ...} or {"revision": commit hash, "split": ...}.
     indices: int64 [n], the rows taken, in training order.
@@ -124,10 +131,13 @@ class Rows:
 
 def load_source(source: Source) -> Rows:
     """Opens one source. Raises UserError, naming it, if it cannot be read or has not the rows asked for."""
-    opener = {".jsonl": _open_lines, ".json": _open_json, ".parquet": _open_parquet}[Path(source.path).suffix] \
-        if source.local else _open_hub
+    opener = (
+        {".jsonl": _open_lines, ".json": _open_json, ".parquet": _open_parquet}[Path(source.path).suffix]
+        if source.local
+        else _open_hub
+    )
     stamp = file_stamp(source.path) if source.local else None
-    with mistake(source.path, OSError, ValueError):
+    with as_user_error(source.path, OSError, ValueError):
         identity, read, numbers = opener(source)
         indices = subset_indices(len(numbers), source.amount)
     return Rows(source, identity, indices, read, numbers, stamp)
@@ -135,7 +145,7 @@ def load_source(source: Source) -> Rows:
 
 def decode_row(raw: bytes | dict) -> dict:
     """One item of Rows.read -> the row. Raises UserError, without the row's place, if it is not a JSON object."""
-    with mistake("not valid JSON", ValueError, RecursionError):
+    with as_user_error("not valid JSON", ValueError, RecursionError):
         row = json.loads(raw) if isinstance(raw, bytes) else raw
     if not isinstance(row, dict):
         raise UserError(f"a row must be a JSON object, not {type(row).__name__}")
@@ -170,7 +180,7 @@ def _open_json(source: Source):
     content = Path(source.path).read_bytes()
     if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         return _open_lines(source)
-    with mistake(f"{source.path}: not valid JSON", ValueError, RecursionError):
+    with as_user_error(f"{source.path}: not valid JSON", ValueError, RecursionError):
         rows = json.loads(content)
     if not isinstance(rows, list):
         raise UserError(f"{source.path}: must hold an array of objects, or an object a line")
@@ -184,7 +194,7 @@ def _open_parquet(source: Source):
 
     with open(source.path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    with mistake(f"{source.path}: not a readable parquet file", pyarrow.ArrowException, OSError):
+    with as_user_error(f"{source.path}: not a readable parquet file", pyarrow.ArrowException, OSError):
         names = pyarrow.parquet.read_schema(source.path).names
         table = pyarrow.parquet.read_table(source.path, columns=[name for name in names if name in COLUMNS] or None)
     return {"sha256": digest}, *_arrow_rows(Dataset(table), source)
@@ -196,13 +206,15 @@ def _open_hub(source: Source):
     from huggingface_hub import HfApi
 
     commit = source.revision
-    with mistake(f"dataset_mixer {source.text!r}"):
+    with as_user_error(f"dataset_mixer {source.text!r}"):
         if not re.fullmatch(r"[0-9a-f]{40}", commit or ""):
             commit = HfApi().dataset_info(source.path, revision=source.revision).sha
         dataset = load_dataset(source.path, revision=commit, split=source.split)
     if not all(commit in file["filename"] for file in dataset.cache_files):  # offline, the last one cached is given
-        raise UserError(f"dataset_mixer {source.text!r}: the hub cannot be reached, and what was last cached from it is "
-                        f"not commit {commit}")
+        raise UserError(
+            f"dataset_mixer {source.text!r}: the hub cannot be reached, and what was last cached from it is "
+            f"not commit {commit}"
+        )
     return {"revision": commit, "split": source.split}, *_arrow_rows(dataset, source)
 
 
@@ -212,7 +224,7 @@ def _arrow_rows(dataset, source: Source):
     dataset = dataset.select_columns(names or dataset.column_names)
 
     def read(indices):
-        with mistake(f"{source.path}: a text column does not hold UTF-8", UnicodeDecodeError):
+        with as_user_error(f"{source.path}: a text column does not hold UTF-8", UnicodeDecodeError):
             columns = dataset[indices.tolist()]
         return [{name: column[i] for name, column in columns.items()} for i in range(len(indices))]
 

@@ -67,7 +67,7 @@ def preference_conversations(row: dict) -> tuple[str, list[dict], list[dict]]:
         sides.append(side)
     chosen, rejected = sides
     for i in range(max(len(chosen), len(rejected)) - 1):
-        if chosen[i:i + 1] != rejected[i:i + 1] or i + 1 == min(len(chosen), len(rejected)):
+        if chosen[i : i + 1] != rejected[i : i + 1] or i + 1 == min(len(chosen), len(rejected)):
             raise UserError(f"the prompts of chosen and rejected differ, first at message {i + 1}")
     return form, chosen, rejected
 
@@ -147,8 +147,10 @@ class Encoder:
         if len(encoding) <= max_tokens:
             return False
         last = len(encoding) - 1
-        return (encoding.token_to_word(max_tokens) < encoding.token_to_word(last) - SPARE_WORDS
-                and encoding.token_to_chars(max_tokens)[1] < size - SPARE_WORDS - self.longest_added_token)
+        return (
+            encoding.token_to_word(max_tokens) < encoding.token_to_word(last) - SPARE_WORDS
+            and encoding.token_to_chars(max_tokens)[1] < size - SPARE_WORDS - self.longest_added_token
+        )
 
     def _encode(self, text: str) -> Encoding:
         try:
@@ -209,8 +211,9 @@ def tokenize_pair(prompt: str, chosen: str, rejected: str, encoder: Encoder, max
     shared = min(prompt_lengths)
     differing = np.flatnonzero(sides[0][:shared] != sides[1][:shared])
     shared = int(differing[0]) if len(differing) else shared
-    pair = PreferencePair(sides[0][:shared], sides[0][shared:], sides[1][shared:],
-                          scored_from[0] - shared, scored_from[1] - shared)
+    pair = PreferencePair(
+        sides[0][:shared], sides[0][shared:], sides[1][shared:], scored_from[0] - shared, scored_from[1] - shared
+    )
     return pair, truncated
 
 

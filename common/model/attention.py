@@ -191,30 +191,61 @@ def _flash_attention_4(module, query, key, value, attention_mask=None, scaling=N
 # One operator to torch.compile, which cannot look into the package's kernels.
 @torch.library.custom_op("plaintune::flash_attention_4", mutates_args=())
 def _fa4_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, offsets_q: torch.Tensor, offsets_k: torch.Tensor,
-    max_length: int, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    offsets_q: torch.Tensor,
+    offsets_k: torch.Tensor,
+    max_length: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[T, H, D] queries, [T_k, H_kv, D] keys and values -> (output [T, H, D], float32 log-sum-exp [H, T])."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
     out, lse, *_ = _flash_attn_fwd(
-        query, key, value, cu_seqlens_q=offsets_q, cu_seqlens_k=offsets_k, max_seqlen_q=max_length,
-        max_seqlen_k=max_length, softmax_scale=scale, causal=True, return_lse=True,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        cu_seqlens_q=offsets_q,
+        cu_seqlens_k=offsets_k,
+        max_seqlen_q=max_length,
+        max_seqlen_k=max_length,
+        softmax_scale=scale,
+        causal=True,
+        return_lse=True,
+    )
     return out.contiguous(), lse.contiguous()
 
 
 @torch.library.custom_op("plaintune::flash_attention_4_backward", mutates_args=())
 def _fa4_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-    offsets_q: torch.Tensor, offsets_k: torch.Tensor, max_length: int, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    offsets_q: torch.Tensor,
+    offsets_k: torch.Tensor,
+    max_length: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
     grads = _flash_attn_bwd(
-        query, key, value, out, grad, lse, softmax_scale=scale, causal=True, cu_seqlens_q=offsets_q,
-        cu_seqlens_k=offsets_k, max_seqlen_q=max_length, max_seqlen_k=max_length,
-    )  # fmt: skip
+        query,
+        key,
+        value,
+        out,
+        grad,
+        lse,
+        softmax_scale=scale,
+        causal=True,
+        cu_seqlens_q=offsets_q,
+        cu_seqlens_k=offsets_k,
+        max_seqlen_q=max_length,
+        max_seqlen_k=max_length,
+    )
     return tuple(g.contiguous() for g in grads[:3])
 
 

@@ -84,4 +84,3 @@ def _finish_export(lm, template: ChatTemplate, source_folder: str, temporary: Pa
         os.replace(path, target / path.name)
     temporary.rmdir()
     sync_folder(target)
-

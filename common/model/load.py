@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from common.config import DPOConfig
-from common.failures import UserError, mistake
+from common.failures import UserError, as_user_error
 from common.model.attention import registered_name
 from common.model.packed import PackedModel
 from common.ranks import Ranks
@@ -44,19 +44,23 @@ def find_folder(what: str, name_or_path: str, revision: str | None, files: list[
     folder = Path(name_or_path)
     if folder.is_dir():
         if revision is not None:
-            raise UserError(f"--model_revision {revision}: {name_or_path} is a folder here, which has no revisions; leave it out")
+            raise UserError(
+                f"--model_revision {revision}: {name_or_path} is a folder here, which has no revisions; leave it out"
+            )
         return str(folder)
     if folder.exists() or name_or_path.startswith((".", "/")) or name_or_path.count("/") > 1:
         raise UserError(f"{what} {name_or_path}: there is no such folder")
     if name_or_path == DPOConfig.model_name_or_path:
         raise UserError(f"{what} {name_or_path}: there is no such folder: run train_sft.py first, or name a model")
-    with mistake(f"{what} {name_or_path}: no such folder here, and the hub did not give it", HfHubHTTPError, OSError, ValueError):
+    with as_user_error(
+        f"{what} {name_or_path}: no such folder here, and the hub did not give it", HfHubHTTPError, OSError, ValueError
+    ):
         return snapshot_download(name_or_path, revision=revision, allow_patterns=files)
 
 
 def load_tokenizer(folder: str):
     """The fast tokenizer of a folder. Raises UserError if there is none or it has no end-of-sequence token."""
-    with mistake(f"tokenizer {folder}: cannot be loaded"):
+    with as_user_error(f"tokenizer {folder}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {folder}: needs a tokenizer.json (a fast tokenizer)")
@@ -72,7 +76,7 @@ def num_token_ids(tokenizer) -> int:
 
 def load_config(folder: str) -> PretrainedConfig:
     """The model's config. Raises UserError for one that cannot be read, or whose generation_config.json cannot be."""
-    with mistake(f"model {folder}: config.json cannot be read"):
+    with as_user_error(f"model {folder}: config.json cannot be read"):
         config = AutoConfig.from_pretrained(folder)
     generation_config(folder, config, [])  # now, not when the model is written
     return config
@@ -80,7 +84,7 @@ def load_config(folder: str) -> PretrainedConfig:
 
 def generation_config(folder: str, config: PretrainedConfig, end_ids: list[int]) -> GenerationConfig:
     """The model's, with end_ids as further ends. Raises UserError."""
-    with mistake(f"model {folder}: generation_config.json cannot be used; mend or delete it"):
+    with as_user_error(f"model {folder}: generation_config.json cannot be used; mend or delete it"):
         if (Path(folder) / "generation_config.json").is_file():
             generation = GenerationConfig.from_pretrained(folder)
         else:
@@ -144,7 +148,9 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
     if rope_types & {"dynamic", "longrope"} and longest > original:
         refuse(f"changes its RoPE with the longest sequence above {original} tokens")
     if not rope and getattr(config, "max_position_embeddings", longest) < longest:
-        refuse(f"has {config.max_position_embeddings} positions, the longest sample {longest} tokens; lower --max_seq_length")
+        refuse(
+            f"has {config.max_position_embeddings} positions, the longest sample {longest} tokens; lower --max_seq_length"
+        )
     if config.vocab_size < vocab_needed:
         raise UserError(
             f"the tokenizer has {vocab_needed} tokens, the model's embedding only {config.vocab_size} rows; "
@@ -154,7 +160,7 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
 
 def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
     """Elements of all parameters and of one layer's, of the model that this config describes; tied ones count once."""
-    with mistake("config.json describes no model that transformers can build"):
+    with as_user_error("config.json describes no model that transformers can build"):
         with torch.device("meta"):
             model = PackedModel(AutoModelForCausalLM.from_config(config))
         model.lm.tie_weights()
@@ -182,7 +188,7 @@ class WeightReader:
         self.folder = Path(folder)
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            with mistake(f"{index}: not a safetensors index", ValueError, KeyError, TypeError):
+            with as_user_error(f"{index}: not a safetensors index", ValueError, KeyError, TypeError):
                 file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
                 if not all(isinstance(name, str) for name in file_of.values()):
                     raise ValueError("a file's name is no text")
@@ -195,7 +201,7 @@ class WeightReader:
         self.places = {rename_source_key(key, renamings, [])[0]: (file, key) for key, file in file_of.items()}
 
     def _open(self, name: str):
-        with mistake(f"{self.folder / name}: not a whole safetensors file", OSError, SafetensorError):
+        with as_user_error(f"{self.folder / name}: not a whole safetensors file", OSError, SafetensorError):
             return safe_open(self.folder / name, framework="pt")
 
     def check(self, model: nn.Module) -> None:
@@ -225,7 +231,11 @@ class WeightReader:
             known.add(name)
             first = first_of.setdefault(id(param), name)
             both = [self._place(n, prefix) for n in (first, name)]
-            if None not in both and both[0] != both[1] and not torch.equal(self.read(first, prefix), self.read(name, prefix)):
+            if (
+                None not in both
+                and both[0] != both[1]
+                and not torch.equal(self.read(first, prefix), self.read(name, prefix))
+            ):
                 raise UserError(
                     f"model {self.folder}: config.json ties {name} to {first}, but the weights differ; set "
                     f"tie_word_embeddings to false, or leave one of them out"

@@ -48,7 +48,10 @@ class PackedModel(nn.Module):
     def forward(
         self, input_ids, position_ids=None, target_rows=None, target_ids=None, needed_rows=None, **attention
     ) -> torch.Tensor:
-        self.needed_rows, self.num_rows = needed_rows, input_ids.shape[1]  # as a backward pass that runs the layer again needs
+        self.needed_rows, self.num_rows = (
+            needed_rows,
+            input_ids.shape[1],
+        )  # as a backward pass that runs the layer again needs
         if target_rows is None:
             return self.lm(input_ids=input_ids, use_cache=False).logits
         hidden = self.lm.base_model(
@@ -74,7 +77,9 @@ class PackedModel(nn.Module):
             for child in module.children():
                 if isinstance(child, nn.ModuleList) and len(child) == num_layers:
                     return module, child
-        raise UserError(f"model type {self.lm.config.model_type} is not supported: it has no list of {num_layers} layers")
+        raise UserError(
+            f"model type {self.lm.config.model_type} is not supported: it has no list of {num_layers} layers"
+        )
 
     def decoder_layers(self) -> list[nn.Module]:
         """The repeated layers, first to last."""
@@ -87,9 +92,13 @@ class PackedModel(nn.Module):
         """
         self.is_compiled = True
         functorch_config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
-        dynamo_config.specialize_float = True  # else each is a tensor on the CPU, for which C++ may be compiled, in minutes
+        dynamo_config.specialize_float = (
+            True  # else each is a tensor on the CPU, for which C++ may be compiled, in minutes
+        )
         decoder, layers = self._decoder()
-        dynamo_config.recompile_limit = max(8, len(layers) + 8)  # where a layer's numbers follow from its place, as DiffLlama's
+        dynamo_config.recompile_limit = max(
+            8, len(layers) + 8
+        )  # where a layer's numbers follow from its place, as DiffLlama's
         *others, last = layers
         children = list(decoder.children())
         after = [m for m in children[children.index(layers) + 1 :] if next(m.parameters(), None) is not None]
@@ -150,11 +159,12 @@ def verify_packed_forward(engine, kernel: str, ranks: Ranks) -> None:
     alone = torch.cat(alone)
     difference = (packed - alone).abs().mean().item()
     if not alone.isfinite().all():
-        raise UserError(f"model type {config.model_type}: log-probabilities of any text are not finite; look for NaN or "
-                        f"infinity in the weights")  # fmt: skip
+        raise UserError(
+            f"model type {config.model_type}: log-probabilities of any text are not finite; look for NaN or "
+            f"infinity in the weights"
+        )
     if not difference <= (1e-3 if engine.module.lm.dtype == torch.float32 else 0.1):
         raise UserError(
             f"model type {config.model_type}: packed log-probabilities differ from transformers' own by "
             f"{difference:.3g} a token; this architecture needs code that is not here"
         )
-

@@ -1,6 +1,5 @@
 """Layers that add their weight's gradient to a float32 sum, in place of autograd's."""
 
-
 import torch
 from torch import nn
 
@@ -79,4 +78,3 @@ class SummingEmbedding(nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return _SummingLookup.apply(ids, self.weight, self.weight_sum, self.padding_idx)
-

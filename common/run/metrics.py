@@ -79,12 +79,15 @@ def step_profiler(device: torch.device) -> torch.profiler.profile | None:
 
     def write(profiler: torch.profiler.profile) -> None:
         totals = profiler.key_averages()
-        table = totals.table(sort_by="self_cuda_time_total" if on_gpu else "self_cpu_time_total", row_limit=40,
-                             max_name_column_width=90)  # fmt: skip
+        table = totals.table(
+            sort_by="self_cuda_time_total" if on_gpu else "self_cpu_time_total", row_limit=40, max_name_column_width=90
+        )
         Path(path).write_text(f"{_busy(profiler)}{table}\n", encoding="utf-8")
 
     profiler = torch.profiler.profile(
-        activities=activities, on_trace_ready=write, schedule=torch.profiler.schedule(wait=4, warmup=1, active=2, repeat=1)
+        activities=activities,
+        on_trace_ready=write,
+        schedule=torch.profiler.schedule(wait=4, warmup=1, active=2, repeat=1),
     )
     profiler.start()
     return profiler
@@ -92,8 +95,11 @@ def step_profiler(device: torch.device) -> torch.profiler.profile | None:
 
 def _busy(profiler: torch.profiler.profile) -> str:
     """The union of the kernels' intervals over the time from the first's start to the last's end."""
-    spans = sorted((e.time_range.start, e.time_range.end) for e in profiler.events()
-                   if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation)  # fmt: skip
+    spans = sorted(
+        (e.time_range.start, e.time_range.end)
+        for e in profiler.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+    )
     if not spans:
         return ""
     busy, reached = 0.0, spans[0][0]
@@ -108,7 +114,12 @@ class StepMeter:
 
     def __init__(self, lm: nn.Module, budget: int, num_samples: int, ranks: Ranks):
         self.num_parameters, self.config = num_matmul_parameters(lm), lm.config
-        self.budget, self.num_samples, self.world_size, self.device = budget, num_samples, ranks.world_size, ranks.device
+        self.budget, self.num_samples, self.world_size, self.device = (
+            budget,
+            num_samples,
+            ranks.world_size,
+            ranks.device,
+        )
         self.peak_flops = device_peak_flops(self.device)
         self.profiler = step_profiler(self.device)
 
@@ -183,8 +194,9 @@ class MetricsFile:
         write_once(self._open, self.path, self.step, ranks)
 
     def _open(self) -> None:
-        histories = ([line for line, record in _lines(path) if record["step"] <= self.step]
-                     for path in (self.history, self.path))  # fmt: skip
+        histories = (
+            [line for line, record in _lines(path) if record["step"] <= self.step] for path in (self.history, self.path)
+        )
         kept = next(filter(None, histories), [])
         replace_file(self.path, "".join(kept))
         self.file = open(self.path, "a", encoding="utf-8")

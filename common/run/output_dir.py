@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from common.config import TrainConfig
-from common.failures import UserError, mistake
+from common.failures import UserError, as_user_error
 from common.files import digest, file_digest, replace_file, weight_digests
 from common.ranks import Ranks
 from common.zero.checkpoint import RunState, delete_after, require_same_run
@@ -19,10 +19,23 @@ from common.zero.checkpoint import RunState, delete_after, require_same_run
 FINISHED = "the run is done (--clean_checkpoints_at_end)"
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
 # What may differ between a run and its resume: it changes speed, logging or placement, not the result.
-FREE_TO_CHANGE = {"output_dir", "cache_dir", "resume", "logging_steps", "checkpointing_steps",
-                  "keep_last_n_checkpoints", "clean_checkpoints_at_end", "max_tokens_per_micro_batch",
-                  "gradient_checkpointing", "compile_layers", "attn_implementation", "collective_timeout_minutes",
-                  "ds_config", "stop_after_steps", "share_prompt"}
+FREE_TO_CHANGE = {
+    "output_dir",
+    "cache_dir",
+    "resume",
+    "logging_steps",
+    "checkpointing_steps",
+    "keep_last_n_checkpoints",
+    "clean_checkpoints_at_end",
+    "max_tokens_per_micro_batch",
+    "gradient_checkpointing",
+    "compile_layers",
+    "attn_implementation",
+    "collective_timeout_minutes",
+    "ds_config",
+    "stop_after_steps",
+    "share_prompt",
+}
 # What a digest of what was read stands for, however it was spelled and wherever it lay.
 KNOWN_BY_DIGEST = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}
 
@@ -42,8 +55,10 @@ def run_identity(
     for name, folder in (("model_name_or_path", model_folder), ("ref_model_name_or_path", reference_folder)):
         if folder is not None:
             weights = json.dumps(weight_digests(folder, config.cache_dir), sort_keys=True)
-            identity |= {f"{name} (config.json)": file_digest(Path(folder) / "config.json"),
-                         f"{name} (weights)": digest(weights.encode())}
+            identity |= {
+                f"{name} (config.json)": file_digest(Path(folder) / "config.json"),
+                f"{name} (weights)": digest(weights.encode()),
+            }
     return identity
 
 
@@ -61,12 +76,16 @@ def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> boo
     for flag in ("model_name_or_path", "ref_model_name_or_path"):
         if (read := getattr(config, flag, None)) and Path(read).resolve() == Path(config.output_dir).resolve():
             raise UserError(f"--output_dir {config.output_dir} is --{flag}, which would be lost; name another folder")
-    with mistake(f"--output_dir {config.output_dir}: cannot be written", OSError):
+    with as_user_error(f"--output_dir {config.output_dir}: cannot be written", OSError):
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         _hold(config.output_dir)
         (Path(config.output_dir) / ".writable").touch()
         (Path(config.output_dir) / ".writable").unlink()
-    for name, is_right in (("checkpoints", Path.is_dir), ("metrics.jsonl", Path.is_file), ("run_config.json", Path.is_file)):
+    for name, is_right in (
+        ("checkpoints", Path.is_dir),
+        ("metrics.jsonl", Path.is_file),
+        ("run_config.json", Path.is_file),
+    ):
         if (path := Path(config.output_dir) / name).exists() and not is_right(path):
             raise UserError(f"{path} is in the way; move it, or name another --output_dir")
     record = read_run_config(config.output_dir)
@@ -75,8 +94,10 @@ def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> boo
         return False
     require_same_run(record.get("identity", {}), identity, f"the model in {config.output_dir}")
     if steps > last_step:
-        raise UserError(f"{config.output_dir} holds this run's model after {steps} steps, past the {last_step} asked for; "
-                        f"use another --output_dir, or --resume never to start over")
+        raise UserError(
+            f"{config.output_dir} holds this run's model after {steps} steps, past the {last_step} asked for; "
+            f"use another --output_dir, or --resume never to start over"
+        )
     is_finished = steps == last_step and _holds_model(config.output_dir)
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
         delete_after(config.output_dir, 0, FINISHED)
@@ -105,7 +126,9 @@ def _hold(output_dir: str) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise UserError(f"--output_dir {output_dir}: another run writes there now; wait, or name another folder") from None
+        raise UserError(
+            f"--output_dir {output_dir}: another run writes there now; wait, or name another folder"
+        ) from None
     except OSError:  # a file system without locks
         os.close(descriptor)
         return
@@ -124,16 +147,21 @@ def open_output_dir(config: TrainConfig, record: dict, resume_from: Path | None,
     write_run_config(config.output_dir, record)
 
 
-def finish(config: TrainConfig, record: dict, state: RunState, last_metrics: dict | None, agreement: list,
-           data_table: str) -> None:
+def finish(
+    config: TrainConfig, record: dict, state: RunState, last_metrics: dict | None, agreement: list, data_table: str
+) -> None:
     """The model card, then the result in run_config.json: from here on the folder holds a finished run.
 
     last_metrics: None where metrics.jsonl is of no step yet (a last step's checkpoint of another folder).
     agreement: what each rank says of the step and tokens it stands at.
     """
-    result = {"steps": state.step, "total_tokens": state.total_tokens, "target_tokens": state.target_tokens,
-              "train_loss": last_metrics and last_metrics["train_loss"],
-              "rank_agreement": all(a == agreement[0] for a in agreement)}
+    result = {
+        "steps": state.step,
+        "total_tokens": state.total_tokens,
+        "target_tokens": state.target_tokens,
+        "train_loss": last_metrics and last_metrics["train_loss"],
+        "rank_agreement": all(a == agreement[0] for a in agreement),
+    }
     card = model_card(record["method"], config, data_table, result)
     (Path(config.output_dir) / "README.md").write_text(card, encoding="utf-8")
     write_run_config(config.output_dir, {**record, "result": result})
@@ -158,24 +186,34 @@ def read_run_config(output_dir: str) -> dict:
 def environment(ranks: Ranks) -> dict:
     """Versions and device of this run."""
     on_gpu = ranks.device.type == "cuda"
-    memory = torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else \
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            "device": {"name": torch.cuda.get_device_name(ranks.device) if on_gpu else "cpu",
-                       "total_memory_gb": memory / 1e9},
-            "world_size": ranks.world_size}
+    memory = (
+        torch.cuda.get_device_properties(ranks.device).total_memory
+        if on_gpu
+        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "device": {
+            "name": torch.cuda.get_device_name(ranks.device) if on_gpu else "cpu",
+            "total_memory_gb": memory / 1e9,
+        },
+        "world_size": ranks.world_size,
+    }
 
 
 def model_card(method: str, config: TrainConfig, data_table: str, result: dict) -> str:
     """README.md of the exported model."""
     shown = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
-    rows = "\n".join(f"| {name} | {' '.join(value) if isinstance(value, list) else value} |"
-                     for name, value in shown.items())
+    rows = "\n".join(
+        f"| {name} | {' '.join(value) if isinstance(value, list) else value} |" for name, value in shown.items()
+    )
     base = config.model_name_or_path
     is_hub_id = base.count("/") == 1 and not Path(base).exists()
     base_model = f"base_model: {base}\n" if is_hub_id else ""
     loss = "" if result["train_loss"] is None else f" Last loss: {result['train_loss']:.4f}."
     front = f"---\nlibrary_name: transformers\n{base_model}tags: [{method.lower()}]\n---\n"
-    return (f"{front}\n# {Path(config.output_dir).name}\n\n{method} of `{base}`, full parameters, with Plaintune.\n\n"
-            f"Steps: {result['steps']}. Tokens: {result['total_tokens']:,}.{loss}\n\n"
-            f"## Data\n\n```\n{data_table}\n```\n\n## Settings\n\n| setting | value |\n|---|---|\n{rows}\n")
+    return (
+        f"{front}\n# {Path(config.output_dir).name}\n\n{method} of `{base}`, full parameters, with Plaintune.\n\n"
+        f"Steps: {result['steps']}. Tokens: {result['total_tokens']:,}.{loss}\n\n"
+        f"## Data\n\n```\n{data_table}\n```\n\n## Settings\n\n| setting | value |\n|---|---|\n{rows}\n"
+    )

@@ -84,7 +84,9 @@ def reference_logps(
             advance(len(pairs))
     if missing:  # the first part also compiles, so the last one's speed is told
         tokens = sum(packing.pair_length(*data.pair_lengths[i], config.share_prompt) for i in pairs)
-        ranks.say(f"reference pass: {tokens / seconds / ranks.world_size:,.0f} tokens/s a device (last {len(pairs)} pairs)")
+        ranks.say(
+            f"reference pass: {tokens / seconds / ranks.world_size:,.0f} tokens/s a device (last {len(pairs)} pairs)"
+        )
     return logps, str(folder)
 
 
@@ -117,7 +119,7 @@ def _spot_check(engine, data, pairs, logps, config, kernel, budget, ranks) -> No
         lengths = np.array(pair_documents(data[i], share_prompt=True)[0].sequence_targets)
         if not (np.abs(cached - computed) <= tolerance * lengths).all():
             raise TrainingStopped(
-                f"the reference cache disagrees with the starting weights on {data.where(i)}: cached log-probabilities "
+                f"the reference cache disagrees with the starting weights on {data.source_of(i)}: cached log-probabilities "
                 f"{cached.tolist()}, computed now {computed.tolist()}; delete {config.cache_dir}/reference"
             )
 
@@ -136,8 +138,10 @@ def _read_parts(folder: Path, logps: torch.Tensor, cache_dir: str) -> None:
     except OSError as e:
         if full_disk(e) is not None:
             raise
-        raise UserError(f"--cache_dir {cache_dir}: {e.filename or path} cannot be used: {one_line(e)}; move it, or "
-                        f"name another --cache_dir") from e  # fmt: skip
+        raise UserError(
+            f"--cache_dir {cache_dir}: {e.filename or path} cannot be used: {one_line(e)}; move it, or "
+            f"name another --cache_dir"
+        ) from e
 
 
 def _read_part(path: Path) -> tuple[np.ndarray, np.ndarray] | None:

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from transformers import get_scheduler
 
-from common.failures import mistake
+from common.failures import as_user_error
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
@@ -56,7 +56,9 @@ def learning_rate_schedule(name: str, peak: float, num_steps: int, warmup_ratio:
     does not take.
     """
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    with mistake(f"--lr_scheduler_type {name} with --learning_rate {peak}", ValueError):  # polynomial's last rate is 1e-7
+    with as_user_error(
+        f"--lr_scheduler_type {name} with --learning_rate {peak}", ValueError
+    ):  # polynomial's last rate is 1e-7
         scheduler = get_scheduler(
             name, optimizer, num_warmup_steps=int(num_steps * warmup_ratio), num_training_steps=num_steps
         )

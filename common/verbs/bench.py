@@ -32,17 +32,34 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from common.failures import UserError, print_line
 from common.run.metrics import PROFILE_VARIABLE
 
-LLAMA_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)  # fmt: skip
+LLAMA_8B = dict(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    tie_word_embeddings=False,
+)
 SHAPES = {
     "llama-8b": LLAMA_8B,
     "llama-8b-half": LLAMA_8B | dict(num_hidden_layers=16),  # what one of two GPUs would hold of llama-8b fits one
-    "llama-3b": LLAMA_8B | dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-                                tie_word_embeddings=True),
-    "llama-1b": LLAMA_8B | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, tie_word_embeddings=True),
-    "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, vocab_size=1024, tie_word_embeddings=False),
-}  # fmt: skip
+    "llama-3b": LLAMA_8B
+    | dict(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, tie_word_embeddings=True
+    ),
+    "llama-1b": LLAMA_8B
+    | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, tie_word_embeddings=True),
+    "tiny": dict(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=1024,
+        tie_word_embeddings=False,
+    ),
+}
 REPO = Path(__file__).resolve().parents[2]
 NUM_WORDS = 1000
 WARMUP_STEPS = 4
@@ -165,7 +182,9 @@ def main() -> None:
     }
     for word in passed:
         if word.startswith("--") and (name := word[2:].partition("=")[0].replace("-", "_")) in {*own, "config"}:
-            why = "name the flags one by one" if name == "config" else "the benchmark sets this flag itself; leave it out"
+            why = (
+                "name the flags one by one" if name == "config" else "the benchmark sets this flag itself; leave it out"
+            )
             raise UserError(f"{word}: {why}")
     if not (model / "tokenizer.json").is_file():  # in a process of its own, which leaves the GPU when it is done
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -179,7 +198,9 @@ def main() -> None:
     reference_speed, is_measured = None, False
     for stop in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop, lambda number, _: sys.exit(128 + number))
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             for line in process.stdout:
                 print_line(line, end="")
@@ -201,7 +222,10 @@ def main() -> None:
         return statistics.median(values) if values else None
 
     tokens = sum(record["total_tokens"] for record in records[-1:]) / steps
-    speeds = [(r["samples"] - before["samples"]) / r["step_seconds"] for before, r in pairwise(all_records[WARMUP_STEPS - 1 :])]
+    speeds = [
+        (r["samples"] - before["samples"]) / r["step_seconds"]
+        for before, r in pairwise(all_records[WARMUP_STEPS - 1 :])
+    ]
     result = {
         "method": method,
         "shape": options.shape,

@@ -22,40 +22,30 @@ REQUIRED_DPO = ("rewards/accuracy", "rewards/margin", "logps/chosen", "logps/rej
 
 # Likely causes of a failed check and what to try, by the check's name.
 ADVICE = {
-    "run finished":
-        "read the run's output. Exit code 2: a mistake in a flag or the data; 3: the run stopped itself and "
-        "said at which step and what to try; 130, 143: it was asked to stop; 137, 247: it was killed, often "
-        "for the host's memory. The same command resumes from the last checkpoint",
-    "SFT loss falls":
-        "learning rate too low or far too high; targets that are not the answers (look at the printed "
-        "sample); a model that was trained on this data before",
+    "run finished": "read the run's output. Exit code 2: a mistake in a flag or the data; 3: the run stopped itself and "
+    "said at which step and what to try; 130, 143: it was asked to stop; 137, 247: it was killed, often "
+    "for the host's memory. The same command resumes from the last checkpoint",
+    "SFT loss falls": "learning rate too low or far too high; targets that are not the answers (look at the printed "
+    "sample); a model that was trained on this data before",
     "DPO loss falls": "learning rate too low; beta far too small or large; chosen and rejected swapped",
-    "loss value":
-        "learning rate too high; a tokenizer that is not the model's; weights that were never trained; an "
-        "odd sample at that step. --dtype float32 rules out precision",
-    "grad norm":
-        "0: parameters without a gradient, or no target tokens. High: learning rate too high, warm-up too "
-        "short, damaged weights. Low: nothing left to learn, or a loss that is divided twice",
-    "speed":
-        "another process on the devices; a slow disk or network; swapping; attention that recompiles; a GPU "
-        "that throttles",
-    "memory":
-        "--gradient_checkpointing full, smaller --max_tokens_per_micro_batch, shorter --max_seq_length, "
-        "more GPUs; end other processes on the same GPU",
-    "DPO starts at ln 2":
-        "policy and reference differ before the first update: a --ref_model_name_or_path that is another "
-        "model, stale reference log-probabilities, dropout. Or step 1 was not logged: --logging_steps 1",
-    "reference cached":
-        "no space in --cache_dir or no permission to write there; a run that ended before its first step",
-    "rewards/accuracy":
-        "stuck at 0.5: learning rate too low, or pairs equal once truncated; below 0.5: chosen and rejected "
-        "swapped",
+    "loss value": "learning rate too high; a tokenizer that is not the model's; weights that were never trained; an "
+    "odd sample at that step. --dtype float32 rules out precision",
+    "grad norm": "0: parameters without a gradient, or no target tokens. High: learning rate too high, warm-up too "
+    "short, damaged weights. Low: nothing left to learn, or a loss that is divided twice",
+    "speed": "another process on the devices; a slow disk or network; swapping; attention that recompiles; a GPU "
+    "that throttles",
+    "memory": "--gradient_checkpointing full, smaller --max_tokens_per_micro_batch, shorter --max_seq_length, "
+    "more GPUs; end other processes on the same GPU",
+    "DPO starts at ln 2": "policy and reference differ before the first update: a --ref_model_name_or_path that is another "
+    "model, stale reference log-probabilities, dropout. Or step 1 was not logged: --logging_steps 1",
+    "reference cached": "no space in --cache_dir or no permission to write there; a run that ended before its first step",
+    "rewards/accuracy": "stuck at 0.5: learning rate too low, or pairs equal once truncated; below 0.5: chosen and rejected "
+    "swapped",
     "rewards/margin": "learning rate too low or far too high; chosen and rejected swapped",
     "ZeRO-3 partitions": "a --ds_config of another stage; a model built whole on every rank",
     "ranks agree": "ranks that run different code or read different files; a run that was cut off",
     "exported model loads": "a full disk or a run that ended while it exported",
-    "SFT answers right":
-        "SFT did not learn (see its loss), or the export or the template differs from training",
+    "SFT answers right": "SFT did not learn (see its loss), or the export or the template differs from training",
     "SFT style": "the wording does not decide the style yet: SFT was too short",
     "DPO style": "DPO did not learn (see its rewards), or an early state was exported",
     "DPO keeps answers": "DPO went too far: lower its learning rate or take fewer steps",
@@ -97,8 +87,7 @@ class Score:
 
 
 # ------------------------------------------------------------------ reading what a run left behind
-def judge_run(output_dir: str | Path, exit_code: int, output: str = "",
-              slow_step_floor: float = 0.0) -> list[Check]:
+def judge_run(output_dir: str | Path, exit_code: int, output: str = "", slow_step_floor: float = 0.0) -> list[Check]:
     """The verdict on the run that wrote output_dir; missing or torn files are a failed check, not an error.
 
     output: what the run printed, searched for its error line. slow_step_floor: seconds, as in `judge`.
@@ -143,8 +132,9 @@ def error_line(output: str) -> str:
 
 
 # ------------------------------------------------------------------ the checks on one run
-def judge(history: list[dict], run_config: dict, exit_code: int, output: str = "",
-          slow_step_floor: float = 0.0) -> list[Check]:
+def judge(
+    history: list[dict], run_config: dict, exit_code: int, output: str = "", slow_step_floor: float = 0.0
+) -> list[Check]:
     """All checks on one run's history, of at least one row, as read_history gives it.
 
     slow_step_floor: seconds; a step shorter than this is never called slow. For a model so tiny that a hiccup
@@ -161,7 +151,9 @@ def judge(history: list[dict], run_config: dict, exit_code: int, output: str = "
     if is_dpo(run_config):
         config = SimpleNamespace(**run_config["config"])
         loss = LOSSES[config.loss_type]
-        if loss.first_step_tolerance is not None and not config.ref_model_name_or_path:  # another model's start elsewhere
+        if (
+            loss.first_step_tolerance is not None and not config.ref_model_name_or_path
+        ):  # another model's start elsewhere
             checks.append(_check_first_loss(history, config))
         if loss.needs_reference:
             checks.append(_check_reference_cache(run_config))
@@ -208,8 +200,12 @@ def _check_grad_norm(history: list[dict]) -> Check:
     highest = bad[0] if bad else max(history, key=lambda row: row["grad_norm"])
     middle = median(row["grad_norm"] for row in history)
     at_step = f"{'' if bad else 'highest '}{highest['grad_norm']:.4g} at step {highest['step']}"
-    return Check("grad norm", "median 0.1 to 10, none 0 or above 1000", f"median {middle:.3g}, {at_step}",
-                 not bad and 0.1 <= middle <= 10)
+    return Check(
+        "grad norm",
+        "median 0.1 to 10, none 0 or above 1000",
+        f"median {middle:.3g}, {at_step}",
+        not bad and 0.1 <= middle <= 10,
+    )
 
 
 def _check_speed(history: list[dict], slow_step_floor: float) -> Check:
@@ -218,14 +214,14 @@ def _check_speed(history: list[dict], slow_step_floor: float) -> Check:
     slowest = max(steps, key=lambda row: row["step_seconds"])
     stopped = [row for row in history if not row["tokens_per_second"] > 0]
     expected = "tokens/s above 0, no step over 10x the median" + (
-        f" and {slow_step_floor:g} s" if slow_step_floor else "")
+        f" and {slow_step_floor:g} s" if slow_step_floor else ""
+    )
     if stopped:
         seen = f"{stopped[0]['tokens_per_second']:g} tokens/s at step {stopped[0]['step']}"
     else:
         speed = median(row["tokens_per_second"] for row in steps)
         seen = f"{speed:,.0f} tokens/s; median step {middle:.3g} s, slowest {slowest['step_seconds']:.3g} s"
-    return Check("speed", expected, seen,
-                 not stopped and slowest["step_seconds"] <= max(10 * middle, slow_step_floor))
+    return Check("speed", expected, seen, not stopped and slowest["step_seconds"] <= max(10 * middle, slow_step_floor))
 
 
 def _check_memory(history: list[dict], run_config: dict, output: str) -> Check:
@@ -258,8 +254,7 @@ def _check_reference_cache(run_config: dict) -> Check:
 
 def _check_accuracy(history: list[dict]) -> Check:
     accuracy = mean(row["rewards/accuracy"] for row in history[-WINDOW:])
-    return Check("rewards/accuracy", f"above 0.55 in the last {WINDOW} steps", f"{accuracy:.3f}",
-                 accuracy > 0.55)
+    return Check("rewards/accuracy", f"above 0.55 in the last {WINDOW} steps", f"{accuracy:.3f}", accuracy > 0.55)
 
 
 def _check_margin(history: list[dict]) -> Check:
@@ -276,8 +271,12 @@ def _check_partition(run_config: dict) -> Check:
     seen = f"stage {zero.get('stage')}; {num_parameters:,} parameters, on each rank {min(parts, default=0):,}"
     if parts and max(parts) != min(parts):
         seen += f" to {max(parts):,}"
-    return Check("ZeRO-3 partitions", f"stage 3, 1/{world_size} on each rank", seen,
-                 zero.get("stage") == 3 and num_parameters > 0 and even)
+    return Check(
+        "ZeRO-3 partitions",
+        f"stage 3, 1/{world_size} on each rank",
+        seen,
+        zero.get("stage") == 3 and num_parameters > 0 and even,
+    )
 
 
 def _check_agreement(run_config: dict) -> Check:
@@ -291,18 +290,26 @@ def judge_answers(sft: Score, dpo: Score) -> list[Check]:
     """The checks on what the two exported models of `run.sh sanity` answer to held-out prompts."""
     return [
         Check("SFT answers right", "at least 70% of held-out prompts", f"{sft.right:.1%}", sft.right >= 0.70),
-        Check("SFT style", "chosen style in about half (35% to 65%)", f"{sft.chosen_style:.1%}",
-              0.35 <= sft.chosen_style <= 0.65),
-        Check("DPO style", "chosen style in at least 90%", f"{dpo.chosen_style:.1%}",
-              dpo.chosen_style >= 0.90),
-        Check("DPO keeps answers", "right answers fall by at most 5 points",
-              f"{sft.right:.1%} to {dpo.right:.1%}", dpo.right >= sft.right - 0.05 - 1e-9),
+        Check(
+            "SFT style",
+            "chosen style in about half (35% to 65%)",
+            f"{sft.chosen_style:.1%}",
+            0.35 <= sft.chosen_style <= 0.65,
+        ),
+        Check("DPO style", "chosen style in at least 90%", f"{dpo.chosen_style:.1%}", dpo.chosen_style >= 0.90),
+        Check(
+            "DPO keeps answers",
+            "right answers fall by at most 5 points",
+            f"{sft.right:.1%} to {dpo.right:.1%}",
+            dpo.right >= sft.right - 0.05 - 1e-9,
+        ),
     ]
 
 
 # ------------------------------------------------------------------ showing them
 def format_table(checks: Sequence[Check], colour: bool = False) -> str:
     """The verdict as text: PASS or FAIL, check, expected, seen; below it the advice for each failed check."""
+
     def verdict(passed: bool) -> str:
         word, code = ("PASS", 32) if passed else ("FAIL", 31)
         return f"\033[{code}m{word}\033[0m" if colour else word
@@ -310,8 +317,10 @@ def format_table(checks: Sequence[Check], colour: bool = False) -> str:
     rows = [("check", "expected", "seen")] + [(c.name, c.expected, c.seen) for c in checks]
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     marks = ["    "] + [verdict(check.passed) for check in checks]
-    lines = [f"{mark}  {name.ljust(widths[0])}  {expected.ljust(widths[1])}  {seen}"
-             for mark, (name, expected, seen) in zip(marks, rows, strict=True)]
+    lines = [
+        f"{mark}  {name.ljust(widths[0])}  {expected.ljust(widths[1])}  {seen}"
+        for mark, (name, expected, seen) in zip(marks, rows, strict=True)
+    ]
     failed = [check for check in checks if not check.passed]
     lines += [f"\n{check.name} failed ({check.seen}).\n  {check.advice}" for check in failed]
     return "\n".join(lines)

@@ -32,13 +32,30 @@ RUN_SH = Path(__file__).resolve().parents[2] / "run.sh"
 SEED = 42
 OUTPUT = Path("output/sanity")
 NUM_SFT, NUM_PREFERENCES, NUM_HELD_OUT = 6000, 1920, 400
-BOTH = {"global_batch_size": 64, "max_seq_length": 64, "seed": SEED, "cache_dir": OUTPUT / "cache",
-        "dtype": "bfloat16" if torch.cuda.is_available() else "float32"}
-SFT = {"model_name_or_path": OUTPUT / "model", "dataset_mixer": OUTPUT / "data/sft.jsonl",
-       "learning_rate": 2e-3, "num_train_epochs": 4, "checkpointing_steps": 200, "output_dir": OUTPUT / "sft"}
-DPO = {"model_name_or_path": OUTPUT / "sft", "dataset_mixer": OUTPUT / "data/preferences.jsonl",
-       "learning_rate": 3.5e-5, "loss_type": "dpo_norm", "beta": 5.0, "checkpointing_steps": 20,
-       "output_dir": OUTPUT / "dpo"}
+BOTH = {
+    "global_batch_size": 64,
+    "max_seq_length": 64,
+    "seed": SEED,
+    "cache_dir": OUTPUT / "cache",
+    "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
+}
+SFT = {
+    "model_name_or_path": OUTPUT / "model",
+    "dataset_mixer": OUTPUT / "data/sft.jsonl",
+    "learning_rate": 2e-3,
+    "num_train_epochs": 4,
+    "checkpointing_steps": 200,
+    "output_dir": OUTPUT / "sft",
+}
+DPO = {
+    "model_name_or_path": OUTPUT / "sft",
+    "dataset_mixer": OUTPUT / "data/preferences.jsonl",
+    "learning_rate": 3.5e-5,
+    "loss_type": "dpo_norm",
+    "beta": 5.0,
+    "checkpointing_steps": 20,
+    "output_dir": OUTPUT / "dpo",
+}
 SLOW_STEP_FLOOR = 5.0  # seconds; a tiny model's steps take a tenth of one, and any hiccup ten of those
 RECIPE_SLOW_STEP_FLOOR = 3.0  # of the recipe, whose model may be a small one; ten steps of a large one take longer
 MAX_NEW_TOKENS = 12
@@ -81,8 +98,10 @@ def sanity_of_embedded_default() -> int:
     heading(f"Generating a tiny model and its data from seed {SEED} in {OUTPUT}")
     write_data(OUTPUT / "data", SEED, NUM_SFT, NUM_PREFERENCES, NUM_HELD_OUT)
     write_model(OUTPUT / "model", SEED)
-    print_line("Its tasks: copy, reverse, sort or count letters, name the last. SFT teaches them in two styles of\n"
-               "answer, half and half; DPO then prefers one. Held-out questions show what was learned.")
+    print_line(
+        "Its tasks: copy, reverse, sort or count letters, name the last. SFT teaches them in two styles of\n"
+        "answer, half and half; DPO then prefers one. Held-out questions show what was learned."
+    )
 
     verdict, answers = {}, {}
     questions = read_held_out(OUTPUT / "data")
@@ -122,8 +141,9 @@ def sanity_of_recipe(method: str, argv: list[str]) -> int:
     shutil.rmtree(output_dir, ignore_errors=True)
     output_dir.mkdir(parents=True)
     heading(f"{method.upper()}: the recipe's first steps (everything it prints: {output_dir}/sanity.log)")
-    exit_code, output = train([method, num_ranks, *flags, "--output_dir", str(output_dir)],
-                              output_dir / "sanity.log", sparse=False)
+    exit_code, output = train(
+        [method, num_ranks, *flags, "--output_dir", str(output_dir)], output_dir / "sanity.log", sparse=False
+    )
     if exit_code == UserError.EXIT_CODE:  # it has said what was wrong
         return exit_code
     verdict = {method: judge_run(output_dir, exit_code, output, RECIPE_SLOW_STEP_FLOOR)}
@@ -137,10 +157,17 @@ def train(words: list[str], log: Path, sparse: bool) -> tuple[int, str]:
     """
     lines = []
     # A session of its own: a terminal's Ctrl-C then arrives once, through Child.stop.
-    Child.process = subprocess.Popen(["bash", str(RUN_SH), *words], stdin=subprocess.DEVNULL, start_new_session=True,
-                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    with open(log, "w", encoding="utf-8", newline="") as file, io.TextIOWrapper(
-            Child.process.stdout, encoding="utf-8", errors="replace", newline="") as printed:
+    Child.process = subprocess.Popen(
+        ["bash", str(RUN_SH), *words],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    with (
+        open(log, "w", encoding="utf-8", newline="") as file,
+        io.TextIOWrapper(Child.process.stdout, encoding="utf-8", errors="replace", newline="") as printed,
+    ):
         for line in printed:  # up to a newline, or to the carriage return of a progress bar
             lines.append(line)
             file.write(line)
@@ -172,15 +199,21 @@ def ask(folder: Path, questions: list[Question]) -> list[str]:
         raise ValueError(f"weights do not fit: {problems}")
     by_length = defaultdict(list)  # prompts of one length need no padding
     for i, question in enumerate(questions):
-        text = tokenizer.apply_chat_template([{"role": "user", "content": question.prompt}],
-                                             add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question.prompt}], add_generation_prompt=True, tokenize=False
+        )
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         by_length[len(ids)].append((i, ids))
     answers = [""] * len(questions)
     for length, batch in by_length.items():
         prompts = torch.tensor([ids for _, ids in batch])
-        outputs = model.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=False,
-                                 max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.eos_token_id)
+        outputs = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=False,
+            max_new_tokens=MAX_NEW_TOKENS,
+            pad_token_id=tokenizer.eos_token_id,
+        )
         for (i, _), output in zip(batch, outputs, strict=True):
             answers[i] = tokenizer.decode(output[length:], skip_special_tokens=True)
     return answers
@@ -195,12 +228,15 @@ def score(questions: list[Question], texts: list[str]) -> Score:
 
 def show_examples(questions: list[Question], answers: dict[str, list[str]], num_examples: int = 6) -> None:
     """Prints the first few questions with what each model said."""
+
     def cell(question: Question, text: str) -> str:
         return f"{text!r:18} {'right' if read_answer(text)[0] == question.answer else 'WRONG'}"
 
     for i, question in enumerate(questions[:num_examples]):
-        print_line(f"  {question.prompt:22}" + "".join(
-            f"  {method.upper()}: {cell(question, texts[i])}" for method, texts in answers.items()))
+        print_line(
+            f"  {question.prompt:22}"
+            + "".join(f"  {method.upper()}: {cell(question, texts[i])}" for method, texts in answers.items())
+        )
 
 
 def loads(passed: bool, seen: str) -> Check:
@@ -217,9 +253,15 @@ def conclude(verdict: dict[str, list[Check]], path: Path, seconds: float, exit_c
     for part, checks in verdict.items():
         heading({"answers": "Verdict: what they answer"}.get(part, f"Verdict: {part.upper()}"))
         print_line(format_table(checks, colour=sys.stdout.isatty()))
-    record = {"passed": passed, "seconds": round(seconds, 1), "checks": [
-        {"part": part, **asdict(check), **({} if check.passed else {"advice": check.advice})}
-        for part, checks in verdict.items() for check in checks]}
+    record = {
+        "passed": passed,
+        "seconds": round(seconds, 1),
+        "checks": [
+            {"part": part, **asdict(check), **({} if check.passed else {"advice": check.advice})}
+            for part, checks in verdict.items()
+            for check in checks
+        ],
+    }
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     num_failed = sum(not check["passed"] for check in record["checks"])
     outcome = "every check passed" if passed else f"{num_failed} of {len(record['checks'])} checks FAILED"

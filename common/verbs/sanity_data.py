@@ -63,7 +63,7 @@ def read_answer(text: str) -> tuple[str | None, bool]:
     text = text.strip()
     prefix = CHOSEN_STYLE.format("")
     if text.startswith(prefix):
-        return text[len(prefix):], True
+        return text[len(prefix) :], True
     if text.endswith(".") and text != ".":
         return text[:-1], False
     return None, False
@@ -100,8 +100,9 @@ def write_data(folder: Path, seed: int, num_sft: int, num_preferences: int, num_
 
     rows = {
         "sft": [{"messages": conversation(q, sft_style(q))} for q in sft],
-        "preferences": [{"chosen": conversation(q, CHOSEN_STYLE), "rejected": conversation(q, OTHER_STYLE)}
-                        for q in preferences],
+        "preferences": [
+            {"chosen": conversation(q, CHOSEN_STYLE), "rejected": conversation(q, OTHER_STYLE)} for q in preferences
+        ],
         "held_out": [asdict(q) for q in held_out],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -124,17 +125,24 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     words = [*ROLE_TOKENS, "please", *TASKS, CHOSEN_STYLE.split()[0]]
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN,
-                                   clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, clean_up_tokenization_spaces=False)
 
 
 def write_model(folder: Path, seed: int) -> None:
     """Writes a Llama of 0.5M random float32 parameters and its tokenizer as a Hugging Face folder."""
     tokenizer = make_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, dtype="float32",
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
     )
     model = LlamaForCausalLM(config)
     rng = np.random.RandomState(seed)

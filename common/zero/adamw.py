@@ -18,8 +18,23 @@ if HAS_KERNEL:
     import triton.language as tl
 
     @triton.jit
-    def _update(master, gradient, exp_avg, exp_avg_sq, part, numel, factor, step_size, decay, weight_1, weight_2,
-                scale, eps, ROUND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    def _update(
+        master,
+        gradient,
+        exp_avg,
+        exp_avg_sq,
+        part,
+        numel,
+        factor,
+        step_size,
+        decay,
+        weight_1,
+        weight_2,
+        scale,
+        eps,
+        ROUND: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         inside = i < numel
         w, g = tl.load(master + i, mask=inside), tl.load(gradient + i, mask=inside) * factor
@@ -35,9 +50,16 @@ if HAS_KERNEL:
 
 
 @torch.no_grad()
-def adamw_(masters: list[torch.Tensor], gradients: list[torch.Tensor], exp_avgs: list[torch.Tensor],
-           exp_avg_sqs: list[torch.Tensor], parts: list[torch.Tensor] | None, step: int, factor: float,
-           options: dict) -> None:  # fmt: skip
+def adamw_(
+    masters: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+    exp_avgs: list[torch.Tensor],
+    exp_avg_sqs: list[torch.Tensor],
+    parts: list[torch.Tensor] | None,
+    step: int,
+    factor: float,
+    options: dict,
+) -> None:
     """One update, in place, of float32 masters w with moments m (exp_avgs) and v (exp_avg_sqs), all [n] and contiguous:
 
         g = factor gradient;  m += (1 - beta1) (g - m);  v += (1 - beta2) (g^2 - v)
@@ -50,15 +72,34 @@ def adamw_(masters: list[torch.Tensor], gradients: list[torch.Tensor], exp_avgs:
     if not (HAS_KERNEL and masters[0].is_cuda):
         steps = [torch.full((), step - 1.0, device=master.device) for master in masters]
         adamw(
-            masters, gradients, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, beta1=beta1, beta2=beta2,
+            masters,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
             grad_scale=torch.full((), 1 / factor, device=masters[0].device) if factor < 1 else None,  # divides by it
-            lr=lr, weight_decay=options["weight_decay"], eps=options["eps"], maximize=False,
-        )  # fmt: skip
+            lr=lr,
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            maximize=False,
+        )
         if parts is not None:
             torch._foreach_copy_(parts, masters)
         return
-    numbers = (factor, lr / (1 - beta1**step), lr * options["weight_decay"], 1 - beta1, 1 - beta2,
-               1 / math.sqrt(1 - beta2**step), options["eps"])  # fmt: skip
+    numbers = (
+        factor,
+        lr / (1 - beta1**step),
+        lr * options["weight_decay"],
+        1 - beta1,
+        1 - beta2,
+        1 / math.sqrt(1 - beta2**step),
+        options["eps"],
+    )
     for tensors in zip(masters, gradients, exp_avgs, exp_avg_sqs, masters if parts is None else parts, strict=True):
         numel = tensors[0].numel()
         _update[(triton.cdiv(numel, BLOCK),)](*tensors, numel, *numbers, ROUND=parts is not None, BLOCK=BLOCK)

@@ -75,12 +75,15 @@ def require_disk_space(parameters: dict[str, torch.nn.Parameter], output_dir: st
     taken = sum(path.stat().st_size for path in (Path(output_dir) / "checkpoints").rglob("*") if path.is_file())
     free = shutil.disk_usage(output_dir).free + taken
     if needed > free:
-        raise UserError(f"--output_dir {output_dir} needs {needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints "
-                        f"and the model, {free / 1e9:,.1f} GB are free; free some, or lower --keep_last_n_checkpoints")
+        raise UserError(
+            f"--output_dir {output_dir} needs {needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints "
+            f"and the model, {free / 1e9:,.1f} GB are free; free some, or lower --keep_last_n_checkpoints"
+        )
 
 
-def save(parameters: dict[str, torch.nn.Parameter], state: RunState, output_dir: str, keep_last_n: int,
-         ranks: Ranks) -> Path:
+def save(
+    parameters: dict[str, torch.nn.Parameter], state: RunState, output_dir: str, keep_last_n: int, ranks: Ranks
+) -> Path:
     """Writes the checkpoint of `state.step` and then deletes all but the newest keep_last_n. Collective.
 
     Raises TrainingStopped, on every rank, if any rank could not write; older checkpoints are then intact.
@@ -97,8 +100,11 @@ def save(parameters: dict[str, torch.nn.Parameter], state: RunState, output_dir:
     def publish(entries: list[dict]) -> None:
         files = {file: entry for part in entries for file, entry in part.items()}
         files["state.json"] = write_file(temporary / "state.json", [json.dumps(asdict(state), indent=2).encode()])
-        manifest = {"world_size": ranks.world_size, "files": files,
-                    "parameters": {name: list(p.ds_shape) for name, p in parameters.items()}}
+        manifest = {
+            "world_size": ranks.world_size,
+            "files": files,
+            "parameters": {name: list(p.ds_shape) for name, p in parameters.items()},
+        }
         entry = write_file(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
         write_file(temporary / "COMPLETE", [entry["digest"].encode()])
         sync_folder(temporary)
@@ -121,6 +127,7 @@ def _write_slices(parameters: dict, folder: Path, ranks: Ranks) -> dict:
     """
     tensors, size, written = {}, 0, {}
     with ThreadPoolExecutor(2) as pool:
+
         def flush() -> None:
             for future in list(written.values())[:-1]:
                 future.result()
@@ -130,9 +137,12 @@ def _write_slices(parameters: dict, folder: Path, ranks: Ranks) -> dict:
         for name, param in parameters.items():
             start, end = slice_of(param.ds_numel, ranks.rank, ranks.world_size)
             for kind in KINDS:
-                local = safe_get_local_fp32_param(param) if kind == "master" \
+                local = (
+                    safe_get_local_fp32_param(param)
+                    if kind == "master"
                     else safe_get_local_optimizer_state(param, kind)
-                tensors[f"{kind}/{name}"] = local[:end - start].detach().cpu()
+                )
+                tensors[f"{kind}/{name}"] = local[: end - start].detach().cpu()
                 size += 4 * (end - start)
             if size >= PART_BYTES:
                 flush()
@@ -197,8 +207,9 @@ def delete_after(output_dir: str, step: int, why: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def starting_point(output_dir: str, resume: str, identity: dict, last_step: int,
-                   ranks: Ranks) -> tuple[RunState, Path | None]:
+def starting_point(
+    output_dir: str, resume: str, identity: dict, last_step: int, ranks: Ranks
+) -> tuple[RunState, Path | None]:
     """Where a run of `identity` begins: a new RunState, or that of the checkpoint to load and its folder. Collective.
 
     Raises UserError if the checkpoint is of another run, or of a step after last_step.
@@ -209,12 +220,16 @@ def starting_point(output_dir: str, resume: str, identity: dict, last_step: int,
     try:
         state = RunState(**json.loads((path / "state.json").read_text()))
     except TypeError:
-        raise UserError(f"checkpoint {path} was written by another version of this project; use that, or --resume never "
-                        f"to start over") from None
+        raise UserError(
+            f"checkpoint {path} was written by another version of this project; use that, or --resume never "
+            f"to start over"
+        ) from None
     require_same_run(state.identity, identity, f"checkpoint {path}")
     if state.step > last_step:
-        raise UserError(f"checkpoint {path} is past this run's last step, {last_step}; use another --output_dir, "
-                        f"--resume with an earlier checkpoint's path, or --resume never to start over")
+        raise UserError(
+            f"checkpoint {path} is past this run's last step, {last_step}; use another --output_dir, "
+            f"--resume with an earlier checkpoint's path, or --resume never to start over"
+        )
     return state, path
 
 
@@ -245,6 +260,7 @@ def _fault(path: Path, ranks: Ranks) -> str | None:
 
     Raises UserError if it cannot be read: then it may be whole, and must not be passed over, nor deleted later.
     """
+
     def check() -> str | None:
         try:
             for file in ("COMPLETE", "manifest.json"):
@@ -254,7 +270,7 @@ def _fault(path: Path, ranks: Ranks) -> str | None:
             if (path / "COMPLETE").read_text() != digest(manifest_bytes):
                 return "manifest.json is not the one that COMPLETE names"
             files = sorted(json.loads(manifest_bytes)["files"].items())
-            for file, entry in files[ranks.rank::ranks.world_size]:
+            for file, entry in files[ranks.rank :: ranks.world_size]:
                 size = (path / file).stat().st_size
                 if size != entry["size"]:
                     return f"{file} has {size} bytes in place of {entry['size']}"
@@ -263,21 +279,29 @@ def _fault(path: Path, ranks: Ranks) -> str | None:
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
             return f"{Path(e.filename).name}: {e.strerror}"
         except OSError as e:
-            raise UserError(f"checkpoint {path} cannot be read: {e.strerror} ({Path(e.filename or path).name}); nothing was "
-                            f"changed: mend that and run the same command, or --resume never to start over") from None
+            raise UserError(
+                f"checkpoint {path} cannot be read: {e.strerror} ({Path(e.filename or path).name}); nothing was "
+                f"changed: mend that and run the same command, or --resume never to start over"
+            ) from None
         except (ValueError, KeyError, TypeError, AttributeError):
             return "manifest.json or COMPLETE is not of this project"
         return None
+
     return next((fault for fault in ranks.gather(check) if fault), None)
 
 
 def require_same_run(old: dict, new: dict, what: str) -> None:
     """Raises UserError that names each value of `identity` that differs."""
-    differing = [f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in sorted({*old, *new})
-                 if old.get(name) != new.get(name)]
+    differing = [
+        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
     if differing:
-        raise UserError(f"{what} belongs to another run: {'; '.join(differing)}. Use the old values, another "
-                        f"--output_dir, or --resume never to start over")
+        raise UserError(
+            f"{what} belongs to another run: {'; '.join(differing)}. Use the old values, another "
+            f"--output_dir, or --resume never to start over"
+        )
 
 
 def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, step: int, ranks: Ranks) -> None:
@@ -289,8 +313,11 @@ def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, step: in
     files: dict[int, dict[str, object]] = {}  # writer rank -> tensor name -> open file
     zero = engine.optimizer
     for flat in zero.fp32_partitioned_groups_flat:
-        zero.optimizer.state[flat] = {"step": torch.tensor(float(step), device=flat.device),
-                                      "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+        zero.optimizer.state[flat] = {
+            "step": torch.tensor(float(step), device=flat.device),
+            "exp_avg": torch.zeros_like(flat),
+            "exp_avg_sq": torch.zeros_like(flat),
+        }
     writers = manifest["world_size"]
     for name, param in parameters.items():
         start, end = slice_of(param.ds_numel, ranks.rank, ranks.world_size)
@@ -303,7 +330,7 @@ def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, step: in
                     if writer not in files:
                         files[writer] = _open_slices(path, manifest, writer)
                     source = files[writer][f"{kind}/{name}"].get_slice(f"{kind}/{name}")
-                    local[first - start:last - start] = source[first - their_start:last - their_start]
+                    local[first - start : last - start] = source[first - their_start : last - their_start]
             if kind == "master":
                 safe_set_local_fp32_param(param, local)
             else:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from common.config import TrainConfig
-from common.failures import UserError, mistake, one_line
+from common.failures import UserError, as_user_error, one_line
 
 OWNED_BY_FLAGS = {
     "train_batch_size": "--global_batch_size",
@@ -27,8 +27,16 @@ OWNED_BY_FLAGS = {
 }
 # Of zero_optimization: what would change the numbers, lay parts out in another way than checkpoints are written for, or
 # choose other leaf modules than the decoder layers (common/zero/engine.py), whose gradients then pass by common/zero/residency.py.
-REFUSED = ("zero_quantized_", "zero_hpz_", "mics_", "zenflow", "cpu_offload", "leaf_module", "module_granularity_",
-           "stage3_module_granularity_")  # fmt: skip
+REFUSED = (
+    "zero_quantized_",
+    "zero_hpz_",
+    "mics_",
+    "zenflow",
+    "cpu_offload",
+    "leaf_module",
+    "module_granularity_",
+    "stage3_module_granularity_",
+)
 # What the planner decides where the file does not say it: the two keys that are not DeepSpeed's.
 RESIDENCY = {"gradients": ("whole", "partitioned"), "parameters": ("resident", "streamed")}
 PLACEMENT_KEYS = {
@@ -58,7 +66,10 @@ def deepspeed_config(config: TrainConfig) -> dict:
     path = Path(config.ds_config)
     if not path.is_file() and not path.is_absolute():
         path = Path(__file__).parents[2] / path  # a path of the project's own, from any working directory
-    with mistake(f"--ds_config {config.ds_config}", OSError), mistake(f"--ds_config {config.ds_config}: not JSON", ValueError):
+    with (
+        as_user_error(f"--ds_config {config.ds_config}", OSError),
+        as_user_error(f"--ds_config {config.ds_config}: not JSON", ValueError),
+    ):
         placement = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(placement, dict) or not isinstance(placement.get("zero_optimization"), dict):
         raise wrong("must be an object with a `zero_optimization` object")
@@ -82,7 +93,9 @@ def deepspeed_config(config: TrainConfig) -> dict:
     offloads = [key for key in placement["zero_optimization"] if key.startswith("offload_")]
     for key in offloads:
         if (placement["zero_optimization"][key] or {}).get("device") == "nvme":
-            raise wrong(f"`zero_optimization.{key}.device` nvme is not supported: checkpoints are written from memory; use cpu")
+            raise wrong(
+                f"`zero_optimization.{key}.device` nvme is not supported: checkpoints are written from memory; use cpu"
+            )
     for key, values in RESIDENCY.items():
         if key in placement and placement[key] not in values:
             raise wrong(f"`{key}` must be {' or '.join(values)}, not {placement[key]!r}")
@@ -117,7 +130,9 @@ class Zero(NamedTuple):
 
 def zero_of(ds_config: dict) -> Zero:
     zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
-    offloads = (offload is not None and offload.device != "none" for offload in (zero.offload_optimizer, zero.offload_param))
+    offloads = (
+        offload is not None and offload.device != "none" for offload in (zero.offload_optimizer, zero.offload_param)
+    )
     return Zero(zero.prefetch_bucket_size, zero.reduce_bucket_size, *offloads)
 
 

@@ -11,7 +11,7 @@ import torch
 from deepspeed.utils import set_z3_leaf_modules
 
 from common.config import TrainConfig
-from common.failures import TrainingStopped, is_out_of_memory, mistake
+from common.failures import TrainingStopped, as_user_error, is_out_of_memory
 from common.model.packed import PackedModel
 from common.ranks import Ranks
 from common.zero.residency import ResidentParameters, WholeGradients
@@ -33,7 +33,9 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     )
     # One gather and one reduction a layer, in place of one for every module in it.
     set_z3_leaf_modules(model, list({type(layer) for layer in model.decoder_layers()}))
-    with mistake(f"--ds_config {config.ds_config}: DeepSpeed refuses it", AssertionError, NotImplementedError, ValueError):
+    with as_user_error(
+        f"--ds_config {config.ds_config}: DeepSpeed refuses it", AssertionError, NotImplementedError, ValueError
+    ):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     zero = engine.optimizer
     if not zero.offload_optimizer:
@@ -114,7 +116,9 @@ def out_of_memory_explained(where: str, budget: int, longest: int):
         if torch.cuda.is_available():
             used = f"{torch.cuda.memory_allocated() / 1e9:.1f} GB of {torch.cuda.mem_get_info()[1] / 1e9:.1f} GB were allocated"
         else:
-            used = f"the process had used up to {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB"
+            used = (
+                f"the process had used up to {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.1f} GB"
+            )
         micro_batch, advice = "", "more devices, or a --ds_config that offloads"
         if size.tokens:
             smaller = max(longest, min(budget, size.tokens) // 2)

@@ -56,19 +56,22 @@ class Placement(NamedTuple):
         return GRADIENT_TOKENS[self.gradients] + PARAMETER_TOKENS[self.parameters]
 
 
-class Demand(NamedTuple):
+class Workload(NamedTuple):
     """What a run asks of its micro-batches, in tokens."""
 
     longest: int  # of the longest sample (pair), the least that a micro-batch must hold
     longest_sequence: int  # of what attends to itself in it
     tokens_per_rank: float  # in a step
     budget: int  # what a micro-batch may hold
-    is_settled: bool  # by the flag or by the checkpoint that the run continues; else settle() replaces the budget
+    is_settled: (
+        bool  # by the flag or by the checkpoint that the run continues; else choose_micro_batch() replaces the budget
+    )
     gradients: str  # how that checkpoint summed them, which would be rounded otherwise elsewhere; "" for none
 
 
-def demand_of(config: TrainConfig, lengths: np.ndarray, longest_sequence: int, longest_at: str, state: RunState,
-              ranks: Ranks) -> Demand:  # fmt: skip
+def workload_of(
+    config: TrainConfig, lengths: np.ndarray, longest_sequence: int, longest_at: str, state: RunState, ranks: Ranks
+) -> Workload:
     """lengths: int [samples (pairs)], tokens; longest_at: where the longest one is. state: of the run so far.
 
     Raises UserError for a given budget that does not hold the longest one.
@@ -84,23 +87,25 @@ def demand_of(config: TrainConfig, lengths: np.ndarray, longest_sequence: int, l
             )
     default = 16384 if ranks.device.type == "cuda" else 4096
     tokens_per_rank = float(lengths.mean()) * config.global_batch_size / ranks.world_size
-    return Demand(longest, longest_sequence, tokens_per_rank, max(longest, budget or default), budget > 0, gradients)
+    return Workload(longest, longest_sequence, tokens_per_rank, max(longest, budget or default), budget > 0, gradients)
 
 
-def place(
-    ds_config: dict, config: TrainConfig, model_config, demand: Demand, ranks: Ranks
+def choose_residency(
+    ds_config: dict, config: TrainConfig, model_config, workload: Workload, ranks: Ranks
 ) -> tuple[dict, Placement]:
     """ds_config with gradients and parameters placed, and how. What its file says of them stands. Collective."""
     allowed = {key: (ds_config[key],) if key in ds_config else values for key, values in RESIDENCY.items()}
-    if demand.gradients and "gradients" not in ds_config:
-        allowed["gradients"] = (demand.gradients,)
+    if workload.gradients and "gradients" not in ds_config:
+        allowed["gradients"] = (workload.gradients,)
     free = -max(ranks.gather(lambda: -_free_bytes(ranks)))
     counts, zero = parameter_counts(model_config), zero_of(ds_config)
     itemsize, layers = getattr(torch, config.dtype).itemsize, model_config.num_hidden_layers
 
     def cost(placement: Placement) -> tuple[float, float]:
         memory = estimated(model_config, counts, itemsize, ranks.world_size, placement, zero)
-        choice = choose(memory, free * (1 - HEADROOM), layers, demand, placement.overhead, given_layers(config, layers))
+        choice = choose(
+            memory, free * (1 - HEADROOM), layers, workload, placement.overhead, given_layers(config, layers)
+        )
         return choice.cost, memory.fixed  # where by the estimate nothing fits, what needs the least memory
 
     placement = min((Placement(*pair) for pair in product(*allowed.values())), key=cost)
@@ -138,14 +143,14 @@ class State(NamedTuple):
         return self.optimizer * 2 / 3
 
 
-def state_of(
-    counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement, zero: Zero
-) -> State:
+def state_of(counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement, zero: Zero) -> State:
     """What passes through DeepSpeed's buffers included, what is offloaded not. counts: of parameters, all and in a layer,
     of itemsize bytes."""
     numel, layer_numel = counts
     part = numel / world_size
-    parameters, gradients = (0 if offloads else part for offloads in (zero.offloads_parameters, zero.offloads_optimizer))
+    parameters, gradients = (
+        0 if offloads else part for offloads in (zero.offloads_parameters, zero.offloads_optimizer)
+    )
     gathered = min(numel, 3 * layer_numel + zero.prefetched) if world_size > 1 or zero.offloads_parameters else 0
     return State(
         parameters=itemsize * (numel if placement.parameters == "resident" else parameters + gathered),
@@ -197,19 +202,19 @@ class Choice(NamedTuple):
 
 
 def choose(
-    memory: MemoryModel, limit: float, num_layers: int, demand: Demand, overhead: int, given: int | None = None
+    memory: MemoryModel, limit: float, num_layers: int, workload: Workload, overhead: int, given: int | None = None
 ) -> Choice:
     """The micro-batch and the layers that recompute of the least time that fits `limit` bytes.
 
     Time in tokens: a recomputed layer costs a third of its forward and backward passes again, a micro-batch
-    `overhead`; a step of demand.tokens_per_rank, which steps have more or less of, takes half a micro-batch more than
+    `overhead`; a step of workload.tokens_per_rank, which steps have more or less of, takes half a micro-batch more than
     their quotient. A settled budget is the only size allowed. given: the layers that recompute, None for any number.
     If nothing fits, the smallest size with every (or the given) layer recomputed: the dry run then says so.
     """
-    tokens_per_rank, least = demand.tokens_per_rank, max(demand.longest, 1024)
+    tokens_per_rank, least = workload.tokens_per_rank, max(workload.longest, 1024)
     budgets = range(least, max(least, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank))) + 1, 1024)
-    if demand.is_settled:
-        budgets = [demand.budget]
+    if workload.is_settled:
+        budgets = [workload.budget]
     best = Choice(budgets[0], num_layers if given is None else given, np.inf)
     for budget in budgets:
         room = (limit - memory.peak(budget, 0)) / (budget * memory.per_token_and_layer)  # layers that can keep
@@ -256,12 +261,14 @@ def confirmed(
             return tokens, recomputing, seen
 
 
-def settle(engine, config: TrainConfig, ds_config: dict, kernel: str, demand: Demand, ranks: Ranks) -> int:
+def choose_micro_batch(
+    engine, config: TrainConfig, ds_config: dict, kernel: str, workload: Workload, ranks: Ranks
+) -> int:
     """Sets the layers that recompute and returns the micro-batch's tokens, and says the plan. Collective.
 
     By measurement on a GPU, if the flags leave anything open; on a CPU `auto` recomputes nothing. ds_config: `place`'s.
     """
-    policy, budget = engine.module, demand.budget
+    policy, budget = engine.module, workload.budget
     layers = len(policy.decoder_layers())
     given = given_layers(config, layers)
     recomputing = given or 0
@@ -269,7 +276,7 @@ def settle(engine, config: TrainConfig, ds_config: dict, kernel: str, demand: De
     counts, placement = parameter_counts(policy.lm.config), Placement(ds_config["gradients"], ds_config["parameters"])
     shape = counts, policy.lm.dtype.itemsize, ranks.world_size, placement, zero_of(ds_config)
     state, memory = state_of(*shape), estimated(policy.lm.config, *shape)
-    if ranks.device.type != "cuda" or (given is not None and demand.is_settled):
+    if ranks.device.type != "cuda" or (given is not None and workload.is_settled):
         peak = memory.peak(budget, layers - recomputing)
         how = f"{peak / 1e9:.1f} by the model's shape, nothing measured"
     else:
@@ -279,7 +286,7 @@ def settle(engine, config: TrainConfig, ds_config: dict, kernel: str, demand: De
         )
 
         def peak_of(tokens: int, recomputing: int) -> float:
-            return _dry_run(engine, policy, kernel, tokens, recomputing, demand, can_recover, ranks) + state.moments
+            return _dry_run(engine, policy, kernel, tokens, recomputing, workload, can_recover, ranks) + state.moments
 
         if layers >= MEASURED_LAYERS[1]:
             memory, tried = _measured(peak_of, layers, state.moments)
@@ -291,7 +298,7 @@ def settle(engine, config: TrainConfig, ds_config: dict, kernel: str, demand: De
         limit = -max(ranks.gather(lambda: -usable))
 
         def choose_by(memory: MemoryModel) -> tuple[int, int]:
-            return choose(memory, limit, layers, demand, placement.overhead, given)[:2]
+            return choose(memory, limit, layers, workload, placement.overhead, given)[:2]
 
         budget, recomputing, peak = confirmed(memory, limit, layers, tried, choose_by, peak_of)
         predicted = memory.peak(budget, layers - recomputing)
@@ -321,7 +328,7 @@ def _measured(peak_of: Callable, layers: int, moments: float) -> tuple[MemoryMod
 
 
 def _dry_run(
-    engine, policy, kernel: str, tokens: int, recomputing: int, demand: Demand, can_recover: bool, ranks: Ranks
+    engine, policy, kernel: str, tokens: int, recomputing: int, workload: Workload, can_recover: bool, ranks: Ranks
 ) -> float:
     """Peak bytes, of the rank that needed most, of one forward and backward pass over `tokens` made-up tokens.
 
@@ -329,14 +336,14 @@ def _dry_run(
     wait for one that ran out; else that rank stops the run. Collective.
     """
     policy.checkpoint_activations(recomputing)
-    rng, longest = np.random.default_rng(0), demand.longest_sequence
+    rng, longest = np.random.default_rng(0), workload.longest_sequence
     lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
     ids = [rng.integers(0, policy.lm.config.vocab_size, n) for n in lengths]
     row = pack([sft_documents(SFTSample(i, np.array([[0, len(i)]]))) for i in ids])
     memory_gb(ranks.device)  # from here on
     ran_out = False
     try:
-        with out_of_memory_explained("step 0", tokens, demand.longest) as size:
+        with out_of_memory_explained("step 0", tokens, workload.longest) as size:
             size.tokens = row.num_tokens
             engine.set_gradient_accumulation_boundary(False)
             engine.backward(engine(**model_inputs(row, kernel, ranks.device)).sum() * 0.0)
@@ -363,4 +370,3 @@ def memory_gb(device: torch.device) -> float:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-

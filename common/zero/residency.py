@@ -97,7 +97,9 @@ class WholeGradients:
     def _take(self, param: nn.Parameter) -> None:
         """Called with each parameter whose part in this backward pass is over."""
         grad = param.grad
-        if grad is not None and (any(grad.stride()) or grad.ndim == 0):  # not _stand_in's; embedding's and head's is None
+        if grad is not None and (
+            any(grad.stride()) or grad.ndim == 0
+        ):  # not _stand_in's; embedding's and head's is None
             self._as_parameter(param).add_(grad)
         param.grad = None
         if self.zero.is_gradient_accumulation_boundary():
