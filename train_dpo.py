@@ -134,8 +134,8 @@ def main() -> None:
         samples = schedule.samples(step)
         plan = plan_step(pair_lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
         plan = [[samples[i] for i in members] for members in plan]
-        micro_batches = [pack([pair_documents(data[i], config.share_prompt) for i in members]) for members in plan]
-        return samples, plan, micro_batches
+        pairs_of = [[pair_documents(data[i], config.share_prompt) for i in members] for members in plan]
+        return samples, plan, [pack(pairs, config.share_prompt) for pairs in pairs_of]
 
     gc.collect()
     gc.freeze()  # what lives until the end is not searched for garbage again

@@ -9,6 +9,7 @@ import models
 import numpy as np
 import pytest
 import test_adamw
+import test_compile
 import test_residency
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -109,6 +110,22 @@ def test_model_on_varlen_kernel_equals_float32_block_mask(kernel, pack, compiled
     assert float((seen_logps - logps).abs().max()) < 0.05
     for name, grad in grads.items():
         assert relative(seen_grads[name], grad) < 3e-2, name
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", [test_compile.PLAIN, test_compile.SHARED])
+@pytest.mark.parametrize("first", test_compile.FIRST)
+def test_no_row_is_a_case_of_its_own_to_what_is_compiled(kernel, kind, first):
+    device = torch.device("cuda")
+    assert test_compile.drive(kernel, kind, first, device, torch.bfloat16, recomputed=1, reference=True) == 6
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_row_of_any_length_is_served_by_one_graph_of_a_norms_backward_pass(kernel):
+    """Torch's own settings have limits at 4,096 rows, at twice the width, and where the row has 5 * 2**20 elements."""
+    rows = {str(tokens): (tokens, 40, 3) for tokens in (1500, 3000, 4500, 6000, 12_000, 25_000)}
+    device, first = torch.device("cuda"), "is ordinary"
+    assert test_compile.drive(kernel, test_compile.PLAIN, first, device, torch.bfloat16, hidden=1024, more=rows) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -182,27 +182,6 @@ def test_packed_pair_gradient_is_that_of_sides_one_at_a_time(folder, pairs, shar
     assert_same_gradients(gradients(packed), gradients(plain), 2e-5)
 
 
-def test_the_last_layers_mlp_runs_for_rows_that_predict_and_every_other_for_all(folder, samples):
-    packed, rows = packed_model(folder), []
-    for layer in packed.decoder_layers():
-        layer.mlp.forward = lambda hidden, run=layer.mlp.forward: rows.append(hidden.shape[1]) or run(hidden)
-    micro_batch = pack([sft_documents(as_sft_sample(*sample)) for sample in samples])
-    packed(**model_inputs(micro_batch, "sdpa", CPU))
-    predicting = len(set(micro_batch.target_rows.tolist()))
-    assert 2 < predicting < len(micro_batch.input_ids)
-    assert rows == [len(micro_batch.input_ids)] * (len(rows) - 1) + [predicting]
-
-
-@pytest.mark.parametrize(
-    ("target_rows", "needed"), [([3, 1, 3, 2], [1, 2, 3]), ([5], [0, 1, 5]), ([1], [0, 1]), ([], [0, 1])]
-)
-def test_needed_rows_are_each_once_in_order_and_never_fewer_than_two(target_rows, needed):
-    micro_batch = pack([sft_documents(SFTSample(np.arange(7), np.array([[1, 7]])))])
-    micro_batch.target_rows = np.array(target_rows, np.int64)
-    assert micro_batch.needed_rows().dtype == np.int64
-    assert micro_batch.needed_rows().tolist() == needed
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_sample_sees_another(folder, samples, dtype):
     """Other tokens of the same length in one sample leave every other sample's log-probabilities bitwise the same."""

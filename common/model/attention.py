@@ -77,7 +77,8 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
     packed_key_index int64 [T_k] or None: a segment is a document, or a document's stem and chosen branch,
     or its rejected branch alone, whose keys are the stem's and its own. A segment's last query is aligned
     with its last key (bottom-right causal). S and packed_max_seqlen are rounded up (by empty segments at
-    the end), so that compiled layers see few different values.
+    the end), so that kernels see few different values. A run that shares prompts has an index in every row,
+    because None would be a case of its own to the compiler.
     """
     if kernel == "sdpa":
         return {
@@ -100,11 +101,12 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
         padding = _power_of_two(len(lengths) + 1, 64) - len(lengths) - 1
         return to_device(np.cumsum([0, *lengths, *[0] * padding], dtype=np.int32), device)
 
+    has_index = micro_batch.shares_prompts or q_lengths != k_lengths
     return {
         "packed_cu_seqlens_q": offsets(q_lengths),
         "packed_cu_seqlens_k": offsets(k_lengths),
         "packed_max_seqlen": _power_of_two(max(k_lengths), 512),
-        "packed_key_index": None if q_lengths == k_lengths else to_device(np.concatenate(key_index), device),
+        "packed_key_index": to_device(np.concatenate(key_index), device) if has_index else None,
     }
 
 

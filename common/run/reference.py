@@ -95,7 +95,7 @@ def compute_logps(
     result = torch.zeros(len(pairs), 2, dtype=torch.float32, device=ranks.device)
 
     def prepared(m: int) -> MicroBatch:
-        return pack([pair_documents(data[pairs[i]], config.share_prompt) for i in plan[m]])
+        return pack([pair_documents(data[pairs[i]], config.share_prompt) for i in plan[m]], config.share_prompt)
 
     longest = int(pair_length(*data.pair_lengths.T, config.share_prompt).max())
     with torch.no_grad(), out_of_memory_explained("the reference pass", budget, longest) as size:

@@ -139,7 +139,8 @@ class MicroBatch:
 
     input_ids, position_ids int64 [T]; document, branch int32 [T]: who may see whom;
     target_rows, target_ids int64 [N], sequence after sequence; sequence_targets: how many belong to each
-    sequence, in the order in which the samples (and within a pair: chosen, rejected) were given.
+    sequence, in the order in which the samples (and within a pair: chosen, rejected) were given;
+    shares_prompts: whether the run's documents end in branches, though this row may hold none.
     """
 
     input_ids: np.ndarray
@@ -151,12 +152,7 @@ class MicroBatch:
     sequence_targets: list[int]
     num_tokens: int
     sum_squared_lengths: int
-
-    def needed_rows(self) -> np.ndarray:
-        """int64 [M], ascending: the rows that predict. If they are fewer than two, of which torch.compile makes a case of
-        its own, the first two rows as well, which every row has that predicts something."""
-        rows = np.unique(self.target_rows)
-        return rows if len(rows) > 1 else np.union1d(rows, [0, 1])
+    shares_prompts: bool
 
 
 def _attended(doc: Document) -> int:
@@ -165,7 +161,7 @@ def _attended(doc: Document) -> int:
     return len(doc.input_ids) ** 2 - 2 * doc.chosen * rejected
 
 
-def pack(samples: list[list[Document]]) -> MicroBatch:
+def pack(samples: list[list[Document]], share_prompt: bool = False) -> MicroBatch:
     """Lays the documents of each sample one after another into one row.
 
     With no samples the row is two tokens with no target: a rank that has nothing to do in a micro-batch
@@ -195,4 +191,5 @@ def pack(samples: list[list[Document]]) -> MicroBatch:
         sequence_targets=[n for doc in documents for n in doc.sequence_targets],
         num_tokens=sum(lengths) if samples else 0,
         sum_squared_lengths=sum(map(_attended, documents)) if samples else 0,
+        shares_prompts=share_prompt,
     )

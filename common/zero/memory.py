@@ -67,6 +67,7 @@ class Workload(NamedTuple):
         bool  # by the flag or by the checkpoint that the run continues; else choose_micro_batch() replaces the budget
     )
     gradients: str  # how that checkpoint summed them, which would be rounded otherwise elsewhere; "" for none
+    share_prompt: bool = False  # whether rows tell their attention which keys a rejected branch sees
 
 
 def workload_of(
@@ -87,7 +88,9 @@ def workload_of(
             )
     default = 16384 if ranks.device.type == "cuda" else 4096
     tokens_per_rank = float(lengths.mean()) * config.global_batch_size / ranks.world_size
-    return Workload(longest, longest_sequence, tokens_per_rank, max(longest, budget or default), budget > 0, gradients)
+    shares = getattr(config, "share_prompt", False)  # of DPO alone
+    largest = max(longest, budget or default)
+    return Workload(longest, longest_sequence, tokens_per_rank, largest, budget > 0, gradients, shares)
 
 
 def choose_residency(
@@ -339,7 +342,7 @@ def _dry_run(
     rng, longest = np.random.default_rng(0), workload.longest_sequence
     lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
     ids = [rng.integers(0, policy.lm.config.vocab_size, n) for n in lengths]
-    row = pack([sft_documents(SFTSample(i, np.array([[0, len(i)]]))) for i in ids])
+    row = pack([sft_documents(SFTSample(i, np.array([[0, len(i)]]))) for i in ids], workload.share_prompt)
     memory_gb(ranks.device)  # from here on
     ran_out = False
     try:
