@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.data.chat_template import ChatTemplate
-from common.failures import writing
 from common.files import sync_folder
 from common.model.load import generation_config, persistent_buffers
 from common.model.packed import PackedModel
@@ -41,8 +40,7 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
         shards[-1].append((name, param))
         size += num_bytes
     temporary = target / ".export"
-    or_stop = writing(f"the model could not be written to {target}", "if a checkpoint was written, it stands")
-    ranks.once(or_stop(lambda: _empty_folder(temporary)))
+    ranks.once(lambda: _empty_folder(temporary))
     weight_map = {}
     for i, shard in enumerate(shards):
         file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -55,10 +53,10 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
         if shard is shards[-1]:
             tensors |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
             weight_map |= dict.fromkeys(buffers, file_name)
-        ranks.once(or_stop(lambda: save_file(tensors, temporary / file_name, {"format": "pt"})))
+        ranks.once(lambda: save_file(tensors, temporary / file_name, {"format": "pt"}))
     total_size = sum(p.ds_numel * p.element_size() for _, p in parameters) + sum(b.nbytes for b in buffers.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    ranks.once(or_stop(lambda: _finish_export(lm, template, source_folder, temporary, target, index)))
+    ranks.once(lambda: _finish_export(lm, template, source_folder, temporary, target, index))
 
 
 def _empty_folder(path: Path) -> None:

@@ -127,5 +127,5 @@ def out_of_memory_explained(where: str, budget: int, longest: int):
             micro_batch = f" on a micro-batch of {size.tokens:,} tokens (at most {budget:,})"
             advice = ", ".join([*flags, "a lower --max_seq_length, or more devices"])
         stopped = TrainingStopped(f"{where}: out of memory{micro_batch}; {used}. Try {advice}")
-        stopped.on_this_rank_only = True
+        stopped.told_here = True  # the other ranks do not know of it
         raise stopped from e
