@@ -4,14 +4,13 @@ import fcntl
 import json
 import os
 import platform
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from common.config import TrainConfig
+from common.config import TrainConfig, identity_values
 from common.failures import UserError, as_user_error
 from common.files import replace_file, weights_digest
 from common.ranks import Ranks
@@ -21,26 +20,6 @@ from common.zero import checkpoint
 from common.zero.checkpoint import RunState
 
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
-# What may differ between a run and its resume: it changes speed, logging or placement, not the result.
-FREE_TO_CHANGE = {
-    "output_dir",
-    "cache_dir",
-    "resume",
-    "logging_steps",
-    "checkpointing_steps",
-    "keep_last_n_checkpoints",
-    "clean_checkpoints_at_end",
-    "max_tokens_per_micro_batch",
-    "gradient_checkpointing",
-    "compile_layers",
-    "attn_implementation",
-    "collective_timeout_minutes",
-    "ds_config",
-    "stop_after_steps",
-    "share_prompt",
-}
-# What a digest of what was read stands for, however it was spelled and wherever it lay.
-KNOWN_BY_DIGEST = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}
 
 
 def run_identity(
@@ -52,8 +31,7 @@ def run_identity(
     config.json and weights: an SFT folder that a new run has overwritten is another model. Reads the weights, so call it
     on one rank.
     """
-    values = asdict(config).items()
-    identity = {name: value for name, value in values if name not in FREE_TO_CHANGE | KNOWN_BY_DIGEST}
+    identity = identity_values(config)
     identity |= {"dataset_mixer (contents)": data_digest, "chat_template (contents)": template_digest}
     for name, folder in (("model_name_or_path", model_folder), ("ref_model_name_or_path", reference_folder)):
         if folder is not None:
@@ -262,7 +240,7 @@ def read_run_config(output_dir: str) -> dict:
 
 def model_card(method: str, config: TrainConfig, data_table: str, result: dict) -> str:
     """README.md of the exported model."""
-    shown = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
+    shown = identity_values(config, (True, "contents"))
     rows = "\n".join(
         f"| {name} | {' '.join(value) if isinstance(value, list) else value} |" for name, value in shown.items()
     )
