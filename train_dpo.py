@@ -8,6 +8,7 @@ Reads top to bottom: config, process group, data, plan, model, engine, reference
 import gc
 import math
 import sys
+from functools import partial
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ from common.zero.engine import (
     require_finite_weights,
     set_learning_rate,
 )
-from common.zero.memory import choose_micro_batch, choose_residency, workload_of
+from common.zero.memory import choose_micro_batch, choose_residency, made_up_pair, workload_of
 
 
 @main_with_exit_codes
@@ -92,7 +93,7 @@ def main() -> None:
         ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
         return
     state, resume_from = checkpoint.starting_point(config.output_dir, config.resume, identity, last_step, ranks)
-    workload = workload_of(config, pair_lengths, longest_side, data.source_of(int(pair_lengths.argmax())), state, ranks)
+    workload = workload_of(config, pair_lengths, data.source_of(int(pair_lengths.argmax())), state, ranks)
     ranks.say(
         f"DPO ({config.loss_type}): {len(data):,} pairs; {last_step:,} of {num_steps:,} steps of "
         f"{config.global_batch_size} pairs; {ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "
@@ -112,7 +113,7 @@ def main() -> None:
         min(last_step, steps_per_epoch(len(data), config.global_batch_size))
     )  # later epochs take the same pairs
     pairs = sorted({i for s in epoch for i in step_samples(s, len(data), config.global_batch_size, config.seed)})
-    ds_config, placement = choose_residency(ds_config, config, model_config, workload, ranks)
+    ds_config, estimate = choose_residency(ds_config, config, model_config, workload, ranks)
     reference = cached_in = None
     if reference_folder is not None:  # another model than the policy: it is gone before the policy loads
         other = model.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
@@ -128,8 +129,9 @@ def main() -> None:
     packed.verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
-    budget = choose_micro_batch(engine, config, ds_config, kernel, workload, ranks)
-    state.micro_batch_budget, state.gradients, state.world_size = budget, placement.gradients, ranks.world_size
+    made_up = partial(made_up_pair, share_prompt=config.share_prompt)
+    budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up, ranks)
+    state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
     first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))
     ranks.say(packing_report((pair_lengths[samples].tolist() for samples in first), ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
@@ -147,7 +149,7 @@ def main() -> None:
         "num_steps": num_steps,
         "kernel": kernel,
         "micro_batch_budget": budget,
-        "placement": placement._asdict(),
+        "residency": estimate.residency,
         "layers": policy.layers_report(),
         "reference_cache": cached_in,
         "data": data.stats,

@@ -28,7 +28,7 @@ from common.stopping import Stopped, StopRequest, main_with_exit_codes
 from common.zero import checkpoint
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import build_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
-from common.zero.memory import choose_micro_batch, choose_residency, workload_of
+from common.zero.memory import choose_micro_batch, choose_residency, made_up_conversation, workload_of
 
 
 @main_with_exit_codes
@@ -64,7 +64,7 @@ def main() -> None:
         ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
         return
     state, resume_from = checkpoint.starting_point(config.output_dir, config.resume, identity, last_step, ranks)
-    workload = workload_of(config, data.lengths, longest, data.source_of(int(data.lengths.argmax())), state, ranks)
+    workload = workload_of(config, data.lengths, data.source_of(int(data.lengths.argmax())), state, ranks)
     ranks.say(
         f"SFT: {len(data):,} samples; {last_step:,} of {num_steps:,} steps of {config.global_batch_size} samples; "
         f"{ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "
@@ -77,14 +77,14 @@ def main() -> None:
         )
 
     # ------------------------------------------------------------------ model and engine
-    ds_config, placement = choose_residency(ds_config, config, model_config, workload, ranks)
+    ds_config, estimate = choose_residency(ds_config, config, model_config, workload, ranks)
     policy = model.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config)
     packed.verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
-    budget = choose_micro_batch(engine, config, ds_config, kernel, workload, ranks)
-    state.micro_batch_budget, state.gradients, state.world_size = budget, placement.gradients, ranks.world_size
+    budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up_conversation, ranks)
+    state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
     first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))
     ranks.say(packing_report((data.lengths[samples].tolist() for samples in first), ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
@@ -100,7 +100,7 @@ def main() -> None:
         "num_steps": num_steps,
         "kernel": kernel,
         "micro_batch_budget": budget,
-        "placement": placement._asdict(),
+        "residency": estimate.residency,
         "layers": policy.layers_report(),
         "data": data.stats,
         "zero": model.partition_report(parameters, ranks),
