@@ -4,9 +4,10 @@ The peak memory of a micro-batch of t tokens with u layers that keep their activ
     B + t (D + A u)
 with B what does not grow with the tokens, D what every token costs and A what it costs more in a layer that keeps.
 
-Before the model loads, all three are estimated from its shape; the fastest residency that fits is taken. Then, on a
-GPU, B is what the device holds, and dry micro-batches, whose loss is multiplied by 0, say how much of the room that is
-left the estimated activations really take, until one of the chosen size fits. Gradients get exact zeros from them.
+Before the model loads, all three are estimated from its shape, and the fastest residency (common/zero/ds_config.py)
+that fits is taken. Once it is loaded, B is what the device holds. On a GPU dry micro-batches, whose loss is multiplied
+by 0, then show what the estimated activations really need, until one of the chosen size fits. Gradients get exact zeros
+from them.
 """
 
 import gc
@@ -68,7 +69,7 @@ def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state
 
 
 class Memory(NamedTuple):
-    """Bytes that a rank needs on its device."""
+    """Bytes that a rank needs on its device; what lies in the host's memory does not count."""
 
     residency: str
     parameters: float  # whole, or the rank's shards
@@ -208,11 +209,11 @@ def choose_micro_batch(
             estimate, usable - held - moments, layers, workload, given, activations_of
         )
         how = f"{(held + moments + activations) / 1e9:.1f} seen of {usable / 1e9:.1f} usable"
-    foretold = estimate.fixed + estimate.activations(budget, layers - recomputing)
+    predicted = estimate.fixed + estimate.activations(budget, layers - recomputing)
     ranks.say(
         f"memory plan, GB on each rank: {(estimate.parameters + estimate.gathered) / 1e9:.1f} parameters, "
         f"{estimate.gradients / 1e9:.1f} gradients, {estimate.optimizer / 1e9:.1f} optimizer, "
-        f"{activations / 1e9:.1f} activations; {foretold / 1e9:.1f} by the model's shape, {how}; micro-batches of "
+        f"{activations / 1e9:.1f} activations; {predicted / 1e9:.1f} by the model's shape, {how}; micro-batches of "
         f"{budget:,} tokens, {recomputing} of {layers} layers recomputed"
     )
     return budget
@@ -223,17 +224,19 @@ def confirmed(
 ) -> tuple[int, int, float]:
     """(tokens, layers that recompute, bytes of activations) of the first choice whose dry run is seen to fit `room`.
 
-    activations_of(tokens, recomputing) runs one; infinite if memory ran out, after which the next choice needs a tenth
-    less. That a surprise shows before, the first should take a quarter of the room, others twice of what has been seen.
-    If nothing fits, the smallest choice is taken. Raises TrainingStopped if memory runs out on that too.
+    activations_of(tokens, recomputing) runs one and gives its bytes; infinity if memory ran out, after which the next
+    choice needs a tenth less. The first run should take at most a quarter of the room and a later one at most twice
+    what has been seen, so that a surprise shows before memory runs out. If nothing fits, the smallest choice is taken.
+    Raises TrainingStopped if memory runs out on that too.
     """
     room = max(1.0, room)
-    foretold_room, used, has_compiled = room, 1 / 8, False  # room in estimated bytes; the part of it seen in use
+    estimated_room = room  # in bytes of the estimate: what it may predict for activations that really fill the room
+    used, has_compiled = 1 / 8, False  # the largest part of the room that was seen in use
     choice = choose(estimate, room, layers, workload, given)
     while True:
         _, tokens, recomputing = choice
         per_token = estimate.activations(1, layers - recomputing)
-        size = min(tokens, max(LEAST_TRIED, int(2 * used * foretold_room / per_token)))
+        size = min(tokens, max(LEAST_TRIED, int(2 * used * estimated_room / per_token)))
         seen = activations_of(size, recomputing)
         if size == tokens and seen <= room:
             return tokens, recomputing, seen
@@ -242,10 +245,10 @@ def confirmed(
             continue
         if seen < np.inf:
             used = max(used, seen / room)
-            foretold_room = min(2 * foretold_room, size * per_token * room / max(1.0, seen))
+            estimated_room = min(2 * estimated_room, size * per_token * room / max(1.0, seen))
         else:
-            foretold_room = 0.9 * min(foretold_room, size * per_token)
-        choice = choose(estimate, foretold_room, layers, workload, given)
+            estimated_room = 0.9 * min(estimated_room, size * per_token)
+        choice = choose(estimate, estimated_room, layers, workload, given)
         is_least = choice[1:] == (tokens, recomputing)
         if is_least and seen == np.inf:
             raise TrainingStopped(
