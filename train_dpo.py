@@ -9,6 +9,7 @@ pairs, one after another, that do not see each other; a pair's prompt runs once 
 
 import gc
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ from common.zero.engine import (
     require_finite_weights,
     set_learning_rate,
 )
-from common.zero.memory import choose_micro_batch, choose_residency, workload_of
+from common.zero.memory import choose_micro_batch, choose_residency, made_up_pair, workload_of
 
 
 @main_with_exit_codes
@@ -90,8 +91,8 @@ def main() -> None:
     state, resume_from = claimed
 
     # ------------------------------------------------------------------ plan
-    workload = workload_of(config, pair_lengths, longest_side, data.source_of(int(pair_lengths.argmax())), state, ranks)
-    ds_config, residency = choose_residency(ds_config, config, model_config, workload, ranks)
+    workload = workload_of(config, pair_lengths, data.source_of(int(pair_lengths.argmax())), state, ranks)
+    ds_config, estimate = choose_residency(ds_config, config, model_config, workload, ranks)
 
     # ------------------------------------------------------------------ reference, if it is a model of its own
     steps = range(min(schedule.last_step, schedule.steps_per_epoch))  # later epochs take the same pairs
@@ -110,8 +111,9 @@ def main() -> None:
     verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
-    budget = choose_micro_batch(engine, config, ds_config, kernel, workload, ranks)  # tokens
-    state.micro_batch_budget, state.gradients, state.world_size = budget, residency.gradients, ranks.world_size
+    made_up = partial(made_up_pair, share_prompt=config.share_prompt)
+    budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up, ranks)  # tokens
+    state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
     first = [pair_lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
     ranks.say(packing_report(first, ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
@@ -123,7 +125,7 @@ def main() -> None:
         ranks.say(f"resuming after step {state.step} from {resume_from}")
 
     # ------------------------------------------------------------------ loop
-    placed = {"kernel": kernel, "placement": residency._asdict(), "reference_cache": cached_in}
+    placed = {"kernel": kernel, "residency": estimate.residency, "reference_cache": cached_in}
     record = record_of("DPO", config, identity, schedule.num_steps, state, policy, data.stats, ranks, **placed)
     metrics = open_output_dir(config, record, policy, state, resume_from, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)

@@ -29,7 +29,7 @@ from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_fini
 from common.zero import checkpoint
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import build_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
-from common.zero.memory import choose_micro_batch, choose_residency, workload_of
+from common.zero.memory import choose_micro_batch, choose_residency, made_up_conversation, workload_of
 
 
 @main_with_exit_codes
@@ -68,8 +68,8 @@ def main() -> None:
     state, resume_from = claimed
 
     # ------------------------------------------------------------------ plan
-    workload = workload_of(config, data.lengths, longest, data.source_of(int(data.lengths.argmax())), state, ranks)
-    ds_config, residency = choose_residency(ds_config, config, model_config, workload, ranks)
+    workload = workload_of(config, data.lengths, data.source_of(int(data.lengths.argmax())), state, ranks)
+    ds_config, estimate = choose_residency(ds_config, config, model_config, workload, ranks)
 
     # ------------------------------------------------------------------ model and engine
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
@@ -77,8 +77,8 @@ def main() -> None:
     verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
-    budget = choose_micro_batch(engine, config, ds_config, kernel, workload, ranks)  # tokens
-    state.micro_batch_budget, state.gradients, state.world_size = budget, residency.gradients, ranks.world_size
+    budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up_conversation, ranks)  # tokens
+    state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
     first = [data.lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
     ranks.say(packing_report(first, ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
@@ -87,7 +87,7 @@ def main() -> None:
         ranks.say(f"resuming after step {state.step} from {resume_from}")
 
     # ------------------------------------------------------------------ loop
-    placed = {"kernel": kernel, "placement": residency._asdict()}
+    placed = {"kernel": kernel, "residency": estimate.residency}
     record = record_of("SFT", config, identity, schedule.num_steps, state, policy, data.stats, ranks, **placed)
     metrics = open_output_dir(config, record, policy, state, resume_from, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)

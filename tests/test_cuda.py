@@ -181,7 +181,7 @@ def test_shared_prompts_equal_two_documents_on_the_gpu():
     assert float((sums[0] - sums[1]).abs().max()) < 0.05
 
 
-def run_with_a_late_rank(folder: str, placement: dict) -> list[dict]:
+def run_with_a_late_rank(folder: str, stays_whole: str) -> list[dict]:
     """test_residency's two steps, in which one rank starts its collectives late."""
     start = residency._start
 
@@ -191,15 +191,14 @@ def run_with_a_late_rank(folder: str, placement: dict) -> list[dict]:
         return start(*arguments, **options)
 
     residency._start = start_late
-    return test_residency.run_micro_batches(folder, placement, in_a_row=True)
+    return test_residency.run_micro_batches(folder, stays_whole, in_a_row=True)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("parameters", ["resident", "streamed"])
-def test_whole_gradients_and_weights_are_the_plain_ones_though_a_rank_is_late(tmp_path, num_ranks, parameters):
+@pytest.mark.parametrize("stays_whole", ["gradients", "all"])
+def test_whole_gradients_and_weights_are_the_plain_ones_though_a_rank_is_late(tmp_path, num_ranks, stays_whole):
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs")
     folder = models.make_model(tmp_path, "llama", intermediate_size=49)
-    placement = {"gradients": "whole", "parameters": parameters}
-    seen = launch.on_ranks(run_with_a_late_rank, num_ranks, str(folder), placement, on_gpu=True)
+    seen = launch.on_ranks(run_with_a_late_rank, num_ranks, str(folder), stays_whole, on_gpu=True)
     test_residency.check_against_plain(folder, seen)

@@ -15,8 +15,8 @@ from common.model import load as model
 from common.model import packed
 from common.model.summing import SummingEmbedding, SummingLinear, add_product
 from common.step.packing import pack, sft_documents
-from common.zero import memory as planner
-from common.zero.ds_config import deepspeed_config
+from common.zero import memory
+from common.zero.ds_config import RESIDENCY, deepspeed_config
 from common.zero.engine import build_engine
 from common.zero.residency import WholeGradients
 
@@ -139,16 +139,16 @@ def test_rows_of_an_embedding_are_summed_in_the_same_order_every_time():
 # ------------------------------------------------------------------ under ZeRO-3
 
 
-def make_engine(folder: str, residency: dict, ranks: distributed.Ranks):
+def make_engine(folder: str, residency: str, ranks: distributed.Ranks):
     config = SFTConfig(dtype="float32", max_grad_norm=MAX_NORM, learning_rate=LEARNING_RATE, adam_epsilon=EPSILON)
-    ds_config = deepspeed_config(config) | residency
+    ds_config = deepspeed_config(config) | {"residency": residency}
     ds_config["zero_optimization"]["sub_group_size"] = 3000  # several groups of parameters in a step
     policy = model.load_partitioned(folder, model.load_config(folder), torch.float32, "sdpa", ds_config, ranks)
     return policy, build_engine(policy, config, ds_config)
 
 
 def run_micro_batches(
-    folder: str, residency: dict, runs_out: bool = False, functional: bool = False, in_a_row: bool = False
+    folder: str, residency: str, runs_out: bool = False, functional: bool = False, in_a_row: bool = False
 ) -> list[dict]:
     """Two steps of PLANS. For each: {name: this rank's part of the gradient} before it, the norm, and every
     parameter, whole, after it; in_a_row: only after the last, so that nothing waits for what a step began. runs_out:
@@ -193,7 +193,7 @@ def run_micro_batches(
         engine.step()
         norm = float(engine.get_global_grad_norm())
         whole = {}
-        if residency["parameters"] == "resident" and not (in_a_row and step == 0):
+        if residency == "all" and not (in_a_row and step == 0):
             policy.finish_gathering()
             for param in parameters.values():
                 assert param.ds_tensor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr(), "held twice"
@@ -210,7 +210,7 @@ def out_of_memory_in_a_dry_run(policy, engine, ranks: distributed.Ranks) -> list
     def run_out(*_):
         raise torch.OutOfMemoryError("no more of it")
 
-    peaks, workload = [], planner.Workload(20, 20, 100.0, 50, False, "")
+    peaks = []
     for phase in ("none", "backward", "forward", "none"):
         hook = None
         if ranks.rank == ranks.world_size - 1 and phase != "none":
@@ -219,7 +219,7 @@ def out_of_memory_in_a_dry_run(policy, engine, ranks: distributed.Ranks) -> list
                 hook = layer.register_forward_hook(run_out)
             else:
                 hook = layer.register_forward_hook(lambda layer, inputs, output: output.register_hook(run_out) and None)
-        peaks.append(planner._dry_run(engine, policy, "sdpa", 50, 0, workload, True, ranks))
+        peaks.append(memory._dry_run(engine, "sdpa", 50, 20, memory.made_up_conversation, "all", ranks))
         if hook is not None:
             hook.remove()
     return peaks
@@ -232,20 +232,8 @@ def folder(request, tmp_path_factory):
     return models.make_model(path, architecture, **{"intermediate_size": 49} | changes)  # odd, so that parts are padded
 
 
-WHOLE = {"gradients": "whole", "parameters": "resident"}
-
-
 @pytest.mark.parametrize("num_ranks", PLANS)
-@pytest.mark.parametrize(
-    "residency",
-    [
-        WHOLE,
-        {"gradients": "whole", "parameters": "streamed"},
-        {"gradients": "partitioned", "parameters": "resident"},
-        {"gradients": "partitioned", "parameters": "streamed"},
-    ],
-    ids=lambda residency: "-".join(residency.values()),
-)
+@pytest.mark.parametrize("residency", RESIDENCY)
 def test_each_ranks_part_is_its_part_of_the_plain_gradient(folder, num_ranks, residency):
     """And two steps of AdamW on it give the plain weights: what is left of a step's sums does not get into the next."""
     check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), residency))
@@ -253,12 +241,12 @@ def test_each_ranks_part_is_its_part_of_the_plain_gradient(folder, num_ranks, re
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_rank_that_runs_out_of_memory_in_a_dry_run_leaves_no_trace(folder, num_ranks):
-    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), WHOLE, True))
+    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), "all", True))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_weight_that_is_used_without_its_module_is_not_forgotten(folder, num_ranks):
-    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), WHOLE, False, True))
+    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), "all", False, True))
 
 
 class LateStream:
@@ -288,7 +276,7 @@ def run_with_late_zeros(folder: str) -> list[dict]:
     WholeGradients.__init__ = with_a_stream
     current = LateStream()
     torch.cuda.current_stream, torch.cuda.stream = lambda: current, lambda stream: stream
-    return run_micro_batches(folder, WHOLE, in_a_row=True)
+    return run_micro_batches(folder, "all", in_a_row=True)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -56,7 +56,7 @@ class RunState:
     target_tokens: int = 0  # tokens trained on
     micro_batch_budget: int = 0  # tokens that a micro-batch may hold
     world_size: int = 0
-    gradients: str = ""  # how they are summed: common/zero/memory.py's Placement
+    residency: str = ""  # what stayed whole during a step, which says how gradients are summed
     identity: dict = field(default_factory=dict)  # every value that changes the result, by its flag's name
 
     def count(self, num_samples: int, num_tokens: int, num_targets: int) -> None:
@@ -67,9 +67,9 @@ class RunState:
         self.target_tokens += num_targets
 
     def kept_at(self, world_size: int) -> tuple[int, str]:
-        """The micro-batch budget and how gradients are summed that keep a resume bitwise; 0 and "" at another number of
-        ranks, where nothing does."""
-        return (self.micro_batch_budget, self.gradients) if self.world_size == world_size else (0, "")
+        """The micro-batch budget and the residency that keep a resume bitwise; 0 and "" at another number of ranks,
+        where nothing does."""
+        return (self.micro_batch_budget, self.residency) if self.world_size == world_size else (0, "")
 
 
 # ---------------------------------------------------------------------- writing

@@ -20,8 +20,8 @@ from common.zero.residency import ResidentParameters, WholeGradients
 def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     """deepspeed.initialize with torch's fused AdamW over every parameter, weight decay on all of them.
 
-    ds_config's `gradients` and `parameters` say what is kept whole during a step (common/zero/residency.py). Raises UserError
-    for what DeepSpeed itself refuses.
+    ds_config's `residency` says what stays whole during a step (common/zero/residency.py). Raises UserError for what
+    DeepSpeed itself refuses.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -40,9 +40,9 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     zero = engine.optimizer
     if not zero.offload_optimizer:
         zero._get_norm_groups = partial(_gradient_norm, zero)
-    is_whole = ds_config.get("gradients") == "whole"
+    is_whole = ds_config.get("residency") in ("gradients", "all")
     zero.unscale_and_clip_grads = partial(_clip, zero, is_whole)
-    is_resident = ds_config.get("parameters") == "resident"
+    is_resident = ds_config.get("residency") == "all"
     rounded: set[int] = set()
     if is_whole:
         WholeGradients(engine, model, engine.zero_reduce_bucket_size(), rounded if is_resident else None)
