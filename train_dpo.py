@@ -21,7 +21,7 @@ from common.model import export, packed
 from common.model import load as model
 from common.model.attention import resolve_kernel, to_device
 from common.model.logprobs import sequence_logps
-from common.ranks import num_cpus, start
+from common.ranks import start
 from common.run import output_dir as run_record
 from common.run.metrics import MetricsFile, StepMeter, draw_curves, progress_line, write_once
 from common.run.reference import reference_logps
@@ -68,7 +68,7 @@ def main() -> None:
     tokenizer_folder = ranks.once_per_node(lambda: model.find_tokenizer(config.tokenizer_name_or_path or model_folder))
     tokenizer = model.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-    data = tokenized_data("dpo", config, tokenizer, tokenizer_folder, template, num_cpus(), ranks)
+    data = tokenized_data("dpo", config, tokenizer, tokenizer_folder, template, ranks)
     pair_lengths = pair_length(*data.pair_lengths.T, config.share_prompt)  # tokens of each in a micro-batch
     longest_side = int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max())
     model.check_supported(model_config, config.max_seq_length, longest_side, model.num_token_ids(tokenizer))

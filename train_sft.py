@@ -19,7 +19,7 @@ from common.failures import not_finite
 from common.model import export, packed
 from common.model import load as model
 from common.model.attention import resolve_kernel
-from common.ranks import num_cpus, start
+from common.ranks import start
 from common.run import output_dir as run_record
 from common.run.metrics import MetricsFile, StepMeter, draw_curves, progress_line, write_once
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
@@ -46,7 +46,7 @@ def main() -> None:
     tokenizer_folder = ranks.once_per_node(lambda: model.find_tokenizer(config.tokenizer_name_or_path or model_folder))
     tokenizer = model.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-    data = tokenized_data("sft", config, tokenizer, tokenizer_folder, template, num_cpus(), ranks)
+    data = tokenized_data("sft", config, tokenizer, tokenizer_folder, template, ranks)
     longest = int(data.lengths.max())
     model.check_supported(model_config, config.max_seq_length, longest, model.num_token_ids(tokenizer))
     ranks.say(data_table(data))

@@ -3,7 +3,6 @@
 from common.data.cache import TokenDataset
 
 
-# --------------------------------------------------------------------------------- what is shown before training
 def preview(ds: TokenDataset, index: int, tokenizer, colour: bool) -> str:
     """Sample `index` as text, its target tokens (of a pair: its scored ones) green, or in [[ ]] without colour."""
     mark = "\033[32m{}\033[0m" if colour else "[[{}]]"

@@ -339,7 +339,7 @@ def _dry_run(
     rng, longest = np.random.default_rng(0), workload.longest_sequence
     lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
     ids = [rng.integers(0, policy.lm.config.vocab_size, n) for n in lengths]
-    row = pack([sft_documents(SFTSample(i, np.array([[0, len(i)]]))) for i in ids])
+    row = pack([sft_documents(SFTSample(i, np.array([[1, len(i)]]))) for i in ids])
     memory_gb(ranks.device)  # from here on
     ran_out = False
     try:
