@@ -20,7 +20,7 @@ from common.model import load
 from common.model.attention import resolve_kernel
 from common.model.export import export_model
 from common.model.packed import model_inputs, verify_packed_forward
-from common.ranks import num_cpus, start
+from common.ranks import start
 from common.run.metrics import StepMeter, StepTotals, progress_line
 from common.run.output_dir import claim, finish, open_output_dir, record_of, run_identity
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
@@ -47,7 +47,7 @@ def main() -> None:
     tokenizer_folder = ranks.once_per_node(lambda: load.find_tokenizer(config.tokenizer_name_or_path or model_folder))
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-    data = tokenized_data("sft", config, tokenizer, tokenizer_folder, template, num_cpus(), ranks)
+    data = tokenized_data("sft", config, tokenizer, tokenizer_folder, template, ranks)
     longest = int(data.lengths.max())
     load.check_supported(model_config, config.max_seq_length, longest, load.num_token_ids(tokenizer))
     ranks.say(data_table(data))

@@ -1,9 +1,11 @@
-"""Files: digests, and writes that are whole or not there."""
+"""Files: digests, locks, and writes that are whole or not there."""
 
+import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
@@ -22,6 +24,21 @@ def file_digest(path: Path) -> str:
         while block := file.read(2**24):
             state.update(block)
     return state.hexdigest()
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """An exclusive lock on a file, made if need be; waiting() is called first if another process has it.
+
+    The kernel frees it when its process ends, however it ends.
+    """
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_file(path: Path, blocks: Iterable) -> dict:

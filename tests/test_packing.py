@@ -82,15 +82,17 @@ def test_an_empty_micro_batch_is_two_tokens_without_a_target():
 
 
 def test_targets_of_a_conversation_are_its_spans_and_positions_restart():
-    first = SFTSample(np.arange(10, 20), np.array([[0, 2], [4, 7]]))
+    first = SFTSample(np.arange(10, 20), np.array([[1, 2], [4, 7]]))
     second = SFTSample(np.arange(30, 34), np.array([[3, 4]]))
     row = pack([sft_documents(first), sft_documents(second)])
     assert row.position_ids.tolist() == [*range(10), *range(4)]
-    assert row.target_ids.tolist() == [11, 14, 15, 16, 33]  # nothing predicts the token at position 0
+    assert row.target_ids.tolist() == [11, 14, 15, 16, 33]
     assert row.target_rows.tolist() == [0, 3, 4, 5, 12]
     assert row.sequence_targets == [4, 1]
     assert row.num_tokens == 14
     assert row.sum_squared_lengths == 10**2 + 4**2
+    with pytest.raises(AssertionError):  # nothing predicts the token at position 0: data/tokens.py makes no such span
+        sft_documents(SFTSample(np.arange(10, 20), np.array([[0, 2]])))
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -124,10 +126,15 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def assert_same_gradients(seen: dict, expected: dict, tolerance: float = 1e-5) -> None:
+    """A tensor's difference is judged by its own norm. Parameters of a single element (Apertus' alphas) are judged
+    together, as one vector: alone, such a gradient can be the small rest of large terms that cancel, which says nothing
+    of the size of their rounding."""
     assert seen.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert gradient.norm() > 0, f"{name} is idle"
-        assert (seen[name] - gradient).norm() <= tolerance * gradient.norm(), name
+    assert all(gradient.norm() > 0 for gradient in expected.values()), "a parameter is idle"
+    single = [name for name, gradient in expected.items() if gradient.numel() == 1]
+    for names in [[name] for name in expected if name not in single] + ([single] if single else []):
+        ours, theirs = (torch.cat([side[name].flatten() for name in names]) for side in (seen, expected))
+        assert (ours - theirs).norm() <= tolerance * theirs.norm(), names
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import sys
 from common.data.cache import TokenDataset
 
 
-# --------------------------------------------------------------------------------- what is shown before training
 def preview(ds: TokenDataset, index: int, tokenizer) -> str:
     """Sample `index` as text, its target tokens (of a pair: its scored ones) green, or in [[ ]] without a terminal."""
     mark = "\033[32m{}\033[0m" if sys.stdout.isatty() else "[[{}]]"

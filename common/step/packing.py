@@ -81,7 +81,7 @@ class Document:
 
     input_ids int [L]; stem: how many leading tokens are shared by both branches (L for a plain sample);
     chosen: how many tokens the chosen branch has (0 for a plain sample), the rest being rejected;
-    target_rows int [N]: the token, counted from the document's start, whose hidden state predicts;
+    target_rows int [N]: the token, counted from 0 at the document's start, whose hidden state predicts;
     target_ids int [N]: what it has to predict; sequence_targets: how many of the N belong to each scored
     sequence (a conversation is one; a document with branches has two: chosen, then rejected).
     """
@@ -93,11 +93,14 @@ class Document:
     target_ids: np.ndarray
     sequence_targets: list[int]
 
+    def __post_init__(self) -> None:
+        assert (self.target_rows >= 0).all(), "a target that no token of its document predicts"
+
 
 def sft_documents(sample: SFTSample) -> list[Document]:
     """A conversation: every token of a trained span is a target, predicted from the token before it."""
     ids = np.asarray(sample.input_ids)
-    positions = np.concatenate([np.arange(max(start, 1), end) for start, end in sample.trained_spans])
+    positions = np.concatenate([np.arange(start, end) for start, end in sample.trained_spans])
     return [Document(ids, len(ids), 0, positions - 1, ids[positions], [len(positions)])]
 
 
@@ -114,7 +117,7 @@ def pair_documents(pair: PreferencePair, share_prompt: bool) -> list[Document]:
     """
     prompt, num_chosen, documents = np.asarray(pair.prompt_ids), len(pair.chosen_ids), []
     for completion, start in ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start)):
-        scored = np.arange(max(start, 1 - len(prompt)), len(completion))  # nothing predicts a token at position 0
+        scored = np.arange(start, len(completion))
         tokens, rows = np.concatenate([prompt, completion]), len(prompt) + scored - 1
         documents.append(Document(tokens, len(tokens), 0, rows, tokens[rows + 1], [len(scored)]))
     if not share_prompt:

@@ -261,7 +261,7 @@ def confirmed(
 
 def made_up_conversation(ids: np.ndarray) -> list[Document]:
     """A conversation of ids int [n], each a target but the first: no row has more."""
-    return sft_documents(SFTSample(ids, np.array([[0, len(ids)]])))
+    return sft_documents(SFTSample(ids, np.array([[1, len(ids)]])))
 
 
 def made_up_pair(ids: np.ndarray, share_prompt: bool) -> list[Document]:
@@ -270,7 +270,7 @@ def made_up_pair(ids: np.ndarray, share_prompt: bool) -> list[Document]:
     num_prompt = len(ids) // (2 * copies)
     num_chosen = (len(ids) - copies * num_prompt) // 2
     parts = np.split(ids[(copies - 1) * num_prompt :], [num_prompt, num_prompt + num_chosen])
-    return pair_documents(PreferencePair(*parts, -num_prompt, 0 if share_prompt else -num_prompt), share_prompt)
+    return pair_documents(PreferencePair(*parts, 1 - num_prompt, 0 if share_prompt else 1 - num_prompt), share_prompt)
 
 
 def _dry_run(engine, kernel: str, tokens: int, longest: int, made_up: Callable, residency: str, ranks: Ranks) -> float:
