@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-import torch
 from safetensors import SafetensorError
 from tqdm import tqdm
 
@@ -114,6 +113,8 @@ def full_disk(error: Exception) -> TrainingStopped | None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Of a device or of the host: torch's CPU allocator raises a bare RuntimeError."""
+    import torch  # here: run.sh's launcher imports this file, and torch takes seconds
+
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )

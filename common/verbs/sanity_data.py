@@ -19,9 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MIN_LETTERS, MAX_LETTERS = 3, 4
@@ -36,6 +35,18 @@ CHOSEN_STYLE, OTHER_STYLE = "answer: {}", "{}."
 STYLE_FOLLOWS_WORDING = 0.7  # how often an SFT answer is in the style that its wording calls for
 EOS_TOKEN = "<|end_of_text|>"
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>"]
+HIDDEN, MLP, LAYERS = 128, 384, 2
+LAYER_SHAPES = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN // 2, HIDDEN),
+    "self_attn.v_proj": (HIDDEN // 2, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (MLP, HIDDEN),
+    "mlp.up_proj": (MLP, HIDDEN),
+    "mlp.down_proj": (HIDDEN, MLP),
+    "input_layernorm": (HIDDEN,),
+    "post_attention_layernorm": (HIDDEN,),
+}
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ def read_held_out(folder: Path) -> list[Question]:
     return [Question(**json.loads(line)) for line in lines]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> Tokenizer:
     """Byte-level, so any text round-trips; the words of the tasks and the roles are one token each."""
     byte_tokens = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=byte_tokens, merges=[]))
@@ -125,30 +136,43 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     words = [*ROLE_TOKENS, "please", *TASKS, CHOSEN_STYLE.split()[0]]
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, clean_up_tokenization_spaces=False)
+    tokenizer.add_special_tokens([EOS_TOKEN])
+    return tokenizer
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """Writes a Llama of 0.5M random float32 parameters and its tokenizer as a Hugging Face folder."""
+    """Writes a Llama of 0.5M random float32 parameters and its tokenizer as a Hugging Face folder.
+
+    Without torch and transformers, whose import takes longer than all of this.
+    """
     tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype="float32",
-    )
-    model = LlamaForCausalLM(config)
+    vocabulary = tokenizer.get_vocab_size()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "vocab_size": vocabulary,
+        "hidden_size": HIDDEN,
+        "intermediate_size": MLP,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.token_to_id(EOS_TOKEN),
+    }
+    shapes = {"model.embed_tokens": (vocabulary, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (vocabulary, HIDDEN)}
+    for i in range(LAYERS):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in LAYER_SHAPES.items()}
     rng = np.random.RandomState(seed)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.ndim == 2:  # norms keep their ones
-                parameter.copy_(torch.from_numpy(rng.normal(0.0, 0.02, size=parameter.shape)))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    weights = {  # in the order of their names; norms are ones
+        f"{name}.weight": (rng.normal(0.0, 0.02, shape) if len(shape) == 2 else np.ones(shape)).astype(np.float32)
+        for name, shape in sorted(shapes.items())
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS_TOKEN}
+    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
