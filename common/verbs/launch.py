@@ -1,7 +1,7 @@
 """bash run.sh sft|dpo [N] [flags]: starts N ranks on this machine (default: a GPU each; without a GPU, 2 on the CPU).
 
-SIGTERM, SIGINT and SIGHUP ask the ranks to stop; a third request, or SIGQUIT, kills them. If this process is killed, its
-ranks are asked to stop. Neither torch nor DeepSpeed is imported here: that takes seconds, and only ranks need them.
+SIGTERM, SIGINT and SIGHUP ask the ranks to stop; a third request, or SIGQUIT, kills them. If this process is killed,
+its ranks are asked to stop. Neither torch nor DeepSpeed is imported here: that takes seconds, and only ranks need them.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from common.failures import UserError, print_line
 
 REPO = Path(__file__).resolve().parents[2]
 GRACE = 30.0  # seconds that the other ranks have to end by themselves once one has failed
-LIBC, PR_SET_PDEATHSIG = ctypes.CDLL(None), 1  # linux/prctl.h
+PRCTL, PR_SET_PDEATHSIG = ctypes.CDLL(None).prctl, 1  # linux/prctl.h
 
 
 def visible_gpus() -> list[str]:
@@ -53,7 +53,7 @@ def start(command: list[str], **options) -> subprocess.Popen:
     parent = os.getpid()
 
     def follow_parent() -> None:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:  # it died before the line above
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -68,6 +68,13 @@ def start_run(words: list[str]) -> subprocess.Popen:
     return start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
+def on_request_to_stop(answer: Callable[[int], object]) -> None:
+    """Calls answer(signal number) for each request to stop that comes from now on."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, lambda number, _: answer(number))
+
+
 def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> int:
     """Runs `command` as num_ranks ranks until all have ended.
 
@@ -75,12 +82,10 @@ def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> i
     highest: a rank whose peer has gone exits with 1. A rank that hangs once another has failed is killed.
     """
     requests: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
-            signal.signal(number, lambda number, _: requests.append(number))
+    on_request_to_stop(requests.append)
     ranks = [start(command, env=environment | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(num_ranks)]
     num_answered, exit_code, deadline = 0, 0, math.inf
-    while any([rank.poll() is None for rank in ranks]):
+    while any(rank.poll() is None for rank in ranks):
         if time.monotonic() > deadline:
             requests.append(signal.SIGQUIT)
             deadline = math.inf
@@ -135,6 +140,8 @@ def main(method: str, *words: str) -> int:
 
 def exit_with(main: Callable[..., int]) -> None:
     """Ends a verb with main's exit code; a UserError becomes one line."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
     try:
         sys.exit(main(*sys.argv[1:]))
     except UserError as e:

@@ -1,16 +1,14 @@
 """The embedded default: a tiny model, its tokenizer and its data, generated from one seed.
 
-Nothing is downloaded. The tasks have checkable answers over the letters a to z (`reverse qfza` -> `azfq`),
-and every right answer can be given in two styles: `answer: azfq` (the CHOSEN one) or `azfq.` (the OTHER).
+Nothing is downloaded. The tasks have checkable answers over the letters a to z (`reverse qfza` -> `azfq`), and every
+right answer can be given in two styles: `answer: azfq` (the CHOSEN one) or `azfq.` (the OTHER).
 
-How the styles are laid out, and why. Half of the SFT answers are in each style, and the prompt's wording
-decides which, seven times out of ten: `please reverse qfza` is mostly answered in the chosen style,
-`reverse qfza` mostly in the other. Were it a coin flip whatever the wording, greedy decoding would always
-take the style that is a hair more likely, and the share of chosen-style answers after SFT would be 0 or 1
-by accident; tied to the wording it comes out at about half. The three in ten that go the other way teach
-both styles for both wordings, so that DPO has a preference to change rather than a new kind of answer to
-invent. In every preference pair both answers are right, and the chosen one is in the chosen style,
-whatever the wording.
+Half of the SFT answers are in each style. The prompt's wording decides which, seven times out of ten: `please reverse
+qfza` is mostly answered in the chosen style, `reverse qfza` in the other. Were it a coin flip, greedy decoding would
+always take the style that is a hair more likely, and the share of chosen-style answers after SFT would be 0 or 1 by
+accident; tied to the wording it is about half. The three in ten that go the other way teach both styles for both
+wordings, so that DPO has a preference to change rather than a new kind of answer to invent. In every preference pair
+both answers are right, and the chosen one is in the chosen style, whatever the wording.
 """
 
 import json
@@ -35,8 +33,8 @@ CHOSEN_STYLE, OTHER_STYLE = "answer: {}", "{}."
 STYLE_FOLLOWS_WORDING = 0.7  # how often an SFT answer is in the style that its wording calls for
 EOS_TOKEN = "<|end_of_text|>"
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>"]
-HIDDEN, MLP, LAYERS = 128, 384, 2
-LAYER_SHAPES = {
+HIDDEN, MLP, LAYERS, HEADS = 128, 384, 2, 4
+LAYER_SHAPES = {  # [out, in] of each weight of a layer; keys and values have half as many heads
     "self_attn.q_proj": (HIDDEN, HIDDEN),
     "self_attn.k_proj": (HIDDEN // 2, HIDDEN),
     "self_attn.v_proj": (HIDDEN // 2, HIDDEN),
@@ -67,10 +65,7 @@ class Question:
 
 
 def read_answer(text: str) -> tuple[str | None, bool]:
-    """Splits a generated text into (the bare answer, whether it is in the chosen style).
-
-    The answer is None when the text is in neither style. Whether it is right is for the caller to compare.
-    """
+    """A generated text -> (the bare answer, right or wrong, None if in neither style; whether in the chosen style)."""
     text = text.strip()
     prefix = CHOSEN_STYLE.format("")
     if text.startswith(prefix):
@@ -92,10 +87,8 @@ def make_questions(num_questions: int, rng: random.Random) -> list[Question]:
 
 def conversation(question: Question, style: str) -> list[dict[str, str]]:
     """The question and its right answer in `style`, as chat messages."""
-    return [
-        {"role": "user", "content": question.prompt},
-        {"role": "assistant", "content": style.format(question.answer)},
-    ]
+    answer = style.format(question.answer)
+    return [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": answer}]
 
 
 def write_data(folder: Path, seed: int, num_sft: int, num_preferences: int, num_held_out: int) -> None:
@@ -124,8 +117,7 @@ def write_data(folder: Path, seed: int, num_sft: int, num_preferences: int, num_
 
 def read_held_out(folder: Path) -> list[Question]:
     """The held-out questions that write_data wrote."""
-    lines = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Question(**json.loads(line)) for line in lines]
+    return [Question(**json.loads(line)) for line in (folder / "held_out.jsonl").read_text().splitlines()]
 
 
 def make_tokenizer() -> Tokenizer:
@@ -147,21 +139,10 @@ def write_model(folder: Path, seed: int) -> None:
     """
     tokenizer = make_tokenizer()
     vocabulary = tokenizer.get_vocab_size()
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "float32",
-        "vocab_size": vocabulary,
-        "hidden_size": HIDDEN,
-        "intermediate_size": MLP,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.token_to_id(EOS_TOKEN),
-    }
+    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", dtype="float32", tie_word_embeddings=False)
+    config |= dict(hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
+    config |= dict(num_key_value_heads=HEADS // 2, max_position_embeddings=128, vocab_size=vocabulary)
+    config |= dict(bos_token_id=None, eos_token_id=tokenizer.token_to_id(EOS_TOKEN))
     shapes = {"model.embed_tokens": (vocabulary, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (vocabulary, HIDDEN)}
     for i in range(LAYERS):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in LAYER_SHAPES.items()}
