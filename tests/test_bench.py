@@ -13,18 +13,21 @@ import launch
 import numpy as np
 import pytest
 
-import common.verbs.bench
 from common.failures import UserError
-from common.verbs.bench import WARMUP_STEPS, Options, generated_lengths, num_recompiled
+from common.verbs import bench
+from common.verbs.bench import WARMUP_STEPS, generated_lengths, num_recompiled
+
+ENVIRONMENT = os.environ | launch.CPU_ENVIRONMENT | {"PYTHONPATH": str(launch.REPO)}
+BENCH = [sys.executable, "-m", "common.verbs.bench"]
 
 
-def bench(folder, *words: str) -> subprocess.CompletedProcess:
-    environment = os.environ | launch.CPU_ENVIRONMENT | {"PYTHONPATH": str(launch.REPO)}
-    command = [sys.executable, "-m", "common.verbs.bench", *words]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=launch.TIMEOUT)
+def run_bench(folder, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*BENCH, *words], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=launch.TIMEOUT
+    )
 
 
-def ranks_of(folder: Path) -> list[int]:
+def processes_in(folder: Path) -> list[int]:
     """Living processes whose working directory is the folder."""
     pids = []
     for process in Path("/proc").glob("[0-9]*"):
@@ -36,8 +39,9 @@ def ranks_of(folder: Path) -> list[int]:
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_benchmark_of_the_scripts_own_steps(tmp_path, method):
-    batch = ["--global_batch_size", "500"] if method == "sft" else []  # more than there are: 12 x 32 conversations
-    done = bench(tmp_path, method, "2", "--steps", "2", "--learning_rate", "1e-3", *batch)
+    flags = ["--learning_rate", "1e-3", "--max_tokens_per_micro_batch", "1024"]
+    flags += ["--global_batch_size", "77"] if method == "sft" else []  # the fifth step takes what is left of the epoch
+    done = run_bench(tmp_path, method, "2", "--steps", "2", *flags)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     result = json.loads((tmp_path / "output" / "bench" / f"bench-{method}-tiny.json").read_text())
     records = [json.loads(line) for line in (tmp_path / "output" / "bench" / f"run-{method}" / "metrics.jsonl").open()]
@@ -45,33 +49,31 @@ def test_a_benchmark_of_the_scripts_own_steps(tmp_path, method):
     speeds = [record["per_device_tps"] for record in records[WARMUP_STEPS:]]
     assert result["tokens_per_second_per_device"] == pytest.approx(sum(speeds) / 2)
     assert (result["method"], result["ranks"], result["steps"], result["recompiles"]) == (method, 2, 2, None)
-    samples = 12 * 32 if method == "sft" else 32  # of a step
+    samples = (12 * 32 - 4 * 77, 77) if method == "sft" else (32, 32)  # of the two steps
     assert result["samples_per_second"] == pytest.approx(
-        np.mean([samples / r["step_seconds"] for r in records[WARMUP_STEPS:]])
+        np.mean([n / record["step_seconds"] for n, record in zip(samples, records[WARMUP_STEPS:], strict=True)])
     )
-    assert result["flags"] == ["--learning_rate", "1e-3", *batch] and records[0]["learning_rate"] <= 1e-3
+    assert result["flags"] == flags and records[0]["learning_rate"] <= 1e-3
     assert (result["reference_tokens_per_second_per_device"] is not None) == (method == "dpo")
     assert not list((tmp_path / "output" / "bench" / f"run-{method}").glob("*.safetensors")), "nothing is exported"
-    assert not ranks_of(tmp_path), "no rank outlives its benchmark"
+    assert not processes_in(tmp_path), "no rank outlives its benchmark"
 
 
 def test_a_run_that_fails_fails_the_benchmark(tmp_path):
-    done = bench(tmp_path, "sft", "1", "--steps", "2", "--learning_rte", "1e-3")
-    assert done.returncode == 2 and "did you mean --learning_rate?" in done.stderr
+    done = run_bench(tmp_path, "sft", "1", "--steps", "2", "--learning_rte", "1e-3")
+    assert done.returncode == 2 and "did you mean --learning_rate?" in done.stdout
     assert not list((tmp_path / "output" / "bench").glob("*.json"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_benchmark_that_is_stopped_stops_its_ranks(tmp_path, number):
-    environment = os.environ | launch.CPU_ENVIRONMENT | {"PYTHONPATH": str(launch.REPO)}
-    command = [sys.executable, "-m", "common.verbs.bench", "sft", "2", "--steps", "100000"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    command = [*BENCH, "sft", "2", "--steps", "100000"]
+    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
         next(line for line in process.stdout if line.startswith("step 2/"))
         process.send_signal(number)
-        assert process.wait(30) != 0
-    for _ in range(50):
-        if not (left := ranks_of(tmp_path)):
-            break
+        assert process.wait(30) == (-9 if number == signal.SIGKILL else 128 + number)
+    deadline = time.monotonic() + 30
+    while (left := processes_in(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left
 
@@ -79,66 +81,33 @@ def test_a_benchmark_that_is_stopped_stops_its_ranks(tmp_path, number):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ((), "bench sft|dpo"),
-        (("sft", "--shape", "huge"), "--shape: invalid choice: 'huge'"),
-        (("sft", "--lengths", "long"), "--lengths: invalid choice: 'long'"),
-        (("sft", "--steps", "x"), "--steps: invalid int value: 'x'"),
-        (("sft", "--steps", "-1"), "--steps -1"),
-        (("sft", "--steps=0"), "--steps 0"),
-        (("sft", "--steps"), "--steps: expected one argument"),
-        (("sft", "0"), "bench sft 0"),
-        (("sft", "--logging_steps", "5"), "--logging_steps: the benchmark sets"),
-        (("sft", "--output-dir=x"), "--output-dir=x: the benchmark sets"),
-        (("dpo", "--max_train_steps", "5"), "--max_train_steps: the benchmark sets"),
-        (("dpo", "--stop_after_steps", "5"), "--stop_after_steps: the benchmark sets"),
-        (("dpo", "--config", "x.yaml"), "--config: name the flags"),
+        ("", "bench"),
+        ("sft --shape huge", "--shape"),
+        ("sft --lengths long", "--lengths"),
+        ("sft --steps x", "--steps"),
+        ("sft --steps=0", "--steps 0"),
+        ("sft --steps", "--steps"),
+        ("sft 0", "N = 0"),
+        ("sft --logging_steps 5", "--logging_steps"),
+        ("sft --output-dir=x", "--output-dir"),
+        ("dpo --max_train_steps 5", "--max_train_steps"),
+        ("dpo --config x.yaml", "--config"),
     ],
 )
-def test_a_mistake_is_named(monkeypatch, tmp_path, words, named):
-    monkeypatch.setattr(sys, "argv", ["bench", *words])
+def test_a_mistake_is_named_and_nothing_is_written(monkeypatch, tmp_path, words, named):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
-        common.verbs.bench.main()
+        bench.main(*words.split())
     assert named in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 def test_a_mistake_is_one_line_and_exit_2(tmp_path):
-    done = bench(tmp_path)
+    done = run_bench(tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_the_visible_devices_are_heeded(tmp_path, monkeypatch):
-    """By a Python that finds four GPUs and then only says how it is called."""
-    python = tmp_path / "python"
-    python.write_text(
-        '#!/bin/sh\ncase "$*" in *device_count*) echo 4;; *getsockname*) echo 5;; '
-        '*) pwd; echo "$PYTHONSAFEPATH $@";; esac\n'
-    )
-    python.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(python))
-    done = subprocess.run(
-        common.verbs.bench.train_command("sft", 2, ["--beta", "1 2"]),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "4,5,6,7"},
-    )
-    assert (
-        done.stdout == f"{tmp_path}\n1 -m deepspeed.launcher.runner --quiet --include localhost:4,5 --master_port 5 "
-        f"{launch.REPO}/train_sft.py --beta 1 2\n"
-    )
-
-
-def test_own_flags_are_taken_as_the_scripts_take_theirs():
-    words = ["--steps=2", "--profile", "--beta", "3", "--shape", "llama-3b", "--seed=1", "--learning_rate", "-1e-5"]
-    options, passed = Options().parse_known_args(words)
-    assert passed == ["--beta", "3", "--seed=1", "--learning_rate", "-1e-5"]
-    assert vars(options) == {"shape": "llama-3b", "steps": 2, "lengths": "tulu", "profile": True}
-
-
-def test_help_names_the_shapes(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench", "--help"])
-    common.verbs.bench.main()
+def test_help_names_the_shapes(capsys):
+    assert bench.main("--help") == 0
     help = capsys.readouterr().out
     assert "llama-8b-half" in help and "--lengths tulu|full" in help
 

@@ -1,4 +1,4 @@
-"""run.sh: the verbs, the set-up, and signals and exit codes through DeepSpeed's real launcher.
+"""run.sh and the launcher of ranks: the verbs, the set-up, signals and exit codes.
 
     python -m pytest tests/test_run_sh.py
 
@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
-RUN_SH = Path(__file__).resolve().parent.parent / "run.sh"
+from common.failures import UserError
+from common.verbs import launch
+
 WAIT = 90  # seconds, on a machine with nothing to spare
 
 
@@ -70,7 +72,7 @@ def bare(tmp_path):
     """A project where nothing is set up, and the environment in which every Python is the fake one."""
     project = tmp_path / "project"
     project.mkdir()
-    shutil.copy(RUN_SH, project)
+    shutil.copy(launch.REPO / "run.sh", project)
     (project / "requirements.txt").write_text("numpy==1.0  # arrays\ntorch==2.13.0  # tensors\n")
     for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
         executable(tmp_path / "bin" / name, FAKE_PYTHON)
@@ -122,9 +124,7 @@ def test_a_change_of_requirements_or_python_sets_up_anew(bare, change):
     run_sh(project, "setup", **environment)
     if change == "requirements":
         (project / "requirements.txt").write_text("torch==2.14.0\n")
-    else:
-        environment["PATCH"] = "2"
-    run_sh(project, "setup", **environment)
+    run_sh(project, "setup", **environment | ({"PATCH": "2"} if change == "python" else {}))
     assert sum("-m venv" in call for call in calls(project)) == 2
 
 
@@ -133,26 +133,6 @@ def test_an_old_python_is_one_clear_error(bare):
     result = run_sh(project, "setup", **environment, TOO_OLD="1")
     assert result.returncode == 2 and not (project / ".venv").exists()
     assert result.stdout.startswith("error: Python 3.11 or newer is needed") and result.stdout.count("\n") == 1
-
-
-def test_flash_attn_is_built_only_on_request_and_its_failure_stops_nothing(bare, tmp_path):
-    project, environment = bare
-    run_sh(project, "setup", **environment)
-    assert not any("flash" in call for call in calls(project))
-    environment |= {"INSTALL_FLASH_ATTN": "1", "FAIL_AT": "flash"}
-    without_gpu = run_sh(project, "setup", **environment)
-    if not shutil.which("nvidia-smi") or not shutil.which("nvcc"):
-        assert without_gpu.returncode == 0 and "left out" in without_gpu.stdout
-        assert not any("pip install" in call and "flash" in call for call in calls(project))
-    executable(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\necho 8.0\n")
-    executable(tmp_path / "bin" / "nvcc", "#!/bin/sh\n")
-    failing = run_sh(project, "setup", **environment)
-    assert failing.returncode == 0 and "could not be built" in failing.stdout
-    assert any("pip install" in call and "flash-attn==" in call for call in calls(project))
-    executable(tmp_path / "bin" / "nvidia-smi", "#!/bin/sh\nprintf '10.0\\n9.0\\n'\n")
-    failing = run_sh(project, "setup", **environment)
-    assert failing.returncode == 0 and "could not be installed" in failing.stdout
-    assert any("pip install" in call and "flash-attn-4[cu13]==" in call for call in calls(project))
 
 
 @pytest.mark.parametrize(
@@ -165,16 +145,21 @@ def test_flash_attn_is_built_only_on_request_and_its_failure_stops_nothing(bare,
         ("9.0\\n8.0", "13.0", "", False),
         ("10.0", "13.0", "", False),  # not tried there
         ("10.0", "13.0", "1", True),
-        ("8.0", "13.0", "", False),
+        ("8.0", "13.0", "1", False),  # no wheels
+        ("", "", "1", False),
     ],
 )
-def test_flash_attn_4_comes_by_itself_where_it_was_tried(bare, tmp_path, capabilities, cuda, asked, installed):
+@pytest.mark.parametrize("fails", [False, True])
+def test_flash_attn_comes_where_it_was_tried_and_its_failure_stops_nothing(
+    bare, tmp_path, capabilities, cuda, asked, installed, fails
+):
     project, environment = bare
     executable(tmp_path / "bin" / "nvidia-smi", f"#!/bin/sh\nprintf '{capabilities}\\n'\n")
-    environment |= {"TORCH_CUDA": cuda, "INSTALL_FLASH_ATTN": asked, "FAIL_AT": "import flash_attn"}
+    environment |= {"TORCH_CUDA": cuda, "INSTALL_FLASH_ATTN": asked, "FAIL_AT": "flash" if fails else "import flash"}
     result = run_sh(project, "setup", **environment)
     assert result.returncode == 0, result.stdout
     assert any("pip install" in call and "flash-attn-4[cu13]==" in call for call in calls(project)) == installed
+    assert ("left out" in result.stdout) == (installed and fails or asked == "1" and not installed)
     assert (project / ".venv" / ".stamp").exists()
 
 
@@ -189,21 +174,47 @@ def test_no_verb_or_an_unknown_one_lists_the_verbs_and_sets_nothing_up(bare, wor
     assert ("error: " in result.stdout) == (words == ["tset"])
 
 
+@pytest.mark.parametrize(
+    ("flags", "fail_at", "expected", "exit_code"),
+    [
+        ([], "visible_gpus", ["tests"], 0),  # no GPU
+        ([], "", ["tests", "-m cuda tests"], 0),
+        ([], "-q tests", ["tests", "-m cuda tests"], 1),
+        ([], "-m cuda", ["tests", "-m cuda tests"], 1),
+        (["-x", "tests/test_x.py"], "", ["-x tests/test_x.py"], 0),
+    ],
+)
+def test_the_suite_has_its_cuda_tests_where_there_is_a_gpu(bare, flags, fail_at, expected, exit_code):
+    project, environment = bare
+    result = run_sh(project, "test", *flags, **environment, FAIL_AT=fail_at)
+    assert result.returncode == exit_code
+    assert [call.split(" DS_")[0] for call in calls(project) if "pytest" in call] == [
+        f"-m pytest -q {e}" for e in expected
+    ]
+
+
+def test_the_front_imports_nothing_that_takes_seconds():
+    code = (
+        "import sys; from common.verbs import bench, launch, sanity; print({'torch', 'transformers'} & {*sys.modules})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=launch.REPO, capture_output=True).stdout == b"set()\n"
+
+
+# ------------------------------------------------------------------ launching
 # A training script as short as possible. It notes each signal it gets in a file of its rank.
 FAKE_SCRIPT = """
-import os, signal, sys, time
-rank, how = os.environ["RANK"], sys.argv[2]
+import json, os, signal, sys, time
+rank, how = os.environ["RANK"], sys.argv[1]
 note = lambda text: print(text, file=open(f"rank{rank}", "a"), flush=True)
 asked = []
 def receive(number, frame):
     note(signal.Signals(number).name)
     asked.append(number)
-if how in ("heed", "ignore"):
+if how in ("heed", "ignore", "hang"):
     signal.signal(signal.SIGTERM, receive)
-    signal.signal(signal.SIGINT, receive)
-note(f"{os.getpid()} {os.environ['WORLD_SIZE']} {os.environ.get('DS_ACCELERATOR')} {' '.join(sys.argv[2:])}")
-if how == "exit":
-    sys.exit(int(sys.argv[3]))
+note(f"{os.getpid()} {os.environ['WORLD_SIZE']} {os.environ.get('DS_ACCELERATOR')} {' '.join(sys.argv[1:])}")
+if how == "exit" or how == "hang" and rank == "1":
+    sys.exit(int(sys.argv[2]))
 for _ in range(1200):
     time.sleep(0.05)
     if asked and how == "heed":
@@ -216,19 +227,19 @@ for _ in range(1200):
 @pytest.fixture
 def project(tmp_path):
     """A project that is set up, whose train_sft.py is FAKE_SCRIPT; nothing of it may be left running."""
-    shutil.copy(RUN_SH, tmp_path)
+    shutil.copy(launch.REPO / "run.sh", tmp_path)
+    for name in ("failures.py", "verbs/launch.py"):
+        text = (launch.REPO / "common" / name).read_text().replace("GRACE = 30.0", "GRACE = 2.0")
+        executable(tmp_path / "common" / name, text)
     (tmp_path / "requirements.txt").write_text("")
     (tmp_path / "train_sft.py").write_text(FAKE_SCRIPT)
-    executable(
-        tmp_path / ".venv/bin/python",
-        f"""#!/bin/sh
-case "$*" in *cuda.device_count*) echo 0; exit ;; esac  # seconds of importing torch
-exec {sys.executable} "$@"
-""",
-    )
-    subprocess.run(["bash", "-c", 'source ./run.sh; stamp "$(find_python)" >.venv/.stamp'], cwd=tmp_path, check=True)
+    executable(tmp_path / ".venv/bin/python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    stamp = "{ python3 -VV; cat requirements.txt; } | sha256sum >.venv/.stamp"
+    subprocess.run(["bash", "-c", stamp], cwd=tmp_path, check=True)
     yield tmp_path
-    left = [pid for pid in pids_of(tmp_path) if alive(pid)]
+    deadline = time.monotonic() + 5
+    while (left := [pid for pid in pids_of(tmp_path) if alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left
@@ -250,183 +261,156 @@ def alive(pid):
         return False
 
 
-def start(project, *words):
+def start(project, *words, terminal=None, **options):
     """run.sh in a process group of its own, as a terminal starts it, with both ranks running."""
-    process = subprocess.Popen(
-        ["bash", project / "run.sh", "sft", *words],
-        cwd=project,
-        start_new_session=True,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+
+    def prepare():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
+        if terminal is not None:
+            fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    options = {"stdout": terminal or subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, **options}
+    command = ["bash", project / "run.sh", "sft", *words]
+    process = subprocess.Popen(command, cwd=project, start_new_session=True, preexec_fn=prepare, **options)
     wait_for(lambda: len(pids_of(project)) == 2, "ranks")
     return process
 
 
-def launcher(project):
-    """The process id of DeepSpeed's launcher, two above the ranks."""
-    pid = pids_of(project)[0]
-    for _ in range(2):
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return pid
-
-
-def test_two_ranks_get_the_flags_and_a_ranks_exit_code_passes_through(project, tmp_path):
-    result = run_sh(project, "sft", "exit", "3", "--dataset_mixer", "two words")
-    assert result.returncode == 3, result.stdout
-    assert any(
-        notes(project, rank)[0].endswith(" 2 cpu exit 3 --dataset_mixer two words")
-        for rank in (0, 1)
-        if notes(project, rank)
-    )
-
-
-def test_training_runs_where_the_user_stands_as_under_deepspeed_itself(project, tmp_path):
+@pytest.mark.parametrize(
+    "words", [("exit", "3", "--dataset_mixer", "two words"), ("1", "exit", "0"), ("2", "exit", "2")]
+)
+def test_as_many_ranks_as_asked_for_get_the_flags_where_the_user_stands(project, tmp_path, words):
     """FAKE_SCRIPT notes into its working directory, which is that of relative paths."""
     elsewhere = tmp_path / "my data"
     elsewhere.mkdir()
     (elsewhere / "json.py").write_text("raise SystemExit('not a module of the project')")
-    result = run_sh(project, "sft", "1", "exit", "0", cwd=elsewhere)
-    assert result.returncode == 0, result.stdout
-    assert notes(elsewhere, 0)[0].endswith(" 1 cpu exit 0") and not notes(project, 0)
+    result = run_sh(project, "sft", *words, cwd=elsewhere)
+    num_ranks, flags = (int(words[0]), words[1:]) if words[0].isdecimal() else (2, words)
+    assert result.returncode == int(flags[1]), result.stdout
+    assert [bool(notes(elsewhere, rank)) for rank in (0, 1)] == [True, num_ranks == 2] and not notes(project, 0)
+    assert notes(elsewhere, 0)[0].endswith(f" {num_ranks} cpu {' '.join(flags)}")
 
 
 @pytest.mark.parametrize("verb", ["bench", "sanity"])
 def test_bench_and_sanity_run_where_the_user_stands_whatever_modules_lie_there(project, tmp_path, verb):
     for folder, text in ((project, "import os; print('ours', os.getcwd())"), (tmp_path / "mine", "print('theirs')")):
-        executable(folder / "common" / f"{verb}.py", text)
+        executable(folder / "common/verbs" / f"{verb}.py", text)
     result = run_sh(project, verb, cwd=tmp_path / "mine")
     assert result.stdout == f"ours {tmp_path / 'mine'}\n"
 
 
-def test_a_run_that_ends_well_exits_0_on_as_many_ranks_as_asked_for(project):
-    result = run_sh(project, "sft", "1", "exit", "0")
-    assert result.returncode == 0, result.stdout
-    assert notes(project, 0)[0].endswith(" 1 cpu exit 0") and not notes(project, 1)
-
-
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_reaches_each_rank_once_and_run_sh_waits_for_their_exit(project, number, exit_code):
+@pytest.mark.parametrize("has_reader", [True, False])
+def test_a_request_reaches_each_rank_once_and_run_sh_waits_for_their_exit(project, number, exit_code, has_reader):
+    """Without a reader: a Ctrl-C also ends the `tee` of `run.sh ... | tee log`."""
     process = start(project, "heed")
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # Ctrl-C: the terminal signals the whole foreground group
-    else:
-        process.send_signal(number)
-    output, _ = process.communicate(timeout=WAIT)
-    assert process.returncode == exit_code, output
-    for rank in (0, 1):
-        # The launcher may end a rank itself once the other is gone, by SIGTERM: only after it has saved.
-        assert notes(project, rank)[1:3] == [number.name, "saved"]
-
-
-@pytest.mark.parametrize("number, exit_code", [(signal.SIGHUP, 143), (signal.SIGINT, 130)])
-def test_a_stop_is_passed_on_when_the_output_has_no_reader_left(project, number, exit_code):
-    """SIGINT: a Ctrl-C also ends the `tee` of `run.sh ... | tee log`. SIGHUP: the terminal was closed."""
-    terminal, theirs = os.openpty()
-    output = theirs if number == signal.SIGHUP else subprocess.PIPE
-
-    def prepare():  # subprocess gives SIGPIPE its default action back by itself
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
-        if number == signal.SIGHUP:
-            fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-
-    process = subprocess.Popen(
-        ["bash", project / "run.sh", "sft", "heed"],
-        cwd=project,
-        start_new_session=True,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        preexec_fn=prepare,
-    )
-    os.close(theirs)
-    wait_for(lambda: len(pids_of(project)) == 2, "ranks")
-    if number == signal.SIGINT:
+    if not has_reader:
         process.stdout.close()
-        os.killpg(process.pid, number)
-    os.close(terminal)  # of a terminal in use, this sends SIGHUP
+    os.killpg(process.pid, number)  # as a terminal signals the whole foreground group
     assert process.wait(WAIT) == exit_code
     for rank in (0, 1):
-        assert notes(project, rank)[1:3] == [{"SIGHUP": "SIGTERM"}.get(number.name, number.name), "saved"]
+        assert notes(project, rank)[1:] == ["SIGTERM", "saved"]
+
+
+def test_a_closed_terminal_is_a_request_to_stop(project):
+    ours, theirs = os.openpty()
+    process = start(project, "heed", terminal=theirs)
+    os.close(theirs)
+    os.close(ours)  # of a terminal in use, this sends SIGHUP
+    assert process.wait(WAIT) == 143
+    for rank in (0, 1):
+        assert notes(project, rank)[1:] == ["SIGTERM", "saved"]
 
 
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_ranks_that_do_not_handle_signals_yet_end_and_the_exit_code_says_so(project, number, exit_code):
+def test_ranks_that_do_not_train_yet_end_and_the_exit_code_says_so(project, number, exit_code):
     process = start(project, "default")
     process.send_signal(number)
     output, _ = process.communicate(timeout=WAIT)
-    assert process.returncode == exit_code, output
+    assert process.returncode == exit_code and "nothing to save" in output and "Traceback" not in output
 
 
-def test_a_stop_before_there_are_ranks_ends_the_launcher(project):
-    process = subprocess.Popen(
-        ["bash", project / "run.sh", "sft", "heed"],
-        cwd=project,
-        stdout=subprocess.PIPE,
-        text=True,
-        stderr=subprocess.STDOUT,
-    )
-    while "CPU processes" not in process.stdout.readline():
-        pass
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=WAIT)
-    assert process.returncode == 143, output
-
-
-def test_the_third_request_kills_a_run_that_does_not_answer(project):
+@pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGTERM, signal.SIGINT], [signal.SIGQUIT]])
+def test_the_third_request_or_sigquit_kills_a_run_that_does_not_answer(project, numbers):
     process = start(project, "ignore")
-    for count in (1, 2, 3):
-        process.send_signal(signal.SIGINT)
-        if count < 3:
-            wait_for(lambda count=count: notes(project, 1).count("SIGINT") == count, f"SIGINT number {count}")
+    for count, number in enumerate(numbers, start=1):
+        process.send_signal(number)
+        if count < len(numbers):
+            wait_for(lambda count=count: notes(project, 1).count("SIGTERM") == count, f"request {count}")
     output, _ = process.communicate(timeout=WAIT)
-    assert process.returncode == 137, output
+    assert process.returncode == 137 and "killing" in output
 
 
-def test_a_launcher_that_is_signalled_itself_leaves_no_orphan_training(project):
+def test_ranks_whose_launcher_is_killed_save_and_end(project):
     process = start(project, "heed")
-    os.kill(launcher(project), signal.SIGTERM)
-    output, _ = process.communicate(timeout=WAIT)
-    assert process.returncode == 143 and "stopping them" in output
+    process.kill()
     for rank in (0, 1):
-        assert notes(project, rank)[1:3] == ["SIGTERM", "saved"]
+        wait_for(lambda rank=rank: notes(project, rank)[1:] == ["SIGTERM", "saved"], f"checkpoint of rank {rank}")
 
 
-def with_gpus(project, num_gpus, *words, **environment):
-    """`run.sh sft WORDS` up to its launch command, which is printed, on a machine with that many GPUs."""
-    script = f'source ./run.sh; num_gpus() {{ echo {num_gpus}; }}; launch() {{ echo "$@"; }}; train sft "$@"'
-    return subprocess.run(
-        ["bash", "-c", script, "bash", *words],
-        cwd=project,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
-    )
+def test_a_rank_that_hangs_when_another_has_failed_is_killed_and_the_first_exit_code_stands(project):
+    process = start(project, "hang", "3")
+    output, _ = process.communicate(timeout=WAIT)
+    assert process.returncode == 3 and "killing" in output and not notes(project, 0)[1:]
+
+
+def test_a_rank_that_was_killed_is_told_of(project):
+    process = start(project, "default")
+    for pid in pids_of(project):
+        os.kill(pid, signal.SIGKILL)
+    output, _ = process.communicate(timeout=WAIT)
+    assert process.returncode == 137 and "signal 9 ended a rank" in output
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """machine(num_gpus, build="+cu130", devices=None): a machine as launch.py sees it."""
+
+    def make(num_gpus, build="+cu130", devices=None):
+        listed = "".join(f"GPU {i}: NVIDIA H100\n  MIG 1g.10gb Device 0\n" for i in range(num_gpus))
+        executable(tmp_path / "bin/nvidia-smi", f"#!/bin/sh\nprintf '{listed}'\n")
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+        monkeypatch.setattr(launch, "version", lambda name: f"2.13.0{build}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if devices is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+
+    return make
 
 
 @pytest.mark.parametrize(
-    "num_gpus, words, devices, expected",
+    ("gpus", "words", "num_ranks", "devices"),
     [
-        (8, [], "", "--num_gpus 8"),
-        (8, ["2"], "", "--num_gpus 2"),
-        (0, [], "", "--num_gpus 2"),
-        (0, ["3"], "", "--num_gpus 3"),
-        (4, [], "4,5,6,7", "--include localhost:4,5,6,7"),
-        (4, ["2"], "4,5,6,7", "--include localhost:4,5"),
+        (dict(num_gpus=8), ["--beta", "3"], 8, "0,1,2,3,4,5,6,7"),
+        (dict(num_gpus=8), ["2", "--beta", "3"], 2, "0,1"),
+        (dict(num_gpus=0), ["--beta", "3"], 2, None),
+        (dict(num_gpus=0), ["3", "--beta", "3"], 3, None),
+        (dict(num_gpus=8, build="+cpu"), ["--beta", "3"], 2, None),
+        (dict(num_gpus=8, devices="4,5, 6,7"), ["--beta", "3"], 4, "4,5,6,7"),
+        (dict(num_gpus=8, devices="4,5,6,7"), ["2", "--beta", "3"], 2, "4,5"),
+        (dict(num_gpus=8, devices="GPU-8f2e,-1,3"), ["--beta", "3"], 1, "GPU-8f2e"),
+        (dict(num_gpus=8, devices=""), ["--beta", "3"], 2, None),
     ],
 )
-def test_the_number_of_ranks_and_the_visible_devices_are_heeded(project, num_gpus, words, devices, expected):
-    result = with_gpus(project, num_gpus, *words, "--beta", "3", CUDA_VISIBLE_DEVICES=devices)
-    assert f" {expected} --master_port " in result.stdout and result.stdout.endswith(
-        f" {project}/train_sft.py --beta 3\n"
-    )
+def test_the_number_of_ranks_and_the_visible_devices_are_heeded(machine, monkeypatch, gpus, words, num_ranks, devices):
+    machine(**gpus)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(launch, "launch", lambda *arguments: arguments)
+    command, environment, number = launch.main("sft", *words)
+    assert number == num_ranks == int(environment["WORLD_SIZE"]) == int(environment["LOCAL_WORLD_SIZE"])
+    assert command[-3:] == [str(launch.REPO / "train_sft.py"), "--beta", "3"]
+    assert environment.get("DS_ACCELERATOR") == (None if devices else "cpu")
+    assert not devices or environment["CUDA_VISIBLE_DEVICES"] == devices
 
 
 @pytest.mark.parametrize("num_gpus, words", [(1, ["2"]), (8, ["0"]), (0, ["0"])])
-def test_too_many_or_no_gpus_is_one_clear_error(project, num_gpus, words):
-    result = with_gpus(project, num_gpus, *words)
+def test_too_many_or_no_gpus_is_refused(machine, num_gpus, words):
+    machine(num_gpus)
+    with pytest.raises(UserError, match=f"N = {words[0]}"):
+        launch.split_number(words)
+
+
+def test_a_refusal_is_one_line_and_exit_code_2(project):
+    result = run_sh(project, "sft", "0")
     assert result.returncode == 2 and result.stdout.startswith("error: ") and result.stdout.count("\n") == 1

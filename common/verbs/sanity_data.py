@@ -1,16 +1,14 @@
 """The embedded default: a tiny model, its tokenizer and its data, generated from one seed.
 
-Nothing is downloaded. The tasks have checkable answers over the letters a to z (`reverse qfza` -> `azfq`),
-and every right answer can be given in two styles: `answer: azfq` (the CHOSEN one) or `azfq.` (the OTHER).
+Nothing is downloaded. The tasks have checkable answers over the letters a to z (`reverse qfza` -> `azfq`), and every
+right answer can be given in two styles: `answer: azfq` (the CHOSEN one) or `azfq.` (the OTHER).
 
-How the styles are laid out, and why. Half of the SFT answers are in each style, and the prompt's wording
-decides which, seven times out of ten: `please reverse qfza` is mostly answered in the chosen style,
-`reverse qfza` mostly in the other. Were it a coin flip whatever the wording, greedy decoding would always
-take the style that is a hair more likely, and the share of chosen-style answers after SFT would be 0 or 1
-by accident; tied to the wording it comes out at about half. The three in ten that go the other way teach
-both styles for both wordings, so that DPO has a preference to change rather than a new kind of answer to
-invent. In every preference pair both answers are right, and the chosen one is in the chosen style,
-whatever the wording.
+Half of the SFT answers are in each style. The prompt's wording decides which, seven times out of ten: `please reverse
+qfza` is mostly answered in the chosen style, `reverse qfza` in the other. Were it a coin flip, greedy decoding would
+always take the style that is a hair more likely, and the share of chosen-style answers after SFT would be 0 or 1 by
+accident; tied to the wording it is about half. The three in ten that go the other way teach both styles for both
+wordings, so that DPO has a preference to change rather than a new kind of answer to invent. In every preference pair
+both answers are right, and the chosen one is in the chosen style, whatever the wording.
 """
 
 import json
@@ -19,9 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MIN_LETTERS, MAX_LETTERS = 3, 4
@@ -36,6 +33,18 @@ CHOSEN_STYLE, OTHER_STYLE = "answer: {}", "{}."
 STYLE_FOLLOWS_WORDING = 0.7  # how often an SFT answer is in the style that its wording calls for
 EOS_TOKEN = "<|end_of_text|>"
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>"]
+HIDDEN, MLP, LAYERS, HEADS = 128, 384, 2, 4
+LAYER_SHAPES = {  # [out, in] of each weight of a layer; keys and values have half as many heads
+    "self_attn.q_proj": (HIDDEN, HIDDEN),
+    "self_attn.k_proj": (HIDDEN // 2, HIDDEN),
+    "self_attn.v_proj": (HIDDEN // 2, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN),
+    "mlp.gate_proj": (MLP, HIDDEN),
+    "mlp.up_proj": (MLP, HIDDEN),
+    "mlp.down_proj": (HIDDEN, MLP),
+    "input_layernorm": (HIDDEN,),
+    "post_attention_layernorm": (HIDDEN,),
+}
 
 
 @dataclass(frozen=True)
@@ -56,10 +65,7 @@ class Question:
 
 
 def read_answer(text: str) -> tuple[str | None, bool]:
-    """Splits a generated text into (the bare answer, whether it is in the chosen style).
-
-    The answer is None when the text is in neither style. Whether it is right is for the caller to compare.
-    """
+    """A generated text -> (the bare answer, right or wrong, None if in neither style; whether in the chosen style)."""
     text = text.strip()
     prefix = CHOSEN_STYLE.format("")
     if text.startswith(prefix):
@@ -81,10 +87,8 @@ def make_questions(num_questions: int, rng: random.Random) -> list[Question]:
 
 def conversation(question: Question, style: str) -> list[dict[str, str]]:
     """The question and its right answer in `style`, as chat messages."""
-    return [
-        {"role": "user", "content": question.prompt},
-        {"role": "assistant", "content": style.format(question.answer)},
-    ]
+    answer = style.format(question.answer)
+    return [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": answer}]
 
 
 def write_data(folder: Path, seed: int, num_sft: int, num_preferences: int, num_held_out: int) -> None:
@@ -113,11 +117,10 @@ def write_data(folder: Path, seed: int, num_sft: int, num_preferences: int, num_
 
 def read_held_out(folder: Path) -> list[Question]:
     """The held-out questions that write_data wrote."""
-    lines = (folder / "held_out.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Question(**json.loads(line)) for line in lines]
+    return [Question(**json.loads(line)) for line in (folder / "held_out.jsonl").read_text().splitlines()]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> Tokenizer:
     """Byte-level, so any text round-trips; the words of the tasks and the roles are one token each."""
     byte_tokens = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=byte_tokens, merges=[]))
@@ -125,30 +128,32 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     words = [*ROLE_TOKENS, "please", *TASKS, CHOSEN_STYLE.split()[0]]
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN, clean_up_tokenization_spaces=False)
+    tokenizer.add_special_tokens([EOS_TOKEN])
+    return tokenizer
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """Writes a Llama of 0.5M random float32 parameters and its tokenizer as a Hugging Face folder."""
+    """Writes a Llama of 0.5M random float32 parameters and its tokenizer as a Hugging Face folder.
+
+    Without torch and transformers, whose import takes longer than all of this.
+    """
     tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype="float32",
-    )
-    model = LlamaForCausalLM(config)
+    vocabulary = tokenizer.get_vocab_size()
+    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", dtype="float32", tie_word_embeddings=False)
+    config |= dict(hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
+    config |= dict(num_key_value_heads=HEADS // 2, max_position_embeddings=128, vocab_size=vocabulary)
+    config |= dict(bos_token_id=None, eos_token_id=tokenizer.token_to_id(EOS_TOKEN))
+    shapes = {"model.embed_tokens": (vocabulary, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (vocabulary, HIDDEN)}
+    for i in range(LAYERS):
+        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in LAYER_SHAPES.items()}
     rng = np.random.RandomState(seed)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.ndim == 2:  # norms keep their ones
-                parameter.copy_(torch.from_numpy(rng.normal(0.0, 0.02, size=parameter.shape)))
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    weights = {  # in the order of their names; norms are ones
+        f"{name}.weight": (rng.normal(0.0, 0.02, shape) if len(shape) == 2 else np.ones(shape)).astype(np.float32)
+        for name, shape in sorted(shapes.items())
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS_TOKEN}
+    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

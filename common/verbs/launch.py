@@ -1,0 +1,153 @@
+"""bash run.sh sft|dpo [N] [flags]: starts N ranks on this machine (default: a GPU each; without a GPU, 2 on the CPU).
+
+SIGTERM, SIGINT and SIGHUP ask the ranks to stop; a third request, or SIGQUIT, kills them. If this process is killed,
+its ranks are asked to stop. Neither torch nor DeepSpeed is imported here: that takes seconds, and only ranks need them.
+"""
+
+import ctypes
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from itertools import takewhile
+from pathlib import Path
+
+from common.failures import UserError, print_line
+
+REPO = Path(__file__).resolve().parents[2]
+GRACE = 30.0  # seconds that the other ranks have to end by themselves once one has failed
+PRCTL, PR_SET_PDEATHSIG = ctypes.CDLL(None).prctl, 1  # linux/prctl.h
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that a run may use, as CUDA_VISIBLE_DEVICES names them; none where torch is a CPU build."""
+    if version("torch").endswith("+cpu"):
+        return []
+    if (names := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, names.split(","))))
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    except OSError:
+        return []
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
+
+
+def split_number(words: list[str], default: int | None = None) -> tuple[int, list[str]]:
+    """`[N] [flags]` -> the number of ranks, and the flags. Raises UserError for 0, and for more than there are GPUs."""
+    num_gpus = len(visible_gpus())
+    number = default or num_gpus or 2
+    if words and words[0].isdecimal():
+        number, words = int(words[0]), words[1:]
+    if number < 1 or 0 < num_gpus < number:
+        raise UserError(f"N = {number}: it is 1 or more, and no more than the GPUs that were found ({num_gpus})")
+    return number, words
+
+
+def start(command: list[str], **options) -> subprocess.Popen:
+    """Starts a command that gets SIGTERM if this process dies, in a session of its own, where no Ctrl-C reaches it."""
+    parent = os.getpid()
+
+    def follow_parent() -> None:
+        PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the line above
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=follow_parent, **options
+    )
+
+
+def start_run(words: list[str]) -> subprocess.Popen:
+    """Starts `bash run.sh WORDS`, with WORDS = sft|dpo [N] [flags]; stdout is a pipe, which has stderr too."""
+    command = [sys.executable, "-P", "-m", "common.verbs.launch", *words]
+    return start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def on_request_to_stop(answer: Callable[[int], object]) -> None:
+    """Calls answer(signal number) for each request to stop that comes from now on."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as SIGHUP is under nohup
+            signal.signal(number, lambda number, _: answer(number))
+
+
+def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> int:
+    """Runs `command` as num_ranks ranks until all have ended.
+
+    Returns the exit code of the rank that failed first, 128 + signal if a signal ended it. Of several at once it is the
+    highest: a rank whose peer has gone exits with 1. A rank that hangs once another has failed is killed.
+    """
+    requests: list[int] = []
+    on_request_to_stop(requests.append)
+    ranks = [start(command, env=environment | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(num_ranks)]
+    num_answered, exit_code, deadline = 0, 0, math.inf
+    while any(rank.poll() is None for rank in ranks):
+        if time.monotonic() > deadline:
+            requests.append(signal.SIGQUIT)
+            deadline = math.inf
+        if len(requests) > num_answered:
+            is_kill = num_answered == 2 or requests[num_answered] == signal.SIGQUIT
+            num_answered += 1
+            say("killing the ranks" if is_kill else "asking the ranks to stop; if training has begun they save first")
+            for rank in ranks:  # not SIGINT: a rank that is still importing would print a traceback
+                rank.send_signal(signal.SIGKILL if is_kill else signal.SIGTERM)
+        time.sleep(0.1)
+        if not exit_code and (exit_code := max(map(exit_code_of, ranks))):
+            deadline = time.monotonic() + GRACE
+            killed = [-rank.returncode for rank in ranks if (rank.returncode or 0) < 0]
+            if killed and not requests:
+                say(f"signal {killed[0]} ended a rank; 9 is often for the host's memory. The others have {GRACE:g} s")
+    exit_code = exit_code or max(map(exit_code_of, ranks))
+    if requests and any(rank.returncode == -signal.SIGTERM for rank in ranks):
+        say("stopped before training began: there was nothing to save")
+    return 128 + requests[0] if requests[:1] == [signal.SIGINT] and exit_code == 143 else exit_code
+
+
+def exit_code_of(rank: subprocess.Popen) -> int:
+    """0 while it runs; 128 + signal if a signal ended it."""
+    code = rank.poll() or 0
+    return code if code >= 0 else 128 - code
+
+
+def say(text: str) -> None:
+    print_line(f"run.sh: {text}", sys.stderr)
+
+
+def main(method: str, *words: str) -> int:
+    """Runs train_sft.py or train_dpo.py where the user stands; returns the exit code. Raises UserError."""
+    gpus = visible_gpus()
+    num_ranks, flags = split_number([*words])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONSAFEPATH": "1",  # no module of the folder where the user stands comes before the project's
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")])),
+        "PLAINTUNE_RUN_SH": "1",  # tells the ranks that a stop waits for their checkpoint
+    }
+    environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:num_ranks])} if gpus else {"DS_ACCELERATOR": "cpu"}
+    say(f"{num_ranks} ranks on {'GPUs' if gpus else 'the CPU'}: importing torch, transformers and DeepSpeed")
+    return launch([sys.executable, "-u", str(REPO / f"train_{method}.py"), *flags], environment, num_ranks)
+
+
+def exit_with(main: Callable[..., int]) -> None:
+    """Ends a verb with main's exit code; a UserError becomes one line."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except UserError as e:
+        print_line(f"error: {e}", sys.stderr)
+        sys.exit(UserError.EXIT_CODE)
+
+
+if __name__ == "__main__":
+    exit_with(main)
