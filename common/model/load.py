@@ -196,7 +196,8 @@ def load_partitioned(
             _partition(group, ds_config, ranks)
             group = []
     if names := ranks.once(lambda: not_finite[:3]):  # now that no rank waits for a parameter
-        raise UserError(f"model {folder}: there are NaN or infinite weights, in {dtype}, in {', '.join(names)}")
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"model {folder}: weights that, in {kind}, are NaN or infinite: in {', '.join(names)}")
     return PackedModel(model)
 
 
