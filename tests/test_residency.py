@@ -356,7 +356,7 @@ def test_a_backward_pass_waits_until_the_last_steps_sums_are_zeros(folder, num_r
 def check_against_plain(folder, seen: list) -> None:
     num_ranks = len(seen)
     assert not any(value != 0 for rank in seen for step in rank for value in step["padding"])
-    assert num_ranks == 1 or any(step["padding"] for rank in seen for step in rank)
+    assert num_ranks < 3 or any(step["padding"] for rank in seen for step in rank), "nothing was padded"
     plain = reference.load(folder)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0)
     for step in range(2):
