@@ -8,7 +8,6 @@ import launch
 import models
 import numpy as np
 import pytest
-import test_adamw
 import test_compile
 import test_residency
 import torch
@@ -139,10 +138,9 @@ def test_a_product_is_added_in_float32_by_the_matrix_product_itself(dtype):
     assert relative(total, expected) < (1e-5 if dtype == torch.bfloat16 else 1e-3)  # float32 may be tf32
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("factor", [1.0, 0.25])
-def test_the_kernel_of_adamw_is_torchs_in_float64_and_rounds(factor, dtype):
-    test_adamw.check("cuda", test_adamw.OPTIONS, factor, dtype)
+@pytest.mark.parametrize("divisor", [1.0, 3.7])
+def test_an_update_is_torchs_own(divisor):
+    test_residency.check_update("cuda", test_residency.OPTIONS, divisor)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -40,6 +40,7 @@ from safetensors import safe_open
 from common.failures import UserError, as_user_error, print_line
 from common.files import digest, file_digest, sync_folder, write_file
 from common.ranks import Ranks
+from common.zero import residency
 
 FOLDER = re.compile(r"step_(\d{8,})")
 SHARD_FILE_BYTES = 2**29  # of a file, about; a rank holds three of them in memory while it saves
@@ -266,13 +267,7 @@ def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, step: in
     if manifest["parameters"] != shapes:
         raise UserError(f"checkpoint {path} holds another model's parameters")
     files: dict[int, dict[str, object]] = {}  # writer rank -> tensor name -> open file
-    zero = engine.optimizer
-    for flat in zero.fp32_partitioned_groups_flat:
-        zero.optimizer.state[flat] = {
-            "step": torch.tensor(float(step), device=flat.device),
-            "exp_avg": torch.zeros_like(flat),
-            "exp_avg_sq": torch.zeros_like(flat),
-        }
+    residency.set_state(engine, step)
     writers = manifest["world_size"]
     for name, param in parameters.items():
         start, end = shard_range(param.ds_numel, ranks.rank, ranks.world_size)
@@ -290,12 +285,7 @@ def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, step: in
                 safe_set_local_fp32_param(param, local)
             else:
                 safe_set_local_optimizer_state(param, local, kind)
-    # What a ZeRO-3 step does once the master weights have changed: round them into the model's partitions, and
-    # gather anew the small parameters that every rank keeps.
-    zero._partition_all_parameters()
-    for i in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(i)
-    zero._post_step(set())
+    residency.round_master_weights(engine)
 
 
 def _open_shard(path: Path, manifest: dict, writer: int) -> dict[str, object]:

@@ -30,6 +30,7 @@ from common.step.packing import Document, pack, pair_documents, sft_documents
 from common.zero.checkpoint import RunState
 from common.zero.ds_config import RESIDENCY, offload_devices
 from common.zero.engine import out_of_memory_explained
+from common.zero.residency import abandon_backward
 
 LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
 HEADROOM = 0.06  # of the device's memory is left free
@@ -295,9 +296,7 @@ def _dry_run(engine, kernel: str, tokens: int, longest: int, made_up: Callable, 
             raise
         ran_out = True
     if ran_out:  # not above, where the error still holds what the pass had allocated
-        engine.optimizer.exit_backward()
-        for param in policy.parameters():
-            param.grad = None
+        abandon_backward(engine)
         gc.collect()
         torch.cuda.empty_cache()
     return max(ranks.gather(lambda: np.inf if ran_out else memory_gb(device) * 1e9))
