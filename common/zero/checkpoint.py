@@ -20,6 +20,7 @@ removed by the next run. Else checkpoints are deleted by keep_last_n and by `--r
 not read, or did not continue from, it renames to `damaged_step_X` or `abandoned_step_X`, and never looks at again.
 """
 
+import itertools
 import json
 import os
 import re
@@ -201,8 +202,8 @@ def clear_after(output_dir: str, step: int, resume: str) -> None:
         delete_all(output_dir, "--resume never starts over")
     for path in [path for path in _all(output_dir) if _step(path) > step]:
         name = f"{'damaged' if resume == 'auto' else 'abandoned'}_{path.name}"
-        taken = len(list(path.parent.glob(f"{name}*")))
-        aside = path.with_name(f"{name}_{taken + 1}" if taken else name)
+        numbered = (path.with_name(f"{name}_{i}" if i > 1 else name) for i in itertools.count(1))
+        aside = next(free for free in numbered if not free.exists())
         print_line(f"{path} is now {aside.name}: this run continues after step {step}; delete it if nobody needs it")
         os.rename(path, aside)
     for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
@@ -246,9 +247,6 @@ def _fault(path: Path, ranks: Ranks) -> str | None:
     Raises UserError if it cannot be read: then it may be whole, and must not be passed over, nor deleted later.
     """
     try:
-        for file in ("COMPLETE", "manifest.json"):
-            if not (path / file).is_file():
-                return f"not a whole checkpoint of this project: {file} is missing"
         manifest_bytes = (path / "manifest.json").read_bytes()
         if (path / "COMPLETE").read_text() != digest(manifest_bytes):
             return "manifest.json is not the one that COMPLETE names"
