@@ -3,8 +3,8 @@
     deepspeed --num_gpus 8 train_dpo.py [--flag value ...]      # --help lists the flags
 
 Reads top to bottom: config and ranks, data, schedule, output folder, plan, reference, model and engine, loop, export.
-A step takes `global_batch_size` pairs over all ranks. Each rank packs its share of them into micro-batches: rows of whole
-pairs, one after another, that do not see each other; a pair's prompt runs once for both of its completions.
+A step takes `global_batch_size` pairs over all ranks. Each rank packs its share of them into micro-batches: rows of
+whole pairs, one after another, that do not see each other; a pair's prompt runs once for both of its completions.
 """
 
 import gc
@@ -53,7 +53,7 @@ def main() -> None:
     dtype = getattr(torch, config.dtype)
     kernel = resolve_kernel(config.attn_implementation, ranks.device.type, dtype)
 
-    # ------------------------------------------------------------------ data: rows -> text -> tokens, some of them trained
+    # ------------------------------------------------------------------ data: rows -> text -> tokens, some trained
     model_folder = ranks.once_per_node(lambda: load.find_model(config.model_name_or_path, config.model_revision))
     model_config = load.load_config(model_folder)
     reference_folder = None
@@ -127,7 +127,7 @@ def main() -> None:
     # ------------------------------------------------------------------ loop
     placed = {"kernel": kernel, "residency": estimate.residency, "reference_cache": cached_in}
     record = record_of("DPO", config, identity, schedule.num_steps, state, policy, data.stats, ranks, **placed)
-    metrics = open_output_dir(config, record, policy, state, resume_from, schedule, ranks)
+    metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 

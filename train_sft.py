@@ -41,7 +41,7 @@ def main() -> None:
     dtype = getattr(torch, config.dtype)
     kernel = resolve_kernel(config.attn_implementation, ranks.device.type, dtype)
 
-    # ------------------------------------------------------------------ data: rows -> text -> tokens, some of them trained
+    # ------------------------------------------------------------------ data: rows -> text -> tokens, some trained
     model_folder = ranks.once_per_node(lambda: load.find_model(config.model_name_or_path, config.model_revision))
     model_config = load.load_config(model_folder)
     tokenizer_folder = ranks.once_per_node(lambda: load.find_tokenizer(config.tokenizer_name_or_path or model_folder))
@@ -89,7 +89,7 @@ def main() -> None:
     # ------------------------------------------------------------------ loop
     placed = {"kernel": kernel, "residency": estimate.residency}
     record = record_of("SFT", config, identity, schedule.num_steps, state, policy, data.stats, ranks, **placed)
-    metrics = open_output_dir(config, record, policy, state, resume_from, schedule, ranks)
+    metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 

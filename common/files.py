@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -41,10 +42,25 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of a write or a flush names this file, as the system's own does only where a file is opened; one that
+    safetensors gives as text becomes one."""
+    try:
+        yield
+    except OSError as e:
+        e.filename = e.filename or str(path)
+        raise
+    except Exception as e:
+        if code := re.search(r"\(os error (\d+)\)", str(e)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from e
+        raise
+
+
 def write_file(path: Path, blocks: Iterable) -> dict:
     """Writes and flushes one file from blocks of bytes; its {"size": bytes, "digest": hex}."""
     state, size = xxhash.xxh3_128(), 0
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         for block in blocks:
             file.write(block)
             state.update(block)
@@ -65,8 +81,11 @@ def replace_file(path: Path, data: str | bytes) -> None:
 def sync_folder(path: Path) -> None:
     """Brings the names in a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    try:
+        with naming(path):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def file_stamp(path: str | Path) -> tuple[int, int, int, int] | None:

@@ -16,12 +16,8 @@ from common.failures import TrainingStopped, explained, one_line, print_line
 from common.ranks import Ranks
 
 SAME_REQUEST = 2.0  # seconds
-LOST_CONNECTION = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Timed out waiting",
-    "Broken pipe",
-)  # gloo's
+# What gloo says where a rank has ended or hangs.
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 
 
 class Stopped(Exception):
@@ -68,8 +64,8 @@ class StopRequest:
     """Remembers SIGTERM or SIGINT until the ranks agree on it at a step boundary.
 
     Before training nothing is lost by stopping at once, so handlers are installed when the loop starts. A request that
-    repeats before it was answered, or within SAME_REQUEST seconds of that (a terminal's Ctrl-C arrives from the terminal
-    and again from the launcher), is the same request; a later one leaves at once.
+    repeats before it was answered, or within SAME_REQUEST seconds of that (a terminal's Ctrl-C arrives from the
+    terminal and again from the launcher), is the same request; a later one leaves at once.
     """
 
     def __init__(self, ranks: Ranks) -> None:

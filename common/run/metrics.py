@@ -1,5 +1,6 @@
 """What a run reports: metrics.jsonl, curves.png, model FLOPs utilization."""
 
+import errno
 import json
 import math
 import os
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from common.failures import as_user_error, one_line, print_line
-from common.files import replace_file
+from common.files import naming, replace_file
 from common.ranks import Ranks
 from common.zero.checkpoint import RunState
 from common.zero.memory import memory_gb
@@ -78,12 +79,8 @@ class StepMeter:
 
     def __init__(self, lm: nn.Module, budget: int, num_samples: int, ranks: Ranks):
         self.num_parameters, self.config = num_matmul_parameters(lm), lm.config
-        self.budget, self.num_samples, self.world_size, self.device = (
-            budget,
-            num_samples,
-            ranks.world_size,
-            ranks.device,
-        )
+        self.budget, self.num_samples = budget, num_samples
+        self.world_size, self.device = ranks.world_size, ranks.device
         self.peak_flops = device_peak_flops(self.device)
 
     def start(self) -> None:
@@ -153,15 +150,28 @@ class MetricsFile:
 
         def write() -> None:
             if self.ranks.is_main:
-                self.file.write(json.dumps(record) + "\n")
-                self.file.flush()
+                with naming(self.path):
+                    self.file.write(json.dumps(record) + "\n")
+                    self.file.flush()
+                self._require_in_place()
 
         self.last = record
         self.ranks.gather(write)
 
     def sync(self) -> None:
         """On disk before the checkpoint that continues from here. Collective."""
-        self.ranks.once(lambda: os.fsync(self.file.fileno()))
+
+        def flush() -> None:
+            self._require_in_place()
+            with naming(self.path):
+                os.fsync(self.file.fileno())
+
+        self.ranks.once(flush)
+
+    def _require_in_place(self) -> None:
+        """Raises an OSError where output_dir was deleted or renamed: an open file takes writes that are lost then."""
+        if not os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
+            raise OSError(errno.ESTALE, "it was replaced during the run", str(self.path))
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -170,10 +180,8 @@ def read_metrics(path: Path) -> list[dict]:
     Raises UserError for any other line that is no record, or whose step does not come after the one before.
     """
     records: list[dict] = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break
         with as_user_error(f"{path} line {number} is not the record of a step; mend it, or move the file", Exception):
             record = json.loads(line)
             if record["step"] <= (records[-1]["step"] if records else 0):

@@ -28,8 +28,8 @@ def run_identity(
     """Every value that decides what is trained, by the name under which a user knows it.
 
     The mixer and the template are represented by digests of what they were read as, the models by those of their
-    config.json and weights: an SFT folder that a new run has overwritten is another model. Reads the weights, so call it
-    on one rank.
+    config.json and weights: an SFT folder that a new run has overwritten is another model. It reads the weights:
+    call it on one rank.
     """
     identity = identity_values(config)
     identity |= {"dataset_mixer (contents)": data_digest, "chat_template (contents)": template_digest}
@@ -68,6 +68,9 @@ def _is_finished(config: TrainConfig, identity: dict, last_step: int) -> bool:
     for flag in ("model_name_or_path", "ref_model_name_or_path"):
         if (read := getattr(config, flag, None)) and Path(read).resolve() == output_dir.resolve():
             raise UserError(f"--output_dir {config.output_dir} is --{flag}, which would be lost; name another folder")
+    foreign = next(output_dir.glob("model*.safetensors*"), None)
+    if foreign and not (output_dir / "run_config.json").is_file():
+        raise UserError(f"--output_dir {output_dir}: no run of this project wrote {foreign.name}; name another folder")
     with as_user_error(f"--output_dir {config.output_dir}: cannot be written", OSError):
         (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         _lock(output_dir)
@@ -78,8 +81,8 @@ def _is_finished(config: TrainConfig, identity: dict, last_step: int) -> bool:
     require_same_run(record.get("identity", {}), identity, f"the model in {config.output_dir}")
     if steps > last_step:
         raise UserError(
-            f"{config.output_dir} holds this run's model after {steps} steps, past the {last_step} asked for; use another "
-            f"--output_dir, or --resume never to start over"
+            f"{config.output_dir} holds this run's model after {steps} steps, past the {last_step} asked for; use "
+            f"another --output_dir, or --resume never to start over"
         )
     is_finished = steps == last_step and _holds_model(output_dir)
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
@@ -173,21 +176,14 @@ def partition_report(lm: nn.Module, ranks: Ranks) -> dict:
 
 
 def open_output_dir(
-    config: TrainConfig,
-    record: dict,
-    policy,
-    state: RunState,
-    resume_from: Path | None,
-    schedule: Schedule,
-    ranks: Ranks,
+    config: TrainConfig, record: dict, policy, state: RunState, schedule: Schedule, ranks: Ranks
 ) -> MetricsFile:
-    """Clears what a run that begins after `state.step` replaces, and writes its record, without a result. Collective."""
+    """Makes way for a run that begins after `state.step`, and writes its record, without a result. Collective."""
 
     def begin() -> None:
         num_checkpoints = min(config.keep_last_n_checkpoints + 1, schedule.last_step // schedule.save_every)
         checkpoint.require_disk_space(dict(policy.lm.named_parameters()), config.output_dir, num_checkpoints)
-        why = f"this run continues from {resume_from or 'the start'}"
-        checkpoint.delete_after(config.output_dir, state.step, why)
+        checkpoint.clear_after(config.output_dir, state.step, config.resume)
         write_run_config(config.output_dir, record)
 
     ranks.once(begin)
@@ -219,7 +215,7 @@ def finish(
 
 
 def _clean(config: TrainConfig) -> None:
-    checkpoint.delete_after(config.output_dir, 0, "the run is done (--clean_checkpoints_at_end)")
+    checkpoint.delete_all(config.output_dir, "the run is done (--clean_checkpoints_at_end)")
 
 
 def write_run_config(output_dir: str, record: dict) -> None:

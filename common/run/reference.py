@@ -1,14 +1,13 @@
 """Reference log-probabilities of preference pairs: computed by the starting weights, kept on disk, checked before use.
 
 CACHE_DIR/reference/KEY/part_DIGEST.safetensors: `pairs` int64 [n], indices into the tokenized data, `logps` float32
-[n, 2], summed over the chosen and the rejected completion. The header's metadata holds the digest of both, and a part is
-named by its beginning: runs that fill a cache at the same time replace no part of another's. A part is written every
-PAIRS_PER_PART pairs, to a temporary file that is renamed, so that a kill loses one part's work; any number of ranks reads
-them.
+[n, 2], summed over the chosen and the rejected completion. The header's metadata holds the digest of both, and a part
+is named by its beginning: runs that fill a cache at the same time replace no part of another's. A part is written every
+PAIRS_PER_PART pairs, to a temporary file that is renamed: a kill loses one part's work. Any number of ranks reads them.
 
-KEY is a digest of everything that a log-probability depends on: the weights' bytes and config.json, the tokens and spans
-of the pairs, dtype, attention kernel, prompt sharing, and the source of the code that computes it. There is no key by
-name or by path.
+KEY is a digest of everything that a log-probability depends on: the weights' bytes and config.json, the tokens and
+spans of the pairs, dtype, attention kernel, prompt sharing, and the source of the code that computes it. There is no
+key by name or by path.
 """
 
 import json
@@ -56,8 +55,8 @@ def reference_pass(
     """Log-probabilities of the `needed` pairs under the engine's present weights, and the folder that caches them.
 
     float32 [len(data), 2] in host memory, summed over each completion's scored tokens, chosen first; other pairs are
-    NaN. The engine must hold the weights that `weights` is the digest of. What the cache holds is used once a few of its
-    pairs were computed again and found the same; the rest is computed and added. Collective.
+    NaN. The engine must hold the weights that `weights` is the digest of. What the cache holds is used once a few of
+    its pairs were computed again and found the same; the rest is computed and added. Collective.
     Raises TrainingStopped if the cache disagrees with the weights.
     """
     key = reference_key(weights, data.digest, config, kernel, ranks.device.type)

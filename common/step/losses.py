@@ -95,10 +95,10 @@ def preference_loss_and_sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of the losses of P pairs, with its gradient, and float64 [7], their sums in the order of SUMMED.
 
-    policy_logps, reference_logps: float32 [P, 2], summed over the completion's scored tokens, (chosen, rejected); a loss
-    that needs no reference takes zeros. num_scored: int [P, 2], of those tokens. A loss that averages over length sees
-    means per token. The scores, policy's minus reference's, are what the loss compares; a reward is beta times a score
-    (Rafailov et al. 2023, section 5); an accuracy is 1 where the chosen one is the greater, 0.5 for a tie.
+    policy_logps, reference_logps: float32 [P, 2], summed over the completion's scored tokens, (chosen, rejected); a
+    loss that needs no reference takes zeros. num_scored: int [P, 2], of those tokens. A loss that averages over length
+    sees means per token. The scores, policy's minus reference's, are what the loss compares; a reward is beta times a
+    score (Rafailov et al. 2023, section 5); an accuracy is 1 where the chosen one is the greater, 0.5 for a tie.
     """
     preference = LOSSES[config.loss_type]
     scores = policy_logps - reference_logps

@@ -77,7 +77,7 @@ class Schedule:
         )
         if self.save_every > self.last_step:
             text += (
-                f"\nwarning: --checkpointing_steps {self.save_every} is more than this run's {self.last_step} steps: no "
-                f"checkpoint will be written, and a crash loses everything"
+                f"\nwarning: --checkpointing_steps {self.save_every} is more than this run's {self.last_step} steps: "
+                f"no checkpoint will be written, and a crash loses everything"
             )
         return text

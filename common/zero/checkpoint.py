@@ -16,9 +16,11 @@ nothing says whether one is whole. Shards go through its documented safe_get_loc
 
 A checkpoint is written to `.step_X.tmp`, every file and folder flushed to disk, and renamed; it is
 deleted by renaming it to `.step_X.old` first. Whatever a crash leaves behind begins with a dot and is
-removed by the next run.
+removed by the next run. Else checkpoints are deleted by keep_last_n and by `--resume never` alone: one that a run could
+not read, or did not continue from, it renames to `damaged_step_X` or `abandoned_step_X`, and never looks at again.
 """
 
+import itertools
 import json
 import os
 import re
@@ -77,12 +79,13 @@ class RunState:
 def require_disk_space(parameters: dict[str, torch.nn.Parameter], output_dir: str, num_checkpoints: int) -> None:
     """Raises UserError if num_checkpoints checkpoints and the exported model do not fit where output_dir is.
 
-    What its checkpoints take already counts as free: new ones replace them.
+    What its checkpoints take already counts as free, for new ones replace them; what was set aside does not.
     """
     num_parameters = sum(p.ds_numel for p in parameters.values())
     export = sum(p.ds_numel * p.element_size() for p in parameters.values())
     needed = num_checkpoints * 12 * num_parameters + export  # 12 bytes: master weight and two moments in float32
-    taken = sum(path.stat().st_size for path in (Path(output_dir) / "checkpoints").rglob("*") if path.is_file())
+    replaced = [file for folder in _all(output_dir) for file in folder.rglob("*") if file.is_file()]
+    taken = sum(file.stat().st_size for file in replaced)
     free = shutil.disk_usage(output_dir).free + taken
     if needed > free:
         raise UserError(
@@ -104,7 +107,7 @@ def save(
 
     def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()  # not its parents: a run whose folder was deleted or renamed ends here
         sync_folder(folder.parent)
 
     def publish(entries: list[dict]) -> None:
@@ -179,18 +182,31 @@ def _delete(path: Path) -> None:
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(path, old)
+    sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)  # what is left, the next run removes
 
 
-def delete_after(output_dir: str, step: int, why: str) -> None:
-    """Deletes the checkpoints after `step`, and what a crash left of half-written and half-deleted ones.
-
-    A run that continues from `step` writes its own later ones: no others may outlive them, nor be found instead.
-    """
+def delete_all(output_dir: str, why: str) -> None:
+    """Deletes the checkpoints of a folder, but for those that were set aside."""
     for path in _all(output_dir):
-        if _step(path) > step:
-            print_line(f"deleting {path}: {why}")
-            _delete(path)
+        print_line(f"deleting {path}: {why}")
+        _delete(path)
+
+
+def clear_after(output_dir: str, step: int, resume: str) -> None:
+    """Makes way for a run that continues from `step` and writes its own later checkpoints.
+
+    Later ones are deleted for `--resume never`; else they are set aside: they were passed over as damaged, or the user
+    named an earlier one to continue from. What a crash left of half-written and half-deleted ones is removed.
+    """
+    if resume == "never":
+        delete_all(output_dir, "--resume never starts over")
+    for path in [path for path in _all(output_dir) if _step(path) > step]:
+        name = f"{'damaged' if resume == 'auto' else 'abandoned'}_{path.name}"
+        numbered = (path.with_name(f"{name}_{i}" if i > 1 else name) for i in itertools.count(1))
+        aside = next(free for free in numbered if not free.exists())
+        print_line(f"{path} is now {aside.name}: this run continues after step {step}; delete it if nobody needs it")
+        os.rename(path, aside)
     for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -198,8 +214,8 @@ def delete_after(output_dir: str, step: int, why: str) -> None:
 def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
     """The newest whole checkpoint, or the one that `resume` names; None to start from the beginning. Collective.
 
-    A torn or edited checkpoint is named and passed over. Raises UserError for one that was asked for by path and is not
-    whole, or not of this folder.
+    A torn or edited checkpoint is named and passed over. Raises UserError if there are checkpoints and none is whole,
+    for all ranks, and for one that was asked for by path and is not whole, or not of this folder.
     """
     if resume == "never":
         return None
@@ -211,12 +227,18 @@ def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
                 f"--resume {resume}: it is auto, never, or the path of a checkpoint of --output_dir {output_dir}"
             )
     for path in paths:
-        fault = next((fault for fault in ranks.gather(lambda: _fault(path, ranks)) if fault), None)
+        faults = enumerate(ranks.gather(lambda: _fault(path, ranks)))
+        fault = next((f"{fault} (as rank {rank} sees it)" for rank, fault in faults if fault), None)
         if not fault:
             return path
         if resume != "auto":
             raise UserError(f"--resume {resume}: {fault}")
         ranks.say(f"checkpoint {path} is not whole, passing it over: {fault}")
+    if paths:
+        raise UserError(
+            f"--output_dir {output_dir}: none of its {len(paths)} checkpoints is whole; {path.name}: {fault}; mend "
+            f"them, or use --resume never to start over"
+        )
     return None
 
 
@@ -226,9 +248,6 @@ def _fault(path: Path, ranks: Ranks) -> str | None:
     Raises UserError if it cannot be read: then it may be whole, and must not be passed over, nor deleted later.
     """
     try:
-        for file in ("COMPLETE", "manifest.json"):
-            if not (path / file).is_file():
-                return f"not a whole checkpoint of this project: {file} is missing"
         manifest_bytes = (path / "manifest.json").read_bytes()
         if (path / "COMPLETE").read_text() != digest(manifest_bytes):
             return "manifest.json is not the one that COMPLETE names"
@@ -253,15 +272,18 @@ def _fault(path: Path, ranks: Ranks) -> str | None:
 
 # ---------------------------------------------------------------------- reading
 def read_state(path: Path) -> RunState:
-    """Raises UserError for a checkpoint of another version of this project."""
+    """Raises UserError for a checkpoint of another version of this project, or under the name of another step."""
     with as_user_error(
         f"checkpoint {path} is of another version of this project; use that, or --resume never", TypeError
     ):
-        return RunState(**json.loads((path / "state.json").read_text()))
+        state = RunState(**json.loads((path / "state.json").read_text()))
+    if state.step != _step(path):
+        raise UserError(f"checkpoint {path} is that of step {state.step} by its state.json; give it its name back")
+    return state
 
 
 def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, step: int, ranks: Ranks) -> None:
-    """Puts a verified checkpoint's master weights, moments and step into the engine, from any number of ranks. Collective."""
+    """Puts a verified checkpoint's master weights, moments and step into an engine of any world size. Collective."""
     manifest = json.loads((path / "manifest.json").read_text())
     shapes = {name: list(p.ds_shape) for name, p in parameters.items()}
     if manifest["parameters"] != shapes:
