@@ -79,14 +79,15 @@ class Ranks:
         meet again and again until it is done."""
         thread = ThreadPoolExecutor(1)
         future = thread.submit(work) if is_worker else None
-        pause, busy = 0.001, torch.ones(1)
+        pause, busy = 0.001, torch.ones(1, dtype=torch.int32)
         while busy.item():
             if future is None:
                 time.sleep(pause)
             else:
                 wait_for([future], pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            busy = torch.tensor([float(future is not None and not future.done())])
+            is_busy = future is not None and not future.done()
+            busy = torch.tensor([is_busy], dtype=torch.int32)  # the work may change torch's default, as a load does
             dist.all_reduce(busy, group=self.control)
         thread.shutdown(wait=False)
         return self.gather(lambda: future.result() if future else None)

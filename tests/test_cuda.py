@@ -34,7 +34,9 @@ def pairs(rng, sizes) -> list[PreferencePair]:
 
 
 def conversations(rng, sizes) -> list[SFTSample]:
-    return [SFTSample(rng.integers(1, 500, n).astype(np.int32), np.array([[n // 2, n]], np.int32)) for n in sizes]
+    return [
+        SFTSample(rng.integers(1, 500, n).astype(np.int32), np.array([[max(1, n // 2), n]], np.int32)) for n in sizes
+    ]
 
 
 PACKS = {
@@ -116,7 +118,7 @@ def test_model_on_varlen_kernel_equals_float32_block_mask(kernel, pack, compiled
 @pytest.mark.parametrize("first", test_compile.FIRST)
 def test_no_row_is_a_case_of_its_own_to_what_is_compiled(kernel, kind, first):
     device = torch.device("cuda")
-    assert test_compile.drive(kernel, kind, first, device, torch.bfloat16, recomputed=1, reference=True) == 6
+    assert test_compile.drive(kernel, kind, first, device, torch.bfloat16, recomputed=1, reference=True) <= 6
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

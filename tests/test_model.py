@@ -63,7 +63,6 @@ def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
         seen.append({"logits": logits, "buffers": buffers, "held": held, "total": total, "whole": whole})
         template = ChatTemplate("bar", TULU.replace("eos_token", "'|'"), model.load_tokenizer(folder))
         export.export_model(packed, output, template, folder, ranks)
-    ranks.leave()
     return seen
 
 

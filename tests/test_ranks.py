@@ -9,6 +9,7 @@ import time
 
 import launch
 import pytest
+import torch
 
 from common import ranks as ranks_module
 from common.failures import UserError
@@ -22,6 +23,13 @@ def run(logs: str, body, *arguments) -> None:
     main_with_exit_codes(lambda: body(ranks_module.start(TIMEOUT / 60), *arguments))()
 
 
+def in_another_default_dtype() -> None:
+    """As transformers loads a model, beside which the ranks meet."""
+    torch.set_default_dtype(torch.bfloat16)
+    time.sleep(1)
+    torch.set_default_dtype(torch.float32)
+
+
 def everything(ranks) -> None:
     """Each rank's own number is what tells them apart."""
     assert ranks.gather(lambda: 10 * ranks.rank) == [0, 10, 20]
@@ -29,6 +37,7 @@ def everything(ranks) -> None:
     assert ranks.sum([0.1, ranks.rank]) == pytest.approx([0.3, 3])
     ranks.local_rank, ranks.local_world_size = ranks.rank % 2, 2  # as on two nodes, of two ranks and of one
     assert ranks.once_per_node(lambda: 10 * ranks.rank) == [0, 0, 20][ranks.rank]
+    ranks.once(in_another_default_dtype)
     assert ranks.once(lambda: time.sleep(TIMEOUT + 2) or "longer than the time-out") == "longer than the time-out"
 
 

@@ -248,7 +248,6 @@ def run_micro_batches(
             whole = {name: param.detach().cpu().clone() for name, param in parameters.items()}
         past_the_end = padding(engine, policy, ranks) if step == 1 else []
         seen.append({"parts": parts, "norm": norm, "whole": whole, "padding": past_the_end})
-    ranks.leave()
     return seen
 
 
