@@ -106,6 +106,7 @@ def main() -> None:
         del model, engine
 
     # ------------------------------------------------------------------ model and engine
+    ranks.say(f"loading {model_folder}")
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config)
     verify_packed_forward(engine, kernel, ranks)

@@ -111,7 +111,8 @@ def start(timeout_minutes: float) -> Ranks:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
+    for noise in (".*torch.distributed.*is deprecated.*", r"barrier\(\): using the device under current context.*"):
+        warnings.filterwarnings("ignore", message=noise)
     alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if "RANK" not in os.environ:
         os.environ.update(alone)

@@ -197,6 +197,7 @@ def choose_micro_batch(
         activations = estimate.activations(budget, layers - recomputing)
         how = "nothing measured"
     else:
+        ranks.say("measuring memory on made-up micro-batches; the first also compiles the layers")
         held = max(ranks.gather(lambda: torch.cuda.memory_allocated(device))) + estimate.gathered
         moments = estimate.optimizer * 2 / 3  # which the first update allocates
         free, total = torch.cuda.mem_get_info(device)
