@@ -89,43 +89,30 @@ def calls(project):
     return (project / "calls").read_text().splitlines() if (project / "calls").exists() else []
 
 
-def test_setup_installs_torch_first_and_no_op_the_second_time(bare, tmp_path):
+@pytest.mark.parametrize("index", ["", "https://an/index"])
+def test_setup_installs_torch_first_and_is_a_no_op_the_second_time(bare, tmp_path, index):
     project, environment = bare
-    first = run_sh(project, "setup", cwd=tmp_path, **environment)
+    first = run_sh(project, "setup", cwd=tmp_path, **environment | {"TORCH_INDEX_URL": index})
     assert first.returncode == 0, first.stdout
     venv, torch, rest = calls(project)
-    assert venv.startswith("-m venv .venv")
-    assert "torch==2.13.0" in torch and "#" not in torch and "numpy" not in torch and "index-url" not in torch
-    assert "-r requirements.txt DS_BUILD_OPS=0" in rest
+    assert venv.startswith("-m venv .venv") and "-r requirements.txt DS_BUILD_OPS=0" in rest and "index" not in rest
+    assert "torch==2.13.0" in torch and "#" not in torch and "numpy" not in torch
+    assert ("--no-deps --index-url https://an/index" in torch) == ("index-url" in torch) == bool(index)
     second = run_sh(project, "setup", **environment)
     assert (second.returncode, second.stdout, len(calls(project))) == (0, "", 3)
 
 
-def test_setup_takes_torch_alone_from_the_index_that_is_named(bare):
+@pytest.mark.parametrize("fail_at", ["venv", "torch==", "requirements.txt", "change", "python"])
+def test_a_set_up_that_was_cut_off_or_is_of_other_requirements_or_python_is_done_over(bare, fail_at):
     project, environment = bare
-    assert run_sh(project, "setup", **{**environment, "TORCH_INDEX_URL": "https://an/index"}).returncode == 0
-    _, torch, rest = calls(project)
-    assert "--index-url https://an/index torch==2.13.0" in torch and "index" not in rest
-
-
-@pytest.mark.parametrize("step", ["venv", "torch==", "requirements.txt"])
-def test_a_set_up_that_was_cut_off_is_done_over(bare, step):
-    project, environment = bare
-    broken = run_sh(project, "setup", **environment, FAIL_AT=step)
-    assert broken.returncode == 1 and "error: " in broken.stdout
+    first = run_sh(project, "setup", **environment, FAIL_AT=fail_at)
+    if fail_at == "change":
+        (project / "requirements.txt").write_text("torch==2.14.0\n")
+    assert first.returncode == (fail_at not in ("change", "python")) == ("error: " in first.stdout)
+    environment |= {"PATCH": "2"} if fail_at == "python" else {}
     assert run_sh(project, "setup", **environment).returncode == 0
     assert sum("-m venv" in call for call in calls(project)) == 2
     assert run_sh(project, "setup", **environment).stdout == ""
-
-
-@pytest.mark.parametrize("change", ["requirements", "python"])
-def test_a_change_of_requirements_or_python_sets_up_anew(bare, change):
-    project, environment = bare
-    run_sh(project, "setup", **environment)
-    if change == "requirements":
-        (project / "requirements.txt").write_text("torch==2.14.0\n")
-    run_sh(project, "setup", **environment | ({"PATCH": "2"} if change == "python" else {}))
-    assert sum("-m venv" in call for call in calls(project)) == 2
 
 
 def test_an_old_python_is_one_clear_error(bare):
@@ -283,21 +270,13 @@ def start(project, *words, terminal=None, **options):
 def test_as_many_ranks_as_asked_for_get_the_flags_where_the_user_stands(project, tmp_path, words):
     """FAKE_SCRIPT notes into its working directory, which is that of relative paths."""
     elsewhere = tmp_path / "my data"
-    elsewhere.mkdir()
-    (elsewhere / "json.py").write_text("raise SystemExit('not a module of the project')")
+    for name in ("json.py", "common/verbs/launch.py"):
+        executable(elsewhere / name, "raise SystemExit('not a module of the project')")
     result = run_sh(project, "sft", *words, cwd=elsewhere)
     num_ranks, flags = (int(words[0]), words[1:]) if words[0].isdecimal() else (2, words)
     assert result.returncode == int(flags[1]), result.stdout
     assert [bool(notes(elsewhere, rank)) for rank in (0, 1)] == [True, num_ranks == 2] and not notes(project, 0)
     assert notes(elsewhere, 0)[0].endswith(f" {num_ranks} cpu {' '.join(flags)}")
-
-
-@pytest.mark.parametrize("verb", ["bench", "sanity"])
-def test_bench_and_sanity_run_where_the_user_stands_whatever_modules_lie_there(project, tmp_path, verb):
-    for folder, text in ((project, "import os; print('ours', os.getcwd())"), (tmp_path / "mine", "print('theirs')")):
-        executable(folder / "common/verbs" / f"{verb}.py", text)
-    result = run_sh(project, verb, cwd=tmp_path / "mine")
-    assert result.stdout == f"ours {tmp_path / 'mine'}\n"
 
 
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
