@@ -2,12 +2,13 @@
 
     deepspeed --num_gpus 8 train_sft.py [--flag value ...]      # --help lists the flags
 
-Reads top to bottom: config, process group, data, plan, model, engine, resume, loop, export.
+Reads top to bottom: config and ranks, data, schedule, output folder, plan, model and engine, loop, export.
+A step takes `global_batch_size` samples over all ranks. Each rank packs its share of them into micro-batches: rows of
+whole samples, one after another, that do not see each other.
 """
 
 import gc
 import math
-import sys
 
 import torch
 
@@ -15,108 +16,86 @@ from common.config import SFTConfig, parse_config
 from common.data.cache import tokenized_data
 from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
-from common.failures import not_finite
-from common.model import export, packed
-from common.model import load as model
+from common.model import load
 from common.model.attention import resolve_kernel
-from common.ranks import num_cpus, start
-from common.run import output_dir as run_record
-from common.run.metrics import MetricsFile, StepMeter, draw_curves, progress_line, write_once
+from common.model.export import export_model
+from common.model.packed import model_inputs, verify_packed_forward
+from common.ranks import start
+from common.run.metrics import StepMeter, StepTotals, progress_line
+from common.run.output_dir import claim, finish, open_output_dir, record_of, run_identity
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
-from common.step.schedule import checkpoint_interval, learning_rate_schedule, samples_seen, step_samples, total_steps
-from common.stopping import Stopped, StopRequest, main_with_exit_codes
+from common.step.schedule import Schedule
+from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_finite
 from common.zero import checkpoint
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import build_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
-from common.zero.memory import choose_micro_batch, choose_residency, workload_of
+from common.zero.memory import choose_micro_batch, choose_residency, made_up_conversation, workload_of
 
 
 @main_with_exit_codes
 def main() -> None:
-    # ------------------------------------------------------------------ config and process group
+    # ------------------------------------------------------------------ config and ranks
     config = parse_config(SFTConfig)
     ds_config = deepspeed_config(config)
     ranks = start(config.collective_timeout_minutes)
     dtype = getattr(torch, config.dtype)
     kernel = resolve_kernel(config.attn_implementation, ranks.device.type, dtype)
 
-    # ------------------------------------------------------------------ tokenizer, template, data
-    model_folder = ranks.once_per_node(lambda: model.find_model(config.model_name_or_path, config.model_revision))
-    model_config = model.load_config(model_folder)
-    tokenizer_folder = ranks.once_per_node(lambda: model.find_tokenizer(config.tokenizer_name_or_path or model_folder))
-    tokenizer = model.load_tokenizer(tokenizer_folder)
+    # ------------------------------------------------------------------ data: rows -> text -> tokens, some trained
+    model_folder = ranks.once_per_node(lambda: load.find_model(config.model_name_or_path, config.model_revision))
+    model_config = load.load_config(model_folder)
+    tokenizer_folder = ranks.once_per_node(lambda: load.find_tokenizer(config.tokenizer_name_or_path or model_folder))
+    tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-    data = tokenized_data("sft", config, tokenizer, tokenizer_folder, template, num_cpus(), ranks)
+    data = tokenized_data("sft", config, tokenizer, tokenizer_folder, template, ranks)
     longest = int(data.lengths.max())
-    model.check_supported(model_config, config.max_seq_length, longest, model.num_token_ids(tokenizer))
+    load.check_supported(model_config, config.max_seq_length, longest, load.num_token_ids(tokenizer))
     ranks.say(data_table(data))
-    ranks.say(preview(data, 0, tokenizer, colour=sys.stdout.isatty()))
+    ranks.say(preview(data, 0, tokenizer))
+
+    # ------------------------------------------------------------------ schedule
+    schedule = Schedule(config, len(data))  # which samples a step takes, and its learning rate
+    ranks.say(schedule.report("SFT", "samples"))
+    ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
+
+    # ------------------------------------------------------------------ output folder
+    # Finished: this run has exported its model there, and there is nothing to do. Begun: its newest whole checkpoint is
+    # where it goes on. Fresh: it starts at step 0. A folder that holds another run is refused.
+    identity = ranks.once(lambda: run_identity(config, data.digest, template.digest, model_folder))
+    claimed = claim(config, identity, schedule.last_step, ranks)
+    if claimed is None:
+        return
+    state, resume_from = claimed
 
     # ------------------------------------------------------------------ plan
-    num_steps = total_steps(len(data), config.global_batch_size, config.num_train_epochs, config.max_train_steps)
-    last_step = min(num_steps, config.stop_after_steps or num_steps)
-    learning_rate = learning_rate_schedule(
-        config.lr_scheduler_type, config.learning_rate, num_steps, config.warmup_ratio
-    )
-    save_every = checkpoint_interval(config.checkpointing_steps, len(data), config.global_batch_size)
-    identity = ranks.once(lambda: run_record.run_identity(config, data.digest, template.digest, model_folder))
-    if ranks.once(lambda: run_record.check_output_dir(config, identity, last_step)):
-        ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
-        return
-    state, resume_from = checkpoint.starting_point(config.output_dir, config.resume, identity, last_step, ranks)
-    workload = workload_of(config, data.lengths, longest, data.source_of(int(data.lengths.argmax())), state, ranks)
-    ranks.say(
-        f"SFT: {len(data):,} samples; {last_step:,} of {num_steps:,} steps of {config.global_batch_size} samples; "
-        f"{ranks.world_size} ranks on {ranks.device.type}; {kernel} attention; "
-        f"a checkpoint every {save_every} steps"
-    )
-    if save_every > last_step:
-        ranks.say(
-            f"warning: --checkpointing_steps {save_every} is more than this run's {last_step} steps: "
-            f"no checkpoint will be written, and a crash loses everything"
-        )
+    workload = workload_of(config, data.lengths, data.source_of(int(data.lengths.argmax())), state, ranks)
+    ds_config, estimate = choose_residency(ds_config, config, model_config, workload, ranks)
 
     # ------------------------------------------------------------------ model and engine
-    ds_config, placement = choose_residency(ds_config, config, model_config, workload, ranks)
-    policy = model.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
+    policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config)
-    packed.verify_packed_forward(engine, kernel, ranks)
+    verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
-    budget = choose_micro_batch(engine, config, ds_config, kernel, workload, ranks)
-    state.micro_batch_budget, state.gradients, state.world_size = budget, placement.gradients, ranks.world_size
-    first = (step_samples(step, len(data), config.global_batch_size, config.seed) for step in range(min(last_step, 20)))
-    ranks.say(packing_report((data.lengths[samples].tolist() for samples in first), ranks.world_size, budget))
+    budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up_conversation, ranks)  # tokens
+    state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
+    first = [data.lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
+    ranks.say(packing_report(first, ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
-
-    # ------------------------------------------------------------------ resume
     if resume_from is not None:
         checkpoint.load(engine, parameters, resume_from, state.step, ranks)
         ranks.say(f"resuming after step {state.step} from {resume_from}")
-    run = {
-        "method": "SFT",
-        "config": vars(config),
-        "identity": identity,
-        "num_steps": num_steps,
-        "kernel": kernel,
-        "micro_batch_budget": budget,
-        "placement": placement._asdict(),
-        "layers": policy.layers_report(),
-        "data": data.stats,
-        "zero": model.partition_report(parameters, ranks),
-        **run_record.environment(ranks),
-    }
-    num_checkpoints = min(config.keep_last_n_checkpoints + 1, last_step // save_every)
-    ranks.once(lambda: checkpoint.require_disk_space(parameters, config.output_dir, num_checkpoints))
-    ranks.once(lambda: run_record.open_output_dir(config, run, resume_from, state.step))
-    metrics = MetricsFile(config.output_dir, state.step, resume_from, ranks)
+
+    # ------------------------------------------------------------------ loop
+    placed = {"kernel": kernel, "residency": estimate.residency}
+    record = record_of("SFT", config, identity, schedule.num_steps, state, policy, data.stats, ranks, **placed)
+    metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 
-    # ------------------------------------------------------------------ loop
     def prepared(step: int) -> tuple[list[int], list[list[int]], list[MicroBatch]]:
         """The step's samples, and this rank's micro-batches: the samples in each, and packed."""
-        samples = step_samples(step, len(data), config.global_batch_size, config.seed)
+        samples = schedule.samples(step)
         plan = plan_step(data.lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
         plan = [[samples[i] for i in members] for members in plan]
         return samples, plan, [pack([sft_documents(data[i]) for i in members]) for members in plan]
@@ -124,28 +103,25 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # what lives until the end is not searched for garbage again
     meter.start()
-    for step, (samples, plan, micro_batches) in one_ahead(prepared, range(state.step, last_step)):
+    for step, (samples, plan, micro_batches) in one_ahead(prepared, range(state.step, schedule.last_step)):
+        # -------------------------------------------------------------- the recipe's step
         num_targets = int(data.num_targets[samples].sum())  # of the whole step: all ranks, all micro-batches
-        set_learning_rate(engine, learning_rate(step))
-
+        set_learning_rate(engine, schedule.learning_rate(step))
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, micro_batch in enumerate(micro_batches):
                 size.tokens = micro_batch.num_tokens
-                logps = engine(**packed.model_inputs(micro_batch, kernel, ranks.device))
+                logps = engine(**model_inputs(micro_batch, kernel, ranks.device))  # of this micro-batch's target tokens
                 loss = -logps.sum()
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
                 engine.backward(loss * ranks.world_size / num_targets)  # DeepSpeed averages gradients over ranks
                 losses[m] = loss.detach()
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
-
-        nll, num_tokens, squared_lengths, unwritten, terminate, interrupt = ranks.sum(
-            [losses.sum().item(), num_tokens, squared_lengths, metrics.error is not None, *stop_request.votes()]
+        nll, num_tokens, squared_lengths, terminate, interrupt = ranks.sum(
+            [losses.sum().item(), num_tokens, squared_lengths, *stop_request.votes()]
         )
-        if unwritten:
-            metrics.sync()  # raises, on every rank
         train_loss = nll / num_targets
         if not math.isfinite(train_loss):
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), data.lengths, data, ranks)
@@ -153,21 +129,18 @@ def main() -> None:
             engine.step()
         if not engine.was_step_applied():
             raise not_finite(step + 1, "gradient norm", math.nan, plan, None, data.lengths, data, ranks)
+        # -------------------------------------------------------------- the step is done
 
-        state.step = step + 1
-        state.samples = samples_seen(state.step, len(data), config.global_batch_size)
-        state.total_tokens += int(num_tokens)
-        state.target_tokens += num_targets
+        state.count(len(samples), int(num_tokens), num_targets)
+        totals = StepTotals(int(num_tokens), int(squared_lengths), num_targets, len(plan))
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
-        record = meter.record(
-            state, train_loss, learning_rate(step), grad_norm, num_tokens, squared_lengths, num_targets, len(plan)
-        )
-        if state.step % config.logging_steps == 0 or state.step == last_step:
-            metrics.append(record)
-            ranks.say(progress_line(record, last_step))
+        step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm)
+        if state.step % config.logging_steps == 0 or state.step == schedule.last_step:
+            metrics.append(step_record)
+            ranks.say(progress_line(step_record, schedule.last_step))
 
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
-        if stop_signal or state.step % save_every == 0:
+        if stop_signal or state.step % schedule.save_every == 0:
             require_finite_weights(engine, state.step, ranks)
             metrics.sync()
             path = checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
@@ -178,18 +151,10 @@ def main() -> None:
 
     # ------------------------------------------------------------------ export
     stop_request.wait_for_export()
-    metrics.sync()  # the last record is written, or the run stops
+    metrics.sync()
     require_finite_weights(engine, state.step, ranks)
-    export.export_model(policy, config.output_dir, template, model_folder, ranks)
-    agreement = ranks.gather(lambda: [state.step, state.total_tokens])
-    ranks.once(lambda: draw_curves(config.output_dir))
-    write_once(
-        lambda: run_record.finish(config, run, state, metrics.last, agreement, data_table(data)),
-        config.output_dir,
-        state.step,
-        ranks,
-    )
-    ranks.say(f"done: {config.output_dir} holds the model after {state.step} steps")
+    export_model(policy, config.output_dir, template, model_folder, ranks)
+    finish(config, record, state, metrics, data_table(data), ranks)
 
 
 if __name__ == "__main__":

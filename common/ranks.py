@@ -1,50 +1,37 @@
-"""The process group, what ranks agree on, how they stop, and how a run exits."""
+"""The process group: which rank this is, and how ranks learn what one of them found out."""
 
-import contextlib
-import json
 import os
 import socket
-import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
 from datetime import timedelta
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import logger as deepspeed_logger
 
-from common.failures import TrainingStopped, UserError, full_disk, print_line
+from common.failures import UserError, as_user_error, explained, one_line, print_line
 
-LONG = timedelta(days=7)  # of the rendezvous store; Ranks itself watches that the others are alive
-LINGER = 5.0  # seconds that rank 0 waits for the others to leave first
+LONGEST_PAUSE = 0.5  # seconds between two looks at whether one rank's work is done
 
 
 @dataclass
 class Ranks:
-    """This process among the others: rank of world_size, local_rank of local_world_size on its node."""
+    """This process among the others: rank of world_size, local_rank of local_world_size on its node.
+
+    control: a gloo group of all ranks, in host memory. A rank that dies closes its connections, so the others notice at
+    once; one that hangs is noticed when the group's time-out, collective_timeout_minutes, has passed.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     device: torch.device
-    store: dist.Store
-    timeout: timedelta  # how long a rank that shows no sign of life is waited for
-    num_calls: int = 0
-    is_leaving: threading.Event = field(default_factory=threading.Event)
-
-    def __post_init__(self) -> None:
-        threading.Thread(target=self._beat, daemon=True).start()
-
-    def _beat(self) -> None:
-        """Shows the others that this process lives, whatever it does."""
-        with contextlib.suppress(RuntimeError):  # rank 0, which serves the store, has gone
-            while not self.is_leaving.is_set():
-                self.store.add(f"alive/{self.rank}", 1)
-                self.is_leaving.wait(min(10.0, self.timeout.total_seconds() / 4))
+    control: dist.ProcessGroup
 
     @property
     def is_main(self) -> bool:
@@ -61,62 +48,48 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
-    def once_per_node(self, work: Callable[[], object]):
-        """Runs `work` on one rank of each node; every rank gets its JSON-able result, or its UserError.
-
-        The others wait on the rendezvous store, not in a collective: work may take hours, if the rank lives.
-        """
-        return self._once(work, self.rank - self.local_rank)
+    def gather(self, work: Callable[[], object]) -> list:
+        """Runs `work` on every rank; every rank gets all results in rank order, or raises the first rank's error."""
+        result = error = failure = None
+        try:
+            result = work()
+        except Exception as e:  # whatever it is, the other ranks must not wait for this one
+            error, known = e, explained(e)
+            failure = (type(known), str(known)) if known else (RuntimeError, f"rank {self.rank}: {one_line(repr(e))}")
+        outcomes: list = [None] * self.world_size
+        dist.all_gather_object(outcomes, (result, failure), group=self.control)
+        for rank, (_, failure) in enumerate(outcomes):
+            if failure is not None:
+                kind, text = failure
+                told = error if rank == self.rank else kind(text)
+                told.told_here = rank == self.rank
+                raise told
+        return [result for result, _ in outcomes]
 
     def once(self, work: Callable[[], object]):
-        """Runs `work` on rank 0 alone; as once_per_node."""
-        return self._once(work, 0)
+        """Runs `work` on rank 0 alone, for however long; every rank gets its result, or raises its error."""
+        return self._while_others_wait(work, self.is_main)[0]
 
-    def gather(self, work: Callable[[], object]) -> list:
-        """Runs `work` on every rank; every rank gets all JSON-able results in rank order, or the first error."""
-        self.num_calls += 1
-        self._offer(f"gather/{self.num_calls}/{self.rank}", work)
-        return [self._take(f"gather/{self.num_calls}/{rank}", rank) for rank in range(self.world_size)]
+    def once_per_node(self, work: Callable[[], object]):
+        """As once, on one rank of each node; every rank gets its own node's result."""
+        return self._while_others_wait(work, self.local_rank == 0)[self.rank - self.local_rank]
 
-    def _once(self, work: Callable[[], object], worker: int):
-        self.num_calls += 1
-        key = f"once/{self.num_calls}/{worker}"
-        if self.rank == worker:
-            self._offer(key, work)
-        return self._take(key, worker)
-
-    def _offer(self, key: str, work: Callable[[], object]) -> None:
-        try:
-            outcome = {"result": work()}
-        except Exception as e:
-            told = e if isinstance(e, (UserError, TrainingStopped)) else full_disk(e)
-            if told is None:
-                raise
-            outcome = {"error": str(told), "exit_code": told.EXIT_CODE}
-        self.store.set(key, json.dumps(outcome))
-
-    def _take(self, key: str, worker: int):
-        beats, seen_at, pause = 0, time.monotonic(), 0.001
-        while not self.store.check([key]):
-            if (now := self.store.add(f"alive/{worker}", 0)) != beats:
-                beats, seen_at = now, time.monotonic()
-            elif time.monotonic() - seen_at > self.timeout.total_seconds():
-                raise RuntimeError(f"rank {worker} has shown no sign of life for {self.timeout}")
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
-        outcome = json.loads(self.store.get(key))
-        if "error" in outcome:
-            raise (UserError if outcome["exit_code"] == UserError.EXIT_CODE else TrainingStopped)(outcome["error"])
-        return outcome["result"]
-
-    def leave(self) -> None:
-        """Call before exiting. Rank 0 serves the store and goes last: others may still be reading from it."""
-        self.is_leaving.set()
-        with contextlib.suppress(RuntimeError):
-            num_left, deadline = self.store.add("left", 1), time.monotonic() + LINGER
-            while self.is_main and num_left < self.world_size and time.monotonic() < deadline:
-                time.sleep(0.01)
-                num_left = self.store.add("left", 0)
+    def _while_others_wait(self, work: Callable[[], object], is_worker: bool) -> list:
+        """Work may take hours, and no rank waits longer than the time-out for another: a thread works, and the ranks
+        meet again and again until it is done."""
+        thread = ThreadPoolExecutor(1)
+        future = thread.submit(work) if is_worker else None
+        pause, busy = 0.001, torch.ones(1)
+        while busy.item():
+            if future is None:
+                time.sleep(pause)
+            else:
+                wait_for([future], pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            busy = torch.tensor([float(future is not None and not future.done())])
+            dist.all_reduce(busy, group=self.control)
+        thread.shutdown(wait=False)
+        return self.gather(lambda: future.result() if future else None)
 
 
 def num_cpus() -> int:
@@ -131,62 +104,43 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-_started: Ranks | None = None
-
-
-def started() -> Ranks | None:
-    return _started
-
-
-def start(timeout_minutes: int) -> Ranks:
+def start(timeout_minutes: float) -> Ranks:
     """Joins the process group that the launcher's environment names; without a launcher, a group of one."""
-    deepspeed_logger.setLevel("WARNING")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
     warnings.filterwarnings("ignore", message=".*torch.distributed.*is deprecated.*", category=FutureWarning)
+    alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if "RANK" not in os.environ:
-        os.environ.update(
-            RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_RANK="0",
-            LOCAL_WORLD_SIZE="1",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(free_port()),
-        )
+        os.environ.update(alone)
+    rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_world_size == world_size:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: nothing listens beyond it, no name is looked up
     # Row lengths differ from micro-batch to micro-batch: segments that grow leave no holes between them.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"rank {os.environ['RANK']} has no GPU of its own: "
-                f"{torch.cuda.device_count()} are visible here; start fewer processes"
-            )
+            found = torch.cuda.device_count()
+            raise UserError(f"rank {rank} has no GPU of its own: {found} are visible here; start fewer processes")
         device, backend = torch.device("cuda", local_rank), "nccl"
         torch.cuda.set_device(device)
     else:
-        device, backend = torch.device("cpu"), "gloo"
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, num_cpus() // local_world_size))
         # DeepSpeed's shared-memory collectives are compiled on first use; gloo is as fast here and needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(minutes=timeout_minutes)
-    try:
-        store, rank, world_size = next(iter(dist.rendezvous("env://", timeout=timeout)))
-    except RuntimeError as e:
-        alone = UserError(
-            f"the {os.environ['WORLD_SIZE']} ranks did not come together at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']} within {timeout_minutes} minutes: {str(e).splitlines()[0][:200]}"
-        )
-        alone.on_this_rank_only = True
-        raise alone from e
-    store.set_timeout(LONG)
     os.environ["DEEPSPEED_TIMEOUT"] = str(timeout_minutes)
-    dist.init_process_group(
-        backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size, timeout=timeout
-    )
+    try:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        with as_user_error(f"the {world_size} ranks did not come together at {address} in {timeout_minutes} minutes"):
+            dist.init_process_group(backend, timeout=timeout)
+    except UserError as e:
+        e.told_here = True
+        raise
     deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
-    global _started
-    _started = Ranks(
-        rank, world_size, local_rank, local_world_size, device, dist.PrefixStore("plaintune", store), timeout
-    )
-    return _started
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return Ranks(rank, world_size, local_rank, local_world_size, device, control)

@@ -1,4 +1,4 @@
-"""How a run stops: signals that the ranks agree on, and exit codes."""
+"""How a run stops: on a request that the ranks agree on, on numbers that are not finite, and with which exit code."""
 
 import contextlib
 import functools
@@ -12,10 +12,20 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from common.failures import TrainingStopped, UserError, full_disk, is_out_of_memory, print_line
-from common.ranks import Ranks, started
+from common.failures import TrainingStopped, explained, one_line, print_line
+from common.ranks import Ranks
 
 SAME_REQUEST = 2.0  # seconds
+# What gloo says where a rank has ended or hangs.
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has written its checkpoint."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
 
 
 def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
@@ -29,55 +39,33 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
         code = 0
         try:
             main()
-        except (UserError, TrainingStopped) as e:
-            code = e.EXIT_CODE
-            if os.environ.get("RANK", "0") == "0" or getattr(e, "on_this_rank_only", False):
-                print_line(f"error: {e}", sys.stderr)
         except Stopped as e:
             code = 128 + e.signal_number
         except Exception as e:
-            if (stopped := full_disk(e)) is not None:
-                code = stopped.EXIT_CODE
-                print_line(f"error: {stopped}", sys.stderr)
-            elif is_out_of_memory(e):
-                code = TrainingStopped.EXIT_CODE
-                reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-                rank = os.environ.get("RANK", "0")
-                print_line(
-                    f"error: rank {rank}: out of memory before or after a micro-batch ({reason}): the model and its "
-                    f"optimizer need more devices, or a --ds_config that offloads",
-                    sys.stderr,
-                )
-            else:
-                code = 1
-                print_line(traceback.format_exc(), sys.stderr)
+            known, rank = explained(e), os.environ.get("RANK", "0")
+            code = known.EXIT_CODE if known else 1
+            if isinstance(e, dist.DistError) or any(sign in str(e) for sign in LOST_CONNECTION):
+                print_line(f"rank {rank}: another rank has ended or hangs: {one_line(e)}", sys.stderr)
+            # One rank tells: the one that an error is from, or rank 0 of what each rank has found out by itself.
+            elif getattr(e, "told_here", rank == "0" or known is not e):
+                print_line(f"error: {known}" if known else traceback.format_exc(), sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             print_line("", stream, end="")
-        if (ranks := started()) is not None:
-            ranks.leave()
-        if code == 0 and dist.is_initialized():
+        if dist.is_initialized():
+            if code:
+                os._exit(code)  # the other ranks may sit in a collective: no clean-up can wait for them
             dist.destroy_process_group()
-        if code and dist.is_initialized():
-            os._exit(code)  # the other ranks may sit in a collective: no clean-up can wait for them
         raise SystemExit(code)
 
     return run
 
 
-class Stopped(Exception):
-    """The run was asked to stop, and has written its checkpoint."""
-
-    def __init__(self, signal_number: int):
-        super().__init__(signal.Signals(signal_number).name)
-        self.signal_number = signal_number
-
-
 class StopRequest:
     """Remembers SIGTERM or SIGINT until the ranks agree on it at a step boundary.
 
-    Before training nothing is lost by stopping at once, so handlers are installed when the loop starts.
-    A request that repeats before it was answered, or within SAME_REQUEST seconds of that (a terminal's Ctrl-C
-    arrives from the terminal and again from the launcher), is the same request; a later one leaves at once.
+    Before training nothing is lost by stopping at once, so handlers are installed when the loop starts. A request that
+    repeats before it was answered, or within SAME_REQUEST seconds of that (a terminal's Ctrl-C arrives from the
+    terminal and again from the launcher), is the same request; a later one leaves at once.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -122,3 +110,27 @@ class StopRequest:
         self.answered_at = time.monotonic()
         ranks.say("asked to stop: writing a checkpoint first; ask again to leave without it")
         return signal.SIGTERM if terminate else signal.SIGINT
+
+
+def not_finite(
+    step: int, what: str, value: float, micro_batches: list[list[int]], losses: list[float] | None, lengths, data, ranks
+) -> TrainingStopped:
+    """What to raise when a step's loss or gradient is NaN or infinite; nothing was updated. Collective.
+
+    micro_batches: this rank's, as indices of samples; losses: of each, None where the gradient alone is not finite, so
+    that none can be blamed; lengths: tokens of each sample; data: the TokenDataset.
+    """
+    mine = [
+        f"rank {ranks.rank}, micro-batch {m + 1} of {sum(int(lengths[i]) for i in members):,} tokens: "
+        + ", ".join(data.source_of(i) for i in members[:8])
+        + (f" and {len(members) - 8} more" if len(members) > 8 else "")
+        for m, members in enumerate(micro_batches)
+        if members and (losses is None or not math.isfinite(losses[m]))
+    ]
+    named = [place for places in ranks.gather(lambda: mine) for place in places]
+    more = f"; and {len(named) - 4} micro-batches more" if len(named) > 4 else ""
+    return TrainingStopped(
+        f"step {step}: the {what} is {value} and nothing was updated ({'; '.join(named[:4])}{more}). Try a lower "
+        f"--learning_rate or, in bfloat16, --dtype float32, or look at those samples; if a checkpoint was written, it "
+        f"stands"
+    )

@@ -21,19 +21,11 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from models import OneRank
+
 from common.zero import checkpoint
 
 HIDDEN = 2048
-
-
-class OneRank:
-    rank, world_size, is_main = 0, 1, True
-
-    def once(self, work):
-        return work()
-
-    def gather(self, work):
-        return [work()]
 
 
 class Parameter:
@@ -76,6 +68,7 @@ def main() -> None:
     parameters = {f"layer_{i}.weight": Parameter(device) for i in range(count)}
     num_bytes = 12 * HIDDEN * HIDDEN * count
     folder = Path(tempfile.mkdtemp(prefix="bench_checkpoint_", dir=given.folder))
+    (folder / "checkpoints").mkdir()
     rows = []
     try:
         with (
@@ -86,11 +79,10 @@ def main() -> None:
                 seconds = {}
                 for what in ("save", "disk") if i % 2 else ("disk", "save"):
                     os.sync()
-                    seconds[what] = (
-                        save(parameters, folder, i + 1)
-                        if what == "save"
-                        else sequential_write(folder / "one_file", num_bytes)
-                    )
+                    if what == "save":
+                        seconds[what] = save(parameters, folder, i + 1)
+                    else:
+                        seconds[what] = sequential_write(folder / "one_file", num_bytes)
                 rows.append((seconds["save"], seconds["disk"]))
                 rates = {what: num_bytes / seconds[what] / 1e6 for what in seconds}  # MB/s
                 print(
@@ -99,16 +91,9 @@ def main() -> None:
                 )
     finally:
         shutil.rmtree(folder)
-    print(
-        json.dumps(
-            {
-                "gigabytes": num_bytes / 1e9,
-                "device": device,
-                "seconds_blocked": statistics.median(s for s, _ in rows),
-                "ratio_to_disk": statistics.median(d / s for s, d in rows),
-            }
-        )
-    )
+    blocked, ratio = statistics.median(s for s, _ in rows), statistics.median(d / s for s, d in rows)
+    result = {"gigabytes": num_bytes / 1e9, "device": device, "seconds_blocked": blocked, "ratio_to_disk": ratio}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

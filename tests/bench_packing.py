@@ -50,32 +50,19 @@ def main() -> None:
         folder = Path(folder)
         bench.write_model("tiny", folder / "model")
         bench.write_data("sft", "tulu", 128, folder / "data.jsonl")
-        ways = {
-            "packed": {},
-            "one at a time": {"train_sft.plan_step": one_at_a_time},
-            "one at a time, padded": {
-                "train_sft.plan_step": one_at_a_time_noting_the_longest,
-                "train_sft.pack": pack_padded,
-            },
-        }
+        padded = {"train_sft.plan_step": one_at_a_time_noting_the_longest, "train_sft.pack": pack_padded}
+        ways = {"packed": {}, "one at a time": {"train_sft.plan_step": one_at_a_time}, "one at a time, padded": padded}
         seconds, tokens = {way: [] for way in ways}, []
         for round_ in range(ROUNDS):
             for way, patches in ways.items():
-                flags = {
-                    "model_name_or_path": folder / "model",
-                    "dataset_mixer": folder / "data.jsonl",
-                    "dtype": "float32",
-                    "global_batch_size": 32,
-                    "max_train_steps": STEPS,
-                    "output_dir": folder / f"{way}-{round_}",
-                    "cache_dir": folder / "cache",
-                }
+                own = {"max_seq_length": 4096, "global_batch_size": 32, "max_train_steps": STEPS}
+                own["output_dir"] = folder / f"{way}-{round_}"
+                flags = launch.flags(folder / "model", folder / "data.jsonl", folder, **own)
                 run = launch.launch("train_sft", flags, 2, patches).succeeded()
                 seconds[way].append(run.column("step_seconds")[WARMUP:])
                 if way == "packed":
-                    tokens.append(
-                        [after - before for before, after in pairwise(run.column("total_tokens")[WARMUP - 1 :])]
-                    )
+                    totals = run.column("total_tokens")[WARMUP - 1 :]
+                    tokens.append([after - before for before, after in pairwise(totals)])
         result = {}
         for way in ways:
             ratios = [

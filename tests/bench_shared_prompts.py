@@ -6,17 +6,15 @@ Trains a small model with train_dpo.py, once each way, in turn, three times; pri
 steps of the same pairs, and what the tokens say: 2 (p + c) / (p + 2 c) for prompts of p and answers of c tokens.
 """
 
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import launch
 import models
 
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared/data/preferences.jsonl"
+SHARED = launch.REPO.parent / "shared/data/preferences.jsonl"
 ROUNDS, STEPS, WARMUP, PAIRS = 3, 6, 1, 4
 
 
@@ -30,23 +28,13 @@ def main() -> None:
         speeds, tokens = {True: [], False: []}, {}
         for _ in range(ROUNDS):
             for share in (True, False):
-                out = folder / f"out-{share}"
-                flags = {
-                    "model_name_or_path": model,
-                    "dataset_mixer": data,
-                    "dtype": "float32",
-                    "max_seq_length": 1024,
-                    "global_batch_size": PAIRS,
-                    "max_train_steps": STEPS,
+                own = {"max_seq_length": 1024, "global_batch_size": PAIRS, "max_train_steps": STEPS, "resume": "never"}
+                own |= {
                     "max_tokens_per_micro_batch": 2048,
-                    "share_prompt": str(share).lower(),
-                    "output_dir": out,
-                    "cache_dir": folder / "cache",
-                    "resume": "never",
+                    "share_prompt": share,
+                    "output_dir": folder / f"out-{share}",
                 }
-                words = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-                subprocess.run([sys.executable, ROOT / "train_dpo.py", *words], check=True, stdout=subprocess.DEVNULL)
-                records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+                records = launch.launch("train_dpo", launch.flags(model, data, folder, **own)).succeeded().metrics
                 tokens[share] = records[-1]["total_tokens"]
                 speeds[share].append([record["step_seconds"] for record in records[WARMUP:]])
     seconds = {share: [s for steps in speeds[share] for s in steps] for share in speeds}

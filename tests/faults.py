@@ -31,7 +31,7 @@ class Disk:
         self.monkeypatch, self.modules, self.fail_at, self.how = monkeypatch, modules, fail_at, how
         self.count, self.is_down, self.lock = 0, False, threading.RLock()
         self.unflushed = set()  # inodes of files with blocks that were not flushed
-        self.entries = {}  # inode of a folder -> [how to undo each change of its entries since it was flushed, given its path]
+        self.entries = {}  # inode of a folder -> [how to undo each change since it was flushed, given its path]
         self.real = {name: getattr(os, name) for name in CHANGES}
 
     def __enter__(self) -> "Disk":

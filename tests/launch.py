@@ -54,39 +54,54 @@ class Finished:
         return [record[name] for record in self.metrics]
 
     def succeeded(self) -> "Finished":
-        assert set(self.exit_codes) == {0}, (
-            f"exit codes {self.exit_codes}\n{self.stdout[-2000:]}\n{self.stderr[-4000:]}"
-        )
+        assert set(self.exit_codes) == {0}, self
         return self
+
+    def refused(self, code: int) -> str:
+        """The run's only `error:` line: every rank has ended with `code` and none with a traceback."""
+        assert set(self.exit_codes) == {code} and "Traceback" not in self.stderr, self
+        (error,) = (line for line in self.stderr.splitlines() if line.startswith("error: "))
+        return error
+
+    def __str__(self):
+        return f"exit codes {self.exit_codes}\n{self.stdout[-2000:]}\n{self.stderr[-4000:]}"
+
+    __repr__ = __str__
+
+
+def flags(model, data, folder: Path, **changes) -> dict:
+    """Of a float32 run that writes to folder/output and caches in folder/cache."""
+    return {
+        "model_name_or_path": model,
+        "dataset_mixer": data,
+        "dtype": "float32",
+        "max_seq_length": 512,
+        "output_dir": folder / "output",
+        "cache_dir": folder / "cache",
+        **changes,
+    }
 
 
 class Run:
     """A run under way."""
 
-    def __init__(self, target, num_ranks: int, arguments: tuple, output_dir: Path, on_gpu: bool = False):
+    def __init__(self, target, num_ranks: int, arguments: tuple, output_dir: Path = Path("."), on_gpu: bool = False):
         self.output_dir = output_dir
         self.logs = Path(tempfile.mkdtemp(prefix="plaintune-run-"))
         atexit.register(shutil.rmtree, self.logs, ignore_errors=True)
-        port = free_port()
         context = multiprocessing.get_context("spawn") if on_gpu else _context  # whose server has no GPU
         environment = os.environ | ({} if on_gpu else CPU_ENVIRONMENT)
         environment["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
+        sizes = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
+        sizes |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         before = dict(os.environ)
         os.environ.update(environment)  # a fork server that is not running yet starts with this
         try:
             self.processes = []
             for rank in range(num_ranks):
-                ranks = {
-                    "RANK": rank,
-                    "LOCAL_RANK": rank,
-                    "WORLD_SIZE": num_ranks,
-                    "LOCAL_WORLD_SIZE": num_ranks,
-                    "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
-                }
-                environment.update({name: str(value) for name, value in ranks.items()})
+                ranks = {name: str(value) for name, value in (sizes | {"RANK": rank, "LOCAL_RANK": rank}).items()}
                 process = context.Process(
-                    target=_rank_main, args=(dict(environment), str(self.logs), target, arguments)
+                    target=_rank_main, args=(environment | ranks, str(self.logs), target, arguments)
                 )
                 process.start()
                 self.processes.append(process)
@@ -110,13 +125,9 @@ class Run:
             self.kill()
             for process in self.processes:
                 process.join()
-        done = Finished(
-            [process.exitcode for process in self.processes],
-            (self.logs / "stdout").read_text(),
-            (self.logs / "stderr").read_text(),
-            self.output_dir,
-        )
-        assert not hung, f"still running after {timeout} s\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        texts = [(self.logs / name).read_text() for name in ("stdout", "stderr")]
+        done = Finished([process.exitcode for process in self.processes], *texts, self.output_dir)
+        assert not hung, f"still running after {timeout} s\n{done}"
         return done
 
 
@@ -126,8 +137,8 @@ def start(script: str, flags: dict, num_ranks: int = 1, patches: dict | None = N
     flags: {name: value}; a list's items become several words. patches: {"common.module.NAME": value}, set in
     every rank first.
     """
-    patches = {f"{script}.draw_curves": _no_curves, **(patches or {})}
-    return Run(_script_main, num_ranks, (script, argv(flags), patches), Path(flags.get("output_dir", ".")))
+    arguments = (script, argv(flags), patches or {})
+    return Run(run_script, num_ranks, arguments, Path(flags.get("output_dir", ".")))
 
 
 def launch(script: str, flags: dict, num_ranks: int = 1, patches: dict | None = None) -> Finished:
@@ -136,26 +147,23 @@ def launch(script: str, flags: dict, num_ranks: int = 1, patches: dict | None = 
 
 def on_ranks(function, num_ranks: int, *arguments, on_gpu: bool = False) -> list:
     """What function(*arguments) returned on each of num_ranks ranks; it must be a test module's own function."""
-    run = Run(_function_main, num_ranks, (function.__module__, function.__name__, arguments), Path("."), on_gpu)
-    done = run.wait().succeeded()
-    assert done.exit_codes
+    run = Run(_function_main, num_ranks, (function.__module__, function.__name__, arguments), on_gpu=on_gpu)
+    run.wait().succeeded()
     return [pickle.loads((run.logs / f"result_{rank}").read_bytes()) for rank in range(num_ranks)]
 
 
-def launch_for_real(script: str, flags: dict, num_ranks: int, launcher: str = "deepspeed") -> Finished:
-    """As `launch`, through `deepspeed` or `torchrun`; one exit code, the launcher's own."""
+def launcher_command(script: str, flags: dict, num_ranks: int, launcher: str = "deepspeed") -> tuple[list[str], dict]:
+    """The words and the environment of a run through `deepspeed` or `torchrun`."""
     bin_folder = Path(sys.executable).parent
     count = "--num_gpus" if launcher == "deepspeed" else "--nproc_per_node"
-    command = [
-        str(bin_folder / launcher),
-        count,
-        str(num_ranks),
-        "--master_port",
-        str(free_port()),
-        f"{script}.py",
-        *argv(flags),
-    ]
+    options = [count, str(num_ranks), "--master_port", str(free_port())]
     environment = os.environ | CPU_ENVIRONMENT | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    return [str(bin_folder / launcher), *options, f"{script}.py", *argv(flags)], environment
+
+
+def launch_for_real(script: str, flags: dict, num_ranks: int, launcher: str = "deepspeed") -> Finished:
+    """As `launch`, through a real launcher; one exit code, the launcher's own."""
+    command, environment = launcher_command(script, flags, num_ranks, launcher)
     done = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     return Finished([done.returncode], done.stdout, done.stderr, Path(flags.get("output_dir", ".")))
 
@@ -184,8 +192,8 @@ def _rank_main(environment: dict, logs: str, target, arguments: tuple) -> None:
     target(logs, *arguments)
 
 
-def _script_main(logs: str, script: str, words: list[str], patches: dict) -> None:
-    for name, value in patches.items():
+def run_script(logs: str, script: str, words: list[str], patches: dict) -> None:
+    for name, value in {"common.run.output_dir.draw_curves": _no_curves, **patches}.items():
         module, attribute = name.rsplit(".", 1)
         assert hasattr(import_module(module), attribute), name
         setattr(import_module(module), attribute, value)

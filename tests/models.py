@@ -1,4 +1,4 @@
-"""Tiny models, their tokenizer and their data, all made from a seed."""
+"""Tiny models, their tokenizer and their data, all made from a seed; and a group of one rank."""
 
 import json
 import random
@@ -8,6 +8,25 @@ import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+
+class OneRank:
+    """Ranks, of a group of one, that remembers what it said."""
+
+    rank, world_size, is_main, device = 0, 1, True, torch.device("cpu")
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def once(self, work):
+        return work()
+
+    def gather(self, work):
+        return [work()]
+
 
 VOCAB = 320
 WORDS = """the a red green blue small large old new river stone cloud bird tree house walks sings falls turns answers
@@ -33,6 +52,15 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
+}
+LLAMA3_VOCABULARY = {  # of a model small in all but its rows
+    "vocab_size": 128256,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "eos_token_id": 128001,
+    "tie_word_embeddings": True,
 }
 
 

@@ -1,125 +1,67 @@
-"""Models and tokenizers by hub id, from a hub on the loopback interface: pytest tests/test_hub.py"""
+"""Models, tokenizers and data by hub id, from a hub on the loopback interface: pytest tests/test_hub.py"""
 
 import json
-import os
-import re
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import loopback_hub
 import models
-import pytest
+import numpy as np
 
-COMMITS = {"main": "ab" * 20, "v1": "cd" * 20}
+NEWEST, TAGGED = "ab" * 20, "cd" * 20
+REVISIONS = {"main": NEWEST, "v1": TAGGED}
 NOT_NEEDED = {"pytorch_model.bin": b"a pickle", "README.md": b"words", "consolidated.00.pth": b"a pickle"}
 
 
-def hub_of(contents: dict[str, dict[str, bytes]]) -> type[BaseHTTPRequestHandler]:
-    """The few routes that snapshot_download asks for, of the one model org/model. contents: commit -> file -> bytes."""
-
-    class Hub(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def answer(self, body: bytes, code=200, **headers):
-            self.send_response(code)
-            for name, value in {"Content-Length": len(body), **headers}.items():
-                self.send_header(name.replace("_", "-"), str(value))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def do_GET(self):
-            path = self.path.split("?")[0]
-            info = re.fullmatch("/api/models/org/model(?:/revision/([^/]+))?", path)
-            tree = re.fullmatch("/api/models/org/model/tree/([^/]+)", path)
-            file = re.fullmatch("/org/model/resolve/([^/]+)/(.+)", path)
-            asked = next((m[1] or "main" for m in (info, tree, file) if m), None)
-            commit = COMMITS.get(asked, asked)
-            if commit not in contents or file and file[2] not in contents[commit]:
-                is_model = "org/model" in path
-                self.answer(
-                    b"{}",
-                    404,
-                    X_Error_Code=("EntryNotFound" if file else "RevisionNotFound") if is_model else "RepoNotFound",
-                )
-            elif file:
-                self.answer(contents[commit][file[2]], ETag=f'"{commit}{file[2]}"', X_Repo_Commit=commit)
-            elif tree:
-                entries = [
-                    {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
-                    for name, data in contents[commit].items()
-                ]
-                self.answer(json.dumps(entries).encode(), Content_Type="application/json")
-            else:
-                siblings = [{"rfilename": name} for name in contents[commit]]
-                answer = {"id": "org/model", "sha": commit, "siblings": siblings}
-                self.answer(json.dumps(answer).encode(), Content_Type="application/json")
-
-        do_HEAD = do_GET
-
-    return Hub
+def test_a_model_comes_whole_from_the_revision_asked_for_and_what_is_not_there_is_one_line(tmp_path):
+    """Without pickles; what was downloaded before needs no hub."""
+    files = {}
+    for seed, commit in enumerate((NEWEST, TAGGED)):
+        folder = models.make_model(tmp_path / commit, seed=seed)
+        files[commit] = {path.name: path.read_bytes() for path in folder.iterdir()} | NOT_NEEDED
+        files[commit]["merges.txt"] = b"#version: 0.2\n"
+    script = "from common.model.load import find_model\ndef answer(question): return find_model(*question)"
+    absent = [["org/none", None], ["org/model", "v2"], ["no/such/model", None]]
+    with loopback_hub.serving("models", "org/model", files, REVISIONS) as hub:
+        questions = [["org/model", None], ["org/model", "v1"], *absent]
+        newest, tagged, *messages = loopback_hub.answers(script, questions, hub, tmp_path / "cache")
+        again, *offline = loopback_hub.answers(
+            script, [["org/model", None], *absent], hub, tmp_path / "cache", offline=True
+        )
+    for folder, commit in ((newest, NEWEST), (tagged, TAGGED)):
+        found = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        assert found == {name: data for name, data in files[commit].items() if name not in NOT_NEEDED}
+    assert again == newest
+    for (name, _), message in zip(absent * 2, messages + offline, strict=True):
+        assert name in message and "\n" not in message
 
 
-ASK = """
-import json, sys
-from common import model
-from common.failures import UserError
-answers = []
-for name, revision in json.loads(sys.argv[1]):
-    try:
-        answers.append(model.find_model(name, revision))
-    except UserError as error:
-        answers.append([str(error)])
-print(json.dumps(answers))
+ROWS = [{"messages": [{"role": "user", "content": f"ü{i}"}], "other": i} for i in range(20)]
+ASK_ROWS = """
+from common.data.sources import load_source, parse_source
+def answer(question):
+    rows = load_source(parse_source(question))
+    return [rows.identity, rows.indices.tolist(), rows.read(rows.indices)]
 """
 
 
-@pytest.fixture
-def ask(tmp_path):
-    """ask([name, revision], ...) -> what find_model gives for each, its error in a list; in a process of its own, as
-    huggingface_hub reads its environment when it is imported."""
-    contents = {}
-    for seed, commit in enumerate(COMMITS.values()):
-        folder = models.make_model(tmp_path / commit, seed=seed)
-        contents[commit] = {path.name: path.read_bytes() for path in folder.iterdir()} | NOT_NEEDED
-        contents[commit]["merges.txt"] = b"#version: 0.2\n"
-    server = ThreadingHTTPServer(("127.0.0.1", 0), hub_of(contents))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def ask(*questions, offline=False):
-        environment = {
-            **os.environ,
-            "HF_HOME": str(tmp_path / "cache"),
-            "HF_HUB_OFFLINE": str(int(offline)),
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", ASK, json.dumps(questions)],
-            env=environment,
-            text=True,
-            capture_output=True,
-            cwd=Path(__file__).parents[1],
+def test_rows_come_from_the_commit_that_is_recorded(tmp_path):
+    lines = [json.dumps(row).encode() + b"\n" for row in ROWS]
+    files = {NEWEST: {"train.jsonl": b"".join(lines)}, TAGGED: {"train.jsonl": lines[0]}}
+    questions = ["org/data@v1", "org/data=25%", "org/data@main:train", "org/data:test", "org/none"]
+    with loopback_hub.serving("datasets", "org/data", files, REVISIONS) as hub:
+        tagged, part, whole, no_split, no_such = loopback_hub.answers(ASK_ROWS, questions, hub, tmp_path)
+        pinned, other = loopback_hub.answers(
+            ASK_ROWS, [f"org/data@{NEWEST}=3", f"org/data@{TAGGED}"], hub, tmp_path, offline=True
         )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    ask.contents = contents
-    yield ask
-    server.shutdown()
-
-
-def test_a_model_comes_whole_from_the_revision_asked_for_and_what_is_not_there_is_one_line(ask):
-    """Without pickles; what was downloaded before needs no hub."""
-    absent = [["org/none", None], ["org/model", "v2"], ["no/such/model", None]]
-    newest, tagged, *messages = ask(["org/model", None], ["org/model", "v1"], *absent)
-    for folder, commit in ((newest, COMMITS["main"]), (tagged, COMMITS["v1"])):
-        files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        assert files == {name: data for name, data in ask.contents[commit].items() if name not in NOT_NEEDED}
-    again, *offline = ask(["org/model", None], *absent, offline=True)
-    assert again == newest
-    for (name, _), [message] in zip(absent * 2, messages + offline, strict=True):
-        assert name in message and "\n" not in message
+    indices = np.random.RandomState(42).choice(20, size=5, replace=False).tolist()
+    assert part == [
+        {"revision": NEWEST, "split": "train"},
+        indices,
+        [{"messages": ROWS[i]["messages"]} for i in indices],
+    ]
+    assert whole[0] == part[0] and whole[1] == list(range(20))
+    assert tagged == [{"revision": TAGGED, "split": "train"}, [0], [{"messages": ROWS[0]["messages"]}]]
+    assert "org/data:test" in no_split and "['train']" in no_split
+    assert "org/none" in no_such and "\n" not in no_such
+    assert pinned[0] == part[0]
+    assert f"not commit {TAGGED}" in other  # `datasets` gives the commit that it cached last

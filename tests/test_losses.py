@@ -7,7 +7,7 @@ import torch
 
 from common.config import DPOConfig
 from common.failures import TrainingStopped, UserError
-from common.step.losses import LOSSES, SUMMED, check_first_step, preference_loss, preference_sums
+from common.step.losses import LOSSES, SUMMED, check_first_step, preference_loss, preference_loss_and_sums
 
 CHOSEN = torch.tensor([-1.5, 0.25, 3.0, 0.0, -40.0], dtype=torch.float64)
 REJECTED = torch.tensor([0.5, -2.0, 2.75, 0.0, 40.0], dtype=torch.float64)
@@ -126,14 +126,18 @@ def test_settings_that_a_loss_does_not_define_are_refused(settings, named):
         preference_loss(DPOConfig(**settings))
 
 
+def sums_of(policy, reference, num_scored, **settings) -> tuple[float, dict[str, float]]:
+    values = torch.tensor(policy, requires_grad=True), torch.tensor(reference), torch.tensor(num_scored)
+    loss, sums = preference_loss_and_sums(*values, DPOConfig(dtype="float32", **settings))
+    return loss.item(), dict(zip(SUMMED, sums.tolist(), strict=True))
+
+
 def test_sums_by_hand():
-    """Two pairs, beta 2: one right by 3, one a tie."""
-    ratios = torch.tensor([[1.0, -2.0], [0.5, 0.5]])
-    logps = torch.tensor([[-10.0, -20.0], [-1.0, -2.0]])
-    config = DPOConfig(beta=2.0, dtype="float32")
-    sums = dict(zip(SUMMED, preference_sums(torch.tensor(7.0), ratios, logps, config).tolist(), strict=True))
+    """Two pairs, beta 2: one right by 3, one a tie. The loss that is differentiated is the one that is reported."""
+    policy, reference = [[-10.0, -20.0], [-1.0, -2.0]], [[-11.0, -18.0], [-1.5, -2.5]]
+    loss, sums = sums_of(policy, reference, [[4, 5], [1, 2]], loss_type="sigmoid", beta=2.0)
+    assert loss == sums.pop("train_loss") == pytest.approx(math.log(1 + math.exp(-6)) + math.log(2), rel=1e-6)
     assert sums == {
-        "train_loss": 7.0,
         "rewards/chosen": 3.0,
         "rewards/rejected": -3.0,
         "rewards/margin": 6.0,
@@ -143,16 +147,22 @@ def test_sums_by_hand():
     }
 
 
-@pytest.mark.parametrize(("dtype", "tie"), [("float32", 3e-4), ("bfloat16", 0.06)])
-def test_a_margin_within_the_rounding_of_its_log_probabilities_is_a_tie(dtype, tie):
-    """Of 100 and 200 nats: 1e-6 of them in float32, 2e-4 in bfloat16."""
-    for beta in (0.1, 5.0):
-        for margin, accuracy in ((0.99 * tie, 0.5), (-0.99 * tie, 0.5), (1.02 * tie, 1.0), (-1.02 * tie, 0.0)):
-            ratios, logps = torch.tensor([[margin, 0.0]]), torch.tensor([[-100.0, -200.0]])
-            sums = preference_sums(torch.tensor(0.7), ratios, logps, DPOConfig(beta=beta, dtype=dtype))
-            assert sums[SUMMED.index("rewards/accuracy")] == accuracy
+def test_means_by_hand():
+    """A loss that averages over length sees each side per token of its own: 10 of -30 and -10, 5 of -20 and -15."""
+    _, sums = sums_of([[-30.0, -20.0]], [[-10.0, -15.0]], [[10, 5]], loss_type="dpo_norm", beta=2.0)
+    assert sums.pop("train_loss") == pytest.approx(math.log(1 + math.exp(2)), rel=1e-6)
+    assert list(sums.values()) == pytest.approx([-4.0, -2.0, -2.0, 0.0, -3.0, -4.0])
 
 
-def test_sums_of_an_empty_micro_batch_are_zero():
-    empty = torch.zeros(0, 2)
-    assert preference_sums(torch.tensor(0.0), empty, empty, DPOConfig()).tolist() == [0.0] * len(SUMMED)
+def test_a_tie_is_exactly_0():
+    for margin, accuracy in ((0.0, 0.5), (1e-6, 1.0), (-1e-6, 0.0)):
+        _, sums = sums_of([[margin, 0.0]], [[0.0, 0.0]], [[1, 1]], loss_type="sigmoid", beta=0.1)
+        assert sums["rewards/accuracy"] == accuracy
+
+
+@pytest.mark.parametrize("loss_type", sorted(LOSSES))
+def test_an_empty_micro_batch_adds_nothing_and_has_a_gradient(loss_type):
+    policy = torch.zeros(0, 2, requires_grad=True)
+    loss, sums = preference_loss_and_sums(policy, torch.zeros(0, 2), torch.zeros(0, 2), DPOConfig(loss_type=loss_type))
+    loss.backward()
+    assert sums.tolist() == [0.0] * len(SUMMED) and policy.grad is not None

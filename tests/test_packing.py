@@ -82,15 +82,17 @@ def test_an_empty_micro_batch_is_two_tokens_without_a_target():
 
 
 def test_targets_of_a_conversation_are_its_spans_and_positions_restart():
-    first = SFTSample(np.arange(10, 20), np.array([[0, 2], [4, 7]]))
+    first = SFTSample(np.arange(10, 20), np.array([[1, 2], [4, 7]]))
     second = SFTSample(np.arange(30, 34), np.array([[3, 4]]))
     row = pack([sft_documents(first), sft_documents(second)])
     assert row.position_ids.tolist() == [*range(10), *range(4)]
-    assert row.target_ids.tolist() == [11, 14, 15, 16, 33]  # nothing predicts the token at position 0
+    assert row.target_ids.tolist() == [11, 14, 15, 16, 33]
     assert row.target_rows.tolist() == [0, 3, 4, 5, 12]
     assert row.sequence_targets == [4, 1]
     assert row.num_tokens == 14
     assert row.sum_squared_lengths == 10**2 + 4**2
+    with pytest.raises(AssertionError):  # nothing predicts the token at position 0: data/tokens.py makes no such span
+        sft_documents(SFTSample(np.arange(10, 20), np.array([[0, 2]])))
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -124,10 +126,15 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def assert_same_gradients(seen: dict, expected: dict, tolerance: float = 1e-5) -> None:
+    """A tensor's difference is judged by its own norm. Parameters of a single element (Apertus' alphas) are judged
+    together, as one vector: alone, such a gradient can be the small rest of large terms that cancel, which says nothing
+    of the size of their rounding."""
     assert seen.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert gradient.norm() > 0, f"{name} is idle"
-        assert (seen[name] - gradient).norm() <= tolerance * gradient.norm(), name
+    assert all(gradient.norm() > 0 for gradient in expected.values()), "a parameter is idle"
+    single = [name for name, gradient in expected.items() if gradient.numel() == 1]
+    for names in [[name] for name in expected if name not in single] + ([single] if single else []):
+        ours, theirs = (torch.cat([side[name].flatten() for name in names]) for side in (seen, expected))
+        assert (ours - theirs).norm() <= tolerance * theirs.norm(), names
 
 
 @pytest.fixture(scope="module")
@@ -180,27 +187,6 @@ def test_packed_pair_gradient_is_that_of_sides_one_at_a_time(folder, pairs, shar
     (weights * logps).sum().backward()
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
     assert_same_gradients(gradients(packed), gradients(plain), 2e-5)
-
-
-def test_the_last_layers_mlp_runs_for_rows_that_predict_and_every_other_for_all(folder, samples):
-    packed, rows = packed_model(folder), []
-    for layer in packed.decoder_layers():
-        layer.mlp.forward = lambda hidden, run=layer.mlp.forward: rows.append(hidden.shape[1]) or run(hidden)
-    micro_batch = pack([sft_documents(as_sft_sample(*sample)) for sample in samples])
-    packed(**model_inputs(micro_batch, "sdpa", CPU))
-    predicting = len(set(micro_batch.target_rows.tolist()))
-    assert 2 < predicting < len(micro_batch.input_ids)
-    assert rows == [len(micro_batch.input_ids)] * (len(rows) - 1) + [predicting]
-
-
-@pytest.mark.parametrize(
-    ("target_rows", "needed"), [([3, 1, 3, 2], [1, 2, 3]), ([5], [0, 1, 5]), ([1], [0, 1]), ([], [0, 1])]
-)
-def test_needed_rows_are_each_once_in_order_and_never_fewer_than_two(target_rows, needed):
-    micro_batch = pack([sft_documents(SFTSample(np.arange(7), np.array([[1, 7]])))])
-    micro_batch.target_rows = np.array(target_rows, np.int64)
-    assert micro_batch.needed_rows().dtype == np.int64
-    assert micro_batch.needed_rows().tolist() == needed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,17 +6,20 @@ import numpy as np
 import pytest
 import reference
 import torch
+from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import nn
 
 from common import ranks as distributed
 from common.config import SFTConfig
 from common.data.cache import SFTSample
+from common.failures import UserError
 from common.model import load as model
 from common.model import packed
 from common.model.summing import SummingEmbedding, SummingLinear, add_product
 from common.step.packing import pack, sft_documents
-from common.zero import memory as planner
-from common.zero.ds_config import deepspeed_config
+from common.zero import memory
+from common.zero import residency as kept
+from common.zero.ds_config import RESIDENCY, deepspeed_config
 from common.zero.engine import build_engine
 from common.zero.residency import WholeGradients
 
@@ -25,6 +28,7 @@ CASES = {
     "tied": ("llama", {"tie_word_embeddings": True}),
     "biases": ("qwen2", {}),
     "norms of heads": ("qwen3", {"head_dim": 16}),
+    "scalars": ("apertus", {}),  # parameters of one element: some ranks hold padding alone
 }
 SAMPLES = [[3, 5, 8, 13, 21, 34], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8], [4, 6], [9, 9, 8, 200, 300]]
 # micro-batches of each rank, as indices into SAMPLES: the last one of rank 1 is empty
@@ -136,25 +140,69 @@ def test_rows_of_an_embedding_are_summed_in_the_same_order_every_time():
     torch.testing.assert_close(sums[0].double(), expected, rtol=1e-5, atol=1e-4)
 
 
+# ------------------------------------------------------------------ one update
+
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1}
+SIZES = [1, 7, 1024, 5001]
+
+
+def check_update(device: str, options: dict, divisor: float) -> None:
+    """Three updates on stretches of flat tensors, which start where the last one ended: torch's AdamW, in float64,
+    and its fused one in float32, to the bit."""
+    torch.manual_seed(0)
+    flat = [torch.randn(sum(SIZES)), torch.zeros(sum(SIZES)), torch.zeros(sum(SIZES))]
+    weights, exp_avgs, exp_avg_sqs = (list(x.to(device).split(SIZES)) for x in flat)
+    exact = [nn.Parameter(x.double()) for x in weights]
+    same = [nn.Parameter(x.clone()) for x in weights]
+    optimizers = torch.optim.AdamW(exact, **options), torch.optim.AdamW(same, **options, fused=True)
+    step = torch.zeros((), device=device)
+    for _ in range(3):
+        gradients = [torch.randn(n, device=device) * 10.0 ** torch.randint(-6, 2, (n,), device=device) for n in SIZES]
+        for params in (exact, same):
+            for param, gradient in zip(params, gradients, strict=True):
+                param.grad = gradient.to(param.dtype) / torch.tensor(divisor, device=device)
+        for optimizer in optimizers:
+            optimizer.step()
+        step += 1
+        kept.update_group(weights, gradients, exp_avgs, exp_avg_sqs, step, divisor, options)
+    for seen, of_torch, expected in zip(weights, same, exact, strict=True):
+        assert torch.equal(seen, of_torch)
+        torch.testing.assert_close(seen, expected.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("divisor", [1.0, 3.7])
+@pytest.mark.parametrize("changes", [{}, {"weight_decay": 0.0}, {"betas": (0.0, 0.5)}, {"lr": 0.0}], ids=str)
+def test_an_update_is_torchs_own(changes, divisor):
+    check_update("cpu", OPTIONS | changes, divisor)
+
+
+def test_another_deepspeed_is_refused(monkeypatch):
+    monkeypatch.setattr(kept.deepspeed, "__version__", "0.20.0")
+    with pytest.raises(UserError, match=r"0\.20\.0"):
+        build_engine(None, SFTConfig(), {})
+
+
 # ------------------------------------------------------------------ under ZeRO-3
 
 
-def make_engine(folder: str, residency: dict, ranks: distributed.Ranks):
+def make_engine(folder: str, residency: str, ranks: distributed.Ranks):
     config = SFTConfig(dtype="float32", max_grad_norm=MAX_NORM, learning_rate=LEARNING_RATE, adam_epsilon=EPSILON)
-    ds_config = deepspeed_config(config) | residency
+    ds_config = deepspeed_config(config) | {"residency": residency}
     ds_config["zero_optimization"]["sub_group_size"] = 3000  # several groups of parameters in a step
     policy = model.load_partitioned(folder, model.load_config(folder), torch.float32, "sdpa", ds_config, ranks)
     return policy, build_engine(policy, config, ds_config)
 
 
 def run_micro_batches(
-    folder: str, residency: dict, runs_out: bool = False, functional: bool = False, in_a_row: bool = False
+    folder: str, residency: str, runs_out: bool = False, functional: bool = False, in_a_row: bool = False
 ) -> list[dict]:
     """Two steps of PLANS. For each: {name: this rank's part of the gradient} before it, the norm, and every
     parameter, whole, after it; in_a_row: only after the last, so that nothing waits for what a step began. runs_out:
     after dry runs in which the last rank runs out of memory. functional: a layer uses the weight of one of its
     modules, and of another as well as the module itself; and no hook is called for embedding and head, whose weights
     get no gradient from autograd, as torch may have it."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN, so that whoever reads it is found out
     ranks = distributed.start(5)
     policy, engine = make_engine(folder, residency, ranks)
     if functional:
@@ -193,14 +241,28 @@ def run_micro_batches(
         engine.step()
         norm = float(engine.get_global_grad_norm())
         whole = {}
-        if residency["parameters"] == "resident" and not (in_a_row and step == 0):
+        if residency == "all" and not (in_a_row and step == 0):
             policy.finish_gathering()
             for param in parameters.values():
                 assert param.ds_tensor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr(), "held twice"
             whole = {name: param.detach().cpu().clone() for name, param in parameters.items()}
-        seen.append({"parts": parts, "norm": norm, "whole": whole})
+        past_the_end = padding(engine, policy, ranks) if step == 1 else []
+        seen.append({"parts": parts, "norm": norm, "whole": whole, "padding": past_the_end})
     ranks.leave()
     return seen
+
+
+def padding(engine, policy, ranks: distributed.Ranks) -> list[float]:
+    """What this rank's shards, master weights and moments hold past the ends of the parameters."""
+    policy.finish_gathering()
+    values = []
+    for param in policy.parameters():
+        shards = param.ds_tensor, safe_get_local_fp32_param(param)
+        moments = (safe_get_local_optimizer_state(param, name) for name in ("exp_avg", "exp_avg_sq"))
+        start = max(0, param.ds_numel - ranks.rank * param.ds_tensor.numel())
+        values += [value for shard in (*shards, *moments) for value in shard.flatten()[start:].tolist()]
+    assert all(flat.isfinite().all() for flat in kept.master_weights(engine))
+    return values
 
 
 def out_of_memory_in_a_dry_run(policy, engine, ranks: distributed.Ranks) -> list[float]:
@@ -210,7 +272,7 @@ def out_of_memory_in_a_dry_run(policy, engine, ranks: distributed.Ranks) -> list
     def run_out(*_):
         raise torch.OutOfMemoryError("no more of it")
 
-    peaks, workload = [], planner.Workload(20, 20, 100.0, 50, False, "")
+    peaks = []
     for phase in ("none", "backward", "forward", "none"):
         hook = None
         if ranks.rank == ranks.world_size - 1 and phase != "none":
@@ -219,7 +281,7 @@ def out_of_memory_in_a_dry_run(policy, engine, ranks: distributed.Ranks) -> list
                 hook = layer.register_forward_hook(run_out)
             else:
                 hook = layer.register_forward_hook(lambda layer, inputs, output: output.register_hook(run_out) and None)
-        peaks.append(planner._dry_run(engine, policy, "sdpa", 50, 0, workload, True, ranks))
+        peaks.append(memory._dry_run(engine, "sdpa", 50, 20, memory.made_up_conversation, "all", ranks))
         if hook is not None:
             hook.remove()
     return peaks
@@ -232,20 +294,8 @@ def folder(request, tmp_path_factory):
     return models.make_model(path, architecture, **{"intermediate_size": 49} | changes)  # odd, so that parts are padded
 
 
-WHOLE = {"gradients": "whole", "parameters": "resident"}
-
-
 @pytest.mark.parametrize("num_ranks", PLANS)
-@pytest.mark.parametrize(
-    "residency",
-    [
-        WHOLE,
-        {"gradients": "whole", "parameters": "streamed"},
-        {"gradients": "partitioned", "parameters": "resident"},
-        {"gradients": "partitioned", "parameters": "streamed"},
-    ],
-    ids=lambda residency: "-".join(residency.values()),
-)
+@pytest.mark.parametrize("residency", RESIDENCY)
 def test_each_ranks_part_is_its_part_of_the_plain_gradient(folder, num_ranks, residency):
     """And two steps of AdamW on it give the plain weights: what is left of a step's sums does not get into the next."""
     check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), residency))
@@ -253,12 +303,12 @@ def test_each_ranks_part_is_its_part_of_the_plain_gradient(folder, num_ranks, re
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_rank_that_runs_out_of_memory_in_a_dry_run_leaves_no_trace(folder, num_ranks):
-    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), WHOLE, True))
+    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), "all", True))
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_weight_that_is_used_without_its_module_is_not_forgotten(folder, num_ranks):
-    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), WHOLE, False, True))
+    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), "all", False, True))
 
 
 class LateStream:
@@ -288,7 +338,7 @@ def run_with_late_zeros(folder: str) -> list[dict]:
     WholeGradients.__init__ = with_a_stream
     current = LateStream()
     torch.cuda.current_stream, torch.cuda.stream = lambda: current, lambda stream: stream
-    return run_micro_batches(folder, WHOLE, in_a_row=True)
+    return run_micro_batches(folder, "all", in_a_row=True)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -298,6 +348,8 @@ def test_a_backward_pass_waits_until_the_last_steps_sums_are_zeros(folder, num_r
 
 def check_against_plain(folder, seen: list) -> None:
     num_ranks = len(seen)
+    assert not any(value != 0 for rank in seen for step in rank for value in step["padding"])
+    assert num_ranks < 3 or any(step["padding"] for rank in seen for step in rank), "nothing was padded"
     plain = reference.load(folder)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=LEARNING_RATE, eps=EPSILON, weight_decay=0.0)
     for step in range(2):

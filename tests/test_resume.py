@@ -16,7 +16,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -30,7 +29,9 @@ from faults import Disk
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from common.files import replace_file
 from common.run.metrics import MetricsFile
+from common.run.output_dir import read_run_config
 
 METHODS = ("sft", "dpo")
 LAST_STEP = 12
@@ -50,7 +51,7 @@ class Setting:
             "dpo": models.write_jsonl(root / "dpo.jsonl", models.preferences(10)),
         }
         placement = json.loads((launch.REPO / "ds_configs" / "zero3.json").read_text())
-        placement |= {"gradients": "partitioned", "parameters": "streamed"}
+        placement |= {"residency": "nothing"}
         placement["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         self.released = root / "released.json"  # as of a large model: nothing stays whole between its uses
         self.released.write_text(json.dumps(placement))
@@ -58,22 +59,11 @@ class Setting:
         self.num_folders = 0
 
     def flags(self, method: str, output_dir: Path, **changes) -> dict:
-        """10 samples, 4 a step: an epoch is 3 steps, the last of 2 samples. SFT keeps its parameters, DPO releases them."""
-        flags = {
-            "model_name_or_path": self.model,
-            "dataset_mixer": self.data[method],
-            "dtype": "float32",
-            "global_batch_size": 4,
-            "num_train_epochs": 4,
-            "learning_rate": 1e-3,
-            "output_dir": output_dir,
-            "cache_dir": self.root / "cache",
-            "checkpointing_steps": 3,
-            "keep_last_n_checkpoints": 2,
-            "max_tokens_per_micro_batch": 300,
-            "ds_config": self.released if method == "dpo" else "ds_configs/zero3.json",
-        }
-        return flags | changes
+        """10 samples, 4 a step: an epoch is 3 steps, the last of 2 samples. SFT keeps all whole, DPO nothing."""
+        own = {"global_batch_size": 4, "num_train_epochs": 4, "learning_rate": 1e-3, "checkpointing_steps": 3}
+        own |= {"keep_last_n_checkpoints": 2, "max_tokens_per_micro_batch": 300, "output_dir": output_dir}
+        own["ds_config"] = self.released if method == "dpo" else "ds_configs/zero3.json"
+        return launch.flags(self.model, self.data[method], self.root, **own | changes)
 
     def folder(self) -> Path:
         self.num_folders += 1
@@ -171,9 +161,7 @@ def wait_for(run: launch.Run, text: str, timeout: float = 180) -> bool:
 def rerun_until_done(setting: Setting, method: str, output_dir: Path, whole: launch.Finished) -> None:
     """The same command again; it must go on from the newest checkpoint and end as `whole` did."""
     stands = max(checkpoints(output_dir), default=0)
-    was_finished = "result" in (
-        json.loads((output_dir / "run_config.json").read_text()) if (output_dir / "run_config.json").exists() else {}
-    )
+    was_finished = "result" in read_run_config(str(output_dir))
     done = setting.run(method, output_dir).succeeded()
     if was_finished:
         assert "nothing to do" in done.stdout
@@ -238,7 +226,7 @@ def dying_rank(logs: str, script: str, words: list[str], rank: int, operation: i
             checkpoint.require_disk_space = lambda *arguments: (real(*arguments), disk.__enter__())[0]
         else:
             disk.__enter__()
-    launch._script_main(logs, script, words, {f"{script}.draw_curves": launch._no_curves})
+    launch.run_script(logs, script, words, {})
 
 
 @both
@@ -280,7 +268,7 @@ def test_a_crash_after_the_last_step_leaves_only_the_export_to_do(setting, metho
     (output_dir / ".export").mkdir()
     (output_dir / ".export" / "model-00001-of-00001.safetensors").write_bytes(b"half")
     with open(output_dir / "metrics.jsonl", "a") as file:
-        file.write('\0\0\0\n[13]\n{"step": 13, "train_l')  # what a power loss can leave, and a line torn
+        file.write('{"step": 13, "train_l')
     done = setting.run(method, output_dir).succeeded()
     assert_continued(done, LAST_STEP)
     assert_same_run(done, setting.whole(method))
@@ -295,22 +283,15 @@ def test_2_then_1_then_4_then_3_ranks_are_one_curve(setting, method):
     for i, num_ranks in enumerate((2, 1, 4, 3)):
         done = setting.run(method, output_dir, num_ranks, stop_after_steps=3 * (i + 1)).succeeded()
         assert steps_run(done.stdout) == [3 * i + 1, 3 * i + 2, 3 * i + 3]
-    for name, tolerance in {
-        "step": 0,
-        "samples": 0,
-        "target_tokens": 0,
-        "epoch": 0,
-        "learning_rate": 0,
-        "train_loss": 1e-5,
-        "grad_norm": 1e-4,
-    }.items():
+    exact = dict.fromkeys(("step", "samples", "target_tokens", "epoch", "learning_rate"), 0)
+    for name, tolerance in (exact | {"train_loss": 1e-5, "grad_norm": 1e-4}).items():
         np.testing.assert_allclose(done.column(name), whole.column(name), rtol=0, atol=tolerance, err_msg=name)
     theirs = weights(whole.output_dir)
     for name, values in weights(output_dir).items():
         np.testing.assert_allclose(values, theirs[name], atol=2e-5, err_msg=name)
 
 
-def engine_states(script: str, words: list[str], checkpoint_path: str, residency: dict) -> dict[str, torch.Tensor]:
+def engine_states(script: str, words: list[str], checkpoint_path: str, residency: str) -> dict[str, torch.Tensor]:
     """In a rank's process: what a loaded engine holds, whole, through DeepSpeed's own reading of it."""
     from common import config
     from common import ranks as distributed
@@ -319,7 +300,7 @@ def engine_states(script: str, words: list[str], checkpoint_path: str, residency
     from common.zero import ds_config as placement
 
     settings = config.parse_config(config.SFTConfig if script == "train_sft" else config.DPOConfig, words)
-    ds_config = placement.deepspeed_config(settings) | residency
+    ds_config = placement.deepspeed_config(settings) | {"residency": residency}
     ranks = distributed.start(settings.collective_timeout_minutes)
     folder = str(settings.model_name_or_path)
     dtype = getattr(torch, settings.dtype)
@@ -340,21 +321,18 @@ def engine_states(script: str, words: list[str], checkpoint_path: str, residency
 
 
 @pytest.mark.parametrize(
-    ("method", "num_ranks", "dtype", "gradients", "parameters"),
+    ("method", "num_ranks", "dtype", "residency"),
     [
-        ("sft", 1, "float32", "partitioned", "streamed"),
-        ("dpo", 2, "bfloat16", "partitioned", "streamed"),
-        ("dpo", 3, "float32", "partitioned", "streamed"),
-        ("sft", 8, "float32", "partitioned", "streamed"),
-        ("sft", 1, "bfloat16", "whole", "resident"),
-        ("dpo", 3, "float32", "whole", "resident"),
-        ("sft", 2, "bfloat16", "whole", "streamed"),
-        ("sft", 2, "bfloat16", "partitioned", "resident"),
+        ("sft", 1, "float32", "nothing"),
+        ("dpo", 2, "bfloat16", "nothing"),
+        ("dpo", 3, "float32", "nothing"),
+        ("sft", 8, "float32", "nothing"),
+        ("sft", 1, "bfloat16", "all"),
+        ("dpo", 3, "float32", "all"),
+        ("sft", 2, "bfloat16", "gradients"),
     ],
 )
-def test_every_number_of_ranks_reads_the_same_masters_and_moments(
-    setting, method, num_ranks, dtype, gradients, parameters
-):
+def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, method, num_ranks, dtype, residency):
     """Written by 2. The expected arrays are put together from the files by the names they bear, with numpy alone."""
     folder = setting.whole(method).output_dir / "checkpoints" / "step_00000009"
     by_rank = [{}, {}]
@@ -366,7 +344,6 @@ def test_every_number_of_ranks_reads_the_same_masters_and_moments(
         for key in by_rank[0]
     }
     words = launch.argv(setting.flags(method, setting.folder(), dtype=dtype))
-    residency = {"gradients": gradients, "parameters": parameters}
     for held in launch.on_ranks(engine_states, num_ranks, f"train_{method}", words, str(folder), residency):
         assert held.pop("steps") == {9.0}
         assert len(held) == 4 * len(shapes)
@@ -385,75 +362,42 @@ def test_every_number_of_ranks_reads_the_same_masters_and_moments(
 @both
 def test_resume_auto_never_and_a_path(setting, method):
     whole, output_dir = setting.whole(method), setting.copy_of_whole(method)
+    folder = output_dir / "checkpoints"
 
-    refused = setting.run(method, output_dir, learning_rate=2e-3, seed=1, dataset_mixer=f"{setting.data[method]}=9")
-    assert refused.exit_codes == [2, 2]
-    error = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1
-    for part in (
-        "step_00000012 belongs to another run",
-        "learning_rate was 0.001, is 0.002",
-        "seed was 42, is 1",
-        "dataset_mixer (contents) was",
-    ):
-        assert part in error[0]
-    assert "Traceback" not in refused.stderr
+    changes = {"learning_rate": 2e-3, "seed": 1, "dataset_mixer": f"{setting.data[method]}=9"}
+    error = setting.run(method, output_dir, **changes).refused(2)
+    differing = ("learning_rate was 0.001, is 0.002", "seed was 42, is 1", "dataset_mixer (contents) was")
+    assert all(part in error for part in ("step_00000012", *differing))
     assert checkpoints(output_dir) == [9, 12]
 
     # The newest one damaged: the one before it goes on, with other flags that are free to differ.
-    newest = output_dir / "checkpoints" / "step_00000012"
-    file = newest / "rank_00001_of_00002.part_000.safetensors"
+    file = folder / "step_00000012" / "rank_00001_of_00002.part_000.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
-    done = setting.run(
-        method, output_dir, logging_steps=2, checkpointing_steps=50, collective_timeout_minutes=5
-    ).succeeded()
-    assert f"checkpoint {newest} is not whole, passing it over: {file.name} has been changed" in done.stdout
+    changes = {"logging_steps": 2, "checkpointing_steps": 50, "collective_timeout_minutes": 5}
+    done = setting.run(method, output_dir, **changes).succeeded()
+    assert f"checkpoint {file.parent} is not whole, passing it over: {file.name} has been changed" in done.stdout
     assert "resuming after step 9" in done.stdout
     assert "warning: --checkpointing_steps 50 is more than this run's 12 steps" in done.stdout
     assert done.column("step") == [*range(1, 11), 12]
     assert_same_weights(output_dir, whole.output_dir)
+    assert (folder / "damaged_step_00000012" / file.name).read_bytes().endswith(b"\x7f"), "set aside, not deleted"
 
     finished = setting.run(method, output_dir).succeeded()
-    assert "finished after 12 steps; nothing to do" in finished.stdout
-    assert steps_run(finished.stdout) == []
-    refused = setting.run(method, output_dir, learning_rate=2e-3)
-    assert refused.exit_codes == [2, 2]
-    assert "learning_rate was 0.001, is 0.002" in refused.stderr
+    assert "nothing to do" in finished.stdout and steps_run(finished.stdout) == []
+    assert "learning_rate was 0.001, is 0.002" in setting.run(method, output_dir, learning_rate=2e-3).refused(2)
 
-    # From a path, into a folder that holds a later checkpoint.
-    path = whole.output_dir / "checkpoints" / "step_00000009"
-    done = setting.run(method, setting.copy_of_whole(method), resume=path).succeeded()
+    # From a path, though a later checkpoint is there; another folder's is refused.
+    output_dir = setting.copy_of_whole(method)
+    path = output_dir / "checkpoints" / "step_00000009"
+    assert f"--resume {path}" in setting.run(method, setting.folder(), resume=path).refused(2)
+    done = setting.run(method, output_dir, resume=os.path.relpath(path, launch.REPO)).succeeded()
     assert_continued(done, 9)
     assert_same_run(done, whole)
-    refused = setting.run(method, setting.folder(), resume=setting.model)
-    assert refused.exit_codes == [2, 2]
-    assert "not a whole checkpoint of this project: COMPLETE is missing" in refused.stderr
+    assert checkpoints(output_dir) == [9, 12] and (output_dir / "checkpoints" / "abandoned_step_00000012").is_dir()
 
-    path = whole.output_dir / "checkpoints" / "step_00000012"
-    elsewhere = setting.run(method, setting.folder(), resume=path).succeeded()
-    assert without_times(elsewhere.metrics) == without_times(whole.metrics)
-    assert_same_weights(elsewhere.output_dir, whole.output_dir)
-    path = shutil.copytree(path, setting.folder() / path.name)  # without the metrics that lay beside it
-    alone = setting.run(method, setting.folder(), resume=path).succeeded()
-    assert alone.metrics == []
-    assert_same_weights(alone.output_dir, whole.output_dir)
-
-    # Into a folder of another run, from its own place by a relative name: nothing of that run is left.
-    other = setting.run(method, setting.folder(), learning_rate=2e-3, stop_after_steps=4).succeeded()
-    done = setting.run(method, other.output_dir, resume=os.path.relpath(path)).succeeded()
-    assert done.metrics == [] and checkpoints(done.output_dir) == []
-    other = setting.run(method, setting.folder(), learning_rate=2e-3, stop_after_steps=4).succeeded()
-    path = whole.output_dir / "checkpoints" / "step_00000009"
-    done = setting.run(method, other.output_dir, resume=os.path.relpath(path)).succeeded()
-    assert without_times(done.metrics) == without_times(whole.metrics)
-    assert checkpoints(done.output_dir) == [12]
-    assert_same_weights(done.output_dir, whole.output_dir)
-
-    done = setting.run(
-        method, output_dir, resume="never", stop_after_steps=1, clean_checkpoints_at_end="true", checkpointing_steps=1
-    ).succeeded()
-    assert steps_run(done.stdout) == [1]
-    assert done.column("step") == [1]
+    changes = {"stop_after_steps": 1, "clean_checkpoints_at_end": "true", "checkpointing_steps": 1}
+    done = setting.run(method, output_dir, resume="never", **changes).succeeded()
+    assert steps_run(done.stdout) == done.column("step") == [1]
     assert checkpoints(output_dir) == []
 
 
@@ -541,23 +485,13 @@ def test_a_signal_before_the_first_step_ends_the_run_without_a_traceback(setting
 def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
     """And what its 30 s mean is said before step 1."""
     output_dir = setting.folder()
-    bin_folder = Path(sys.executable).parent
-    command = [
-        str(bin_folder / "deepspeed"),
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(launch.free_port()),
-        "train_sft.py",
-        *launch.argv(setting.flags("sft", output_dir, num_train_epochs=400)),
-    ]
-    environment = os.environ | launch.CPU_ENVIRONMENT | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    flags = setting.flags("sft", output_dir, num_train_epochs=400)
+    command, environment = launch.launcher_command("train_sft", flags, 2)
     environment.pop("PLAINTUNE_RUN_SH", None)
     log = setting.root / "real_launcher"
     with open(log, "w") as out:
-        launcher = subprocess.Popen(
-            command, cwd=launch.REPO, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        pipes = {"stdout": out, "stderr": subprocess.STDOUT, "start_new_session": True}
+        launcher = subprocess.Popen(command, cwd=launch.REPO, env=environment, **pipes)
     try:
         deadline = time.monotonic() + 200
         while "\nstep 2/" not in log.read_text() and launcher.poll() is None and time.monotonic() < deadline:
@@ -575,38 +509,29 @@ def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
     assert checkpoints(output_dir)[-1] == steps_run(text)[-1]
 
 
-# ------------------------------------------------------------------ disk and dead ranks
+# ------------------------------------------------------------------ disks: exit 3, one line that names the file
 
 
-def files_of_at_most(num_bytes: int, rank: int, from_step: int):
-    """In a rank's process: from `from_step`'s checkpoint on, the system refuses `rank` larger files."""
+def limited_rank(logs: str, script: str, words: list[str], num_bytes: int) -> None:
+    """In a rank's process: from step 6's checkpoint on, the system refuses rank 1 larger files."""
     from common.zero import checkpoint
 
     real = checkpoint.save
 
     def limited(parameters, state, *arguments):
-        if state.step >= from_step and int(os.environ["RANK"]) == rank:
+        if state.step >= 6 and os.environ["RANK"] == "1":
             resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
         return real(parameters, state, *arguments)
 
-    checkpoint.save = limited
-
-
-def limited_rank(logs: str, script: str, words: list[str], num_bytes: int, rank: int) -> None:
-    files_of_at_most(num_bytes, rank, from_step=6)
-    launch._script_main(logs, script, words, {f"{script}.draw_curves": launch._no_curves})
+    launch.run_script(logs, script, words, {"common.zero.checkpoint.save": limited})
 
 
 @both
-def test_a_write_that_the_system_refuses_stops_all_ranks_with_one_line(setting, method):
+def test_a_checkpoint_that_one_rank_cannot_write_stops_all_and_the_one_before_stands(setting, method):
     whole, output_dir = setting.whole(method), setting.folder()
     words = launch.argv(setting.flags(method, output_dir))
-    done = launch.Run(limited_rank, 2, (f"train_{method}", words, 20_000, 1), output_dir).wait()
-    assert done.exit_codes == [3, 3]
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "could not be written: File too large; older checkpoints are intact" in errors[0]
-    assert "Traceback" not in done.stderr
+    error = launch.Run(limited_rank, 2, (f"train_{method}", words, 20_000), output_dir).wait().refused(3)
+    assert f"{output_dir}/checkpoints/.step_00000006.tmp/rank_00001_of_00002" in error and "File too large" in error
     assert checkpoints(output_dir) == [3]
     rerun_until_done(setting, method, output_dir, whole)
 
@@ -632,94 +557,71 @@ class FullAtTheEnd(FullAt):
     full_at = 12
 
 
+def no_space(*path) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *map(str, path))
+
+
 class NotFlushed(MetricsFile):
     """Every record is written; before step 6's checkpoint the system cannot bring them to the disk."""
 
+    def sync(self):
+        if self.last["step"] == 6:
+            os.fsync = lambda _: no_space()
+        super().sync()
+
+
+class Moved(MetricsFile):
+    """Somebody renames output_dir after step 4, and makes it again with all that was in it."""
+
     def append(self, record):
+        if record["step"] == 5 and self.ranks.is_main:
+            self.path.parent.rename(self.path.parent.with_name("moved"))
+            shutil.copytree(self.path.parent.with_name("moved"), self.path.parent)
         super().append(record)
-        if record["step"] == 6 and self.ranks.is_main:
-            self.file = open("/dev/full", "a")
 
 
-class NotOpened(MetricsFile):
-    def _open(self):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def no_metrics(path: Path, data) -> None:
+    no_space(path) if path.name == "metrics.jsonl" else replace_file(path, data)
+
+
+def no_card(path: Path, data) -> None:
+    no_space(path) if path.name == "README.md" else replace_file(path, data)
+
+
+METRICS = "common.run.output_dir.MetricsFile"
 
 
 @pytest.mark.parametrize(
-    ("file", "step", "changes", "left"),
+    ("patches", "file", "last_step", "changes", "left"),
     [
-        (FullAt, 5, {}, [3]),
-        (FullAtACheckpoint, 6, {}, [3]),
-        (FullAtTheEnd, 12, {"checkpointing_steps": 5}, [5, 10]),
-        (NotFlushed, 6, {}, [3]),
-        (NotOpened, 0, {}, []),
+        ({METRICS: FullAt}, "metrics.jsonl", 4, {}, [3]),
+        ({METRICS: FullAtACheckpoint}, "metrics.jsonl", 5, {}, [3]),
+        ({METRICS: FullAtTheEnd}, "metrics.jsonl", 11, {"checkpointing_steps": 5}, [5, 10]),
+        ({METRICS: NotFlushed}, "metrics.jsonl", 6, {}, [3]),
+        ({METRICS: Moved}, "metrics.jsonl", 4, {}, [3]),
+        ({"common.run.metrics.replace_file": no_metrics}, "metrics.jsonl", 0, {}, []),
+        ({"common.run.output_dir.replace_file": no_card}, "README.md", 12, {}, [9, 12]),
     ],
 )
 @both
-def test_a_record_that_cannot_be_written_stops_all_ranks_before_the_next_update(
-    setting, method, file, step, changes, left
+def test_a_file_that_cannot_be_written_stops_all_ranks_before_the_next_update(
+    setting, method, patches, file, last_step, changes, left
 ):
-    whole, output_dir = setting.whole(method), setting.folder()
-    done = setting.run(method, output_dir, patches={f"train_{method}.MetricsFile": file}, **changes)
-    assert done.exit_codes == [3, 3], done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in done.stderr
-    assert f"{output_dir}/metrics.jsonl could not be written after step {step}: " in errors[0]
-    assert "free disk space and run the same command" in errors[0]
+    whole, output_dir = setting.whole(method), setting.folder() / "output"
+    done = setting.run(method, output_dir, patches=patches, **changes)
+    assert f"{output_dir}/{file}: " in done.refused(3)
     assert checkpoints(output_dir) == left
-    assert steps_run(done.stdout) == list(range(1, step + 1))
+    assert steps_run(done.stdout) == list(range(1, last_step + 1))
     rerun_until_done(setting, method, output_dir, whole)
 
 
-def card_on_a_full_disk(*arguments) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@both
-def test_a_result_that_cannot_be_written_stops_all_ranks_and_the_rerun_writes_it(setting, method):
-    output_dir = setting.copy_of_whole(method)
-    done = setting.run(method, output_dir, patches={"common.run.output_dir.model_card": card_on_a_full_disk})
-    assert done.exit_codes == [3, 3], done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and f"{output_dir} could not be written after step 12: No space left" in errors[0]
-    rerun_until_done(setting, method, output_dir, setting.whole(method))
-
-
-def test_too_small_a_disk_is_an_error_before_the_first_step(setting):
+def test_a_folder_that_is_renamed_during_a_run_ends_it_at_the_next_write(setting):
     output_dir = setting.folder()
-    done = setting.run("sft", output_dir, patches={"common.zero.checkpoint.shutil": TinyDisk()})
-    assert done.exit_codes == [2, 2]
-    assert re.search(r"error: --output_dir .* needs 0.0 GB for 3 checkpoints and the model, 0.0 GB", done.stderr)
-    assert steps_run(done.stdout) == []
-
-
-def save_where_no_file_may_be_large(tensors, path, metadata) -> None:
-    """safetensors' own, with a limit on the size of files in the place of a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-    save_file(tensors, path, metadata)
-
-
-def index_on_a_full_disk(*arguments) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize(
-    "patches",
-    [
-        {"common.model.export.save_file": save_where_no_file_may_be_large},
-        {"common.model.export._finish_export": index_on_a_full_disk},
-    ],
-)
-def test_an_export_that_cannot_be_written_is_one_line_from_one_rank_and_the_rerun_exports(setting, patches):
-    output_dir = setting.copy_of_whole("sft")
-    done = setting.run("sft", output_dir, patches=patches)
-    assert done.exit_codes == [3, 3], done.stderr
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and f"the model could not be written to {output_dir}: " in errors[0]
-    assert "Traceback" not in done.stderr
-    assert not list(output_dir.glob("*.safetensors"))
-    rerun_until_done(setting, "sft", output_dir, setting.whole("sft"))
+    run = setting.start("sft", output_dir, num_train_epochs=4000)
+    assert wait_for(run, "\nstep 1/")
+    output_dir.rename(output_dir.with_name("renamed"))
+    assert f"{output_dir}/" in run.wait().refused(3)
+    assert not output_dir.exists(), "it is not made again"
 
 
 class TinyDisk:
@@ -731,39 +633,32 @@ class TinyDisk:
         return shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000)
 
 
-def wait_for_a_dead_rank(what: str) -> float:
-    """In a rank's process: seconds until rank 0 gives up on rank 1, which dies; the timeout is 3 s."""
-    from common import ranks as distributed
-
-    ranks = distributed.start(timeout_minutes=0.05)
-    assert ranks.once(lambda: time.sleep(4) or "work longer than the timeout") == "work longer than the timeout"
-    print(f"rank {ranks.rank} waited", flush=True)
-    started = time.monotonic()
-    if ranks.rank == 1:
-        if what == "stuck":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        os._exit(0)
-    try:
-        ranks.gather(lambda: 1)
-    except RuntimeError as e:
-        assert "rank 1 has shown no sign of life" in str(e)
-        return time.monotonic() - started
-    raise AssertionError("rank 1 answered")
+def test_too_small_a_disk_is_an_error_before_the_first_step(setting):
+    done = setting.run("sft", setting.folder(), patches={"common.zero.checkpoint.shutil": TinyDisk()})
+    assert re.search(r"--output_dir .* needs 0.0 GB for 3 checkpoints and the model, 0.0 GB", done.refused(2))
+    assert steps_run(done.stdout) == []
 
 
-def patience(logs: str, what: str) -> None:
-    Path(logs, "seconds").write_text(str(wait_for_a_dead_rank(what)))
-    os._exit(0)
+def save_where_no_file_may_be_large(tensors, path, metadata) -> None:
+    """safetensors' own, with a limit on the size of files in the place of a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    save_file(tensors, path, metadata)
 
 
-@pytest.mark.parametrize("what", ["dead", "stuck"])
-def test_a_rank_that_waits_outside_of_a_collective_gives_up_after_the_timeout(what):
-    """No launcher here ends the others. A rank that works for longer than the timeout is waited for."""
-    run = launch.Run(patience, 2, (what,), Path("."))
-    run.processes[0].join(60)
-    run.processes[1].kill()
-    done = run.wait(timeout=10)
-    assert done.exit_codes[0] == 0, done.stderr
-    assert "rank 0 waited" in done.stdout
-    assert "rank 1 waited" in done.stdout
-    assert 2 < float((run.logs / "seconds").read_text()) < 30
+def index_on_a_full_disk(*arguments) -> None:
+    no_space("model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "said"),
+    [
+        ("save_file", save_where_no_file_may_be_large, "File too large"),
+        ("_finish_export", index_on_a_full_disk, "model.safetensors.index.json: No space left"),
+    ],
+)
+def test_an_export_that_cannot_be_written_is_one_line_and_the_rerun_exports(setting, name, patch, said):
+    output_dir = setting.copy_of_whole("sft")
+    done = setting.run("sft", output_dir, patches={f"common.model.export.{name}": patch})
+    assert said in done.refused(3)
+    assert not list(output_dir.glob("*.safetensors"))
+    rerun_until_done(setting, "sft", output_dir, setting.whole("sft"))

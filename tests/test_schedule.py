@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import get_scheduler
 
-from common.config import LR_SCHEDULERS
+from common.config import LR_SCHEDULERS, SFTConfig
 from common.failures import UserError
-from common.step.schedule import learning_rate_schedule, samples_seen, step_samples, steps_per_epoch, total_steps
+from common.step.schedule import Schedule, learning_rate_schedule, step_samples, steps_per_epoch, total_steps
 
 
 @pytest.mark.parametrize(
@@ -32,16 +32,12 @@ def test_order_is_the_contracts_formula(num_samples, batch, seed):
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
-def test_an_epoch_visits_every_sample_once_and_the_counts_follow(num_samples, batch, seed):
+def test_an_epoch_visits_every_sample_once(num_samples, batch, seed):
     steps = steps_per_epoch(num_samples, batch)
     for epoch in range(2):
         epoch_steps = [step_samples(epoch * steps + s, num_samples, batch, seed) for s in range(steps)]
         assert sorted(i for samples in epoch_steps for i in samples) == list(range(num_samples))
         assert {len(samples) for samples in epoch_steps[:-1]} <= {batch}
-    seen = 0
-    for step in range(2 * steps + 1):
-        assert samples_seen(step, num_samples, batch) == seen
-        seen += len(step_samples(step, num_samples, batch, seed))
 
 
 def test_epochs_differ_in_order():
@@ -88,3 +84,25 @@ def test_linear_by_hand():
 def test_cosine_by_hand():
     learning_rate = learning_rate_schedule("cosine", 1.0, 30, 0.0)
     assert learning_rate(10) == pytest.approx(0.5 * (1 + math.cos(math.pi / 3)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_steps", "last_step", "save_every"),
+    [
+        ({}, 8, 8, 500),
+        ({"max_train_steps": 5}, 5, 5, 500),
+        ({"stop_after_steps": 6, "checkpointing_steps": "epoch"}, 8, 6, 4),
+        ({"stop_after_steps": 9, "checkpointing_steps": 2}, 8, 8, 2),
+    ],
+)
+def test_a_run_ends_early_on_the_whole_runs_schedule(changes, num_steps, last_step, save_every):
+    """10 samples, 3 a step, 2 epochs. stop_after_steps changes no learning rate, max_train_steps does."""
+    config = SFTConfig(global_batch_size=3, lr_scheduler_type="cosine", seed=7, **changes)
+    schedule = Schedule(config, 10)
+    assert (schedule.num_steps, schedule.last_step, schedule.save_every) == (num_steps, last_step, save_every)
+    rate = learning_rate_schedule("cosine", config.learning_rate, num_steps, config.warmup_ratio)
+    for step in range(last_step):
+        assert schedule.samples(step) == step_samples(step, 10, 3, 7) and schedule.learning_rate(step) == rate(step)
+    report = schedule.report("SFT", "samples")
+    assert f"{last_step} of {num_steps} steps" in report and "\n" not in report.partition("\nwarning: ")[0]
+    assert ("--checkpointing_steps" in report) == (save_every > last_step), "a run that is never saved says so"

@@ -1,25 +1,15 @@
 """The token cache: a data set tokenized once, keyed by all that its tokens depend on, memory-mapped by every rank.
 
-A finished cache is a folder `<kind>-<key>` of flat arrays and a manifest. It is built in another folder and renamed,
-and is used only if every size and digest in the manifest holds: a torn or edited one is built again. Nobody has to
-delete one: whatever would change the tokens changes the key.
+A finished cache is a folder `<kind>-<key>` of three flat files and a manifest. It is built in another folder and
+renamed, by one process at a time, and is used only if every digest in the manifest holds: a torn or edited one is
+built again. Nobody has to delete one: whatever would change the tokens changes the key.
 """
 
-import fcntl
-import hashlib
 import json
-import multiprocessing
-import os
-import pickle
 import shutil
-import signal
-import sys
-import threading
-import types
 import uuid
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -27,68 +17,54 @@ import jinja2
 import numpy as np
 import tokenizers
 import transformers
-import xxhash
 
-from common.data import chat_template as chat_templates
-from common.data import sources as mixer
-from common.data import tokens as tokenization
+from common.data import chat_template, sources, tokens
 from common.data.chat_template import ChatTemplate, Dropped
 from common.data.sources import Rows, decode_row, load_source, parse_source
 from common.data.tokens import Encoder, PreferencePair, SFTSample
 from common.failures import UserError, as_user_error, print_line, progress
+from common.files import digest, file_digest, locked
 
-BLOCK_ROWS = 128  # rows that go to a process at a time
-MIN_ROWS_PER_PROCESS = 2048  # starting a process takes seconds: small data is tokenized in this one
+BLOCK_ROWS = 512  # rows that are rendered and then encoded together, by the tokenizer's threads
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model")
 
-# The arrays of each kind, name: (dtype, shape of an item). Tokens and spans lie end to end, the others have an item a
-# sample. rows: source, row number.
-_BOTH = {
-    "tokens": (np.int32, ()),
-    "lengths": (np.int32, ()),
-    "num_targets": (np.int32, ()),
-    "truncated": (np.bool_, ()),
-    "rows": (np.int64, (2,)),
-}
-ARRAYS = {
-    "sft": {**_BOTH, "spans": (np.int32, (2,)), "num_spans": (np.int32, ())},
-    "dpo": {**_BOTH, "pair_lengths": (np.int32, (3,)), "starts": (np.int32, (2,))},
-}
+# What the files hold. tokens and marks lie end to end, sample after sample. marks of a conversation: its trained spans;
+# of a pair: tokens of the prompt, of the rest of chosen, of the rest of rejected, chosen_start, rejected_start.
+SAMPLE = [(name, np.int64) for name in ("length", "num_marks", "num_targets", "truncated", "source", "row")]
+FILES = {"tokens.bin": np.int32, "marks.bin": np.int32, "samples.bin": np.dtype(SAMPLE)}
 
 
-# --------------------------------------------------------------------------------- reading
-class DamagedCache(Exception):
+class DamagedCache(UserError):
     """A cache folder that is not exactly what was written."""
 
 
 class TokenDataset:
-    """A finished token cache, memory-mapped: indexing takes no memory, opening two int64 a sample.
+    """A finished token cache, memory-mapped: indexing takes no memory, opening 24 bytes a sample.
 
-    kind: "sft" or "dpo".  digest: hex, of all arrays, wherever they were read from.  stats: what `_stats` returned.
+    kind: "sft" or "dpo".  digest: hex, of all files, wherever they were read from.  stats: what `_stats` returned.
     lengths: int32 [n], tokens of each sample (of a pair: its prompt once, and both completions).
     num_targets: int32 [n], its target tokens (of a pair: the scored tokens of both sides).
     pair_lengths: DPO only, int32 [n, 3], tokens of the prompt, the rest of chosen, the rest of rejected.
-    ds[i]: SFTSample or PreferencePair. All arrays are read-only views.
+    ds[i]: SFTSample or PreferencePair, read-only views.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, folder: str | Path):
         """Reads and checks every byte once. Raises DamagedCache."""
-        folder, self._arrays = Path(path), {}
         try:
-            manifest = json.loads((folder / "manifest.json").read_bytes())
-            if not isinstance(manifest, dict) or manifest.pop("manifest_digest", None) != _digest_json(manifest):
-                raise DamagedCache(f"{folder}: manifest.json was changed")
-            self.kind, self.stats, self.digest = manifest["kind"], manifest["stats"], _digest_json(manifest["files"])
-            for name, (dtype, shape) in ARRAYS[self.kind].items():
-                if _digest_file(folder / f"{name}.bin") != manifest["files"][name]:
-                    raise DamagedCache(f"{folder}: {name}.bin was changed")
-                self._arrays[name] = np.asarray(np.memmap(folder / f"{name}.bin", dtype, "r")).reshape(-1, *shape)
-        except (OSError, ValueError) as error:
-            raise DamagedCache(f"{folder}: {error}") from error
-        self.lengths, self.num_targets = self._arrays["lengths"], self._arrays["num_targets"]
-        self.pair_lengths = self._arrays.get("pair_lengths")
-        self._ends = np.cumsum(self.lengths, dtype=np.int64)
-        self._span_ends = np.cumsum(self._arrays["num_spans"], dtype=np.int64) if self.kind == "sft" else None
+            manifest = json.loads((Path(folder) / "manifest.json").read_bytes())
+            digests = {name: file_digest(Path(folder) / name) for name in FILES}
+            is_whole = manifest.pop("digest") == _json_digest(manifest) and manifest["files"] == digests
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            is_whole = False
+        if not is_whole:
+            raise DamagedCache(f"token cache {folder} is not what was written; run again, and it is rebuilt")
+        self.kind, self.stats, self.digest = manifest["kind"], manifest["stats"], _json_digest(digests)
+        self._tokens, self._marks, self._samples = (
+            np.asarray(np.memmap(Path(folder) / name, dtype, "r")) for name, dtype in FILES.items()
+        )
+        self.lengths, self.num_targets = (self._samples[name].astype(np.int32) for name in ("length", "num_targets"))
+        self.pair_lengths = self._marks.reshape(-1, 5)[:, :3] if self.kind == "dpo" else None
+        self._ends, self._mark_ends = (np.cumsum(self._samples[name]) for name in ("length", "num_marks"))
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -96,52 +72,26 @@ class TokenDataset:
     def __getitem__(self, i: int) -> SFTSample | PreferencePair:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        tokens = self._arrays["tokens"][self._ends[i] - self.lengths[i] : self._ends[i]]
+        ids = self._tokens[self._ends[i] - self.lengths[i] : self._ends[i]]
+        marks = self._marks[self._mark_ends[i] - self._samples["num_marks"][i] : self._mark_ends[i]]
         if self.kind == "sft":
-            end = self._span_ends[i]
-            return SFTSample(tokens, self._arrays["spans"][end - self._arrays["num_spans"][i] : end])
-        prompt, chosen, _ = self.pair_lengths[i].tolist()
-        return PreferencePair(
-            tokens[:prompt],
-            tokens[prompt : prompt + chosen],
-            tokens[prompt + chosen :],
-            *self._arrays["starts"][i].tolist(),
-        )
+            return SFTSample(ids, marks.reshape(-1, 2))
+        prompt, chosen, _, *starts = marks.tolist()
+        return PreferencePair(*np.split(ids, [prompt, prompt + chosen]), *starts)
 
     def source_of(self, i: int) -> str:
         """`file:row` of sample i, for messages."""
-        source, row = self._arrays["rows"][i].tolist()
-        return f"{self.stats['sources'][source]['path']}:{row}"
+        return f"{self.stats['sources'][self._samples['source'][i]]['path']}:{self._samples['row'][i]}"
 
 
-def tokenized_data(
-    kind: str, config, tokenizer, tokenizer_folder: str, template: ChatTemplate, num_proc: int, ranks
-) -> TokenDataset:
+def tokenized_data(kind: str, config, tokenizer, tokenizer_folder: str, template: ChatTemplate, ranks) -> TokenDataset:
     """A run's data, tokenized by one rank of each node if no run has before, opened by every rank. Collective.
 
-    config: common.config.TrainConfig; the rest as in prepare_tokens, with its errors and open_tokens' own.
+    config: common.config.TrainConfig; the rest as in prepare_tokens, with its errors and TokenDataset's own.
     """
-    path = ranks.once_per_node(
-        lambda: prepare_tokens(
-            kind,
-            config.dataset_mixer,
-            tokenizer,
-            tokenizer_folder,
-            template,
-            config.max_seq_length,
-            config.cache_dir,
-            num_proc,
-        )
-    )
-    return open_tokens(path)
-
-
-def open_tokens(path: str) -> TokenDataset:
-    """Opens what prepare_tokens returned. Raises UserError if the folder is not exactly what was written."""
-    try:
-        return TokenDataset(path)
-    except DamagedCache as error:
-        raise UserError(f"token cache {error}; run again, and it is rebuilt") from error
+    tokenizing = tokenizer, tokenizer_folder, template, config.max_seq_length
+    path = ranks.once_per_node(lambda: prepare_tokens(kind, config.dataset_mixer, *tokenizing, config.cache_dir))
+    return TokenDataset(path)
 
 
 # --------------------------------------------------------------------------------- building
@@ -149,106 +99,114 @@ def prepare_tokens(
     kind: str,
     dataset_mixer: list[str],
     tokenizer,
-    tokenizer_path: str,
+    tokenizer_folder: str,
     template: ChatTemplate,
     max_seq_length: int,
     cache_dir: str,
-    num_proc: int,
-    say=print_line,
+    say: Callable[[str], None] = print_line,
 ) -> str:
-    """The path of the finished cache of this data, built by num_proc processes if it is not there yet.
+    """The path of the finished cache of this data, built if it is not there yet. kind: "sft" or "dpo".
 
-    kind: "sft" or "dpo". To be called by one process a node; several at once are safe. Raises UserError, with file
-    and row, for data that cannot be used, and leaves nothing in cache_dir then.
+    Safe in several processes at once: one builds, the others wait for it. Raises UserError, with file and row, for
+    data that cannot be used, and leaves nothing in cache_dir then.
     """
-    sources = [load_source(parse_source(text)) for text in dataset_mixer]
-    tokenize = BlockTokenizer(kind, template, Encoder(tokenizer), max_seq_length)
-    key = cache_key(tokenize, sources, tokenizer_path)
+    all_rows = [load_source(parse_source(text)) for text in dataset_mixer]
+    tokenize = BlockTokenizer(kind, template, Encoder(tokenizer, max_seq_length))
     root = Path(cache_dir) / "tokens"
-    final = root / f"{kind}-{key[:32]}"
-    try:
+    final = root / f"{kind}-{cache_key(tokenize, all_rows, tokenizer_folder)}"
+    if "strftime_now" in template.jinja:
+        say(
+            f"warning: chat template {template.name!r} can print the date of the day on which data is tokenized; "
+            f"a run resumes only while {final} is there"
+        )
+    if not template.closing:
+        say(f"warning: chat template {template.name!r} ends answers with no token: the model learns no end")
+    if _is_whole(final):
+        say(f"data: tokenized before, in {final}")
+        return str(final)
+    with as_user_error(f"cache_dir {cache_dir}", OSError):
         root.mkdir(parents=True, exist_ok=True)
-        _remove_dead_builds(root)
-        if "strftime_now" in template.jinja:
-            say(
-                f"warning: chat template {template.name!r} can print the date of the day on which data is tokenized; a run "
-                f"resumes only while {final} is there"
-            )
-        if final.exists():
-            try:
-                say(f"data: {len(TokenDataset(final)):,} samples, tokenized before, in {final}")
-                return str(final)
-            except DamagedCache as error:
-                say(f"data: token cache {error}; building it again")
-        if not template.closing:
-            say(f"warning: chat template {template.name!r} ends answers with no token: the model learns no end")
-        with _build_folder(root) as folder:
-            stats = _build(tokenize, sources, num_proc, folder, say)
-            for rows in sources:
-                rows.require_unchanged()
-            _publish(folder, final)
-    except OSError as error:
-        raise UserError(f"cache_dir {cache_dir}: {error}") from error
-    for role, count in stats["unrendered_roles"].items():
-        say(f"warning: chat template {template.name!r} leaves out messages of role {role!r}: {count:,} of them")
-    say(f"data: {stats['kept']:,} of {stats['rows_read']:,} rows kept, tokenized in {final}")
+        (root / ".lock").touch()
+    with locked(root / ".lock", lambda: say(f"data: another run is building a token cache in {root}; waiting for it")):
+        if not _is_whole(final):  # it may have been built while this process waited
+            if final.exists():
+                say(f"data: token cache {final} is not what was written; building it again")
+            _build(tokenize, all_rows, final, say)
     return str(final)
 
 
-def cache_key(tokenize: "BlockTokenizer", sources: list[Rows], tokenizer_path: str) -> str:
-    """sha256, in hex, of all that the tokens and their rows' names depend on."""
-    tokenizer = tokenize.template.tokenizer
-    paths = [path for pattern in TOKENIZER_FILES for path in Path(tokenizer_path).glob(pattern) if path.is_file()]
-    code = [module.__file__ for module in (mixer, chat_templates, tokenization)] + [__file__]
-    return _digest_json(
+def cache_key(tokenize: "BlockTokenizer", all_rows: list[Rows], tokenizer_folder: str) -> str:
+    """Digest, in hex, of all that the tokens and their rows' names depend on."""
+    files = [path for pattern in TOKENIZER_FILES for path in Path(tokenizer_folder).glob(pattern) if path.is_file()]
+    code = [Path(module.__file__) for module in (sources, chat_template, tokens)] + [Path(__file__)]
+    special_tokens = tokenize.template.tokenizer.special_tokens_map
+    return _json_digest(
         {
             "kind": tokenize.kind,
-            "max_seq_length": tokenize.max_seq_length,
-            "sources": [[rows.source.text, rows.identity] for rows in sources],
+            "sources": [[rows.source.text, rows.identity] for rows in all_rows],
             "template": tokenize.template.digest,
-            "tokenizer": hashlib.sha256(tokenize.encoder.backend.to_str().encode()).hexdigest(),
-            "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-            "files": [
-                [Path(path).name, hashlib.sha256(Path(path).read_bytes()).hexdigest()] for path in sorted(paths) + code
-            ],
+            "tokenizer": tokenize.encoder.backend.to_str(),  # max_seq_length is in it
+            "special_tokens": {name: str(token) for name, token in special_tokens.items()},
+            "files": [[path.name, file_digest(path)] for path in sorted(files) + code],
             "versions": [module.__version__ for module in (np, jinja2, tokenizers, transformers)],
         }
     )
 
 
-def _build(tokenize: "BlockTokenizer", sources: list[Rows], num_proc: int, folder: Path, say) -> dict:
-    """Tokenizes all rows into the arrays of `folder` and writes the manifest. Returns the stats."""
-    num_rows = sum(len(rows.indices) for rows in sources)
-    num_proc = max(1, min(num_proc, num_rows // MIN_ROWS_PER_PROCESS))
-    counts = Counter()
+def _is_whole(folder: Path) -> bool:
+    try:
+        TokenDataset(folder)
+    except DamagedCache:
+        return False
+    return True
+
+
+def _build(tokenize: "BlockTokenizer", all_rows: list[Rows], final: Path, say: Callable[[str], None]) -> None:
+    """Builds the cache in a folder of its own and gives it its name. The caller holds the lock."""
+    for abandoned in final.parent.glob("*.build"):  # its process was killed, or it would hold the lock
+        shutil.rmtree(abandoned)
+    folder = final.parent / f"{uuid.uuid4().hex}.build"
+    folder.mkdir()
+    try:
+        _write_files(tokenize, all_rows, folder, say)
+        for rows in all_rows:
+            rows.require_unchanged()
+        stats, digests = _stats(tokenize, all_rows, folder), {name: file_digest(folder / name) for name in FILES}
+        manifest = {"kind": tokenize.kind, "stats": stats, "files": digests}
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": _json_digest(manifest)}, indent=1))
+        if final.exists():
+            shutil.rmtree(final)
+        folder.rename(final)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for role, count in tokenize.unrendered_roles.items():
+        say(
+            f"warning: chat template {tokenize.template.name!r} leaves out messages of role {role!r}: {count:,} of them"
+        )
+    say(f"data: {stats['kept']:,} of {stats['rows_read']:,} rows kept, tokenized in {final}")
+
+
+def _write_files(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path, say: Callable[[str], None]) -> None:
+    """Tokenizes all rows into FILES. Raises UserError if no row is left."""
     with ExitStack() as stack:
+        num_rows = sum(len(rows.indices) for rows in all_rows)
         advance = stack.enter_context(progress("tokenizing", num_rows, "rows", say))
-        files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in ARRAYS[tokenize.kind]}
-        for arrays, block_counts in _map_blocks(tokenize, sources, num_proc):
-            for name, array in arrays.items():
-                files[name].write(array.tobytes())
-            counts.update(block_counts)
-            advance(block_counts["rows_read", ""])
-    if (folder / "lengths.bin").stat().st_size == 0:
-        reasons = ", ".join(f"{count} x {reason}" for (what, reason), count in counts.items() if what == "dropped")
-        raise UserError(f"{', '.join(rows.source.text for rows in sources)}: no row is left to train on ({reasons})")
-    stats = _stats(folder, counts, sources)
-    manifest = {
-        "kind": tokenize.kind,
-        "stats": stats,
-        "files": {name: _digest_file(folder / f"{name}.bin") for name in files},
-    }
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "manifest_digest": _digest_json(manifest)}, indent=1))
-    return stats
+        files = [stack.enter_context(open(folder / name, "wb")) for name in FILES]
+        for source, rows in enumerate(all_rows):
+            for start in range(0, len(rows.indices), BLOCK_ROWS):
+                block = rows.indices[start : start + BLOCK_ROWS]
+                for file, array in zip(files, tokenize(source, rows, block), strict=True):
+                    file.write(array.tobytes())
+                advance(len(block))
+    if (folder / "samples.bin").stat().st_size == 0:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in tokenize.dropped.items())
+        raise UserError(f"{', '.join(rows.source.text for rows in all_rows)}: no row is left to train on ({reasons})")
 
 
-def _stats(folder: Path, counts: Counter, sources: list[Rows]) -> dict:
-    """What data_table shows and run_config.json records. counts: (what, detail) -> number."""
-
-    def by_detail(what):
-        return {detail: number for (name, detail), number in counts.most_common() if name == what}
-
-    lengths = np.fromfile(folder / "lengths.bin", np.int32)
+def _stats(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path) -> dict:
+    """What data_table shows and run_config.json records."""
+    samples = np.fromfile(folder / "samples.bin", FILES["samples.bin"])
+    lengths = samples["length"]
     percentiles = {f"p{q}": int(np.percentile(lengths, q)) for q in (5, 50, 95)}
     return {
         "sources": [
@@ -259,219 +217,88 @@ def _stats(folder: Path, counts: Counter, sources: list[Rows]) -> dict:
                 "num_rows": len(rows.numbers),
                 "rows_used": len(rows.indices),
             }
-            for rows in sources
+            for rows in all_rows
         ],
-        "formats": by_detail("format"),
-        "rows_read": counts["rows_read", ""],
-        "kept": len(lengths),
-        "truncated": int(np.fromfile(folder / "truncated.bin", np.bool_).sum()),
-        "dropped": by_detail("dropped"),
-        "unrendered_roles": by_detail("unrendered_role"),
-        "tokens": int(lengths.sum(dtype=np.int64)),
-        "target_tokens": int(np.fromfile(folder / "num_targets.bin", np.int32).sum(dtype=np.int64)),
+        "formats": dict(tokenize.forms.most_common()),
+        "rows_read": sum(len(rows.indices) for rows in all_rows),
+        "kept": len(samples),
+        "truncated": int(samples["truncated"].sum()),
+        "dropped": dict(tokenize.dropped.most_common()),
+        "unrendered_roles": dict(tokenize.unrendered_roles.most_common()),
+        "tokens": int(lengths.sum()),
+        "target_tokens": int(samples["num_targets"].sum()),
         "length_percentiles": {**percentiles, "max": int(lengths.max())},
     }
 
 
-def _map_blocks(tokenize: "BlockTokenizer", sources: list[Rows], num_proc: int):
-    """Yields tokenize(block) of every block of rows, in order, computed by num_proc processes."""
-
-    def blocks():
-        for number, rows in enumerate(sources):
-            for start in range(0, len(rows.indices), BLOCK_ROWS):
-                indices = rows.indices[start : start + BLOCK_ROWS]
-                with as_user_error(rows.source.path, OSError):
-                    read = rows.read(indices)
-                yield number, rows.source.path, rows.numbers[indices].tolist(), read
-
-    if num_proc == 1:
-        yield from map(tokenize, blocks())
-        return
-    # Fresh processes: a fork would copy the locks of this one's torch, NCCL and tokenizer threads as they stand.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_proc, spawn, _start_worker, (pickle.dumps(tokenize),)) as pool:
-        waiting = deque()
-        try:
-            for block in blocks():
-                with _main_module_hidden():
-                    waiting.append(pool.submit(_work, block))
-                if len(waiting) > 2 * num_proc:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError("a tokenizing process was killed, most likely for want of memory") from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 class BlockTokenizer:
-    """Tokenizes blocks of rows; picklable. A block: source number, its path, row numbers, rows as Rows.read gave them.
+    """Tokenizes blocks of rows, and counts what it met.
 
-    Returns ({name: array as in ARRAYS}, Counter of (what, detail)). Raises UserError naming file and row.
+    forms, unrendered_roles: rows of each form, messages of each role that the template does not show.
+    dropped: rows dropped for each reason.
     """
 
-    def __init__(self, kind: str, template: ChatTemplate, encoder: Encoder, max_seq_length: int):
-        self.kind, self.template, self.encoder, self.max_seq_length = kind, template, encoder, max_seq_length
+    def __init__(self, kind: str, template: ChatTemplate, encoder: Encoder):
+        self.kind, self.template, self.encoder = kind, template, encoder
+        self.forms, self.unrendered_roles, self.dropped = Counter(), Counter(), Counter()
 
-    def __call__(self, block):
-        source, path, numbers, rows = block
-        counts, rendered, samples = Counter({("rows_read", ""): len(rows)}), [], []
-        render, tokenize = (
-            (self._render_sft, self._tokenize_sft) if self.kind == "sft" else (self._render_dpo, self._tokenize_dpo)
-        )
-        # In two passes: rendering between any two rows' tokenization would cost that a fifth more, in cache misses.
-        for number, raw in zip(numbers, rows, strict=True):
-            with _in_row(f"{path}:{number}", counts):
-                rendered.append((number, render(decode_row(raw), counts)))
-        for number, texts in rendered:
-            with _in_row(f"{path}:{number}", counts):
-                samples.append({**tokenize(*texts, self.encoder, self.max_seq_length), "rows": (source, number)})
-        arrays = {}
-        for name, (dtype, shape) in ARRAYS[self.kind].items():
-            items = [sample[name] for sample in samples]
-            items = np.concatenate(items) if name in ("tokens", "spans") and items else items
-            arrays[name] = np.array(items, dtype).reshape(-1, *shape)
-        return arrays, counts
+    def __call__(self, source: int, rows: Rows, block: np.ndarray) -> list[np.ndarray]:
+        """The rows `block` of source number `source`, as FILES. Raises UserError naming file and row."""
+        rendered, samples, all_ids, all_marks = [], [], [], []
+        with as_user_error(rows.source.path, OSError):
+            raw_rows = rows.read(block)
+        for number, raw in zip(rows.numbers[block].tolist(), raw_rows, strict=True):
+            with self._in_row(f"{rows.source.path}:{number}"):
+                rendered.append((number, *self._render(decode_row(raw))))
+        encodings = iter(self.encoder.encode([text for _, texts, _ in rendered for text in texts]))
+        for number, texts, trained in rendered:
+            encoded = [next(encodings) for _ in texts]
+            with self._in_row(f"{rows.source.path}:{number}"):
+                ids, marks, num_targets = self._sample(encoded, trained)
+                truncated = any(encoding.overflowing for encoding in encoded)
+                samples.append((len(ids), len(marks), num_targets, truncated, source, number))
+                all_ids += [ids]
+                all_marks += [marks]
+        flat = [np.concatenate(items or [[]]) for items in (all_ids, all_marks)]
+        return [np.array(items, dtype) for items, dtype in zip((*flat, samples), FILES.values(), strict=True)]
 
-    def _render_sft(self, row: dict, counts: Counter) -> tuple:
-        form, messages = tokenization.sft_conversation(row)
-        self._count(form, messages, counts)
-        return self.template.render(messages)
+    def _render(self, row: dict) -> tuple[list[str], list | int]:
+        """The texts of a row, and what is trained of them, as sft_sample and preference_pair take it."""
+        rejected = None
+        if self.kind == "sft":
+            form, messages = tokens.sft_conversation(row)
+        else:
+            form, messages, rejected = tokens.preference_conversations(row)
+        self.forms[form] += 1
+        self.unrendered_roles.update(m["role"] for m in messages if not self.template.shows_role(m["role"]))
+        if rejected is None:
+            text, trained = self.template.render(messages)
+            return [text], trained
+        prompt, *completions = tokens.render_pair(messages, rejected, self.template)
+        return [prompt + completion for completion in completions], len(prompt)
 
-    def _render_dpo(self, row: dict, counts: Counter) -> tuple:
-        form, chosen, rejected = tokenization.preference_conversations(row)
-        self._count(form, chosen, counts)
-        return tokenization.render_pair(chosen, rejected, self.template)
+    def _sample(self, encodings: list, trained: list | int) -> tuple[np.ndarray, list | np.ndarray, int]:
+        """(tokens, marks, number of targets) of one sample, as FILES hold them. Raises Dropped."""
+        for encoding in encodings:
+            if isinstance(encoding, Dropped):
+                raise encoding
+        if self.kind == "sft":
+            ids, spans = tokens.sft_sample(*encodings, trained)
+            return ids, spans.ravel(), (spans[:, 1] - spans[:, 0]).sum()
+        *sides, start, other_start = tokens.preference_pair(*encodings, trained)
+        lengths = [len(ids) for ids in sides]
+        return np.concatenate(sides), [*lengths, start, other_start], sum(lengths[1:]) - start - other_start
 
-    def _tokenize_sft(self, *arguments) -> dict:
-        (ids, spans), truncated = tokenization.tokenize_sft(*arguments)
-        return {
-            "tokens": ids,
-            "lengths": len(ids),
-            "truncated": truncated,
-            "spans": spans,
-            "num_spans": len(spans),
-            "num_targets": (spans[:, 1] - spans[:, 0]).sum(),
-        }
-
-    def _tokenize_dpo(self, *arguments) -> dict:
-        (*ids, start, other_start), truncated = tokenization.tokenize_pair(*arguments)
-        lengths, tokens = list(map(len, ids)), np.concatenate(ids)
-        return {
-            "tokens": tokens,
-            "lengths": len(tokens),
-            "truncated": truncated,
-            "pair_lengths": lengths,
-            "starts": (start, other_start),
-            "num_targets": sum(lengths[1:]) - start - other_start,
-        }
-
-    def _count(self, form: str, messages: list[dict], counts: Counter):
-        counts["format", form] += 1
-        for message in messages:
-            if not self.template.shows_role(message["role"]):
-                counts["unrendered_role", message["role"]] += 1
-
-
-@contextmanager
-def _in_row(where: str, counts: Counter):
-    """Counts the row if it is dropped; says its place if there is a mistake in it."""
-    try:
-        yield
-    except Dropped as reason:
-        counts["dropped", str(reason)[:120]] += 1
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-_tokenize = None  # this worker process's BlockTokenizer
-
-
-def _start_worker(pickled: bytes):
-    global _tokenize
-    _tokenize = pickle.loads(pickled)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)  # the parent was killed: nobody else would end this process
-
-
-def _work(block):
-    return _tokenize(block)
-
-
-@contextmanager
-def _main_module_hidden():
-    """Processes started within do not import the training script, and torch and DeepSpeed with it, once more."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-# --------------------------------------------------------------------------------- folders
-@contextmanager
-def _locked(path: Path):
-    """An exclusive lock on a file, made if need be. The kernel frees it when its process dies, however it dies."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _build_folder(root: Path):
-    """A new folder to build in, locked so that others see it is in use; removed at the end unless it was renamed."""
-    folder = root / f"{uuid.uuid4().hex}.build"
-    with ExitStack() as stack:
-        with _locked(root / ".lock"):
-            folder.mkdir()
-            stack.enter_context(_locked(folder / ".lock"))
+    @contextmanager
+    def _in_row(self, place: str) -> Iterator[None]:
+        """Counts the row if it is dropped; says its place if there is a mistake in it."""
         try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            yield
+        except Dropped as reason:
+            self.dropped[str(reason)[:120]] += 1
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
 
 
-def _remove_dead_builds(root: Path):
-    """Removes the build folders of processes that were killed: those that nobody holds locked."""
-    with _locked(root / ".lock"):
-        for folder in root.glob("*.build"):
-            try:
-                with open(folder / ".lock", "w") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
-            except OSError:
-                continue  # in use
-
-
-def _publish(folder: Path, final: Path):
-    """Gives a finished build its name, unless another process has just put a good one there."""
-    with _locked(folder.parent / ".lock"):
-        try:
-            TokenDataset(final)
-        except DamagedCache:
-            if final.exists():
-                final.rename(folder / "damaged")
-            (folder / ".lock").unlink()
-            folder.rename(final)
-            shutil.rmtree(final / "damaged", ignore_errors=True)
-
-
-def _digest_file(path: Path) -> list:
-    """[bytes, xxh3-128]: against accidents, at the speed of memory; read in pieces, so that nothing stays mapped."""
-    digest, size = xxhash.xxh3_128(), 0
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-            size += len(piece)
-    return [size, digest.hexdigest()]
-
-
-def _digest_json(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+def _json_digest(value) -> str:
+    return digest(json.dumps(value, sort_keys=True).encode())

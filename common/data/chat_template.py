@@ -37,6 +37,8 @@ TULU = """\
 
 BUILT_IN = {"tulu": TULU}
 MARKER = "\ue0f1\ue0f2"  # stands for a content; private-use characters, unchanged by strip, split or tojson
+QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
+MARKED_ANSWER = {"role": "assistant", "content": MARKER}
 
 
 class Dropped(Exception):
@@ -44,7 +46,7 @@ class Dropped(Exception):
 
 
 class ChatTemplate:
-    """A chat template, with the tokenizer whose special tokens it prints. Picklable with that tokenizer.
+    """A chat template, with the tokenizer whose special tokens it prints.
 
     name: as asked for.  jinja: its text, to be saved with the exported tokenizer.  digest: sha256 of that text.
     closing: what closes an assistant turn, without the white space after it; "" if nothing does. Where the template
@@ -56,10 +58,9 @@ class ChatTemplate:
         self.name, self.jinja, self.tokenizer = name, jinja, tokenizer
         self.digest = hashlib.sha256(jinja.encode()).hexdigest()
         self._shows_role, self._printed = {"user": True, "assistant": True}, {}
-        question = {"role": "user", "content": "question"}
         try:
-            answered = self.apply([question, {"role": "assistant", "content": MARKER}])
-            asked, prompted = self.apply([question]), self.apply([question], add_generation_prompt=True)
+            answered = self.apply([QUESTION, MARKED_ANSWER])
+            asked, prompted = self.apply([QUESTION]), self.apply([QUESTION], add_generation_prompt=True)
         except Dropped as error:
             raise UserError(f"chat template {name!r}: a question and its answer are {error}") from error
         if answered.count(MARKER) != 1:
@@ -80,10 +81,8 @@ class ChatTemplate:
         before_eos = tail.rstrip().removesuffix(eos)
         if not before_eos.strip() or before_eos == tail.rstrip():
             return tail
-        roles = ("user", "assistant", "user", "assistant")
-        messages = [{"role": role, "content": text} for role, text in zip(roles, ("q", MARKER, "q", "a"), strict=True)]
         try:
-            after = self.apply(messages).partition(MARKER)[2]
+            after = self.apply([QUESTION, MARKED_ANSWER, QUESTION, ANSWER]).partition(MARKER)[2]
         except (Dropped, UserError):
             return tail
         return before_eos if after.startswith(before_eos) and not after.startswith(tail.rstrip()) else tail
@@ -94,25 +93,22 @@ class ChatTemplate:
         return sorted({self.tokenizer.eos_token_id, *(closing if len(closing) == 1 else ())})
 
     def apply(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """transformers' own rendering. Raises Dropped where the template itself refuses the conversation (by its
-        `raise_exception`, e.g. for its order of roles); UserError for any other failure of it."""
+        """transformers' own rendering. Raises Dropped where the template itself refuses the conversation, by its
+        `raise_exception`; UserError for any other failure: a template is a program of the user's."""
         try:
             return self.tokenizer.apply_chat_template(
                 messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=add_generation_prompt
             )
-        except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"chat template {self.name!r}, line {error.lineno}: {error.message}") from error
-        except Exception as error:  # a template is a program of the user's, and can fail in any way
+        except Exception as error:
             if type(error) is jinja2.TemplateError:  # what raise_exception raises
                 raise Dropped(f"refused by the chat template: {one_line(error)}") from error
-            raise UserError(f"chat template {self.name!r}: {type(error).__name__}: {one_line(error)}") from error
+            line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise UserError(f"chat template {self.name!r}{line}: {type(error).__name__}: {one_line(error)}") from error
 
     def render(self, messages: list[dict], only_last: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and the [start, end) characters of it that are trained.
-
-        One span for each assistant message, in order; with only_last, the last of them alone. Raises
-        Dropped, or UserError where a turn's place in the text cannot be told.
-        """
+        """The text of a conversation, and the [start, end) characters of it that are trained: a span for each assistant
+        message, in order; with only_last, the last of them alone. Raises Dropped, or UserError where a turn's place in
+        the text cannot be told."""
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         turns = turns[-1:] if only_last else turns
         text = self.apply(messages) if messages else ""
@@ -130,19 +126,14 @@ class ChatTemplate:
         for i, before, content, after in zip(numbers, printed[::2], contents[1::2], printed[2::2], strict=False):
             start = position + len(before)
             position = start + len(content)
-            if (
-                messages[i]["role"] == "assistant"
-                and before.endswith(self._generation_prompt)
-                and after.startswith(self.closing)
-            ):
+            is_whole = before.endswith(self._generation_prompt) and after.startswith(self.closing)
+            if messages[i]["role"] == "assistant" and is_whole:
                 spans[i] = start, position + len(self.closing)
         return spans
 
     def _printed_around(self, messages: list[dict]) -> list[str]:
         """What is printed around the contents: [text, index of the message whose content follows, text, ..., text].
-
-        Depends on the contents for no template that step 1 is for, so each order of roles is rendered once.
-        """
+        It depends on the contents for no template that step 1 is for, so each order of roles is rendered once."""
         roles = tuple(message["role"] for message in messages) if all(len(m) == 2 for m in messages) else None
         if roles is None or roles not in self._printed:  # None: messages that hold more, rendered every time
             marked = [{**message, "content": f"{MARKER}{i}{MARKER}"} for i, message in enumerate(messages)]
@@ -179,11 +170,10 @@ class ChatTemplate:
     def shows_role(self, role: str) -> bool:
         """Whether messages of this role show their content. One that is refused counts: its rows will say so."""
         if role not in self._shows_role:
-            message, user = {"role": role, "content": MARKER}, {"role": "user", "content": "question"}
+            message = {"role": role, "content": MARKER}
+            first_or_last = [message, QUESTION], [QUESTION, ANSWER, message]
             try:
-                self._shows_role[role] = MARKER in self.apply([message, user]) or MARKER in self.apply(
-                    [user, {"role": "assistant", "content": "answer"}, message]
-                )
+                self._shows_role[role] = any(MARKER in self.apply(messages) for messages in first_or_last)
             except (UserError, Dropped):
                 self._shows_role[role] = True
         return self._shows_role[role]
@@ -197,11 +187,7 @@ def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
         return ChatTemplate(name_or_path, BUILT_IN[name_or_path], tokenizer)
     if name_or_path == "tokenizer":
         with as_user_error("chat_template 'tokenizer': the tokenizer has none, or several; use 'tulu'"):
-            jinja = tokenizer.get_chat_template()
-        return ChatTemplate(name_or_path, jinja, tokenizer)
-    names = ", ".join([*BUILT_IN, "tokenizer"])
-    with as_user_error(
-        f"chat_template {name_or_path!r} is none of {names}, nor a readable .jinja file", OSError, UnicodeDecodeError
-    ):
-        jinja = Path(name_or_path).read_text(encoding="utf-8")
-    return ChatTemplate(name_or_path, jinja, tokenizer)
+            return ChatTemplate(name_or_path, tokenizer.get_chat_template(), tokenizer)
+    known = ", ".join([*BUILT_IN, "tokenizer"])
+    with as_user_error(f"chat_template {name_or_path!r} is none of {known}, nor a .jinja file", OSError, ValueError):
+        return ChatTemplate(name_or_path, Path(name_or_path).read_text(encoding="utf-8"), tokenizer)

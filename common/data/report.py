@@ -1,12 +1,13 @@
 """What of the data is shown before training."""
 
+import sys
+
 from common.data.cache import TokenDataset
 
 
-# --------------------------------------------------------------------------------- what is shown before training
-def preview(ds: TokenDataset, index: int, tokenizer, colour: bool) -> str:
-    """Sample `index` as text, its target tokens (of a pair: its scored ones) green, or in [[ ]] without colour."""
-    mark = "\033[32m{}\033[0m" if colour else "[[{}]]"
+def preview(ds: TokenDataset, index: int, tokenizer) -> str:
+    """Sample `index` as text, its target tokens (of a pair: its scored ones) green, or in [[ ]] without a terminal."""
+    mark = "\033[32m{}\033[0m" if sys.stdout.isatty() else "[[{}]]"
 
     def show(ids, spans):
         pieces, done = [], 0

@@ -35,9 +35,9 @@ class Source:
     text: str  # as typed
     path: str  # hub id, or path of a local file
     local: bool
-    revision: str | None = None
-    split: str = "train"
-    amount: str | None = None  # "10%", "500" or None for all rows
+    revision: str | None
+    split: str
+    amount: str | None  # "10%", "500" or None for all rows
 
 
 def parse_source(text: str) -> Source:
@@ -47,40 +47,37 @@ def parse_source(text: str) -> Source:
     where such a file exists. Raises UserError for anything that is not of this form.
     """
     ends = [match.end() for match in LOCAL_FILE.finditer(text)]
-    if ends:
-        existing = [end for end in ends if Path(text[:end]).is_file()]
-        end = max(existing or ends)
-        tail = TAIL.fullmatch(text[end:])
-        if not existing:
-            raise UserError(f"dataset_mixer {text!r}: there is no file {text[:end]}")
-        if tail is None or tail["revision"] or tail["split"] not in (None, "train"):
-            raise UserError(f"dataset_mixer {text!r}: a local file takes only an amount, {text[:end]}=10% or =500")
-        return Source(text, text[:end], True, amount=_checked_amount(text, tail["amount"]))
-    path = re.match(r"[^@:=]*", text)[0]
+    existing = [end for end in ends if Path(text[:end]).is_file()]
+    path = text[: max(existing or ends)] if ends else re.match(r"[^@:=]*", text)[0]
     tail = TAIL.fullmatch(text[len(path) :])
-    if path.startswith(("/", ".", "~")) or (path and Path(path).exists()):
-        raise UserError(f"dataset_mixer {text!r}: local data must be a .jsonl, .json or .parquet file, not {path}")
-    if tail is None or not HUB_ID.fullmatch(path):
-        raise UserError(
-            f"dataset_mixer {text!r}: write SOURCE[@REVISION][:SPLIT][=AMOUNT]; SOURCE is a hub id, as in "
-            "allenai/tulu-3-sft-mixture, or a .jsonl, .json or .parquet file"
-        )
-    return Source(text, path, False, tail["revision"], tail["split"] or "train", _checked_amount(text, tail["amount"]))
+    if ends and not existing:
+        raise _refusal(text, f"there is no file {path}")
+    if ends and (tail is None or tail["revision"] or tail["split"] not in (None, "train")):
+        raise _refusal(text, f"a local file takes only an amount, {path}=10% or =500")
+    if not ends and (path.startswith(("/", ".", "~")) or (path and Path(path).exists())):
+        raise _refusal(text, f"local data must be a .jsonl, .json or .parquet file, not {path}")
+    if not ends and (tail is None or not HUB_ID.fullmatch(path)):
+        raise _refusal(text, "write SOURCE[@REVISION][:SPLIT][=AMOUNT]; SOURCE is a hub id or a local file")
+    _check_amount(text, tail["amount"])
+    return Source(text, path, bool(ends), tail["revision"], tail["split"] or "train", tail["amount"])
 
 
-def _checked_amount(text: str, amount: str | None) -> str | None:
-    """A well-formed amount unchanged; raises UserError for any other."""
+def _refusal(text: str, why: str) -> UserError:
+    return UserError(f"dataset_mixer {text!r}: {why}")
+
+
+def _check_amount(text: str, amount: str | None) -> None:
+    """Raises UserError unless it is "10%", "500" or None."""
     if amount is None:
-        return None
+        return
     if re.fullmatch(r"\d*\.\d+|\d+\.", amount):
         number = float(amount)
         other = f"{number * 100:g}%" if number <= 1 else f"{int(number)} (rows)"
-        raise UserError(f"dataset_mixer {text!r}: ={amount} could mean two things; write ={other} or ={number:g}%")
+        raise _refusal(text, f"={amount} could mean two things; write ={other} or ={number:g}%")
     if not re.fullmatch(r"\d{1,18}|(\d{1,18}(\.\d+)?|\.\d+)%", amount):
-        raise UserError(f"dataset_mixer {text!r}: ={amount} is not an amount; write =10% or =500 (rows)")
+        raise _refusal(text, f"={amount} is not an amount; write =10% or =500 (rows)")
     if not 0 < Fraction(amount.removesuffix("%")) <= (100 if amount.endswith("%") else float("inf")):
-        raise UserError(f"dataset_mixer {text!r}: ={amount} must be more than none of the rows, and at most all")
-    return amount
+        raise _refusal(text, f"={amount} must be more than none of the rows, and at most all")
 
 
 def subset_indices(num_rows: int, amount: str | None) -> np.ndarray:
@@ -89,13 +86,8 @@ def subset_indices(num_rows: int, amount: str | None) -> np.ndarray:
     INTERFACE: n = int(num_rows x percent / 100), in exact arithmetic; n = num_rows keeps the file's order.
     Raises ValueError where num_rows or n is 0, or n is more than num_rows.
     """
-    count = (
-        num_rows
-        if amount is None
-        else int(amount)
-        if amount.isdigit()
-        else int(num_rows * Fraction(amount.removesuffix("%")) / 100)
-    )
+    amount = amount or "100%"
+    count = int(num_rows * Fraction(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
     if num_rows == 0:
         raise ValueError("it holds no rows")
     if not 0 < count <= num_rows:
@@ -107,13 +99,13 @@ def subset_indices(num_rows: int, amount: str | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one source, read on workload.
+    """The rows of one source, read on demand.
 
     identity: what their contents are known by, {"sha256": ...} or {"revision": commit hash, "split": ...}.
     indices: int64 [n], the rows taken, in training order.
     read(indices): those rows, each a dict or the bytes of a JSON line, of which `decode_row` makes a dict.
     numbers: int64 [rows of the source], what messages call each: its line, or its place, counted from 1.
-    stamp: file_stamp of the local file when its identity was read; None for the hub, whose commits do not change.
+    stamp: file_stamp of the local file before its identity was read; None for the hub, whose commits do not change.
     """
 
     source: Source
@@ -131,14 +123,14 @@ class Rows:
 
 def load_source(source: Source) -> Rows:
     """Opens one source. Raises UserError, naming it, if it cannot be read or has not the rows asked for."""
-    opener = (
-        {".jsonl": _open_lines, ".json": _open_json, ".parquet": _open_parquet}[Path(source.path).suffix]
-        if source.local
-        else _open_hub
-    )
-    stamp = file_stamp(source.path) if source.local else None
-    with as_user_error(source.path, OSError, ValueError):
-        identity, read, numbers = opener(source)
+    with as_user_error(source.path, OSError, ValueError, RuntimeError):
+        if source.local:
+            stamp, opener = file_stamp(source.path), OPENERS[Path(source.path).suffix]
+            with open(source.path, "rb") as file:
+                identity = {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            read, numbers = opener(source.path)
+        else:
+            stamp, (identity, read, numbers) = None, _open_hub(source)
         indices = subset_indices(len(numbers), source.amount)
     return Rows(source, identity, indices, read, numbers, stamp)
 
@@ -152,12 +144,12 @@ def decode_row(raw: bytes | dict) -> dict:
     return row
 
 
-def _open_lines(source: Source):
-    """JSON lines. One pass finds the digest and where each line that is not blank begins."""
-    digest, starts, numbers, position = hashlib.sha256(), [], [], 0
-    with open(source.path, "rb") as file:
+# ------------------------------------------------------------- openers: each returns Rows' read and numbers
+def _open_lines(path: str) -> tuple[Callable, np.ndarray]:
+    """JSON lines: one pass finds where each line that is not blank begins."""
+    starts, numbers, position = [], [], 0
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            digest.update(line)
             if not line.isspace():
                 starts.append(position)
                 numbers.append(number)
@@ -166,41 +158,38 @@ def _open_lines(source: Source):
 
     def read(indices):
         lines = []
-        with open(source.path, "rb") as file:
+        with open(path, "rb") as file:
             for start in starts[indices].tolist():
                 file.seek(start)
                 lines.append(file.readline())
         return lines
 
-    return {"sha256": digest.hexdigest()}, read, np.array(numbers, np.int64)
+    return read, np.array(numbers, np.int64)
 
 
-def _open_json(source: Source):
+def _open_json(path: str) -> tuple[Callable, np.ndarray]:
     """A JSON array of objects; a .json file of JSON lines is read as such."""
-    content = Path(source.path).read_bytes()
+    content = Path(path).read_bytes()
     if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
-        return _open_lines(source)
-    with as_user_error(f"{source.path}: not valid JSON", ValueError, RecursionError):
-        rows = json.loads(content)
+        return _open_lines(path)
+    rows = json.loads(content)
     if not isinstance(rows, list):
-        raise UserError(f"{source.path}: must hold an array of objects, or an object a line")
-    identity = {"sha256": hashlib.sha256(content).hexdigest()}
-    return identity, lambda indices: [rows[i] for i in indices], np.arange(1, len(rows) + 1)
+        raise UserError(f"{path}: must hold an array of objects, or an object a line")
+    return lambda indices: [rows[i] for i in indices], np.arange(1, len(rows) + 1)
 
 
-def _open_parquet(source: Source):
+def _open_parquet(path: str) -> tuple[Callable, np.ndarray]:
     import pyarrow.parquet
     from datasets import Dataset
 
-    with open(source.path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    with as_user_error(f"{source.path}: not a readable parquet file", pyarrow.ArrowException, OSError):
-        names = pyarrow.parquet.read_schema(source.path).names
-        table = pyarrow.parquet.read_table(source.path, columns=[name for name in names if name in COLUMNS] or None)
-    return {"sha256": digest}, *_arrow_rows(Dataset(table), source)
+    names = [name for name in pyarrow.parquet.read_schema(path).names if name in COLUMNS]
+    return _arrow_rows(Dataset(pyarrow.parquet.read_table(path, columns=names or None)), path)
 
 
-def _open_hub(source: Source):
+OPENERS = {".jsonl": _open_lines, ".json": _open_json, ".parquet": _open_parquet}
+
+
+def _open_hub(source: Source) -> tuple[dict, Callable, np.ndarray]:
     """Through `datasets`, at the commit that the revision names now (a whole commit hash is not looked up)."""
     from datasets import load_dataset
     from huggingface_hub import HfApi
@@ -211,20 +200,16 @@ def _open_hub(source: Source):
             commit = HfApi().dataset_info(source.path, revision=source.revision).sha
         dataset = load_dataset(source.path, revision=commit, split=source.split)
     if not all(commit in file["filename"] for file in dataset.cache_files):  # offline, the last one cached is given
-        raise UserError(
-            f"dataset_mixer {source.text!r}: the hub cannot be reached, and what was last cached from it is "
-            f"not commit {commit}"
-        )
-    return {"revision": commit, "split": source.split}, *_arrow_rows(dataset, source)
+        raise _refusal(source.text, f"the hub cannot be reached, and what was last cached is not commit {commit}")
+    return {"revision": commit, "split": source.split}, *_arrow_rows(dataset, source.path)
 
 
-def _arrow_rows(dataset, source: Source):
-    """(read, numbers) of a `datasets.Dataset`, only the columns that are used."""
-    names = [name for name in dataset.column_names if name in COLUMNS]
-    dataset = dataset.select_columns(names or dataset.column_names)
+def _arrow_rows(dataset, path: str) -> tuple[Callable, np.ndarray]:
+    """Of a `datasets.Dataset`, only the columns that are used."""
+    dataset = dataset.select_columns([name for name in dataset.column_names if name in COLUMNS] or dataset.column_names)
 
     def read(indices):
-        with as_user_error(f"{source.path}: a text column does not hold UTF-8", UnicodeDecodeError):
+        with as_user_error(f"{path}: a text column does not hold UTF-8", UnicodeDecodeError):
             columns = dataset[indices.tolist()]
         return [{name: column[i] for name, column in columns.items()} for i in range(len(indices))]
 

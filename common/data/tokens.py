@@ -1,10 +1,12 @@
 """Rows -> conversations -> tokens: what a row may look like, which tokens are targets, what is dropped.
 
 A token is trained if it begins inside a trained span of the text (common/data/chat_template.py). So one that begins in
-the header and runs into the content (a newline of each merged into one token) is not.
+the header and runs into the content (a newline of each merged into one token) is not. Nor is the token at position 0:
+nothing predicts it. Samples and pairs are made so here, and whoever reads them relies on it.
 """
 
 import copy
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -13,13 +15,9 @@ from tokenizers import Encoding
 from common.data.chat_template import ChatTemplate, Dropped
 from common.failures import UserError
 
-# A text longer than CHARS_PER_TOKEN x max_seq_length + SPARE_CHARS is tokenized by its beginning first, of which the
-# last SPARE_WORDS pre-tokenizer words are not trusted: what follows could change them.
-CHARS_PER_TOKEN, SPARE_CHARS, SPARE_WORDS = 8, 4096, 16
-
 
 class SFTSample(NamedTuple):
-    """input_ids: int32 [L].  trained_spans: int32 [S, 2], [start, end) positions of the target tokens."""
+    """input_ids: int32 [L].  trained_spans: int32 [S, 2], [start, end) positions of the target tokens; start >= 1."""
 
     input_ids: np.ndarray
     trained_spans: np.ndarray
@@ -29,7 +27,8 @@ class PreferencePair(NamedTuple):
     """prompt_ids: int32 [P], shared by both sides.  chosen_ids [C], rejected_ids [R]: what follows on each side.
 
     chosen_start, rejected_start: how many tokens at the head of chosen_ids and rejected_ids are not scored. 0, except
-    where a completion's beginning and the header's end are one token. A whole side is prompt_ids + chosen_ids.
+    where a completion's beginning and the header's end are one token, and where P is 0: P + start >= 1.
+    A whole side is prompt_ids + chosen_ids.
     """
 
     prompt_ids: np.ndarray
@@ -40,24 +39,30 @@ class PreferencePair(NamedTuple):
 
 
 # --------------------------------------------------------------------------------- rows to conversations
+# The forms of an SFT row: the columns that it needs, and its messages. The first form whose columns are there is taken.
+SFT_FORMS = {
+    ("messages",): lambda row: _messages(row, "messages"),
+    ("prompt", "completion"): lambda row: _messages(row, "prompt", "user") + _messages(row, "completion", "assistant"),
+}
+
+
 def sft_conversation(row: dict) -> tuple[str, list[dict]]:
-    """-> (format, messages). Formats: `messages`; `prompt`+`completion`, each a text or a list of messages."""
-    if "messages" in row:
-        return "messages", _messages(row, "messages")
-    if "prompt" in row and "completion" in row:
-        return "prompt+completion", _messages(row, "prompt", "user") + _messages(row, "completion", "assistant")
-    hint = "; this looks like preferences, for DPO" if "chosen" in row else ""
-    raise UserError(f"SFT needs a column `messages`, or `prompt` and `completion`, not {_columns(row)}{hint}")
+    """-> (form, messages). `prompt` and `completion` are each a text or a list of messages. Raises UserError."""
+    for columns, messages_of in SFT_FORMS.items():
+        if all(column in row for column in columns):
+            return "+".join(columns), messages_of(row)
+    raise UserError(f"SFT needs a column `messages`, or `prompt` and `completion`; this row has {list(row)}")
 
 
 def preference_conversations(row: dict) -> tuple[str, list[dict], list[dict]]:
-    """-> (format, chosen, rejected): two whole conversations with the same prompt, all messages but the last.
+    """-> (form, chosen, rejected): two whole conversations with the same prompt, all messages but the last.
 
-    Formats: `chosen`+`rejected`, lists of messages; `prompt`+`chosen`+`rejected`, each a text or a list. Beside a
+    Forms: `chosen`+`rejected`, lists of messages; `prompt`+`chosen`+`rejected`, each a text or a list. Beside a
     `prompt`, a list that begins with the assistant's message continues it; any other is the whole conversation.
+    Raises UserError.
     """
     if "chosen" not in row or "rejected" not in row:
-        raise UserError(f"DPO needs columns `chosen` and `rejected`, not {_columns(row)}")
+        raise UserError(f"DPO needs columns `chosen` and `rejected`; this row has {list(row)}")
     prompt = None if row.get("prompt") is None else _messages(row, "prompt", "user")
     form, sides = "chosen+rejected", []
     for column in ("chosen", "rejected"):
@@ -65,11 +70,10 @@ def preference_conversations(row: dict) -> tuple[str, list[dict], list[dict]]:
         if prompt is not None and side and side[0]["role"] == "assistant":
             form, side = "prompt+chosen+rejected", prompt + side
         sides.append(side)
-    chosen, rejected = sides
-    for i in range(max(len(chosen), len(rejected)) - 1):
-        if chosen[i : i + 1] != rejected[i : i + 1] or i + 1 == min(len(chosen), len(rejected)):
-            raise UserError(f"the prompts of chosen and rejected differ, first at message {i + 1}")
-    return form, chosen, rejected
+    for i, (one, other) in enumerate(zip_longest(sides[0][:-1], sides[1][:-1]), start=1):
+        if one != other:
+            raise UserError(f"the prompts of chosen and rejected differ, first at message {i}")
+    return form, *sides
 
 
 def _messages(row: dict, column: str, role: str | None = None) -> list[dict]:
@@ -77,90 +81,53 @@ def _messages(row: dict, column: str, role: str | None = None) -> list[dict]:
     value = row[column]
     if isinstance(value, str) and role is not None:
         return [{"role": role, "content": value}]
-    if not isinstance(value, list):
-        raise UserError(f"`{column}` must be a list of messages, not {_name(value)}")
     messages = []
-    for i, message in enumerate(value, start=1):
-        where = f"`{column}` message {i}"
-        if not isinstance(message, dict):
-            raise UserError(f"{where} must be an object with a role and a content, not {_name(message)}")
-        if not isinstance(message.get("role"), str):
-            raise UserError(f"{where}: its role must be a text, not {_name(message.get('role'))}")
-        kept = {key: item for key, item in message.items() if item is not None}
-        messages.append({**kept, "content": _text(message.get("content"), where)})
+    for i, message in enumerate(_checked(value, list, f"`{column}`"), start=1):
+        place = f"`{column}` message {i}"
+        _checked(message, dict, place)
+        _checked(message.get("role"), str, f"{place}: its role")
+        content = message.get("content")
+        if isinstance(content, list):
+            texts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else p for p in content]
+            content = "".join(_checked(text, str, f"{place}: each part of its content") for text in texts)
+        given = {key: item for key, item in message.items() if item is not None}
+        messages.append({**given, "content": _checked(content, str, f"{place}: its content")})
     return messages
 
 
-def _text(content: str | list, where: str) -> str:
-    """A text unchanged, a list of text parts joined."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise UserError(f"{where}: its content must be a text, not {_name(content)}")
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in content]
-    for part, text in zip(content, texts, strict=True):
-        if not isinstance(text, str):
-            kind = part.get("type") if isinstance(part, dict) else _name(part)
-            raise UserError(f"{where}: only parts of type text can be trained on, not {kind}")
-    return "".join(texts)
-
-
-def _columns(row: dict) -> str:
-    return ", ".join(map(str, row)) or "an empty row"
-
-
-def _name(value) -> str:
-    return "null" if value is None else f"a {type(value).__name__}"
+def _checked(value, kind: type, place: str):
+    """The value, which must be of this kind. Raises UserError."""
+    if not isinstance(value, kind):
+        wanted = {list: "a list of messages", dict: "an object with a role and a content", str: "a text"}[kind]
+        raise UserError(f"{place} must be {wanted}, not {'null' if value is None else type(value).__name__}")
+    return value
 
 
 # --------------------------------------------------------------------------------- text to tokens
-class Encoder:
-    """The bare fast tokenizer: no special tokens added, no truncation or padding of its own, exact offsets."""
+# What the tokenizer raises for a text that it cannot take: a lone surrogate (JSON allows "\ud800", UTF-8 does not), and
+# a panic of its Rust, which is no Exception (megabytes of nothing but white space).
+UNUSABLE = {"TypeError": "text is not valid Unicode", "PanicException": "the tokenizer fails on its text"}
 
-    def __init__(self, tokenizer):
+
+class Encoder:
+    """The bare fast tokenizer: the first max_seq_length tokens, no special tokens added, no padding, exact offsets."""
+
+    def __init__(self, tokenizer, max_seq_length: int):
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        self.backend.no_truncation()
+        self.backend.enable_truncation(max_seq_length)
         self.backend.no_padding()
         self.backend.post_processor = None  # some trim white space off the offsets
-        self.longest_added_token = max(map(len, tokenizer.get_added_vocab()), default=0)
 
-    def encode(self, text: str, max_tokens: int) -> tuple[Encoding, bool]:
-        """-> (the first max_tokens tokens of the text, whether more were cut off).
-
-        A text far longer than that is tokenized by its beginning: a longer one each time, until max_tokens lie in
-        words that what follows cannot change. Tokens never cross a pre-tokenizer's word, and where a word ends
-        depends on what follows only up to the end of a run of like characters, so the last SPARE_WORDS words are not
-        trusted, nor what an added token cut in two could reach. A tokenizer without words is given the whole text.
-        """
-        size = CHARS_PER_TOKEN * max_tokens + SPARE_CHARS
-        encoding = self._encode(text[:size])
-        while size < len(text) and not self._is_settled(encoding, size, max_tokens):
-            size *= 4
-            encoding = self._encode(text[:size])
-        truncated = len(encoding) > max_tokens
-        if truncated:
-            encoding.truncate(max_tokens)
-        return encoding, truncated
-
-    def _is_settled(self, encoding: Encoding, size: int, max_tokens: int) -> bool:
-        """Whether the first max_tokens of this encoding of text[:size] are those of the whole text, and not all."""
-        if len(encoding) <= max_tokens:
-            return False
-        last = len(encoding) - 1
-        return (
-            encoding.token_to_word(max_tokens) < encoding.token_to_word(last) - SPARE_WORDS
-            and encoding.token_to_chars(max_tokens)[1] < size - SPARE_WORDS - self.longest_added_token
-        )
-
-    def _encode(self, text: str) -> Encoding:
+    def encode(self, texts: list[str]) -> list[Encoding | Dropped]:
+        """Each text's encoding, or why it has none; in parallel, by the tokenizer's own threads."""
         try:
-            return self.backend.encode(text, add_special_tokens=False)
-        except TypeError as error:  # a lone surrogate, "\ud800": JSON allows it, UTF-8 does not
-            raise Dropped("text is not valid Unicode") from error
-        except BaseException as error:  # a panic in the tokenizer's Rust is one: megabytes of nothing but white space
-            if type(error).__name__ != "PanicException":
+            return self.backend.encode_batch(texts, add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ not in UNUSABLE:
                 raise
-            raise Dropped("the tokenizer fails on its text") from error
+            if len(texts) > 1:
+                return [result for text in texts for result in self.encode([text])]
+            return [Dropped(UNUSABLE[type(error).__name__])]
 
 
 def render_pair(chosen: list[dict], rejected: list[dict], template: ChatTemplate) -> tuple[str, str, str]:
@@ -181,48 +148,43 @@ def render_pair(chosen: list[dict], rejected: list[dict], template: ChatTemplate
     return prompts[0], *completions
 
 
-def tokenize_sft(text: str, char_spans: list[tuple[int, int]], encoder: Encoder, max_seq_length: int):
-    """-> (SFTSample, whether it was truncated). char_spans: what is trained of the text. Raises Dropped."""
-    encoding, truncated = encoder.encode(text, max_seq_length)
-    # Position 0 is no target: there is nothing to predict it from.
-    spans = [(max(1, _first_token(encoding, start)), _first_token(encoding, end)) for start, end in char_spans]
+def sft_sample(encoding: Encoding, char_spans: list[tuple[int, int]]) -> SFTSample:
+    """char_spans: the [start, end) characters of the encoded text that are trained. Raises Dropped."""
+    spans = [(_first_target(encoding, start), _first_target(encoding, end)) for start, end in char_spans]
     spans = [(start, end) for start, end in spans if start < end]
     if not spans:
         raise Dropped("no target token within max_seq_length" if char_spans else "no assistant message")
-    return SFTSample(np.array(encoding.ids, np.int32), np.array(spans, np.int32)), truncated
+    return SFTSample(np.array(encoding.ids, np.int32), np.array(spans, np.int32))
 
 
-def tokenize_pair(prompt: str, chosen: str, rejected: str, encoder: Encoder, max_seq_length: int):
-    """-> (PreferencePair, whether a side was truncated). Raises Dropped."""
-    sides, prompt_lengths, scored_from, truncated = [], [], [], False
-    for completion in (chosen, rejected):
-        encoding, cut = encoder.encode(prompt + completion, max_seq_length)
-        first = _first_token(encoding, len(prompt))
-        if max(1, first) >= len(encoding):
+def preference_pair(chosen: Encoding, rejected: Encoding, prompt_chars: int) -> PreferencePair:
+    """chosen, rejected: of the prompt's prompt_chars characters and a completion. Raises Dropped."""
+    sides, prompt_lengths, scored_from = [], [], []
+    for encoding in (chosen, rejected):
+        first = _first_target(encoding, prompt_chars)
+        if first >= len(encoding):
             raise Dropped("prompt fills max_seq_length")
-        # The last token of the header may be the first of the content too.
-        is_merged = first > 0 and encoding.token_to_chars(first - 1)[1] > len(prompt)
+        # The token before it may be the header's last and the content's first in one: not the prompt's alone.
+        is_merged = encoding.token_to_chars(first - 1)[1] > prompt_chars
         sides.append(np.array(encoding.ids, np.int32))
         prompt_lengths.append(first - is_merged)
-        scored_from.append(max(1, first))
-        truncated |= cut
+        scored_from.append(first)
     if np.array_equal(*sides):  # they differ after max_seq_length: all that could be learned is rounding
         raise Dropped("equal within max_seq_length")
     shared = min(prompt_lengths)
     differing = np.flatnonzero(sides[0][:shared] != sides[1][:shared])
     shared = int(differing[0]) if len(differing) else shared
-    pair = PreferencePair(
-        sides[0][:shared], sides[0][shared:], sides[1][shared:], scored_from[0] - shared, scored_from[1] - shared
-    )
-    return pair, truncated
+    starts = [start - shared for start in scored_from]
+    return PreferencePair(sides[0][:shared], sides[0][shared:], sides[1][shared:], *starts)
 
 
-def _first_token(encoding: Encoding, char: int) -> int:
-    """The first token that begins at this character or after it; len(encoding) if none does."""
+def _first_target(encoding: Encoding, char: int) -> int:
+    """The first token that begins at this character or after it and has one before it: nothing predicts the token at
+    position 0. At least len(encoding) if there is none."""
     if len(encoding) == 0 or char >= encoding.token_to_chars(len(encoding) - 1)[1]:
-        return len(encoding)
+        return max(1, len(encoding))
     while (token := encoding.char_to_token(char)) is None:  # a character that the tokenizer leaves out
         char += 1
     while token < len(encoding) and encoding.token_to_chars(token)[0] < char:
         token += 1
-    return token
+    return max(1, token)

@@ -11,6 +11,7 @@ import importlib.util
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import AttentionInterface
 
 from common.failures import UserError, one_line
@@ -58,8 +59,8 @@ def _is_installed(module: str) -> bool:
 
 
 def registered_name(kernel: str) -> str:
-    """The name under which a model's config selects one of KERNELS; transformers takes over any that says "flash", and asks
-    of one that says "sdpa" whether the model's class knows its own."""
+    """The name under which a model's config selects one of KERNELS. Transformers takes over any name that says "flash",
+    and asks of one that says "sdpa" whether the model's class knows its own."""
     return f"plaintune_{kernel.replace('flash_attention_', 'fa').replace('sdpa', 'block_mask')}"
 
 
@@ -77,7 +78,8 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
     packed_key_index int64 [T_k] or None: a segment is a document, or a document's stem and chosen branch,
     or its rejected branch alone, whose keys are the stem's and its own. A segment's last query is aligned
     with its last key (bottom-right causal). S and packed_max_seqlen are rounded up (by empty segments at
-    the end), so that compiled layers see few different values.
+    the end), so that kernels see few different values. A run that shares prompts has an index in every row,
+    because None would be a case of its own to the compiler.
     """
     if kernel == "sdpa":
         return {
@@ -100,11 +102,12 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
         padding = _power_of_two(len(lengths) + 1, 64) - len(lengths) - 1
         return to_device(np.cumsum([0, *lengths, *[0] * padding], dtype=np.int32), device)
 
+    has_index = micro_batch.shares_prompts or q_lengths != k_lengths
     return {
         "packed_cu_seqlens_q": offsets(q_lengths),
         "packed_cu_seqlens_k": offsets(k_lengths),
         "packed_max_seqlen": _power_of_two(max(k_lengths), 512),
-        "packed_key_index": None if q_lengths == k_lengths else to_device(np.concatenate(key_index), device),
+        "packed_key_index": to_device(np.concatenate(key_index), device) if has_index else None,
     }
 
 
@@ -122,26 +125,22 @@ def block_mask(document: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_unimplemented(module: torch.nn.Module, dropout: float, packing: torch.Tensor | None, kwargs: dict) -> None:
-    """Raises for arguments that change what attention computes and that the packed kernels do not implement, and where
-    `packing`, what keeps samples apart, has not come through the model.
+    """Raises UserError for arguments that change what attention computes and that no packed kernel implements, and
+    where `packing`, what keeps samples apart, has not come through the model.
 
     A sliding window is compared with the samples' length before the model loads (common/model/load.py).
     """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise UserError(
-                f"{type(module).__name__} asks attention for `{name}`, which packed attention does not implement"
-            )
-    if dropout:
-        raise UserError(f"{type(module).__name__} asks for attention dropout {dropout}; only 0 is supported")
     is_causal = kwargs.get("is_causal")
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise UserError(f"{type(module).__name__} is not causal; only decoder models can be trained")
-    if packing is None:
-        raise UserError(
-            f"{type(module).__name__} does not pass keyword arguments on to its attention, so packed samples "
-            f"cannot be kept apart: this architecture is not supported"
-        )
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    refusals = [(kwargs.get(name) is not None, f"asks for `{name}`") for name in ("softcap", "s_aux", "position_bias")]
+    refusals += [
+        (dropout, f"asks for dropout {dropout}"),
+        (not is_causal, "is not causal"),
+        (packing is None, "does not pass keyword arguments on to its attention, so that samples cannot be kept apart"),
+    ]
+    for is_refused, reason in refusals:
+        if is_refused:
+            raise UserError(f"{type(module).__name__} {reason}: packed attention does not implement that")
 
 
 def _sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, packed_mask=None, **kwargs):
@@ -188,84 +187,61 @@ def _flash_attention_4(module, query, key, value, attention_mask=None, scaling=N
     return _fa4_forward(*_segments(module, query, key, value, dropout, kwargs), scale)[0][None], None
 
 
-# One operator to torch.compile, which cannot look into the package's kernels.
-@torch.library.custom_op("plaintune::flash_attention_4", mutates_args=())
+def _fa4_packing(offsets_q, offsets_k, max_length, scale) -> dict:
+    packing = {"cu_seqlens_q": offsets_q, "cu_seqlens_k": offsets_k}
+    return packing | {"max_seqlen_q": max_length, "max_seqlen_k": max_length, "softmax_scale": scale, "causal": True}
+
+
+# One operator to torch.compile, which cannot look into the package's kernels. Tensors: query, key, value.
+@torch.library.custom_op("plaintune::fa4", mutates_args=())
 def _fa4_forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    offsets_q: torch.Tensor,
-    offsets_k: torch.Tensor,
-    max_length: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, offsets_q: Tensor, offsets_k: Tensor, max_length: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """[T, H, D] queries, [T_k, H_kv, D] keys and values -> (output [T, H, D], float32 log-sum-exp [H, T])."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    out, lse, *_ = _flash_attn_fwd(
-        query,
-        key,
-        value,
-        cu_seqlens_q=offsets_q,
-        cu_seqlens_k=offsets_k,
-        max_seqlen_q=max_length,
-        max_seqlen_k=max_length,
-        softmax_scale=scale,
-        causal=True,
-        return_lse=True,
-    )
+    packing = _fa4_packing(offsets_q, offsets_k, max_length, scale)
+    out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **packing)
     return out.contiguous(), lse.contiguous()
 
 
-@torch.library.custom_op("plaintune::flash_attention_4_backward", mutates_args=())
+@torch.library.custom_op("plaintune::fa4_backward", mutates_args=())
 def _fa4_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    offsets_q: torch.Tensor,
-    offsets_k: torch.Tensor,
+    grad: Tensor,
+    tensors: list[Tensor],
+    lse: Tensor,
+    offsets_q: Tensor,
+    offsets_k: Tensor,
     max_length: int,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value. tensors: those three and the output."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    grads = _flash_attn_bwd(
-        query,
-        key,
-        value,
-        out,
-        grad,
-        lse,
-        softmax_scale=scale,
-        causal=True,
-        cu_seqlens_q=offsets_q,
-        cu_seqlens_k=offsets_k,
-        max_seqlen_q=max_length,
-        max_seqlen_k=max_length,
-    )
+    packing = _fa4_packing(offsets_q, offsets_k, max_length, scale)
+    grads = _flash_attn_bwd(*tensors, grad, lse, **packing)
     return tuple(g.contiguous() for g in grads[:3])
 
 
 @_fa4_forward.register_fake
-def _(query, key, value, offsets_q, offsets_k, max_length, scale):
-    return query.new_empty(query.shape), query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
+def _(q, k, v, offsets_q, offsets_k, max_length, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @_fa4_backward.register_fake
-def _(grad, query, key, value, out, lse, offsets_q, offsets_k, max_length, scale):
-    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+def _(grad, tensors, lse, offsets_q, offsets_k, max_length, scale):
+    return tuple(x.new_empty(x.shape) for x in tensors[:3])
 
 
 def _fa4_save(ctx, inputs, output):
-    query, key, value, offsets_q, offsets_k, ctx.max_length, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, *output, offsets_q, offsets_k)
+    q, k, v, offsets_q, offsets_k, ctx.max_length, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, offsets_q, offsets_k)
 
 
 def _fa4_gradient(ctx, grad, _):
-    return *_fa4_backward(grad.contiguous(), *ctx.saved_tensors, ctx.max_length, ctx.scale), None, None, None, None
+    *tensors, lse, offsets_q, offsets_k = ctx.saved_tensors
+    grads = _fa4_backward(grad.contiguous(), tensors, lse, offsets_q, offsets_k, ctx.max_length, ctx.scale)
+    return *grads, None, None, None, None
 
 
 _fa4_forward.register_autograd(_fa4_gradient, setup_context=_fa4_save)

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common.data.chat_template import ChatTemplate
-from common.failures import writing
 from common.files import sync_folder
 from common.model.load import generation_config, persistent_buffers
 from common.model.packed import PackedModel
@@ -21,44 +20,40 @@ SHARD_BYTES = 5 * 10**9
 
 def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, source_folder: str, ranks: Ranks) -> None:
     """Writes what AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load; generate() stops where
-    the template's answers end.
+    the template's answers end. An OSError is every rank's. Collective.
 
     Parameters are gathered one at a time; rank 0 writes shards of at most 5 GB, buffers that a model folder holds with
     the last one. Everything is written to a temporary folder first; the index, which makes the shards a model, is moved
     last.
     """
     model.finish_gathering()
-    lm, target = model.lm, Path(output_dir)
-    buffers = persistent_buffers(lm)
-    parameters = list(lm.named_parameters())
-    shards: list[list[tuple[str, nn.Parameter]]] = [[]]
-    size = 0
-    for name, param in parameters:
+    target, temporary = Path(output_dir), Path(output_dir) / ".export"
+    ranks.once(lambda: _empty_folder(temporary))
+    buffers = persistent_buffers(model.lm)
+    shards: list[dict[str, nn.Parameter]] = []
+    size, total_size = 0, sum(buffer.nbytes for buffer in buffers.values())
+    for name, param in model.lm.named_parameters():
         num_bytes = param.ds_numel * param.element_size()
-        if shards[-1] and size + num_bytes > SHARD_BYTES:
-            shards.append([])
+        if not shards or size + num_bytes > SHARD_BYTES:
+            shards.append({})
             size = 0
-        shards[-1].append((name, param))
+        shards[-1][name] = param
         size += num_bytes
-    temporary = target / ".export"
-    or_stop = writing(f"the model could not be written to {target}", "if a checkpoint was written, it stands")
-    ranks.once(or_stop(lambda: _empty_folder(temporary)))
+        total_size += num_bytes
     weight_map = {}
     for i, shard in enumerate(shards):
-        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {}
-        for name, param in shard:
+        for name, param in shard.items():
             with deepspeed.zero.GatheredParameters([param]):
                 if ranks.is_main:
                     tensors[name] = param.detach().to("cpu", copy=True).contiguous()
-            weight_map[name] = file_name
         if shard is shards[-1]:
-            tensors |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
-            weight_map |= dict.fromkeys(buffers, file_name)
-        ranks.once(or_stop(lambda: save_file(tensors, temporary / file_name, {"format": "pt"})))
-    total_size = sum(p.ds_numel * p.element_size() for _, p in parameters) + sum(b.nbytes for b in buffers.values())
+            tensors |= {name: buffer.to("cpu", copy=True) for name, buffer in buffers.items()}
+        file_name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= dict.fromkeys(tensors, file_name)
+        ranks.once(lambda: save_file(tensors, temporary / file_name, {"format": "pt"}))
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    ranks.once(or_stop(lambda: _finish_export(lm, template, source_folder, temporary, target, index)))
+    ranks.once(lambda: _finish_export(model.lm, template, source_folder, temporary, target, index))
 
 
 def _empty_folder(path: Path) -> None:

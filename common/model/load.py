@@ -1,20 +1,17 @@
-"""A causal LM under ZeRO-3: found, checked, partitioned as it loads, run on packed rows, written back whole."""
+"""A causal LM under ZeRO-3: found, checked, read, and handed out to the ranks as shards."""
 
 import json
 import re
-from itertools import chain
 from pathlib import Path
 
 import deepspeed
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
-from transformers.conversion_mapping import extract_weight_conversions_for_model
-from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
 
 from common.config import DPOConfig
 from common.failures import UserError, as_user_error
@@ -25,43 +22,41 @@ from common.ranks import Ranks
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
 LOAD_GROUP_ELEMENTS = 250_000_000  # parameters that are whole on a device at once while the model loads
+NO_CODE = {"trust_remote_code": False}  # code in a folder never runs, and nobody is asked whether it may
+# Pattern of a config's numbers -> the value that changes nothing here, and what another one means.
+REFUSED_NUMBERS = {
+    r"softcap": (0, "caps logits softly"),
+    r"logit.*scal|scal.*logit|lm_head_multiplier": (1, "scales its logits"),
+    r"expert": (0, "has experts"),
+    r"^(?!.*(classifier|summary)).*drop": (0, "has dropout"),
+}
 
 
 def find_model(name_or_path: str, revision: str | None = None) -> str:
     """The local folder of a model, downloaded from the hub if it is not a folder here. Raises UserError."""
-    folder = find_folder("model", name_or_path, revision, MODEL_FILES)
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"model {name_or_path}: the folder has no config.json")
-    return folder
+    return _find_folder("model", name_or_path, revision, MODEL_FILES)
 
 
 def find_tokenizer(name_or_path: str) -> str:
     """As find_model, of a tokenizer."""
-    return find_folder("tokenizer", name_or_path, None, TOKENIZER_FILES)
+    return _find_folder("tokenizer", name_or_path, None, TOKENIZER_FILES)
 
 
-def find_folder(what: str, name_or_path: str, revision: str | None, files: list[str]) -> str:
-    folder = Path(name_or_path)
-    if folder.is_dir():
+def _find_folder(what: str, name_or_path: str, revision: str | None, files: list[str]) -> str:
+    if Path(name_or_path).is_dir():
         if revision is not None:
-            raise UserError(
-                f"--model_revision {revision}: {name_or_path} is a folder here, which has no revisions; leave it out"
-            )
-        return str(folder)
-    if folder.exists() or name_or_path.startswith((".", "/")) or name_or_path.count("/") > 1:
-        raise UserError(f"{what} {name_or_path}: there is no such folder")
+            raise UserError(f"--model_revision {revision}: {name_or_path} is a folder here, which has no revisions")
+        return name_or_path
     if name_or_path == DPOConfig.model_name_or_path:
         raise UserError(f"{what} {name_or_path}: there is no such folder: run train_sft.py first, or name a model")
-    with as_user_error(
-        f"{what} {name_or_path}: no such folder here, and the hub did not give it", HfHubHTTPError, OSError, ValueError
-    ):
+    with as_user_error(f"{what} {name_or_path}: no such folder here, and the hub did not give it"):
         return snapshot_download(name_or_path, revision=revision, allow_patterns=files)
 
 
 def load_tokenizer(folder: str):
     """The fast tokenizer of a folder. Raises UserError if there is none or it has no end-of-sequence token."""
     with as_user_error(f"tokenizer {folder}: cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {folder}: needs a tokenizer.json (a fast tokenizer)")
     if tokenizer.eos_token_id is None:
@@ -77,7 +72,7 @@ def num_token_ids(tokenizer) -> int:
 def load_config(folder: str) -> PretrainedConfig:
     """The model's config. Raises UserError for one that cannot be read, or whose generation_config.json cannot be."""
     with as_user_error(f"model {folder}: config.json cannot be read"):
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **NO_CODE)
     generation_config(folder, config, [])  # now, not when the model is written
     return config
 
@@ -101,56 +96,37 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
     longest: tokens of the longest sample; vocab_needed: the tokenizer's largest id + 1.
     Raises UserError.
     """
-
-    def refuse(reason: str) -> None:
-        raise UserError(
-            f"model type {config.model_type} {reason}: only dense decoders with full causal attention are trained"
-        )
-
-    values = config.to_dict()
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
-        refuse("is not a causal language model of transformers")
-    if config.get_text_config() is not config:
-        refuse("has parts besides its text decoder")
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    values, is_known = config.to_dict(), type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if is_known else None
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
-    if getattr(model_class, "_is_stateful", False):
-        refuse("keeps state across samples")
-    if not getattr(model_class, "_supports_attention_backend", False):
-        refuse("does not route its attention through AttentionInterface")
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if unknown := layer_types - {"full_attention", "sliding_attention"}:
-        refuse(f"has layers of type {', '.join(sorted(unknown))}")
-    window = getattr(config, "sliding_window", None)
-    has_window = "sliding_attention" in layer_types or not getattr(config, "layer_types", None)
-    if window and has_window and getattr(config, "use_sliding_window", True) and window < max_seq_length:
-        refuse(f"has a sliding window of {window} tokens, shorter than --max_seq_length {max_seq_length}")
-    if getattr(config, "attention_chunk_size", None):
-        refuse(f"has attention chunks of {config.attention_chunk_size} tokens")
-    parts = [part.items() for name, part in values.items() if name.endswith("_config") and isinstance(part, dict)]
-    for name, value in chain(values.items(), *parts):
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if "softcap" in name and value:
-            refuse(f"caps logits softly ({name} = {value})")
-        if is_number and value != 1 and ("logit" in name and "scal" in name or "lm_head_multiplier" in name):
-            refuse(f"scales its logits ({name} = {value})")
-        if is_number and value > 0 and "expert" in name:
-            refuse(f"has experts ({name} = {value})")
-        if is_number and value > 0 and "drop" in name and "classifier" not in name and "summary" not in name:
-            refuse(f"has dropout ({name} = {value})")
-    if values.get("alibi") or values.get("position_embedding_type") == "alibi":
-        refuse("has ALiBi position biases")
-    if values.get("quantization_config"):
-        refuse("has quantized weights")
+    layer_types = set(values.get("layer_types") or [])
+    unknown = ", ".join(sorted(layer_types - {"full_attention", "sliding_attention"}))
+    slides = values.get("use_sliding_window", True) and (not layer_types or "sliding_attention" in layer_types)
+    window = (values.get("sliding_window") if slides else None) or max_seq_length
+    chunk, positions = values.get("attention_chunk_size"), getattr(config, "max_position_embeddings", longest)
     rope = values.get("rope_parameters") or {}
     rope_types = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
-    original = rope.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
-    if rope_types & {"dynamic", "longrope"} and longest > original:
-        refuse(f"changes its RoPE with the longest sequence above {original} tokens")
-    if not rope and getattr(config, "max_position_embeddings", longest) < longest:
-        refuse(
-            f"has {config.max_position_embeddings} positions, the longest sample {longest} tokens; lower --max_seq_length"
-        )
+    original = rope.get("original_max_position_embeddings") or positions
+    has_alibi = values.get("alibi") or values.get("position_embedding_type") == "alibi"
+    refusals = [
+        (not is_known or config.is_encoder_decoder, "is not a causal language model of transformers"),
+        (config.get_text_config() is not config, "has parts besides its text decoder"),
+        (getattr(model_class, "_is_stateful", False), "keeps state across samples"),
+        (not getattr(model_class, "_supports_attention_backend", False), "does not use AttentionInterface"),
+        (unknown, f"has layers of type {unknown}"),
+        (window < max_seq_length, f"has a sliding window of {window} tokens, less than --max_seq_length"),
+        (chunk, f"has attention chunks of {chunk} tokens"),
+        *_refused_numbers(values),
+        (has_alibi, "has ALiBi position biases"),
+        (values.get("quantization_config"), "has quantized weights"),
+        (rope_types & {"dynamic", "longrope"} and longest > original, f"changes its RoPE above {original} tokens"),
+        (not rope and positions < longest, f"has {positions} positions, the longest sample {longest} tokens"),
+    ]
+    for is_refused, reason in refusals:
+        if is_refused:
+            raise UserError(
+                f"model type {config.model_type} {reason}: only dense decoders with full causal attention are trained"
+            )
     if config.vocab_size < vocab_needed:
         raise UserError(
             f"the tokenizer has {vocab_needed} tokens, the model's embedding only {config.vocab_size} rows; "
@@ -158,11 +134,22 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
         )
 
 
+def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
+    """(True, reason) for each number of a config, and of the parts in it, that REFUSED_NUMBERS names."""
+    parts = [values, *(part for name, part in values.items() if name.endswith("_config") and isinstance(part, dict))]
+    return [
+        (True, f"{meaning} ({name} = {value})")
+        for name, value in (item for part in parts for item in part.items())
+        for pattern, (harmless, meaning) in REFUSED_NUMBERS.items()
+        if re.search(pattern, name) and type(value) in (int, float) and value != harmless
+    ]
+
+
 def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
     """Elements of all parameters and of one layer's, of the model that this config describes; tied ones count once."""
     with as_user_error("config.json describes no model that transformers can build"):
         with torch.device("meta"):
-            model = PackedModel(AutoModelForCausalLM.from_config(config))
+            model = PackedModel(AutoModelForCausalLM.from_config(config, **NO_CODE))
         model.lm.tie_weights()
         layers = model.decoder_layers()
         of_layer = sum(p.numel() for layer in layers for p in layer.parameters()) // len(layers)
@@ -178,162 +165,93 @@ def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig)
         )
 
 
-class WeightReader:
-    """The safetensors of a model folder by tensor name; raises UserError for what is missing or torn.
-
-    renamings: transformers' own of names that a folder may have and the model's class has not.
-    """
-
-    def __init__(self, folder: str, renamings: list[WeightRenaming] = ()):
-        self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            with as_user_error(f"{index}: not a safetensors index", ValueError, KeyError, TypeError):
-                file_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-                if not all(isinstance(name, str) for name in file_of.values()):
-                    raise ValueError("a file's name is no text")
-        elif (self.folder / "model.safetensors").is_file():
-            with self._open("model.safetensors") as file:
-                file_of = dict.fromkeys(file.keys(), "model.safetensors")
-        else:
-            raise UserError(f"model {folder}: has neither model.safetensors nor model.safetensors.index.json")
-        # Name in the model -> file, name in it.
-        self.places = {rename_source_key(key, renamings, [])[0]: (file, key) for key, file in file_of.items()}
-
-    def _open(self, name: str):
-        with as_user_error(f"{self.folder / name}: not a whole safetensors file", OSError, SafetensorError):
-            return safe_open(self.folder / name, framework="pt")
-
-    def check(self, model: nn.Module) -> None:
-        """Raises UserError if a parameter of `model` (whose weights are tied) is missing, has another shape or is no
-        floating-point number, or if the folder holds what the model has no place for."""
-        slices = {}  # place -> its header's entry
-        for file_name in sorted({file for file, _ in self.places.values()}):
-            with self._open(file_name) as file:
-                slices |= {(file_name, key): file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        self._check_leftovers(model)
-        for name, param in model.named_parameters():
-            stored = slices.get(self._place(name, model.base_model_prefix))
-            if stored is None:
-                raise UserError(f"model {self.folder}: the weights lack {name}")
-            shape, dtype = stored.get_shape(), stored.get_dtype()
-            if shape != list(param.shape):
-                raise UserError(f"model {self.folder}: {name} is {shape}, config.json asks for {list(param.shape)}")
-            if dtype not in ("F64", "F32", "F16", "BF16"):
-                raise UserError(f"model {self.folder}: {name} is stored as {dtype}; quantized weights are not trained")
-
-    def _check_leftovers(self, model: nn.Module) -> None:
-        """What a class says it leaves out may be there, and buffers; and copies of what is tied, if they are copies."""
-        prefix, first_of = model.base_model_prefix, {}
-        ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"inv_freq$", "masked_bias$"]
-        known = {name for name, _ in model.named_buffers()}
-        for name, param in model.named_parameters(remove_duplicate=False):
-            known.add(name)
-            first = first_of.setdefault(id(param), name)
-            both = [self._place(n, prefix) for n in (first, name)]
-            if (
-                None not in both
-                and both[0] != both[1]
-                and not torch.equal(self.read(first, prefix), self.read(name, prefix))
-            ):
-                raise UserError(
-                    f"model {self.folder}: config.json ties {name} to {first}, but the weights differ; set "
-                    f"tie_word_embeddings to false, or leave one of them out"
-                )
-        left = [
-            name
-            for name in self.places
-            if not {name, f"{prefix}.{name}"} & known and not any(re.search(pattern, name) for pattern in ignored)
-        ]
-        if left:
-            raise UserError(
-                f"model {self.folder}: the weights hold {len(left)} tensors for which the model of config.json has no "
-                f"place ({', '.join(sorted(left)[:3])}{' ...' * (len(left) > 3)}): they would be lost"
-            )
-
-    def _place(self, name: str, prefix: str) -> tuple[str, str] | None:
-        candidates = (name, name.removeprefix(prefix + "."))  # a checkpoint of the bare decoder has no prefix
-        return next((self.places[key] for key in candidates if key in self.places), None)
-
-    def read(self, name: str, prefix: str) -> torch.Tensor:
-        file_name, key = self._place(name, prefix)
-        with self._open(file_name) as file:
-            return file.get_tensor(key)
-
-    def has(self, name: str, prefix: str) -> bool:
-        return self._place(name, prefix) is not None
-
-
 def load_partitioned(
     folder: str, config: PretrainedConfig, dtype: torch.dtype, kernel: str, ds_config: dict, ranks: Ranks
-) -> "PackedModel":
-    """The model of `folder` with its parameters in `dtype`, partitioned over the ranks as they are read.
+) -> PackedModel:
+    """The model of `folder` with its parameters in `dtype`, partitioned over the ranks as it is handed out.
 
-    It is built without storage, so no rank ever holds the model whole; rank 0 reads each tensor and
-    DeepSpeed hands out the parts. Buffers that no folder holds (RoPE's frequencies) keep the dtype they are defined in.
+    Rank 0 loads it as a plain from_pretrained does, into its host's memory: weights that are stored in `dtype` stay in
+    the mapped files until they are copied to the device. The others build it without storage. Buffers are rank 0's.
+    Raises UserError for weights that are not those of the config. Collective.
     """
+    options = {"dtype": dtype, "attn_implementation": registered_name(kernel), **NO_CODE}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=registered_name(kernel))
+        model = AutoModelForCausalLM.from_config(config, **options)
     model.tie_weights()
-    conversions = extract_weight_conversions_for_model(model) or []
-    reader = WeightReader(folder, [c for c in conversions if isinstance(c, WeightRenaming)])
-    ranks.once(lambda: reader.check(model))
-    _materialize_buffers(model, reader, dtype, ranks)
+    on_main = []
+    ranks.once(lambda: on_main.append(_from_folder(folder, config, options, model)))
+    model = on_main.pop() if ranks.is_main else model
+    _share_buffers(model, ranks)
 
-    places: dict[int, list[tuple[nn.Module, str]]] = {}  # a tied parameter has several
-    for module in model.modules():
-        for name, param in module.named_parameters(recurse=False):
-            places.setdefault(id(param), []).append((module, name))
-    group, group_elements = [], 0
-    not_finite = []  # on rank 0 alone
-    parameters = list(model.named_parameters())
-    for i, (name, meta) in enumerate(parameters):
-        param = nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=ranks.device))
+    group, not_finite, parameters = [], [], list(model.named_parameters())
+    for i, (name, param) in enumerate(parameters):
+        on_device = nn.Parameter(torch.empty(param.shape, dtype=dtype, device=ranks.device))
         if ranks.is_main:
-            param.data.copy_(reader.read(name, model.base_model_prefix))
-            if not torch.stack(param.data.aminmax()).isfinite().all():  # the smallest of what holds a NaN is NaN
+            on_device.data.copy_(param)
+            if not torch.stack(on_device.data.aminmax()).isfinite().all():  # the smallest of what holds a NaN is NaN
                 not_finite.append(name)
-        for module, attribute in places[id(meta)]:
-            setattr(module, attribute, param)
+        torch.utils.swap_tensors(param, on_device)  # in every module that uses it; the host's memory is given up
         group.append(param)
-        group_elements += param.numel()
-        if group_elements >= LOAD_GROUP_ELEMENTS or i == len(parameters) - 1:
-            deepspeed.zero.Init(
-                module=nn.ParameterList(group), config_dict_or_path=ds_config, mem_efficient_linear=False
-            )
-            group, group_elements = [], 0
-    ranks.once(lambda: _refuse_not_finite(folder, not_finite, dtype))  # now that no rank waits for a tensor
+        if sum(p.numel() for p in group) >= LOAD_GROUP_ELEMENTS or i == len(parameters) - 1:
+            _partition(group, ds_config, ranks)
+            group = []
+    if names := ranks.once(lambda: not_finite[:3]):  # now that no rank waits for a parameter
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"model {folder}: weights that, in {kind}, are NaN or infinite: in {', '.join(names)}")
     return PackedModel(model)
 
 
-def _refuse_not_finite(folder: str, not_finite: list[str], dtype: torch.dtype) -> None:
-    if not_finite:
-        raise UserError(
-            f"model {folder}: there are weights that, in {str(dtype).removeprefix('torch.')}, are NaN or infinite: in "
-            f"{', '.join(not_finite[:3])}{' ...' * (len(not_finite) > 3)}"
-        )
+def _from_folder(folder: str, config: PretrainedConfig, options: dict, expected: nn.Module) -> nn.Module:
+    """from_pretrained, in the host's memory. Raises UserError where weights are missing, left over, of another shape or
+    quantized, or where those that `expected`, the config's own model, ties differ from each other."""
+    logging.set_verbosity_error()  # what it only warns of is refused here
+    logging.disable_progress_bar()
+    # Mismatched shapes are reported as the rest is: the error in place of that names none.
+    options = options | {"ignore_mismatched_sizes": True, "output_loading_info": True, "use_safetensors": True}
+    with as_user_error(f"model {folder}: its weights cannot be used"):
+        _refuse_quantized(Path(folder))
+        model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+        if wrong := [f"{what} {sorted(map(str, names))[:3]}" for what, names in report.items() if names]:
+            raise ValueError(f"they do not fit config.json: {'; '.join(wrong)}")
+        untied = {name for name, _ in model.named_parameters()} - {name for name, _ in expected.named_parameters()}
+        if untied:
+            raise ValueError(f"config.json ties {', '.join(sorted(untied))} to weights that differ from it")
+    return model
 
 
-def _materialize_buffers(model: nn.Module, reader: WeightReader, dtype: torch.dtype, ranks: Ranks) -> None:
-    """Gives buffers storage and the values that from_pretrained gives them: transformers' own initialization, then, of
-    those that belong in a model folder, the file's, in `dtype`. Runs while parameters have no storage, so their
-    initialization does nothing."""
-    in_folder = persistent_buffers(model).keys()
-    for prefix, module in model.named_modules():
-        own = dict(module.named_buffers(recurse=False))
-        for name, buffer in own.items():
-            real = torch.empty_like(buffer, device=ranks.device)
-            module._buffers[name] = real.fill_(torch.nan) if real.is_floating_point() else real.zero_()
-        if own:
-            with torch.no_grad():
-                model._init_weights(module)
-        for name in own:
-            key = f"{prefix}.{name}"
-            if key in in_folder and reader.has(key, model.base_model_prefix):
-                value = reader.read(key, model.base_model_prefix).to(ranks.device)
-                module._buffers[name] = value.to(dtype) if value.is_floating_point() else value
-            elif not module._buffers[name].is_floating_point() or module._buffers[name].isnan().any():
-                raise UserError(f"model type {model.config.model_type}: nothing says what its buffer {key} holds")
+def _refuse_quantized(folder: Path) -> None:
+    """Raises ValueError for weights that are stored as integers or in 8 bits: without their scales they are wrong.
+
+    Reads the headers of the files that from_pretrained reads, which would convert them without a word.
+    """
+    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if not (folder / "model.safetensors").is_file() and index.is_file():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for file in sorted(files):
+        with safe_open(folder / file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  (it is no dict)
+                dtype = weights.get_slice(name).get_dtype()
+                if name.endswith("weight") and dtype not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{name} is stored as {dtype}; quantized weights are not trained")
+
+
+def _share_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Puts rank 0's buffers, which no training changes, on every rank's device."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    values = [[buffer.cpu() for buffer in buffers.values()] if ranks.is_main else None]
+    torch.distributed.broadcast_object_list(values, 0, device=ranks.device)
+    for name, value in zip(buffers, values[0], strict=True):
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, value.to(ranks.device))
+
+
+def _partition(group: list[nn.Parameter], ds_config: dict, ranks: Ranks) -> None:
+    """DeepSpeed hands out rank 0's parameters as shards of one size. What of a shard is past the parameter's end it
+    leaves as that memory happened to be: here it becomes zero, and so are its master weights and moments."""
+    deepspeed.zero.Init(module=nn.ParameterList(group), config_dict_or_path=ds_config, mem_efficient_linear=False)
+    for param in group:
+        shard = param.ds_tensor
+        shard[max(0, param.ds_numel - ranks.rank * shard.numel()) :].zero_()
 
 
 def partition_report(parameters: dict[str, nn.Parameter], ranks: Ranks) -> dict:

@@ -25,10 +25,23 @@ def logits_gradient_(logits: torch.Tensor, targets: torch.Tensor, lse: torch.Ten
 
 
 def _compiled(function: Callable) -> Callable:
-    """function(logits [N, V], ...) compiled for every N but 1, of which torch would make a case of its own whenever a
-    row, or what is left of one for its last chunk, first has a single target."""
+    """function(logits [N, V], *rest [N]) compiled once for every N but 1, of which torch would make a case of its own.
+
+    It would do so also of a slice that begins at 0, and of a gradient that a sum has expanded: the rest is copied. And
+    it would of an N that first equals V: N is marked, as a setting in common/model.py holds for the main thread alone
+    and a GPU's backward pass has its own.
+    """
     compiled = torch.compile(function, dynamic=True)
-    return lambda logits, *rest: (function if len(logits) == 1 else compiled)(logits, *rest)
+
+    def run(logits: torch.Tensor, *rest: torch.Tensor):
+        if len(logits) == 1:
+            return function(logits, *rest)
+        arguments = [logits, *(values.clone(memory_format=torch.contiguous_format) for values in rest)]
+        for tensor in arguments:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(*arguments)
+
+    return run
 
 
 class _ChunkedLogProbs(torch.autograd.Function):

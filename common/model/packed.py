@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch.fx.experimental import _config as fx_config
 from torch.utils.checkpoint import checkpoint
 
 from common.data.cache import SFTSample
@@ -23,9 +25,8 @@ ACTIVATION_MEMORY_BUDGET = 0.8  # at this a compiled layer keeps no outputs of n
 class PackedModel(nn.Module):
     """A causal LM that answers for the targets of one packed row.
 
-    forward(input_ids, position_ids int64 [1, T], target_rows, target_ids int64 [N], needed_rows int64 [M], **attention) ->
-    float32 [N], log p(target_ids[n] | hidden state of row target_rows[n]).
-    needed_rows holds each row of target_rows once, and may hold others; the last layer's MLP runs for these alone.
+    forward(input_ids, position_ids int64 [1, T], target_rows, target_ids int64 [N], **attention) -> float32 [N],
+    log p(target_ids[n] | hidden state of row target_rows[n]).
     `attention` is what common/model/attention.py made of the packing.
     forward(input_ids int64 [B, L]) -> logits [B, L, vocab_size], by transformers' own path.
     """
@@ -35,23 +36,11 @@ class PackedModel(nn.Module):
         self.lm = lm
         self.is_compiled = False
         self.finish_gathering: Callable[[], None] = lambda: None  # common/zero/residency.py
-        self.needed_rows: torch.Tensor | None = None
-        self.num_rows = 0
-        mlp = getattr(self.decoder_layers()[-1], "mlp", None)
-        if mlp is not None and len(inspect.signature(mlp.forward).parameters) == 1:
-            mlp.register_forward_pre_hook(self._choose_rows)
-            mlp.register_forward_hook(self._fill_up)
         lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings()))
         assert "position_ids" in inspect.signature(lm.base_model.forward).parameters
         lm.train()
 
-    def forward(
-        self, input_ids, position_ids=None, target_rows=None, target_ids=None, needed_rows=None, **attention
-    ) -> torch.Tensor:
-        self.needed_rows, self.num_rows = (
-            needed_rows,
-            input_ids.shape[1],
-        )  # as a backward pass that runs the layer again needs
+    def forward(self, input_ids, position_ids=None, target_rows=None, target_ids=None, **attention) -> torch.Tensor:
         if target_rows is None:
             return self.lm(input_ids=input_ids, use_cache=False).logits
         hidden = self.lm.base_model(
@@ -59,51 +48,32 @@ class PackedModel(nn.Module):
         ).last_hidden_state[0]
         return self.lm.get_output_embeddings()(hidden[target_rows], target_ids)
 
-    def _choose_rows(self, mlp: nn.Module, inputs: tuple) -> tuple | None:
-        """Of the hidden states [1, T, hidden_size] that come to the last layer's MLP those of needed_rows."""
-        return None if self.needed_rows is None else (inputs[0][:, self.needed_rows],)
-
-    def _fill_up(self, mlp: nn.Module, inputs: tuple, outputs: torch.Tensor) -> torch.Tensor | None:
-        """Ones for the other rows, which a norm of epsilon 0 can take. What follows in a last layer mixes no rows, so
-        nothing that is read changes."""
-        if self.needed_rows is None:
-            return None
-        return outputs.new_ones(1, self.num_rows, outputs.shape[-1]).index_copy(1, self.needed_rows, outputs)
-
-    def _decoder(self) -> tuple[nn.Module, nn.ModuleList]:
-        """The module that has the repeated layers as a list, and that list. Raises UserError if there is none."""
+    def decoder_layers(self) -> nn.ModuleList:
+        """The repeated layers, first to last. Raises UserError if there is no list of them."""
         num_layers = self.lm.config.num_hidden_layers
         for module in self.lm.base_model.modules():
-            for child in module.children():
-                if isinstance(child, nn.ModuleList) and len(child) == num_layers:
-                    return module, child
+            if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+                return module
         raise UserError(
             f"model type {self.lm.config.model_type} is not supported: it has no list of {num_layers} layers"
         )
 
-    def decoder_layers(self) -> list[nn.Module]:
-        """The repeated layers, first to last."""
-        return list(self._decoder()[1])
-
     def compile_layers(self) -> None:
-        """Compiles the decoder layers, all into one graph, and the head's arithmetic, for rows of any length.
-
-        Of the last layer, whose MLP runs for other rows than the rest, the parts; and what follows it, a norm.
-        """
+        """Compiles the decoder layers, all into one graph, and the head's arithmetic, for rows of any length."""
         self.is_compiled = True
         functorch_config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
         dynamo_config.specialize_float = (
             True  # else each is a tensor on the CPU, for which C++ may be compiled, in minutes
         )
-        decoder, layers = self._decoder()
+        fx_config.use_duck_shape = False  # else sizes that are equal in the first row must be so in every row
+        # Else a norm's backward pass on a GPU is compiled again for rows beyond limits that follow from its width.
+        inductor_config.triton.mix_order_reduction_non_strict_mode = True
+        layers = self.decoder_layers()
         dynamo_config.recompile_limit = max(
             8, len(layers) + 8
         )  # where a layer's numbers follow from its place, as DiffLlama's
-        *others, last = layers
-        children = list(decoder.children())
-        after = [m for m in children[children.index(layers) + 1 :] if next(m.parameters(), None) is not None]
-        for module in (*others, *last.children(), *after):
-            module.forward = torch.compile(module.forward, dynamic=True)
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
         self.lm.get_output_embeddings().compile_arithmetic()
 
     def checkpoint_activations(self, num_layers: int) -> None:
@@ -130,7 +100,6 @@ def model_inputs(micro_batch: MicroBatch, kernel: str, device: torch.device) -> 
         "position_ids": put(micro_batch.position_ids)[None],
         "target_rows": put(micro_batch.target_rows),
         "target_ids": put(micro_batch.target_ids),
-        "needed_rows": put(micro_batch.needed_rows()),
         **attention_kwargs(micro_batch, kernel, device),
     }
 

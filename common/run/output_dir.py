@@ -1,43 +1,25 @@
-"""run_config.json and the model card: what was run, with what, and how it ended."""
+"""The folder of a run: whose it is, where the run stands in it, its record (run_config.json) and its model card."""
 
 import fcntl
 import json
 import os
 import platform
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from common.config import TrainConfig
+from common.config import TrainConfig, identity_values
 from common.failures import UserError, as_user_error
-from common.files import digest, file_digest, replace_file, weight_digests
+from common.files import replace_file, weights_digest
 from common.ranks import Ranks
-from common.zero.checkpoint import RunState, delete_after, require_same_run
+from common.run.metrics import MetricsFile, draw_curves
+from common.step.schedule import Schedule
+from common.zero import checkpoint
+from common.zero.checkpoint import RunState
 
-FINISHED = "the run is done (--clean_checkpoints_at_end)"
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
-# What may differ between a run and its resume: it changes speed, logging or placement, not the result.
-FREE_TO_CHANGE = {
-    "output_dir",
-    "cache_dir",
-    "resume",
-    "logging_steps",
-    "checkpointing_steps",
-    "keep_last_n_checkpoints",
-    "clean_checkpoints_at_end",
-    "max_tokens_per_micro_batch",
-    "gradient_checkpointing",
-    "compile_layers",
-    "attn_implementation",
-    "collective_timeout_minutes",
-    "ds_config",
-    "stop_after_steps",
-    "share_prompt",
-}
-# What a digest of what was read stands for, however it was spelled and wherever it lay.
-KNOWN_BY_DIGEST = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}
 
 
 def run_identity(
@@ -45,49 +27,53 @@ def run_identity(
 ) -> dict:
     """Every value that decides what is trained, by the name under which a user knows it.
 
-    The mixer and the template are represented by digests of what they were read as, the model by its config.json and
-    its weights: an SFT folder that a new run has overwritten is another model. So is a reference that is a model of its
-    own. Reads the weights once (see reference_cache.weight_digests), so call it on one rank.
+    The mixer and the template are represented by digests of what they were read as, the models by those of their
+    config.json and weights: an SFT folder that a new run has overwritten is another model. It reads the weights:
+    call it on one rank.
     """
-    values = asdict(config).items()
-    identity = {name: value for name, value in values if name not in FREE_TO_CHANGE | KNOWN_BY_DIGEST}
+    identity = identity_values(config)
     identity |= {"dataset_mixer (contents)": data_digest, "chat_template (contents)": template_digest}
     for name, folder in (("model_name_or_path", model_folder), ("ref_model_name_or_path", reference_folder)):
         if folder is not None:
-            weights = json.dumps(weight_digests(folder, config.cache_dir), sort_keys=True)
-            identity |= {
-                f"{name} (config.json)": file_digest(Path(folder) / "config.json"),
-                f"{name} (weights)": digest(weights.encode()),
-            }
+            identity[f"{name} (contents)"] = weights_digest(folder)
     return identity
 
 
-def write_run_config(output_dir: str, record: dict) -> None:
-    """Replaces run_config.json in one step."""
-    replace_file(Path(output_dir) / "run_config.json", json.dumps(record, indent=2, default=str) + "\n")
+# ---------------------------------------------------------------------- where the run stands
+def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> tuple[RunState, Path | None] | None:
+    """Where the run of `identity` begins in output_dir, which from here on is this process's alone. Collective.
 
-
-def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> bool:
-    """Whether output_dir already holds this run, finished. From here on it is this process's alone.
-
-    Raises UserError if it cannot be written, is a model that this run reads, is written by another run now, or holds
-    another finished run that `--resume auto` would overwrite.
+    None: it has ended there, and nothing is to do. Else its state, and the checkpoint to load, None for a fresh start.
+    Raises UserError if the folder cannot be written, is a model that this run reads, is written by another run now, or
+    holds another run that `--resume auto` would continue or overwrite.
     """
+    if ranks.once(lambda: _is_finished(config, identity, last_step)):
+        ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
+        return None
+    path = checkpoint.find(config.output_dir, config.resume, ranks)
+    if path is None:
+        return RunState(identity=identity), None
+    state = checkpoint.read_state(path)
+    require_same_run(state.identity, identity, f"checkpoint {path}")
+    if state.step > last_step:
+        raise UserError(
+            f"checkpoint {path} is past this run's last step, {last_step}; use another --output_dir, --resume with an "
+            f"earlier checkpoint's path, or --resume never to start over"
+        )
+    return state, path
+
+
+def _is_finished(config: TrainConfig, identity: dict, last_step: int) -> bool:
+    output_dir = Path(config.output_dir)
     for flag in ("model_name_or_path", "ref_model_name_or_path"):
-        if (read := getattr(config, flag, None)) and Path(read).resolve() == Path(config.output_dir).resolve():
+        if (read := getattr(config, flag, None)) and Path(read).resolve() == output_dir.resolve():
             raise UserError(f"--output_dir {config.output_dir} is --{flag}, which would be lost; name another folder")
+    foreign = next(output_dir.glob("model*.safetensors*"), None)
+    if foreign and not (output_dir / "run_config.json").is_file():
+        raise UserError(f"--output_dir {output_dir}: no run of this project wrote {foreign.name}; name another folder")
     with as_user_error(f"--output_dir {config.output_dir}: cannot be written", OSError):
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        _hold(config.output_dir)
-        (Path(config.output_dir) / ".writable").touch()
-        (Path(config.output_dir) / ".writable").unlink()
-    for name, is_right in (
-        ("checkpoints", Path.is_dir),
-        ("metrics.jsonl", Path.is_file),
-        ("run_config.json", Path.is_file),
-    ):
-        if (path := Path(config.output_dir) / name).exists() and not is_right(path):
-            raise UserError(f"{path} is in the way; move it, or name another --output_dir")
+        (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        _lock(output_dir)
     record = read_run_config(config.output_dir)
     steps = record.get("result", {}).get("steps")
     if config.resume != "auto" or steps is None:
@@ -95,78 +81,145 @@ def check_output_dir(config: TrainConfig, identity: dict, last_step: int) -> boo
     require_same_run(record.get("identity", {}), identity, f"the model in {config.output_dir}")
     if steps > last_step:
         raise UserError(
-            f"{config.output_dir} holds this run's model after {steps} steps, past the {last_step} asked for; "
-            f"use another --output_dir, or --resume never to start over"
+            f"{config.output_dir} holds this run's model after {steps} steps, past the {last_step} asked for; use "
+            f"another --output_dir, or --resume never to start over"
         )
-    is_finished = steps == last_step and _holds_model(config.output_dir)
+    is_finished = steps == last_step and _holds_model(output_dir)
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
-        delete_after(config.output_dir, 0, FINISHED)
+        _clean(config)
     return is_finished
 
 
-def _holds_model(output_dir: str) -> bool:
+def require_same_run(old: dict, new: dict, what: str) -> None:
+    """Raises UserError that names each value of `identity` that differs."""
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    differing = [f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names]
+    if differing:
+        raise UserError(
+            f"{what} belongs to another run: {'; '.join(differing)}. Use the old values, another --output_dir, or "
+            f"--resume never to start over"
+        )
+
+
+def _holds_model(output_dir: Path) -> bool:
     """Whether the index of an export is there, and every file that it names."""
     try:
-        index = json.loads((Path(output_dir) / "model.safetensors.index.json").read_bytes())
-        return all((Path(output_dir) / name).is_file() for name in index["weight_map"].values())
+        index = json.loads((output_dir / "model.safetensors.index.json").read_bytes())
+        return all((output_dir / name).is_file() for name in index["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-_held: dict[Path, int] = {}  # folder -> descriptor; the system lets go of them when this process ends
+_locks: dict[Path, object] = {}  # folder -> its locked file; the system lets go of them when this process ends
 
 
-def _hold(output_dir: str) -> None:
-    """Locks the folder. Raises UserError if another process has."""
-    folder = Path(output_dir).resolve()
-    if folder in _held:
+def _lock(output_dir: Path) -> None:
+    """Raises UserError if another process writes in this folder now."""
+    if output_dir.resolve() in _locks:
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    file = open(output_dir / ".lock", "w")  # a file opened for writing: network file systems lock no folder
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
+        file.close()
         raise UserError(
             f"--output_dir {output_dir}: another run writes there now; wait, or name another folder"
         ) from None
-    except OSError:  # a file system without locks
-        os.close(descriptor)
-        return
-    _held[folder] = descriptor
+    except OSError as e:
+        print(f"warning: --output_dir {output_dir}: no lock keeps a second run out ({e.strerror})", flush=True)
+    _locks[output_dir.resolve()] = file
 
 
-def open_output_dir(config: TrainConfig, record: dict, resume_from: Path | None, step: int) -> None:
-    """Clears what a run that begins after `step` replaces: later checkpoints, and with a checkpoint from elsewhere also
-    another run's; run_config.json has no result until the run has one."""
-    output_dir = Path(config.output_dir)
-    is_own = resume_from is None or resume_from.resolve().parent == (output_dir / "checkpoints").resolve()
-    if not is_own and read_run_config(config.output_dir).get("identity", record["identity"]) != record["identity"]:
-        step = 0
-        (output_dir / "metrics.jsonl").unlink(missing_ok=True)
-    delete_after(config.output_dir, step, f"this run continues from {resume_from or 'the start'}")
-    write_run_config(config.output_dir, record)
+# ---------------------------------------------------------------------- the run's record
+def record_of(
+    method: str,
+    config: TrainConfig,
+    identity: dict,
+    num_steps: int,
+    state: RunState,
+    policy,
+    data_stats: dict,
+    ranks: Ranks,
+    **more,
+) -> dict:
+    """What run_config.json says of a run: every resolved value, and what it ran on. Collective."""
+    on_gpu = ranks.device.type == "cuda"
+    host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else host_memory
+    return {
+        "method": method,
+        "config": vars(config),
+        "identity": identity,
+        "num_steps": num_steps,
+        "micro_batch_budget": state.micro_batch_budget,
+        "layers": policy.layers_report(),
+        "data": data_stats,
+        "zero": partition_report(policy.lm, ranks),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "device": {
+            "name": torch.cuda.get_device_name(ranks.device) if on_gpu else "cpu",
+            "total_memory_gb": memory / 1e9,
+        },
+        "world_size": ranks.world_size,
+        **more,
+    }
+
+
+def partition_report(lm: nn.Module, ranks: Ranks) -> dict:
+    """How many elements there are and how many each rank holds, its padding included: the proof of ZeRO-3."""
+    parameters = list(lm.parameters())
+    return {
+        "stage": 3,
+        "num_parameters": sum(p.ds_numel for p in parameters),
+        "partitioned_parameters_per_rank": ranks.gather(lambda: sum(p.ds_tensor.numel() for p in parameters)),
+    }
+
+
+def open_output_dir(
+    config: TrainConfig, record: dict, policy, state: RunState, schedule: Schedule, ranks: Ranks
+) -> MetricsFile:
+    """Makes way for a run that begins after `state.step`, and writes its record, without a result. Collective."""
+
+    def begin() -> None:
+        num_checkpoints = min(config.keep_last_n_checkpoints + 1, schedule.last_step // schedule.save_every)
+        checkpoint.require_disk_space(dict(policy.lm.named_parameters()), config.output_dir, num_checkpoints)
+        checkpoint.clear_after(config.output_dir, state.step, config.resume)
+        write_run_config(config.output_dir, record)
+
+    ranks.once(begin)
+    return MetricsFile(config.output_dir, state.step, ranks)
 
 
 def finish(
-    config: TrainConfig, record: dict, state: RunState, last_metrics: dict | None, agreement: list, data_table: str
+    config: TrainConfig, record: dict, state: RunState, metrics: MetricsFile, data_table: str, ranks: Ranks
 ) -> None:
-    """The model card, then the result in run_config.json: from here on the folder holds a finished run.
-
-    last_metrics: None where metrics.jsonl is of no step yet (a last step's checkpoint of another folder).
-    agreement: what each rank says of the step and tokens it stands at.
-    """
+    """Curves, model card, then the result: from here on the folder holds a finished run. Collective."""
+    agreement = ranks.gather(lambda: [state.step, state.total_tokens])
     result = {
         "steps": state.step,
         "total_tokens": state.total_tokens,
         "target_tokens": state.target_tokens,
-        "train_loss": last_metrics and last_metrics["train_loss"],
+        "train_loss": metrics.last and metrics.last["train_loss"],
         "rank_agreement": all(a == agreement[0] for a in agreement),
     }
-    card = model_card(record["method"], config, data_table, result)
-    (Path(config.output_dir) / "README.md").write_text(card, encoding="utf-8")
-    write_run_config(config.output_dir, {**record, "result": result})
-    if config.clean_checkpoints_at_end:
-        delete_after(config.output_dir, 0, FINISHED)
+
+    def write() -> None:
+        draw_curves(config.output_dir)
+        replace_file(Path(config.output_dir) / "README.md", model_card(record["method"], config, data_table, result))
+        write_run_config(config.output_dir, {**record, "result": result})
+        if config.clean_checkpoints_at_end:
+            _clean(config)
+
+    ranks.once(write)
+    ranks.say(f"done: {config.output_dir} holds the model after {state.step} steps")
+
+
+def _clean(config: TrainConfig) -> None:
+    checkpoint.delete_all(config.output_dir, "the run is done (--clean_checkpoints_at_end)")
+
+
+def write_run_config(output_dir: str, record: dict) -> None:
+    replace_file(Path(output_dir) / "run_config.json", json.dumps(record, indent=2, default=str) + "\n")
 
 
 def read_run_config(output_dir: str) -> dict:
@@ -174,36 +227,16 @@ def read_run_config(output_dir: str) -> dict:
     path = Path(output_dir) / "run_config.json"
     if not path.is_file():
         return {}
-    try:
+    with as_user_error(f"{path} is not what a run wrote; delete it or use another --output_dir"):
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not all(isinstance(record.get(key, {}), dict) for key in ("identity", "result")):
-        raise UserError(f"{path} is not JSON that a run wrote; delete it or use another --output_dir")
+        if not all(isinstance(record.get(key, {}), dict) for key in ("identity", "result")):
+            raise ValueError("its identity or result is no object")
     return record
-
-
-def environment(ranks: Ranks) -> dict:
-    """Versions and device of this run."""
-    on_gpu = ranks.device.type == "cuda"
-    memory = (
-        torch.cuda.get_device_properties(ranks.device).total_memory
-        if on_gpu
-        else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "device": {
-            "name": torch.cuda.get_device_name(ranks.device) if on_gpu else "cpu",
-            "total_memory_gb": memory / 1e9,
-        },
-        "world_size": ranks.world_size,
-    }
 
 
 def model_card(method: str, config: TrainConfig, data_table: str, result: dict) -> str:
     """README.md of the exported model."""
-    shown = {name: value for name, value in asdict(config).items() if name not in FREE_TO_CHANGE}
+    shown = identity_values(config, (True, "contents"))
     rows = "\n".join(
         f"| {name} | {' '.join(value) if isinstance(value, list) else value} |" for name, value in shown.items()
     )

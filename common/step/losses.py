@@ -76,13 +76,9 @@ def preference_loss(config: DPOConfig) -> PreferenceLoss:
     return loss
 
 
-# Error of a log-probability x between two ways to pack its sequence: in float32 over 1 + |x|; in bfloat16 over |x|, of
-# which 6e-5 to 3e-4 were seen.
-ROUNDING = 1e-6
-BFLOAT16_ROUNDING = 2e-4
+BFLOAT16_ROUNDING = 2e-4  # error of a log-probability x over |x| between two ways to pack it; 6e-5 to 3e-4 were seen
 
-
-# What preference_sums adds up over a step's pairs; divided by their number, the fields of metrics.jsonl.
+# What preference_loss_and_sums adds up over a step's pairs; divided by their number, the fields of metrics.jsonl.
 SUMMED = (
     "train_loss",
     "rewards/chosen",
@@ -94,24 +90,27 @@ SUMMED = (
 )
 
 
-@torch.no_grad()
-def preference_sums(loss: torch.Tensor, ratios: torch.Tensor, logps: torch.Tensor, config: DPOConfig) -> torch.Tensor:
-    """float64 [7], in the order of SUMMED, over one micro-batch's pairs.
+def preference_loss_and_sums(
+    policy_logps: torch.Tensor, reference_logps: torch.Tensor, num_scored: torch.Tensor, config: DPOConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the losses of P pairs, with its gradient, and float64 [7], their sums in the order of SUMMED.
 
-    loss: the sum of their losses; ratios [P, 2]: what the loss was computed from, (chosen, rejected);
-    logps [P, 2]: the policy's, in the loss's reduction. A reward is beta times a ratio (Rafailov et al.
-    2023, section 5); an accuracy is 1 where the chosen reward is the greater, 0.5 for a tie. Ratios that differ by
-    less than the rounding of the log-probabilities they come from are a tie, as pairs are at step 1. In bfloat16 the
-    signs of such differences were seen to agree with float32's no more often than a coin's.
+    policy_logps, reference_logps: float32 [P, 2], summed over the completion's scored tokens, (chosen, rejected); a
+    loss that needs no reference takes zeros. num_scored: int [P, 2], of those tokens. A loss that averages over length
+    sees means per token. The scores, policy's minus reference's, are what the loss compares; a reward is beta times a
+    score (Rafailov et al. 2023, section 5); an accuracy is 1 where the chosen one is the greater, 0.5 for a tie.
     """
-    rewards, logps = config.beta * ratios.double(), logps.double()
-    margins = rewards[:, 0] - rewards[:, 1]
-    rounding = ROUNDING * (2 + logps.abs().sum(1))
-    if config.dtype == "bfloat16":
-        rounding += BFLOAT16_ROUNDING * logps.abs().sum(1)
-    is_tie = margins.abs() <= config.beta * rounding
-    accuracy = torch.where(is_tie, 0.5, (margins > 0).double())
-    return torch.stack([loss.double(), *rewards.sum(0), margins.sum(), accuracy.sum(), *logps.sum(0)])
+    preference = LOSSES[config.loss_type]
+    scores = policy_logps - reference_logps
+    if preference.averages_over_length:
+        policy_logps, scores = policy_logps / num_scored, scores / num_scored
+    loss = preference.function(scores[:, 0], scores[:, 1], config).sum()
+    with torch.no_grad():
+        rewards = config.beta * scores.double()
+        margins = rewards[:, 0] - rewards[:, 1]
+        accuracy = torch.where(margins == 0, 0.5, (margins > 0).double())
+        logps = policy_logps.double().sum(0)
+        return loss, torch.stack([loss.double(), *rewards.sum(0), margins.sum(), accuracy.sum(), *logps])
 
 
 def check_first_step(train_loss: float, means: dict[str, float], loss: PreferenceLoss, config: DPOConfig) -> None:

@@ -81,7 +81,7 @@ class Document:
 
     input_ids int [L]; stem: how many leading tokens are shared by both branches (L for a plain sample);
     chosen: how many tokens the chosen branch has (0 for a plain sample), the rest being rejected;
-    target_rows int [N]: the token, counted from the document's start, whose hidden state predicts;
+    target_rows int [N]: the token, counted from 0 at the document's start, whose hidden state predicts;
     target_ids int [N]: what it has to predict; sequence_targets: how many of the N belong to each scored
     sequence (a conversation is one; a document with branches has two: chosen, then rejected).
     """
@@ -93,11 +93,14 @@ class Document:
     target_ids: np.ndarray
     sequence_targets: list[int]
 
+    def __post_init__(self) -> None:
+        assert (self.target_rows >= 0).all(), "a target that no token of its document predicts"
+
 
 def sft_documents(sample: SFTSample) -> list[Document]:
     """A conversation: every token of a trained span is a target, predicted from the token before it."""
     ids = np.asarray(sample.input_ids)
-    positions = np.concatenate([np.arange(max(start, 1), end) for start, end in sample.trained_spans])
+    positions = np.concatenate([np.arange(start, end) for start, end in sample.trained_spans])
     return [Document(ids, len(ids), 0, positions - 1, ids[positions], [len(positions)])]
 
 
@@ -114,7 +117,7 @@ def pair_documents(pair: PreferencePair, share_prompt: bool) -> list[Document]:
     """
     prompt, num_chosen, documents = np.asarray(pair.prompt_ids), len(pair.chosen_ids), []
     for completion, start in ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start)):
-        scored = np.arange(max(start, 1 - len(prompt)), len(completion))  # nothing predicts a token at position 0
+        scored = np.arange(start, len(completion))
         tokens, rows = np.concatenate([prompt, completion]), len(prompt) + scored - 1
         documents.append(Document(tokens, len(tokens), 0, rows, tokens[rows + 1], [len(scored)]))
     if not share_prompt:
@@ -139,7 +142,8 @@ class MicroBatch:
 
     input_ids, position_ids int64 [T]; document, branch int32 [T]: who may see whom;
     target_rows, target_ids int64 [N], sequence after sequence; sequence_targets: how many belong to each
-    sequence, in the order in which the samples (and within a pair: chosen, rejected) were given.
+    sequence, in the order in which the samples (and within a pair: chosen, rejected) were given;
+    shares_prompts: whether the run's documents end in branches, though this row may hold none.
     """
 
     input_ids: np.ndarray
@@ -151,12 +155,7 @@ class MicroBatch:
     sequence_targets: list[int]
     num_tokens: int
     sum_squared_lengths: int
-
-    def needed_rows(self) -> np.ndarray:
-        """int64 [M], ascending: the rows that predict. If they are fewer than two, of which torch.compile makes a case of
-        its own, the first two rows as well, which every row has that predicts something."""
-        rows = np.unique(self.target_rows)
-        return rows if len(rows) > 1 else np.union1d(rows, [0, 1])
+    shares_prompts: bool
 
 
 def _attended(doc: Document) -> int:
@@ -165,7 +164,7 @@ def _attended(doc: Document) -> int:
     return len(doc.input_ids) ** 2 - 2 * doc.chosen * rejected
 
 
-def pack(samples: list[list[Document]]) -> MicroBatch:
+def pack(samples: list[list[Document]], share_prompt: bool = False) -> MicroBatch:
     """Lays the documents of each sample one after another into one row.
 
     With no samples the row is two tokens with no target: a rank that has nothing to do in a micro-batch
@@ -195,4 +194,5 @@ def pack(samples: list[list[Document]]) -> MicroBatch:
         sequence_targets=[n for doc in documents for n in doc.sequence_targets],
         num_tokens=sum(lengths) if samples else 0,
         sum_squared_lengths=sum(map(_attended, documents)) if samples else 0,
+        shares_prompts=share_prompt,
     )

@@ -23,12 +23,6 @@ def total_steps(num_samples: int, global_batch_size: int, num_train_epochs: int,
     return max_train_steps or steps_per_epoch(num_samples, global_batch_size) * num_train_epochs
 
 
-def checkpoint_interval(checkpointing_steps: int | str, num_samples: int, global_batch_size: int) -> int:
-    """Steps from one checkpoint to the next; `epoch` is as many as an epoch has."""
-    is_epoch = checkpointing_steps == "epoch"
-    return steps_per_epoch(num_samples, global_batch_size) if is_epoch else checkpointing_steps
-
-
 @lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
     """int64 [num_samples]: the order in which epoch `epoch` (from 0) visits the kept samples."""
@@ -42,25 +36,48 @@ def step_samples(step: int, num_samples: int, global_batch_size: int, seed: int)
     return epoch_order(num_samples, seed, epoch)[start : start + global_batch_size].tolist()
 
 
-def samples_seen(step: int, num_samples: int, global_batch_size: int) -> int:
-    """How many samples steps 0 .. step-1 took."""
-    epochs, steps = divmod(step, steps_per_epoch(num_samples, global_batch_size))
-    return epochs * num_samples + steps * global_batch_size
-
-
 def learning_rate_schedule(name: str, peak: float, num_steps: int, warmup_ratio: float) -> Callable[[int], float]:
     """The learning rate as a function of the step (from 0): what transformers.get_scheduler gives at that step.
 
-    Every schedule in config.LR_SCHEDULERS multiplies the peak by a function of the step alone; that
-    function is transformers' own, so the values are equal by construction. Raises UserError for a peak that the schedule
-    does not take.
+    Every schedule in config.LR_SCHEDULERS multiplies the peak by a function of the step alone; that function is
+    transformers' own, so the values are equal by construction. Raises UserError for a peak that the schedule does not
+    take, as polynomial, whose last rate is 1e-7.
     """
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    with as_user_error(
-        f"--lr_scheduler_type {name} with --learning_rate {peak}", ValueError
-    ):  # polynomial's last rate is 1e-7
-        scheduler = get_scheduler(
-            name, optimizer, num_warmup_steps=int(num_steps * warmup_ratio), num_training_steps=num_steps
-        )
-    factor = scheduler.lr_lambdas[0]
+    optimizer, num_warmup_steps = torch.optim.SGD([torch.zeros(1)], lr=peak), int(num_steps * warmup_ratio)
+    with as_user_error(f"--lr_scheduler_type {name} with --learning_rate {peak}", ValueError):
+        factor = get_scheduler(name, optimizer, num_warmup_steps, num_steps).lr_lambdas[0]
     return lambda step: peak * factor(step)
+
+
+class Schedule:
+    """The steps of one run over num_samples kept samples (pairs). config: common.config.TrainConfig.
+
+    num_steps: of the whole schedule; last_step: after which this run ends; save_every: steps between two checkpoints;
+    samples(step), learning_rate(step): of optimizer step `step`, from 0.
+    """
+
+    def __init__(self, config, num_samples: int):
+        self.num_samples, self.batch, self.seed = num_samples, config.global_batch_size, config.seed
+        self.num_steps = total_steps(num_samples, self.batch, config.num_train_epochs, config.max_train_steps)
+        self.last_step = min(self.num_steps, config.stop_after_steps or self.num_steps)
+        self.steps_per_epoch = steps_per_epoch(num_samples, self.batch)
+        self.save_every = self.steps_per_epoch if config.checkpointing_steps == "epoch" else config.checkpointing_steps
+        self.learning_rate = learning_rate_schedule(
+            config.lr_scheduler_type, config.learning_rate, self.num_steps, config.warmup_ratio
+        )
+
+    def samples(self, step: int) -> list[int]:
+        return step_samples(step, self.num_samples, self.batch, self.seed)
+
+    def report(self, method: str, unit: str) -> str:
+        """What will be trained, and how often it is saved, in a line; a second one if it is never saved."""
+        text = (
+            f"{method}: {self.num_samples:,} {unit}; {self.last_step:,} of {self.num_steps:,} steps of {self.batch} "
+            f"{unit}; a checkpoint every {self.save_every} steps"
+        )
+        if self.save_every > self.last_step:
+            text += (
+                f"\nwarning: --checkpointing_steps {self.save_every} is more than this run's {self.last_step} steps: "
+                f"no checkpoint will be written, and a crash loses everything"
+            )
+        return text

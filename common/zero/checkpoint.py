@@ -1,24 +1,26 @@
 """Checkpoints: complete or absent, verified before use, readable by any number of ranks.
 
 checkpoints/step_00000500/
-    rank_00000_of_00002.part_000.safetensors ...  each rank's slices of every parameter: `master/NAME`,
+    rank_00000_of_00002.part_000.safetensors ...  each rank's shard of every parameter: `master/NAME`,
                                   `exp_avg/NAME`, `exp_avg_sq/NAME`, float32, one-dimensional
     state.json                    RunState
     manifest.json                 size and digest of each file above, shape of each parameter, world size
     COMPLETE                      the manifest's digest
 
 ZeRO-3 gives rank r of n the elements [r k, (r + 1) k) of a flattened parameter, k = ceil(numel / n).
-A slice file therefore says by its name alone which elements it holds, and another number of ranks
-reads the overlapping parts. The model's own weights are the masters rounded to its dtype, so they are
+A file therefore says by its name alone which elements it holds, and another number of ranks
+reads the overlapping parts. The model's own weights are the master weights rounded to its dtype, so they are
 not stored: 12 bytes a parameter. DeepSpeed's save_checkpoint and its universal format are not used:
 they take a second copy on disk and a conversion for another number of ranks, they are unpickled, and
-nothing says whether one is whole. Slices go through its documented safe_get_local_* and safe_set_local_*.
+nothing says whether one is whole. Shards go through its documented safe_get_local_* and safe_set_local_*.
 
 A checkpoint is written to `.step_X.tmp`, every file and folder flushed to disk, and renamed; it is
 deleted by renaming it to `.step_X.old` first. Whatever a crash leaves behind begins with a dot and is
-removed by the next run.
+removed by the next run. Else checkpoints are deleted by keep_last_n and by `--resume never` alone: one that a run could
+not read, or did not continue from, it renames to `damaged_step_X` or `abandoned_step_X`, and never looks at again.
 """
 
+import itertools
 import json
 import os
 import re
@@ -27,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from deepspeed.utils import (
     safe_get_local_fp32_param,
@@ -36,12 +39,13 @@ from deepspeed.utils import (
 )
 from safetensors import safe_open
 
-from common.failures import UserError, print_line, writing
+from common.failures import UserError, as_user_error, print_line
 from common.files import digest, file_digest, sync_folder, write_file
 from common.ranks import Ranks
+from common.zero import residency
 
 FOLDER = re.compile(r"step_(\d{8,})")
-PART_BYTES = 2**29  # of a slice file, about; a rank holds three of them in memory while it saves
+SHARD_FILE_BYTES = 2**29  # of a file, about; a rank holds three of them in memory while it saves
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
@@ -55,38 +59,47 @@ class RunState:
     target_tokens: int = 0  # tokens trained on
     micro_batch_budget: int = 0  # tokens that a micro-batch may hold
     world_size: int = 0
-    gradients: str = ""  # how they are summed: common/zero/memory.py's Placement
+    residency: str = ""  # what stayed whole during a step, which says how gradients are summed
     identity: dict = field(default_factory=dict)  # every value that changes the result, by its flag's name
 
+    def count(self, num_samples: int, num_tokens: int, num_targets: int) -> None:
+        """One more step is done, of so many samples (pairs), tokens run and tokens trained on."""
+        self.step += 1
+        self.samples += num_samples
+        self.total_tokens += num_tokens
+        self.target_tokens += num_targets
+
     def kept_at(self, world_size: int) -> tuple[int, str]:
-        """The micro-batch budget and how gradients are summed that keep a resume bitwise; 0 and "" at another number of
-        ranks, where nothing does."""
-        return (self.micro_batch_budget, self.gradients) if self.world_size == world_size else (0, "")
+        """The micro-batch budget and the residency that keep a resume bitwise; 0 and "" at another number of ranks,
+        where nothing does."""
+        return (self.micro_batch_budget, self.residency) if self.world_size == world_size else (0, "")
 
 
+# ---------------------------------------------------------------------- writing
 def require_disk_space(parameters: dict[str, torch.nn.Parameter], output_dir: str, num_checkpoints: int) -> None:
     """Raises UserError if num_checkpoints checkpoints and the exported model do not fit where output_dir is.
 
-    What its checkpoints take already counts as free: new ones replace them.
+    What its checkpoints take already counts as free, for new ones replace them; what was set aside does not.
     """
     num_parameters = sum(p.ds_numel for p in parameters.values())
     export = sum(p.ds_numel * p.element_size() for p in parameters.values())
-    needed = num_checkpoints * 12 * num_parameters + export  # 12 bytes: master and two moments in float32
-    taken = sum(path.stat().st_size for path in (Path(output_dir) / "checkpoints").rglob("*") if path.is_file())
+    needed = num_checkpoints * 12 * num_parameters + export  # 12 bytes: master weight and two moments in float32
+    replaced = [file for folder in _all(output_dir) for file in folder.rglob("*") if file.is_file()]
+    taken = sum(file.stat().st_size for file in replaced)
     free = shutil.disk_usage(output_dir).free + taken
     if needed > free:
         raise UserError(
-            f"--output_dir {output_dir} needs {needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints "
-            f"and the model, {free / 1e9:,.1f} GB are free; free some, or lower --keep_last_n_checkpoints"
+            f"--output_dir {output_dir} needs {needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and the model, "
+            f"{free / 1e9:,.1f} GB are free; free some, or lower --keep_last_n_checkpoints"
         )
 
 
 def save(
     parameters: dict[str, torch.nn.Parameter], state: RunState, output_dir: str, keep_last_n: int, ranks: Ranks
 ) -> Path:
-    """Writes the checkpoint of `state.step` and then deletes all but the newest keep_last_n. Collective.
+    """Writes the checkpoint of `state.step`, then deletes all but the newest keep_last_n, and returns its folder.
 
-    Raises TrainingStopped, on every rank, if any rank could not write; older checkpoints are then intact.
+    Collective. Where any rank cannot write, every rank raises its OSError, and older checkpoints are intact.
     """
     folder = Path(output_dir) / "checkpoints"
     name = f"step_{state.step:08d}"
@@ -94,34 +107,30 @@ def save(
 
     def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()  # not its parents: a run whose folder was deleted or renamed ends here
         sync_folder(folder.parent)
 
     def publish(entries: list[dict]) -> None:
-        files = {file: entry for part in entries for file, entry in part.items()}
+        files = {file: entry for shard in entries for file, entry in shard.items()}
         files["state.json"] = write_file(temporary / "state.json", [json.dumps(asdict(state), indent=2).encode()])
-        manifest = {
-            "world_size": ranks.world_size,
-            "files": files,
-            "parameters": {name: list(p.ds_shape) for name, p in parameters.items()},
-        }
+        shapes = {name: list(p.ds_shape) for name, p in parameters.items()}
+        manifest = {"world_size": ranks.world_size, "files": files, "parameters": shapes}
         entry = write_file(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
         write_file(temporary / "COMPLETE", [entry["digest"].encode()])
         sync_folder(temporary)
         os.rename(temporary, folder / name)
         sync_folder(folder)
-        for old in _complete(output_dir)[keep_last_n:]:
+        for old in [path for path in _all(output_dir) if (path / "COMPLETE").is_file()][keep_last_n:]:
             _delete(old)
 
-    or_stop = writing(f"the checkpoint under {folder} could not be written", "older checkpoints are intact")
-    ranks.once(or_stop(prepare))
-    entries = ranks.gather(or_stop(lambda: _write_slices(parameters, temporary, ranks)))
-    ranks.once(or_stop(lambda: publish(entries)))
+    ranks.once(prepare)
+    entries = ranks.gather(lambda: _write_shard(parameters, temporary, ranks))
+    ranks.once(lambda: publish(entries))
     return folder / name
 
 
-def _write_slices(parameters: dict, folder: Path, ranks: Ranks) -> dict:
-    """This rank's slices, in files of about PART_BYTES; their manifest entries by file name.
+def _write_shard(parameters: dict[str, torch.nn.Parameter], folder: Path, ranks: Ranks) -> dict:
+    """This rank's shard, in files of about SHARD_FILE_BYTES; their manifest entries by file name.
 
     Two files are on their way to the disk while the next one is copied from the device.
     """
@@ -132,19 +141,18 @@ def _write_slices(parameters: dict, folder: Path, ranks: Ranks) -> dict:
             for future in list(written.values())[:-1]:
                 future.result()
             file = f"rank_{ranks.rank:05d}_of_{ranks.world_size:05d}.part_{len(written):03d}.safetensors"
-            written[file] = pool.submit(write_file, folder / file, _safetensors(tensors))
+            written[file] = pool.submit(
+                lambda whole: write_file(folder / file, [safetensors.torch.save(whole)]), tensors
+            )
 
         for name, param in parameters.items():
-            start, end = slice_of(param.ds_numel, ranks.rank, ranks.world_size)
+            start, end = shard_range(param.ds_numel, ranks.rank, ranks.world_size)
             for kind in KINDS:
-                local = (
-                    safe_get_local_fp32_param(param)
-                    if kind == "master"
-                    else safe_get_local_optimizer_state(param, kind)
-                )
-                tensors[f"{kind}/{name}"] = local[: end - start].detach().cpu()
+                is_master = kind == "master"
+                local = safe_get_local_fp32_param(param) if is_master else safe_get_local_optimizer_state(param, kind)
+                tensors[f"{kind}/{name}"] = local[: end - start].detach().to("cpu", copy=True)
                 size += 4 * (end - start)
-            if size >= PART_BYTES:
+            if size >= SHARD_FILE_BYTES:
                 flush()
                 tensors, size = {}, 0
         if tensors or not written:
@@ -152,26 +160,13 @@ def _write_slices(parameters: dict, folder: Path, ranks: Ranks) -> dict:
         return {file: future.result() for file, future in written.items()}
 
 
-def _safetensors(tensors: dict[str, torch.Tensor]) -> list:
-    """The bytes of a safetensors file of one-dimensional float32 tensors, which are not copied.
-
-    Format: 8 bytes length of the header, JSON header, data (huggingface.co/docs/safetensors, "Format").
-    """
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [end, end + 4 * tensor.numel()]}
-        end += 4 * tensor.numel()
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little"), text, *(tensor.numpy() for tensor in tensors.values())]
-
-
-def slice_of(numel: int, rank: int, world_size: int) -> tuple[int, int]:
+def shard_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
     """[start, end) of a flattened parameter that ZeRO-3 gives to a rank (without its padding)."""
     k = -(-numel // world_size)
     return min(rank * k, numel), min((rank + 1) * k, numel)
 
 
+# ---------------------------------------------------------------------- finding
 def _all(output_dir: str) -> list[Path]:
     """Checkpoint folders, whole or not, newest first, by step as a number."""
     folders = [path for path in (Path(output_dir) / "checkpoints").glob("step_*") if FOLDER.fullmatch(path.name)]
@@ -182,168 +177,140 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _complete(output_dir: str) -> list[Path]:
-    return [path for path in _all(output_dir) if (path / "COMPLETE").is_file()]
-
-
 def _delete(path: Path) -> None:
     """No checkpoint ever looks whole while it is being deleted."""
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(path, old)
+    sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)  # what is left, the next run removes
 
 
-def delete_after(output_dir: str, step: int, why: str) -> None:
-    """Deletes the checkpoints after `step`, and what a crash left of half-written and half-deleted ones.
-
-    A run that continues from `step` writes its own later ones: no others may outlive them, nor be found instead.
-    """
+def delete_all(output_dir: str, why: str) -> None:
+    """Deletes the checkpoints of a folder, but for those that were set aside."""
     for path in _all(output_dir):
-        if _step(path) > step:
-            print_line(f"deleting {path}: {why}")
-            _delete(path)
+        print_line(f"deleting {path}: {why}")
+        _delete(path)
+
+
+def clear_after(output_dir: str, step: int, resume: str) -> None:
+    """Makes way for a run that continues from `step` and writes its own later checkpoints.
+
+    Later ones are deleted for `--resume never`; else they are set aside: they were passed over as damaged, or the user
+    named an earlier one to continue from. What a crash left of half-written and half-deleted ones is removed.
+    """
+    if resume == "never":
+        delete_all(output_dir, "--resume never starts over")
+    for path in [path for path in _all(output_dir) if _step(path) > step]:
+        name = f"{'damaged' if resume == 'auto' else 'abandoned'}_{path.name}"
+        numbered = (path.with_name(f"{name}_{i}" if i > 1 else name) for i in itertools.count(1))
+        aside = next(free for free in numbered if not free.exists())
+        print_line(f"{path} is now {aside.name}: this run continues after step {step}; delete it if nobody needs it")
+        os.rename(path, aside)
     for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def starting_point(
-    output_dir: str, resume: str, identity: dict, last_step: int, ranks: Ranks
-) -> tuple[RunState, Path | None]:
-    """Where a run of `identity` begins: a new RunState, or that of the checkpoint to load and its folder. Collective.
+def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
+    """The newest whole checkpoint, or the one that `resume` names; None to start from the beginning. Collective.
 
-    Raises UserError if the checkpoint is of another run, or of a step after last_step.
-    """
-    path = _find(output_dir, resume, ranks)
-    if path is None:
-        return RunState(identity=identity), None
-    try:
-        state = RunState(**json.loads((path / "state.json").read_text()))
-    except TypeError:
-        raise UserError(
-            f"checkpoint {path} was written by another version of this project; use that, or --resume never "
-            f"to start over"
-        ) from None
-    require_same_run(state.identity, identity, f"checkpoint {path}")
-    if state.step > last_step:
-        raise UserError(
-            f"checkpoint {path} is past this run's last step, {last_step}; use another --output_dir, "
-            f"--resume with an earlier checkpoint's path, or --resume never to start over"
-        )
-    return state, path
-
-
-def _find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
-    """The newest whole checkpoint, or the one that `resume` names; None to start from the beginning.
-
-    Torn or edited checkpoints are named and passed over; one that was asked for by path is refused.
+    A torn or edited checkpoint is named and passed over. Raises UserError if there are checkpoints and none is whole,
+    for all ranks, and for one that was asked for by path and is not whole, or not of this folder.
     """
     if resume == "never":
         return None
+    paths = ranks.once(lambda: _all(output_dir))
     if resume != "auto":
-        path = Path(resume)
-        if not ranks.once(path.is_dir):
-            raise UserError(f"--resume {resume}: there is no such folder; it is auto, never, or a checkpoint's path")
-        if fault := _fault(path, ranks):
-            raise UserError(f"--resume {resume}: {fault}")
-        return path
-    for name in ranks.once(lambda: [str(path) for path in _all(output_dir)]):
-        fault = _fault(Path(name), ranks)
+        paths = [path for path in paths if path.resolve() == Path(resume).resolve()]
+        if not paths:
+            raise UserError(
+                f"--resume {resume}: it is auto, never, or the path of a checkpoint of --output_dir {output_dir}"
+            )
+    for path in paths:
+        faults = enumerate(ranks.gather(lambda: _fault(path, ranks)))
+        fault = next((f"{fault} (as rank {rank} sees it)" for rank, fault in faults if fault), None)
         if not fault:
-            return Path(name)
-        ranks.say(f"checkpoint {name} is not whole, passing it over: {fault}")
+            return path
+        if resume != "auto":
+            raise UserError(f"--resume {resume}: {fault}")
+        ranks.say(f"checkpoint {path} is not whole, passing it over: {fault}")
+    if paths:
+        raise UserError(
+            f"--output_dir {output_dir}: none of its {len(paths)} checkpoints is whole; {path.name}: {fault}; mend "
+            f"them, or use --resume never to start over"
+        )
     return None
 
 
 def _fault(path: Path, ranks: Ranks) -> str | None:
-    """What is wrong with a checkpoint, None if every byte is as written. Ranks share the reading. Collective.
+    """What is wrong with this rank's share of a checkpoint's files, None if every byte is as written.
 
     Raises UserError if it cannot be read: then it may be whole, and must not be passed over, nor deleted later.
     """
-
-    def check() -> str | None:
-        try:
-            for file in ("COMPLETE", "manifest.json"):
-                if not (path / file).is_file():
-                    return f"not a whole checkpoint of this project: {file} is missing"
-            manifest_bytes = (path / "manifest.json").read_bytes()
-            if (path / "COMPLETE").read_text() != digest(manifest_bytes):
-                return "manifest.json is not the one that COMPLETE names"
-            files = sorted(json.loads(manifest_bytes)["files"].items())
-            for file, entry in files[ranks.rank :: ranks.world_size]:
-                size = (path / file).stat().st_size
-                if size != entry["size"]:
-                    return f"{file} has {size} bytes in place of {entry['size']}"
-                if file_digest(path / file) != entry["digest"]:
-                    return f"{file} has been changed"
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
-            return f"{Path(e.filename).name}: {e.strerror}"
-        except OSError as e:
-            raise UserError(
-                f"checkpoint {path} cannot be read: {e.strerror} ({Path(e.filename or path).name}); nothing was "
-                f"changed: mend that and run the same command, or --resume never to start over"
-            ) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "manifest.json or COMPLETE is not of this project"
-        return None
-
-    return next((fault for fault in ranks.gather(check) if fault), None)
-
-
-def require_same_run(old: dict, new: dict, what: str) -> None:
-    """Raises UserError that names each value of `identity` that differs."""
-    differing = [
-        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
-    ]
-    if differing:
+    try:
+        manifest_bytes = (path / "manifest.json").read_bytes()
+        if (path / "COMPLETE").read_text() != digest(manifest_bytes):
+            return "manifest.json is not the one that COMPLETE names"
+        files = sorted(json.loads(manifest_bytes)["files"].items())
+        for file, entry in files[ranks.rank :: ranks.world_size]:
+            size = (path / file).stat().st_size
+            if size != entry["size"]:
+                return f"{file} has {size} bytes in place of {entry['size']}"
+            if file_digest(path / file) != entry["digest"]:
+                return f"{file} has been changed"
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+        return f"{Path(e.filename).name}: {e.strerror}"
+    except OSError as e:
         raise UserError(
-            f"{what} belongs to another run: {'; '.join(differing)}. Use the old values, another "
-            f"--output_dir, or --resume never to start over"
-        )
+            f"checkpoint {path} cannot be read: {e.strerror} ({Path(e.filename or path).name}); nothing was changed: "
+            f"mend that and run the same command, or --resume never to start over"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json or COMPLETE is not of this project"
+    return None
+
+
+# ---------------------------------------------------------------------- reading
+def read_state(path: Path) -> RunState:
+    """Raises UserError for a checkpoint of another version of this project, or under the name of another step."""
+    with as_user_error(
+        f"checkpoint {path} is of another version of this project; use that, or --resume never", TypeError
+    ):
+        state = RunState(**json.loads((path / "state.json").read_text()))
+    if state.step != _step(path):
+        raise UserError(f"checkpoint {path} is that of step {state.step} by its state.json; give it its name back")
+    return state
 
 
 def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, step: int, ranks: Ranks) -> None:
-    """Puts a verified checkpoint's masters, moments and step into the engine, from any number of ranks. Collective."""
+    """Puts a verified checkpoint's master weights, moments and step into an engine of any world size. Collective."""
     manifest = json.loads((path / "manifest.json").read_text())
     shapes = {name: list(p.ds_shape) for name, p in parameters.items()}
     if manifest["parameters"] != shapes:
         raise UserError(f"checkpoint {path} holds another model's parameters")
     files: dict[int, dict[str, object]] = {}  # writer rank -> tensor name -> open file
-    zero = engine.optimizer
-    for flat in zero.fp32_partitioned_groups_flat:
-        zero.optimizer.state[flat] = {
-            "step": torch.tensor(float(step), device=flat.device),
-            "exp_avg": torch.zeros_like(flat),
-            "exp_avg_sq": torch.zeros_like(flat),
-        }
+    residency.set_state(engine, step)
     writers = manifest["world_size"]
     for name, param in parameters.items():
-        start, end = slice_of(param.ds_numel, ranks.rank, ranks.world_size)
+        start, end = shard_range(param.ds_numel, ranks.rank, ranks.world_size)
         for kind in KINDS:
             local = torch.zeros(param.ds_tensor.numel(), dtype=torch.float32)
             for writer in range(writers):
-                their_start, their_end = slice_of(param.ds_numel, writer, writers)
+                their_start, their_end = shard_range(param.ds_numel, writer, writers)
                 first, last = max(start, their_start), min(end, their_end)
                 if first < last:
                     if writer not in files:
-                        files[writer] = _open_slices(path, manifest, writer)
+                        files[writer] = _open_shard(path, manifest, writer)
                     source = files[writer][f"{kind}/{name}"].get_slice(f"{kind}/{name}")
                     local[first - start : last - start] = source[first - their_start : last - their_start]
             if kind == "master":
                 safe_set_local_fp32_param(param, local)
             else:
                 safe_set_local_optimizer_state(param, local, kind)
-    # What a ZeRO-3 step does once the masters have changed: round them into the model's partitions, and
-    # gather anew the small parameters that every rank keeps.
-    zero._partition_all_parameters()
-    for i in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(i)
-    zero._post_step(set())
+    residency.round_master_weights(engine)
 
 
-def _open_slices(path: Path, manifest: dict, writer: int) -> dict[str, object]:
+def _open_shard(path: Path, manifest: dict, writer: int) -> dict[str, object]:
     prefix = f"rank_{writer:05d}_of_{manifest['world_size']:05d}."
     opened = [safe_open(path / file, framework="pt") for file in sorted(manifest["files"]) if file.startswith(prefix)]
     return {name: file for file in opened for name in file.keys()}  # noqa: SIM118

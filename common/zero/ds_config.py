@@ -1,13 +1,12 @@
-"""The DeepSpeed configuration: ds_configs/*.json says how work is placed, the dataclass what is learned."""
+"""The DeepSpeed configuration: ds_configs/*.json says how work is placed, the flags say what is learned."""
 
 import json
 from pathlib import Path
-from typing import NamedTuple
 
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from common.config import TrainConfig
-from common.failures import UserError, as_user_error, one_line
+from common.failures import UserError, as_user_error
 
 OWNED_BY_FLAGS = {
     "train_batch_size": "--global_batch_size",
@@ -25,22 +24,15 @@ OWNED_BY_FLAGS = {
     "gradient_predivide_factor": "nothing: gradients are exact sums",
     "prescale_gradients": "nothing: gradients are exact sums",
 }
-# Of zero_optimization: what would change the numbers, lay parts out in another way than checkpoints are written for, or
-# choose other leaf modules than the decoder layers (common/zero/engine.py), whose gradients then pass by common/zero/residency.py.
-REFUSED = (
-    "zero_quantized_",
-    "zero_hpz_",
-    "mics_",
-    "zenflow",
-    "cpu_offload",
-    "leaf_module",
-    "module_granularity_",
-    "stage3_module_granularity_",
-)
-# What the planner decides where the file does not say it: the two keys that are not DeepSpeed's.
-RESIDENCY = {"gradients": ("whole", "partitioned"), "parameters": ("resident", "streamed")}
+# Keys of zero_optimization, by their beginnings after an optional `stage3_`, that would change the numbers, lay out
+# shards in another way than checkpoints are written for, or choose other leaf modules than the decoder layers
+# (common/zero/engine.py), whose gradients common/zero/residency.py would then miss.
+REFUSED = ("zero_quantized_", "zero_hpz_", "mics_", "zenflow", "cpu_offload", "leaf_module", "module_granularity_")
+# What stays whole on a rank during a step; `all` is gradients and parameters. Where the file does not say it,
+# common/zero/memory.py chooses.
+RESIDENCY = ("nothing", "gradients", "all")
 PLACEMENT_KEYS = {
-    *RESIDENCY,
+    "residency",  # the one key that is not DeepSpeed's
     "zero_optimization",
     "aio",
     "comms_logger",
@@ -59,50 +51,38 @@ def deepspeed_config(config: TrainConfig) -> dict:
     step's last. Raises UserError for a file that cannot be read, sets what a flag owns, has "auto"
     values, is not ZeRO stage 3, or sets what DeepSpeed does not know.
     """
+    file = f"--ds_config {config.ds_config}"
 
     def wrong(reason: str) -> UserError:
-        return UserError(f"--ds_config {config.ds_config}: {reason}")
+        return UserError(f"{file}: {reason}")
 
     path = Path(config.ds_config)
     if not path.is_file() and not path.is_absolute():
         path = Path(__file__).parents[2] / path  # a path of the project's own, from any working directory
-    with (
-        as_user_error(f"--ds_config {config.ds_config}", OSError),
-        as_user_error(f"--ds_config {config.ds_config}: not JSON", ValueError),
-    ):
-        placement = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(placement, dict) or not isinstance(placement.get("zero_optimization"), dict):
-        raise wrong("must be an object with a `zero_optimization` object")
+    with as_user_error(file, OSError), as_user_error(f"{file}: not JSON", ValueError):
+        text = path.read_text(encoding="utf-8")
+        placement = json.loads(text)
+    zero = placement.get("zero_optimization") if isinstance(placement, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") != 3:
+        raise wrong("needs a `zero_optimization` object whose `stage` is 3")
     for key in placement:
         if key in OWNED_BY_FLAGS:
             raise wrong(f"sets `{key}`, which belongs to {OWNED_BY_FLAGS[key]}; remove it")
         if key not in PLACEMENT_KEYS:
             raise wrong(f"unknown key `{key}`; known: {', '.join(sorted(PLACEMENT_KEYS))}")
-    if placement["zero_optimization"].get("stage") != 3:
-        raise wrong("`zero_optimization.stage` must be 3")
-    if refused := [key for key in placement["zero_optimization"] if key.startswith(REFUSED)]:
+    if refused := [key for key in zero if key.removeprefix("stage3_").startswith(REFUSED)]:
         raise wrong(f"`zero_optimization.{refused[0]}` is not supported; remove it")
-    if auto := _find_auto(placement):
-        raise wrong(f'`{auto}` is "auto"; write a value or leave the key out')
-    try:
-        DeepSpeedZeroConfig(**placement["zero_optimization"])
-    except ValueError as e:  # pydantic's
-        first = e.errors()[0]
-        where = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise wrong(f"`{where}`: {one_line(first['msg'])}") from None
-    offloads = [key for key in placement["zero_optimization"] if key.startswith("offload_")]
-    for key in offloads:
-        if (placement["zero_optimization"][key] or {}).get("device") == "nvme":
-            raise wrong(
-                f"`zero_optimization.{key}.device` nvme is not supported: checkpoints are written from memory; use cpu"
-            )
-    for key, values in RESIDENCY.items():
-        if key in placement and placement[key] not in values:
-            raise wrong(f"`{key}` must be {' or '.join(values)}, not {placement[key]!r}")
-        if offloads:  # what lives elsewhere cannot be kept whole here
-            if placement.get(key) == values[0]:
-                raise wrong(f"{key} cannot be {values[0]} with `{offloads[0]}`")
-            placement[key] = values[1]
+    if '"auto"' in text:  # in place of which DeepSpeed takes its own default
+        raise wrong('has the value "auto"; write a value or leave the key out')
+    with as_user_error(file, ValueError):  # pydantic's names the key
+        devices = offload_devices(DeepSpeedZeroConfig(**zero))
+    if "nvme" in devices.values():
+        raise wrong("offloading to nvme is not supported: checkpoints are written from memory; use cpu")
+    if devices:  # what lies in the host's memory cannot stay whole on the device
+        placement.setdefault("residency", "nothing")
+    allowed = ("nothing",) if devices else RESIDENCY
+    if placement.get("residency", "nothing") not in allowed:
+        raise wrong(f"`residency` must be {' or '.join(allowed)}{f' with {min(devices)}' if devices else ''}")
     return {
         "steps_per_print": 2**62,
         **placement,
@@ -118,26 +98,7 @@ def deepspeed_config(config: TrainConfig) -> dict:
     }
 
 
-class Zero(NamedTuple):
-    """What of a ds_config counts for memory: elements that may be gathered ahead of the layer that runs and that are reduced
-    in one go; whether masters, moments and gradients, and whether parameters, lie in the host's memory."""
-
-    prefetched: int
-    reduced: int
-    offloads_optimizer: bool
-    offloads_parameters: bool
-
-
-def zero_of(ds_config: dict) -> Zero:
-    zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
-    offloads = (
-        offload is not None and offload.device != "none" for offload in (zero.offload_optimizer, zero.offload_param)
-    )
-    return Zero(zero.prefetch_bucket_size, zero.reduce_bucket_size, *offloads)
-
-
-def _find_auto(value, path: str = "") -> str | None:
-    if value == "auto":
-        return path
-    items = value.items() if isinstance(value, dict) else []
-    return next((found for key, item in items if (found := _find_auto(item, f"{path}.{key}".lstrip(".")))), None)
+def offload_devices(zero: DeepSpeedZeroConfig) -> dict[str, str]:
+    """{"offload_param" or "offload_optimizer": "cpu" or "nvme"} of what does not lie on the ranks' devices."""
+    offloads = {"offload_param": zero.offload_param, "offload_optimizer": zero.offload_optimizer}
+    return {key: offload.device for key, offload in offloads.items() if offload and offload.device != "none"}

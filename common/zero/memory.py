@@ -1,125 +1,175 @@
-"""Where gradients and parameters live, how large micro-batches are, how many layers recompute their activations.
+"""What stays whole on a rank during a step, how large micro-batches are, how many layers recompute their activations.
 
-Peak memory of a micro-batch of t tokens with u layers that keep their activations is taken as
+The peak memory of a micro-batch of t tokens with u layers that keep their activations is taken as
     B + t (D + A u)
-with B what does not grow (parameters, gradients, buffers), D what every token costs and A what it costs
-more in a layer that keeps. A step's time follows from how many micro-batches it takes and what is recomputed.
+with B what does not grow with the tokens, D what every token costs and A what it costs more in a layer that keeps.
 
-Before the model loads, B, D and A are estimated from its shape, for each way to place gradients (`whole` on every
-rank, reduced once a step, or `partitioned` after every micro-batch) and parameters (`resident`, whole on every rank
-during a step, or `streamed`, gathered layer by layer): the fastest way that fits is taken. Then four dry
-micro-batches, whose loss is multiplied by 0, measure B, D and A (of a model of few layers B alone is measured); a few
-more, the last of the chosen size, confirm the choice before step 1. Gradients get exact zeros from them.
+Before the model loads, all three are estimated from its shape, and the fastest residency (common/zero/ds_config.py)
+that fits is taken. Once it is loaded, B is what the device holds. On a GPU dry micro-batches, whose loss is multiplied
+by 0, then show what the estimated activations really need, until one of the chosen size fits. Gradients get exact zeros
+from them.
 """
 
 import gc
 import os
+import resource
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from common.config import TrainConfig
-from common.data.cache import SFTSample
+from common.data.tokens import PreferencePair, SFTSample
 from common.failures import TrainingStopped, UserError
 from common.model.load import parameter_counts
 from common.model.packed import model_inputs
 from common.ranks import Ranks
-from common.step.packing import pack, sft_documents
+from common.step.packing import Document, pack, pair_documents, sft_documents
 from common.zero.checkpoint import RunState
-from common.zero.ds_config import RESIDENCY, Zero, zero_of
+from common.zero.ds_config import RESIDENCY, offload_devices
 from common.zero.engine import out_of_memory_explained
+from common.zero.residency import abandon_backward
 
 LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
 HEADROOM = 0.06  # of the device's memory is left free
-MEASURED_LAYERS = (2, 8)  # u of the dry runs
-MEASURED_TOKENS = 4608
 LEAST_TRIED = 1024  # tokens of any dry run whose choice is not smaller
 # What one more micro-batch costs, in tokens' time (which holds for models of any size: both grow with the parameters).
-# 8B on two H200, whole and resident against partitioned and streamed: 0.1 s for each of 5 micro-batches.
-GRADIENT_TOKENS = {"whole": 150, "partitioned": 900}
-PARAMETER_TOKENS = {"resident": 0, "streamed": 400}
-
-
-class Placement(NamedTuple):
-    """One of each of common.zero.ds_config.RESIDENCY."""
-
-    gradients: str
-    parameters: str
-
-    @property
-    def overhead(self) -> int:
-        """What a micro-batch costs besides its tokens, in tokens' time."""
-        return GRADIENT_TOKENS[self.gradients] + PARAMETER_TOKENS[self.parameters]
+# 8B on two H200, `all` against `nothing`: 0.1 s for each of 5 micro-batches.
+MICRO_BATCH_TOKENS = {"nothing": 1300, "gradients": 550, "all": 150}
 
 
 class Workload(NamedTuple):
-    """What a run asks of its micro-batches, in tokens."""
+    """What a run asks of its micro-batches."""
 
-    longest: int  # of the longest sample (pair), the least that a micro-batch must hold
-    longest_sequence: int  # of what attends to itself in it
+    longest: int  # tokens of the longest sample (pair), the least that a micro-batch must hold
     tokens_per_rank: float  # in a step
-    budget: int  # what a micro-batch may hold
-    is_settled: (
-        bool  # by the flag or by the checkpoint that the run continues; else choose_micro_batch() replaces the budget
-    )
-    gradients: str  # how that checkpoint summed them, which would be rounded otherwise elsewhere; "" for none
+    budget: int  # tokens that a micro-batch may hold
+    is_settled: bool  # by the flag or by the checkpoint that the run continues; else choose_micro_batch() decides
+    residency: str  # of the run that wrote that checkpoint; "" for none
 
 
-def workload_of(
-    config: TrainConfig, lengths: np.ndarray, longest_sequence: int, longest_at: str, state: RunState, ranks: Ranks
-) -> Workload:
+def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state: RunState, ranks: Ranks) -> Workload:
     """lengths: int [samples (pairs)], tokens; longest_at: where the longest one is. state: of the run so far.
 
     Raises UserError for a given budget that does not hold the longest one.
     """
     longest, given = int(lengths.max()), config.max_tokens_per_micro_batch
-    budget, gradients = state.kept_at(ranks.world_size)
+    budget, residency = state.kept_at(ranks.world_size)
     if given != "auto":
         budget = given
-        if longest > budget:
+        if budget < longest:
             raise UserError(
                 f"--max_tokens_per_micro_batch {budget} is less than the {longest} tokens of {longest_at}; give at "
                 f"least {longest}, or lower --max_seq_length"
             )
     default = 16384 if ranks.device.type == "cuda" else 4096
     tokens_per_rank = float(lengths.mean()) * config.global_batch_size / ranks.world_size
-    return Workload(longest, longest_sequence, tokens_per_rank, max(longest, budget or default), budget > 0, gradients)
+    return Workload(longest, tokens_per_rank, max(longest, budget or default), budget > 0, residency)
 
 
-def choose_residency(
-    ds_config: dict, config: TrainConfig, model_config, workload: Workload, ranks: Ranks
-) -> tuple[dict, Placement]:
-    """ds_config with gradients and parameters placed, and how. What its file says of them stands. Collective."""
-    allowed = {key: (ds_config[key],) if key in ds_config else values for key, values in RESIDENCY.items()}
-    if workload.gradients and "gradients" not in ds_config:
-        allowed["gradients"] = (workload.gradients,)
-    free = -max(ranks.gather(lambda: -_free_bytes(ranks)))
-    counts, zero = parameter_counts(model_config), zero_of(ds_config)
-    itemsize, layers = getattr(torch, config.dtype).itemsize, model_config.num_hidden_layers
+class Memory(NamedTuple):
+    """Bytes that a rank needs on its device; what lies in the host's memory does not count."""
 
-    def cost(placement: Placement) -> tuple[float, float]:
-        memory = estimated(model_config, counts, itemsize, ranks.world_size, placement, zero)
-        choice = choose(
-            memory, free * (1 - HEADROOM), layers, workload, placement.overhead, given_layers(config, layers)
-        )
-        return choice.cost, memory.fixed  # where by the estimate nothing fits, what needs the least memory
+    residency: str
+    parameters: float  # whole, or the rank's shards
+    gathered: float  # layers that are whole only while they run
+    gradients: float
+    optimizer: float  # master weights and two moments, in equal parts
+    per_token: float  # D
+    per_token_and_layer: float  # A
 
-    placement = min((Placement(*pair) for pair in product(*allowed.values())), key=cost)
-    ranks.say(
-        f"placement: gradients {placement.gradients}, parameters {placement.parameters}; {counts[0]:,} "
-        f"parameters, {free / 1e9:.1f} GB free for each of {ranks.world_size} ranks"
+    @property
+    def fixed(self) -> float:
+        """B."""
+        return self.parameters + self.gathered + self.gradients + self.optimizer
+
+    def activations(self, tokens: int, keeping: int) -> float:
+        return tokens * (self.per_token + self.per_token_and_layer * keeping)
+
+
+def estimated(
+    model_config, counts: tuple[int, int], itemsize: int, world_size: int, residency: str, zero: DeepSpeedZeroConfig
+) -> Memory:
+    """From the shape alone. counts: of parameters, all and in a layer, of itemsize bytes each.
+
+    A compiled layer keeps half of its matrix products' outputs (its parameters over the hidden size) and some five rows
+    of the hidden size; outside the layers, the logits and some eight rows. Measured for Llama, within 10%.
+    """
+    (numel, layer_numel), hidden, offloaded = counts, model_config.hidden_size, offload_devices(zero)
+    parameters = 0 if "offload_param" in offloaded else numel / world_size
+    optimizer = 0 if "offload_optimizer" in offloaded else numel / world_size
+    gathered = min(numel, 3 * layer_numel + zero.prefetch_bucket_size)
+    if residency == "all" or parameters == numel:
+        parameters, gathered = numel, 0
+    return Memory(
+        residency=residency,
+        parameters=itemsize * parameters,
+        gathered=itemsize * gathered,
+        gradients=4 * (optimizer + 2 * zero.reduce_bucket_size if residency == "nothing" else numel),
+        optimizer=12 * optimizer,
+        per_token=itemsize * (model_config.vocab_size + 8 * hidden),
+        per_token_and_layer=itemsize * (layer_numel / hidden / 2 + 5 * hidden),
     )
-    return ds_config | placement._asdict(), placement
+
+
+def choose(
+    memory: Memory, room: float, num_layers: int, workload: Workload, given: int | None = None
+) -> tuple[float, int, int]:
+    """(cost, tokens of a micro-batch, layers that recompute) of the least cost whose activations fit `room` bytes.
+
+    The cost is a rank's time for a step, in tokens: a recomputed layer costs a third of its forward and backward passes
+    again, a micro-batch MICRO_BATCH_TOKENS; a step takes half a micro-batch more than the quotient, as steps differ. A
+    settled budget is the only size allowed. given: the layers that recompute, None for any number.
+    If nothing fits, the cost is infinite, the size the smallest, and every (or the given) layer recomputed.
+    """
+    tokens_per_rank, least = workload.tokens_per_rank, max(workload.longest, 1024)
+    budgets = range(least, max(least, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank))) + 1, 1024)
+
+    def candidate(budget: int) -> tuple[float, int, int]:
+        can_keep = int(max(0.0, (room / budget - memory.per_token) / memory.per_token_and_layer))
+        recomputing = num_layers - min(num_layers, can_keep) if given is None else given
+        overhead = (tokens_per_rank / budget + 0.5) * MICRO_BATCH_TOKENS[memory.residency]
+        fits = memory.activations(budget, num_layers - recomputing) <= room
+        cost = tokens_per_rank * (1 + recomputing / num_layers / 3) + overhead if fits else np.inf
+        return cost, budget, recomputing
+
+    return min(map(candidate, [workload.budget] if workload.is_settled else budgets))
 
 
 def given_layers(config: TrainConfig, num_layers: int) -> int | None:
     """How many layers `--gradient_checkpointing` has recompute their activations; None for `auto`."""
     value = config.gradient_checkpointing
     return None if value == "auto" else min({"none": 0, "full": num_layers}.get(value, value), num_layers)
+
+
+def choose_residency(
+    ds_config: dict, config: TrainConfig, model_config, workload: Workload, ranks: Ranks
+) -> tuple[dict, Memory]:
+    """ds_config with its `residency`, and the estimate for it. What its file says stands; a run that continues goes on
+    summing gradients as it did, which would else be rounded otherwise. Collective."""
+    allowed = RESIDENCY
+    if "residency" in ds_config:
+        allowed = (ds_config["residency"],)
+    elif workload.residency:
+        allowed = ("nothing",) if workload.residency == "nothing" else ("gradients", "all")  # which sum alike
+    free, layers = min(ranks.gather(lambda: _free_bytes(ranks))), model_config.num_hidden_layers
+    counts, itemsize = parameter_counts(model_config), getattr(torch, config.dtype).itemsize
+    zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+
+    def cost(memory: Memory) -> tuple[float, float]:
+        room = free * (1 - HEADROOM) - memory.fixed
+        # Where by the estimate nothing fits, what needs the least memory; of equals, what keeps more whole.
+        return choose(memory, room, layers, workload, given_layers(config, layers))[0], memory.fixed
+
+    estimates = (estimated(model_config, counts, itemsize, ranks.world_size, name, zero) for name in reversed(allowed))
+    best = min(estimates, key=cost)
+    ranks.say(
+        f"residency: {best.residency} (what stays whole on a rank during a step); {counts[0]:,} parameters, "
+        f"{free / 1e9:.1f} GB free for each of {ranks.world_size} ranks"
+    )
+    return ds_config | {"residency": best.residency}, best
 
 
 def _free_bytes(ranks: Ranks) -> int:
@@ -130,243 +180,132 @@ def _free_bytes(ranks: Ranks) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks.local_world_size
 
 
-class State(NamedTuple):
-    """Bytes on each rank of what does not grow with the tokens."""
-
-    parameters: float
-    gradients: float
-    optimizer: float  # masters and moments
-
-    @property
-    def moments(self) -> float:
-        """The two of three float32 values that the first step allocates."""
-        return self.optimizer * 2 / 3
-
-
-def state_of(counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement, zero: Zero) -> State:
-    """What passes through DeepSpeed's buffers included, what is offloaded not. counts: of parameters, all and in a layer,
-    of itemsize bytes."""
-    numel, layer_numel = counts
-    part = numel / world_size
-    parameters, gradients = (
-        0 if offloads else part for offloads in (zero.offloads_parameters, zero.offloads_optimizer)
-    )
-    gathered = min(numel, 3 * layer_numel + zero.prefetched) if world_size > 1 or zero.offloads_parameters else 0
-    return State(
-        parameters=itemsize * (numel if placement.parameters == "resident" else parameters + gathered),
-        gradients=4 * (numel if placement.gradients == "whole" else gradients + 2 * zero.reduced),
-        optimizer=0 if zero.offloads_optimizer else 12 * part,
-    )
-
-
-def estimated(
-    model_config, counts: tuple[int, int], itemsize: int, world_size: int, placement: Placement, zero: Zero
-) -> "MemoryModel":
-    """The memory model from the shape alone; counts as in state_of.
-
-    A compiled layer keeps half of its matrix products' outputs (its parameters over the hidden size) and some five rows
-    of the hidden size; outside the layers, the logits and some eight rows. Measured for Llama, within 10%.
-    """
-    state, hidden = state_of(counts, itemsize, world_size, placement, zero), model_config.hidden_size
-    return MemoryModel(
-        fixed=sum(state) - state.moments,
-        per_token=itemsize * (model_config.vocab_size + 8 * hidden),
-        per_token_and_layer=itemsize * (counts[1] / hidden / 2 + 5 * hidden),
-        optimizer=state.moments,
-    )
-
-
-@dataclass(frozen=True)
-class MemoryModel:
-    """Bytes: `fixed` B, `per_token` D, `per_token_and_layer` A, as above; optimizer: moments not yet allocated."""
-
-    fixed: float
-    per_token: float
-    per_token_and_layer: float
-    optimizer: float
-
-    def peak(self, tokens: int, keeping_layers: int) -> float:
-        return self.fixed + self.optimizer + tokens * (self.per_token + self.per_token_and_layer * keeping_layers)
-
-    def corrected(self, tokens: int, keeping_layers: int, seen: float) -> "MemoryModel":
-        """With what grows with the tokens scaled so that this micro-batch's peak is the larger one that was seen."""
-        growing = self.peak(tokens, keeping_layers) - self.peak(0, keeping_layers)
-        scale = max(1.0, (seen - self.peak(0, keeping_layers)) / growing)
-        return replace(self, per_token=self.per_token * scale, per_token_and_layer=self.per_token_and_layer * scale)
-
-
-class Choice(NamedTuple):
-    budget: int  # tokens of a micro-batch
-    recomputing: int  # layers
-    cost: float  # of a rank's step, in tokens' time; infinite if nothing fits
-
-
-def choose(
-    memory: MemoryModel, limit: float, num_layers: int, workload: Workload, overhead: int, given: int | None = None
-) -> Choice:
-    """The micro-batch and the layers that recompute of the least time that fits `limit` bytes.
-
-    Time in tokens: a recomputed layer costs a third of its forward and backward passes again, a micro-batch
-    `overhead`; a step of workload.tokens_per_rank, which steps have more or less of, takes half a micro-batch more than
-    their quotient. A settled budget is the only size allowed. given: the layers that recompute, None for any number.
-    If nothing fits, the smallest size with every (or the given) layer recomputed: the dry run then says so.
-    """
-    tokens_per_rank, least = workload.tokens_per_rank, max(workload.longest, 1024)
-    budgets = range(least, max(least, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank))) + 1, 1024)
-    if workload.is_settled:
-        budgets = [workload.budget]
-    best = Choice(budgets[0], num_layers if given is None else given, np.inf)
-    for budget in budgets:
-        room = (limit - memory.peak(budget, 0)) / (budget * memory.per_token_and_layer)  # layers that can keep
-        if room < (0 if given is None else num_layers - given):
-            continue
-        recomputing = num_layers - min(num_layers, int(room)) if given is None else given
-        num_micro_batches = tokens_per_rank / budget + 0.5
-        cost = tokens_per_rank * (1 + recomputing / num_layers / 3) + num_micro_batches * overhead
-        if cost < best.cost:
-            best = Choice(budget, recomputing, cost)
-    return best
-
-
-def confirmed(
-    memory: MemoryModel, limit: float, layers: int, tried: float, choose_by: Callable, peak_of: Callable
-) -> tuple[int, int, float]:
-    """(tokens, layers that recompute, peak bytes seen) of the first choice whose dry run stays within `limit`.
-
-    choose_by(memory) makes a choice, peak_of(tokens, recomputing) runs a micro-batch. A larger peak than was foretold
-    corrects the memory model, and so the choice; the smallest choice is taken as it is. What grows with the tokens, of
-    which `tried` bytes have been seen, at most doubles at a time, so that a surprise shows before memory runs out. A
-    peak is infinite if it did run out; the next choice is then one that by the model needs a tenth less.
-    Raises TrainingStopped if there is none.
-    """
-    while True:
-        tokens, recomputing = choose_by(memory)
-        keeping = layers - recomputing
-        per_token = max(1.0, memory.per_token + memory.per_token_and_layer * keeping)
-        size = min(tokens, max(LEAST_TRIED, int(2 * tried / per_token)))
-        fixed, foretold = memory.peak(0, keeping), memory.peak(size, keeping)
-        seen = peak_of(size, recomputing)
-        if seen == np.inf:
-            memory = memory.corrected(size, keeping, fixed + 1.1 * (max(limit, foretold) - fixed))
-            if choose_by(memory) == (tokens, recomputing):
-                raise TrainingStopped(
-                    f"step 0: out of memory on a micro-batch of {size:,} tokens, {recomputing} of {layers} layers "
-                    f"recomputed, and nothing smaller is left to try; use more devices, a lower --max_seq_length, "
-                    f"--gradient_checkpointing full, or a --ds_config that offloads"
-                )
-            continue
-        tried = max(tried, foretold - fixed)
-        memory = memory.corrected(size, keeping, seen)
-        if size == tokens and (seen <= limit or choose_by(memory) == (tokens, recomputing)):
-            return tokens, recomputing, seen
-
-
 def choose_micro_batch(
-    engine, config: TrainConfig, ds_config: dict, kernel: str, workload: Workload, ranks: Ranks
+    engine, config: TrainConfig, estimate: Memory, kernel: str, workload: Workload, made_up: Callable, ranks: Ranks
 ) -> int:
-    """Sets the layers that recompute and returns the micro-batch's tokens, and says the plan. Collective.
+    """Sets the layers that recompute, says the plan and returns the micro-batch's tokens. Collective.
 
-    By measurement on a GPU, if the flags leave anything open; on a CPU `auto` recomputes nothing. ds_config: `place`'s.
+    By dry runs on a GPU, if the flags leave anything open; on a CPU `auto` recomputes nothing. estimate: of
+    choose_residency. made_up: made_up_conversation or made_up_pair, whichever the run trains.
     """
-    policy, budget = engine.module, workload.budget
+    policy, device, budget = engine.module, ranks.device, workload.budget
     layers = len(policy.decoder_layers())
     given = given_layers(config, layers)
     recomputing = given or 0
-    policy.checkpoint_activations(recomputing)
-    counts, placement = parameter_counts(policy.lm.config), Placement(ds_config["gradients"], ds_config["parameters"])
-    shape = counts, policy.lm.dtype.itemsize, ranks.world_size, placement, zero_of(ds_config)
-    state, memory = state_of(*shape), estimated(policy.lm.config, *shape)
-    if ranks.device.type != "cuda" or (given is not None and workload.is_settled):
-        peak = memory.peak(budget, layers - recomputing)
-        how = f"{peak / 1e9:.1f} by the model's shape, nothing measured"
+    if device.type != "cuda" or (given is not None and workload.is_settled):
+        policy.checkpoint_activations(recomputing)
+        activations = estimate.activations(budget, layers - recomputing)
+        how = "nothing measured"
     else:
-        # Else a pass holds collectives, or DeepSpeed's timers are left running by one that was cut off.
-        can_recover = placement == Placement("whole", "resident") and not (
-            engine.wall_clock_breakdown() or engine.flops_profiler_enabled()
+        held = max(ranks.gather(lambda: torch.cuda.memory_allocated(device))) + estimate.gathered
+        moments = estimate.optimizer * 2 / 3  # which the first update allocates
+        free, total = torch.cuda.mem_get_info(device)
+        usable = min(ranks.gather(lambda: free + torch.cuda.memory_reserved(device) - HEADROOM * total))
+
+        def activations_of(tokens: int, recomputing: int) -> float:
+            policy.checkpoint_activations(recomputing)
+            return _dry_run(engine, kernel, tokens, workload.longest, made_up, estimate.residency, ranks) - held
+
+        budget, recomputing, activations = confirmed(
+            estimate, usable - held - moments, layers, workload, given, activations_of
         )
-
-        def peak_of(tokens: int, recomputing: int) -> float:
-            return _dry_run(engine, policy, kernel, tokens, recomputing, workload, can_recover, ranks) + state.moments
-
-        if layers >= MEASURED_LAYERS[1]:
-            memory, tried = _measured(peak_of, layers, state.moments)
-        else:  # too few to tell them apart: what grows is estimated
-            memory = replace(memory, fixed=max(ranks.gather(lambda: float(torch.cuda.memory_allocated(ranks.device)))))
-            tried = memory.peak(MEASURED_TOKENS, layers) - memory.peak(0, layers)
-        free, total = torch.cuda.mem_get_info(ranks.device)
-        usable = free + torch.cuda.memory_reserved(ranks.device) - HEADROOM * total
-        limit = -max(ranks.gather(lambda: -usable))
-
-        def choose_by(memory: MemoryModel) -> tuple[int, int]:
-            return choose(memory, limit, layers, workload, placement.overhead, given)[:2]
-
-        budget, recomputing, peak = confirmed(memory, limit, layers, tried, choose_by, peak_of)
-        predicted = memory.peak(budget, layers - recomputing)
-        how = f"{peak / 1e9:.1f} seen, {predicted / 1e9:.1f} predicted, {limit / 1e9:.1f} usable"
+        how = f"{(held + moments + activations) / 1e9:.1f} seen of {usable / 1e9:.1f} usable"
+    predicted = estimate.fixed + estimate.activations(budget, layers - recomputing)
     ranks.say(
-        f"memory plan, GB on each rank: {state.parameters / 1e9:.1f} parameters, {state.gradients / 1e9:.1f} gradients, "
-        f"{state.optimizer / 1e9:.1f} optimizer, {(peak - sum(state)) / 1e9:.1f} activations; {how}; micro-batches of "
+        f"memory plan, GB on each rank: {(estimate.parameters + estimate.gathered) / 1e9:.1f} parameters, "
+        f"{estimate.gradients / 1e9:.1f} gradients, {estimate.optimizer / 1e9:.1f} optimizer, "
+        f"{activations / 1e9:.1f} activations; {predicted / 1e9:.1f} by the model's shape, {how}; micro-batches of "
         f"{budget:,} tokens, {recomputing} of {layers} layers recomputed"
     )
     return budget
 
 
-def _measured(peak_of: Callable, layers: int, moments: float) -> tuple[MemoryModel, float]:
-    """The memory model from dry runs, and the bytes that grow with the tokens of the largest of them. peak_of as in
-    `confirmed`. Collective."""
-    few, many = MEASURED_LAYERS
-    runs = (MEASURED_TOKENS, few), (MEASURED_TOKENS, few), (MEASURED_TOKENS, many), (2 * MEASURED_TOKENS, few)
-    peaks = [peak_of(tokens, layers - keeping) - moments for tokens, keeping in runs][1:]
-    if max(peaks) == np.inf:
-        raise TrainingStopped(
-            f"step 0: out of memory on {MEASURED_TOKENS:,} tokens; use more devices, or a --ds_config that offloads"
-        )
-    per_layer = max(1.0, (peaks[1] - peaks[0]) / MEASURED_TOKENS / (many - few))
-    slope = (peaks[2] - peaks[0]) / MEASURED_TOKENS
-    fixed = peaks[0] - slope * MEASURED_TOKENS
-    return MemoryModel(fixed, slope - per_layer * few, per_layer, moments), max(peaks) - fixed
+def confirmed(
+    estimate: Memory, room: float, layers: int, workload: Workload, given: int | None, activations_of: Callable
+) -> tuple[int, int, float]:
+    """(tokens, layers that recompute, bytes of activations) of the first choice whose dry run is seen to fit `room`.
 
-
-def _dry_run(
-    engine, policy, kernel: str, tokens: int, recomputing: int, workload: Workload, can_recover: bool, ranks: Ranks
-) -> float:
-    """Peak bytes, of the rank that needed most, of one forward and backward pass over `tokens` made-up tokens.
-
-    Infinite if any rank ran out of memory. can_recover: the pass holds no collective in which the other ranks would
-    wait for one that ran out; else that rank stops the run. Collective.
+    activations_of(tokens, recomputing) runs one and gives its bytes; infinity if memory ran out, after which the next
+    choice needs a tenth less. The first run should take at most a quarter of the room and a later one at most twice
+    what has been seen, so that a surprise shows before memory runs out. If nothing fits, the smallest choice is taken.
+    Raises TrainingStopped if memory runs out on that too.
     """
-    policy.checkpoint_activations(recomputing)
-    rng, longest = np.random.default_rng(0), workload.longest_sequence
-    lengths = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
-    ids = [rng.integers(0, policy.lm.config.vocab_size, n) for n in lengths]
-    row = pack([sft_documents(SFTSample(i, np.array([[0, len(i)]]))) for i in ids])
-    memory_gb(ranks.device)  # from here on
-    ran_out = False
+    room = max(1.0, room)
+    estimated_room = room  # in bytes of the estimate: what it may predict for activations that really fill the room
+    used, has_compiled = 1 / 8, False  # the largest part of the room that was seen in use
+    choice = choose(estimate, room, layers, workload, given)
+    while True:
+        _, tokens, recomputing = choice
+        per_token = estimate.activations(1, layers - recomputing)
+        size = min(tokens, max(LEAST_TRIED, int(2 * used * estimated_room / per_token)))
+        seen = activations_of(size, recomputing)
+        if size == tokens and seen <= room:
+            return tokens, recomputing, seen
+        if not has_compiled:  # which takes memory that no later run needs: the same run once more
+            has_compiled = True
+            continue
+        if seen < np.inf:
+            used = max(used, seen / room)
+            estimated_room = min(2 * estimated_room, size * per_token * room / max(1.0, seen))
+        else:
+            estimated_room = 0.9 * min(estimated_room, size * per_token)
+        choice = choose(estimate, estimated_room, layers, workload, given)
+        is_least = choice[1:] == (tokens, recomputing)
+        if is_least and seen == np.inf:
+            raise TrainingStopped(
+                f"step 0: out of memory on {size:,} tokens, and no smaller micro-batch is allowed; use more devices, a "
+                f"lower --max_seq_length, --gradient_checkpointing full, or a --ds_config that offloads"
+            )
+        if is_least and size == tokens:
+            return tokens, recomputing, seen
+
+
+def made_up_conversation(ids: np.ndarray) -> list[Document]:
+    """A conversation of ids int [n], each a target but the first: no row has more."""
+    return sft_documents(SFTSample(ids, np.array([[1, len(ids)]])))
+
+
+def made_up_pair(ids: np.ndarray, share_prompt: bool) -> list[Document]:
+    """A pair that takes as many tokens as ids int [n], half of them prompt, each a target but a document's first."""
+    copies = 1 if share_prompt else 2
+    num_prompt = len(ids) // (2 * copies)
+    num_chosen = (len(ids) - copies * num_prompt) // 2
+    parts = np.split(ids[(copies - 1) * num_prompt :], [num_prompt, num_prompt + num_chosen])
+    return pair_documents(PreferencePair(*parts, 1 - num_prompt, 0 if share_prompt else 1 - num_prompt), share_prompt)
+
+
+def _dry_run(engine, kernel: str, tokens: int, longest: int, made_up: Callable, residency: str, ranks: Ranks) -> float:
+    """Peak bytes, of the rank that needed most, of a forward and backward pass over `tokens` tokens in samples of at
+    most `longest`; infinite if any rank ran out of memory. Collective.
+
+    If the pass holds collectives, in which the others would wait for a rank that ran out, or starts DeepSpeed's timers,
+    which would be left running, that rank stops the run instead.
+    """
+    policy, device, ran_out = engine.module, ranks.device, False
+    can_recover = residency == "all" and not (engine.wall_clock_breakdown() or engine.flops_profiler_enabled())
+    ids = np.random.default_rng(0).integers(0, policy.lm.config.vocab_size, tokens)
+    row = pack([made_up(part) for part in np.array_split(ids, -(-tokens // longest))])
+    memory_gb(device)  # from here on
     try:
-        with out_of_memory_explained("step 0", tokens, workload.longest) as size:
+        with out_of_memory_explained("step 0", tokens, longest) as size:
             size.tokens = row.num_tokens
             engine.set_gradient_accumulation_boundary(False)
-            engine.backward(engine(**model_inputs(row, kernel, ranks.device)).sum() * 0.0)
+            engine.backward(engine(**model_inputs(row, kernel, device)).sum() * 0.0)
     except TrainingStopped:
         if not can_recover:
             raise
         ran_out = True
     if ran_out:  # not above, where the error still holds what the pass had allocated
-        engine.optimizer.exit_backward()
-        for param in policy.parameters():
-            param.grad = None
+        abandon_backward(engine)
         gc.collect()
-        if ranks.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return max(ranks.gather(lambda: np.inf if ran_out else memory_gb(ranks.device) * 1e9))
+        torch.cuda.empty_cache()
+    return max(ranks.gather(lambda: np.inf if ran_out else memory_gb(device) * 1e9))
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory of this process on its device since the last call, in GB (10^9 bytes); on a CPU its peak resident set."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """Peak memory of this process on its GPU since the last call, in GB (10^9 bytes); on a CPU, peak resident set."""
+    if device.type != "cuda":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak / 1e9

@@ -1,29 +1,143 @@
-"""What ZeRO-3 partitions and a rank nevertheless keeps whole during a step, where memory allows (common/zero/memory.py).
+"""What ZeRO-3 partitions and a rank nevertheless keeps whole during a step; the one home of DeepSpeed's own names.
 
-Gradients: DeepSpeed by itself copies, casts and reduces every parameter's gradient in every micro-batch, into the
-part that this rank owns. WholeGradients keeps a float32 sum as large as the parameter on each rank instead: a linear
-layer's backward product is added to it as the matrix product's own accumulation, so that no gradient of its weight
-is ever written in bfloat16, and during the last micro-batch each sum is reduced to the ranks' parts.
+nothing    As DeepSpeed does it: each micro-batch gathers a layer when it runs, and copies, casts and reduces every
+           gradient into the shard that this rank owns.
+gradients  WholeGradients: each rank holds a float32 sum as large as the parameter. A linear layer's backward product is
+           added to it as the matrix product's own accumulation, so that no gradient of its weight is ever written in
+           bfloat16. During a step's last micro-batch each sum is reduced to the ranks' shards.
+all        ResidentParameters, besides: parameters are gathered once a step, each while the layers before it run.
 
-Parameters: DeepSpeed by itself gathers a layer whenever it runs, and releases it. ResidentParameters gathers all
-once a step, each while the layers before it already run.
+Methods that DeepSpeed calls are replaced, on one instance. What its step reads and writes, this rank's shards of master
+weights, moments, gradients and parameters, stays the same. The step updates one group of parameters after another
+(`sub_group_size`): while one is updated the one before is gathered. Collectives go through DeepSpeed's communicator, so
+that all run in the order in which they were started.
 
-Both replace, on one instance, methods that DeepSpeed's optimizer calls; what its step reads and writes, the parts of
-masters, moments, gradients and parameters that this rank owns, is the same either way. Its step takes one group of
-parameters after another (`sub_group_size`): while one is updated the one before is gathered. Their collectives go
-through DeepSpeed's own communicator, so that all run in the order in which they were started.
+Undocumented names of engine.optimizer, DeepSpeed's ZeRO-3 optimizer  -> what DeepSpeed does: what is done here
+  fp16_groups, fp16_partitioned_groups         -> parameters and their shards, by group: read
+  fp32_partitioned_groups_flat                 -> master weights of each group, flat: read, updated
+  optimizer, sub_group_to_group_id             -> torch's AdamW, its group of options: moments set, updated
+  averaged_gradients                           -> shards of the gradient, by group: read; set to those of the sums
+  dp_process_group, offload_optimizer          -> communicator of all ranks; is the state in host memory: read
+  clip_grad, _global_grad_norm                 -> --max_grad_norm; the norm before clipping: read; set
+  _get_norm_groups, unscale_and_clip_grads     -> norm; scaling of a group's gradient: replaced by Clipping's
+  step                                         -> norm and updates: followed by zeroing the sums
+  is_gradient_accumulation_boundary            -> is this the step's last backward pass: called
+  reduce_ready_partitions_and_remove_grads     -> a gradient is there: replaced, added to the parameter's sum
+  independent_gradient_partition_epilogue      -> a backward pass ends: replaced, sums are reduced
+  _prepare_sub_group, _optimizer_step          -> copies a group's gradient; updates it: replaced by update_group
+  _reassign_or_swap_out_partitioned_parameters -> rounds a group's master weights: if resident, gathers them too
+  _partition_all_parameters                    -> releases what is whole before a step: if resident, waits for it
+  _post_step, exit_backward                    -> end a step, a backward pass: called for a loaded, a cut-off one
+  parameter_offload.{forward,backward}_hooks   -> gather and release modules: removed if resident
+  lp_param_buffer, grad_partitions_flat_buffer, ipg_buckets -> memory of shards, of its own reduction: freed if unused
 """
 
 from collections.abc import Callable, Iterable
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 from torch.distributed.distributed_c10d import _coalescing_manager  # one launch for a layer's collectives
 
+from common.failures import UserError
 from common.model.summing import SummingEmbedding, SummingLinear
-from common.zero.adamw import adamw_
+
+DEEPSPEED = "0.19.8"
+
+
+def require_known_deepspeed() -> None:
+    """Raises UserError for another version of DeepSpeed than the names above are of."""
+    if deepspeed.__version__ != DEEPSPEED:
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} is installed, {DEEPSPEED} is needed; run: bash run.sh setup"
+        )
+
+
+# ------------------------------------------------------------------ what other files ask of DeepSpeed
+def master_weights(engine) -> list[torch.Tensor]:
+    """This rank's shards of the master weights, float32, in one flat tensor for each group."""
+    return engine.optimizer.fp32_partitioned_groups_flat
+
+
+def set_state(engine, step: int) -> None:
+    """Gives every group the optimizer's state after `step` steps, with moments of zero."""
+    state = engine.optimizer.optimizer.state
+    for flat in master_weights(engine):
+        state[flat] = _zero_state(flat)
+        state[flat]["step"] += step
+
+
+def _zero_state(flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    moments = {name: torch.zeros_like(flat, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), device=flat.device), **moments}
+
+
+def round_master_weights(engine) -> None:
+    """Rounds master weights that have been set to the model's own, as the end of a step does. Collective."""
+    zero = engine.optimizer
+    zero._partition_all_parameters()
+    for group in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(group)
+    zero._post_step(set())
+
+
+def abandon_backward(engine) -> None:
+    """Forgets a backward pass that an error cut off."""
+    engine.optimizer.exit_backward()
+    for param in engine.module.parameters():
+        param.grad = None
+
+
+# ------------------------------------------------------------------ the update
+def update_group(weights, gradients, exp_avgs, exp_avg_sqs, step: torch.Tensor, divisor: float, options: dict) -> None:
+    """One update of a group's master weights and moments, in place, by torch's own fused AdamW.
+
+    The first four: lists of float32 [n], a shard of each parameter, on one device. step: float32 [], 1 for the first.
+    Gradients are divided by divisor, and used up. options: lr, betas, eps and weight_decay of an optimizer's group.
+    """
+    numbers = {name: options[name] for name in ("lr", "weight_decay", "eps")}
+    numbers["beta1"], numbers["beta2"] = options["betas"]
+    scale = _scalar(divisor, step) if divisor > 1 else None
+    steps = [step] * len(weights)
+    torch._fused_adamw_(
+        weights, gradients, exp_avgs, exp_avg_sqs, [], steps, **numbers, amsgrad=False, maximize=False, grad_scale=scale
+    )
+
+
+def _scalar(number: float, like: torch.Tensor) -> torch.Tensor:
+    return torch.full((), number, dtype=torch.float32, device=like.device)
+
+
+class Clipping:
+    """The gradient's norm before clipping, and what an update divides the gradient by.
+
+    divisor = max(1, (norm + 1e-6) / max_grad_norm), as torch's clip_grad_norm_; 1 where max_grad_norm is 0. It is one
+    float32 number whatever is kept whole, so that this does not change the update's bits.
+    """
+
+    def __init__(self, engine, keeps_gradients: bool):
+        self.zero, self.keeps_gradients, self.divisor = engine.optimizer, keeps_gradients, 1.0
+        if not self.zero.offload_optimizer:
+            self.zero._get_norm_groups = self._norm
+        self.zero.unscale_and_clip_grads = self._clip
+
+    def _norm(self) -> list[torch.Tensor]:
+        """[float64]: 2-norm over all ranks, -1 if it is not finite. DeepSpeed's own makes copies in float64."""
+        gradients = [shard for i in range(len(self.zero.fp16_groups)) for shard in self.zero.averaged_gradients[i]]
+        square = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square().sum()
+        dist.all_reduce(square, group=self.zero.dp_process_group)
+        return [torch.where(square.isfinite(), square.sqrt(), -1.0)]
+
+    def _clip(self, group: int, norm: torch.Tensor) -> None:
+        """Divides the group's flat gradient, where update_group does not."""
+        if group == 0:  # the host waits for the norm once, before an update is under way
+            self.zero._global_grad_norm = norm = float(norm)
+            self.divisor = max(1.0, (norm + 1e-6) / self.zero.clip_grad) if self.zero.clip_grad > 0 else 1.0
+        if not self.keeps_gradients and self.divisor > 1:
+            gradient = self.zero.fp32_partitioned_groups_flat[group].grad
+            gradient.div_(_scalar(self.divisor, gradient))
 
 
 def _start(collective: Callable, pairs: list[tuple[torch.Tensor, torch.Tensor]], group, **options) -> list:
@@ -36,28 +150,25 @@ def _start(collective: Callable, pairs: list[tuple[torch.Tensor, torch.Tensor]],
     return [work] if pairs else []
 
 
+# ------------------------------------------------------------------ gradients
 class WholeGradients:
     """Takes over an engine's gradients: what its backward passes leave, and what its step reads.
 
-    Replaced are the optimizer's methods that its hooks call with each parameter whose part in a backward pass is
-    over, the one that ends a backward pass, those that update a group of parameters, and the step, after which sums
-    are zeroed while the next forward pass runs.
-    policy: the engine's common.model.PackedModel, before its layers are compiled. bucket_elements: of the sums that
-    are reduced in one go. rounded: where parameters are resident, ResidentParameters' own: an update also rounds the
-    masters of its group, and says so there.
+    After a step the sums are zeroed while the next forward pass runs.
+    policy: the engine's common.model.PackedModel, before its layers are compiled. clipping: the engine's.
     """
 
-    def __init__(self, engine, policy: nn.Module, bucket_elements: int, rounded: set[int] | None):
-        self.zero, self.bucket_elements, self.rounded = engine.optimizer, bucket_elements, rounded
+    def __init__(self, engine, policy: nn.Module, clipping: Clipping):
+        self.zero, self.clipping, self.bucket_elements = engine.optimizer, clipping, engine.zero_reduce_bucket_size()
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.operation = dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM  # gloo only sums
-        # [ranks, elements of a rank's part]: the flattened parameter, padded at the end with zeros, by owner
+        # [ranks, elements of a shard]: the flattened parameter, padded at the end with zeros, by owner
         self.sums = {
             param: torch.zeros(self.world_size, param.ds_tensor.numel(), dtype=torch.float32, device=engine.device)
             for param in policy.parameters()
         }
+        self.unseen = set(self.sums)  # in this step's last backward pass
         self.ready: list[nn.Parameter] = []  # not yet on their way to their owners
-        self.sent: set[nn.Parameter] = set()
         self.works: list = []
 
         for layer in policy.decoder_layers():
@@ -70,17 +181,16 @@ class WholeGradients:
             embedding.__class__, embedding.weight_sum = SummingEmbedding, self._as_parameter(embedding.weight)
         head.weight_sum = self._as_parameter(head.weight)
 
-        zero = self.zero
-        self.take_step = zero.step
+        self.take_step = self.zero.step
         self.beside = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
         policy.register_forward_hook(self._wait_for_zeros)
-        zero.reduce_ready_partitions_and_remove_grads = self._take
-        zero.independent_gradient_partition_epilogue = self._end_backward
-        zero._prepare_sub_group = lambda group, timer_names: None  # which copies gradients into one flat tensor
-        zero._optimizer_step = self._update
-        zero.step = self._step
-        zero.grad_partitions_flat_buffer.untyped_storage().resize_(0)  # of DeepSpeed's own reduction, as what follows
-        for bucket in zero.ipg_buckets.values():
+        self.zero.reduce_ready_partitions_and_remove_grads = self._take
+        self.zero.independent_gradient_partition_epilogue = self._end_backward
+        self.zero._prepare_sub_group = lambda group, timer_names: None
+        self.zero._optimizer_step = self._update
+        self.zero.step = self._step
+        self.zero.grad_partitions_flat_buffer.untyped_storage().resize_(0)
+        for bucket in self.zero.ipg_buckets.values():
             bucket.buffer = None
 
     def _as_parameter(self, param: nn.Parameter) -> torch.Tensor:
@@ -96,23 +206,20 @@ class WholeGradients:
     @torch.no_grad()
     def _take(self, param: nn.Parameter) -> None:
         """Called with each parameter whose part in this backward pass is over."""
-        grad = param.grad
-        if grad is not None and (
-            any(grad.stride()) or grad.ndim == 0
-        ):  # not _stand_in's; embedding's and head's is None
+        grad = param.grad  # None: the embedding's and the head's. Without strides: _stand_in's
+        if grad is not None and (any(grad.stride()) or grad.ndim == 0):
             self._as_parameter(param).add_(grad)
         param.grad = None
         if self.zero.is_gradient_accumulation_boundary():
+            self.unseen.discard(param)
             self.ready.append(param)
             if sum(p.ds_numel for p in self.ready) >= self.bucket_elements:
                 self._reduce_ready()
 
     def _reduce_ready(self) -> None:
-        """Starts to average the sums over the ranks; each rank gets its part of each, in place."""
-        self.sent.update(self.ready)
+        """Starts to average the sums over the ranks; each rank gets its shard of each, in place."""
         if self.world_size > 1:
-            wholes = [self.sums[param] for param in self.ready]
-            pairs = [(whole[self.rank], whole.view(-1)) for whole in wholes]
+            pairs = [(self.sums[param][self.rank], self.sums[param].view(-1)) for param in self.ready]
             self.works += _start(dist.reduce_scatter_tensor, pairs, self.zero.dp_process_group, op=self.operation)
             if self.operation == dist.ReduceOp.SUM:  # gloo's threads are not to work beside the backward pass
                 self._wait()
@@ -127,40 +234,34 @@ class WholeGradients:
     def _end_backward(self) -> None:
         if not self.zero.is_gradient_accumulation_boundary():
             return
-        known = {*self.sent, *self.ready}
-        self.ready += [param for param in self.sums if param not in known]  # unused this time
+        self.ready += [param for param in self.sums if param in self.unseen]
+        self.unseen = set()
         self._reduce_ready()
         self._wait()
-        parts = {param: whole[self.rank] for param, whole in self.sums.items()}
+        shards = {param: whole[self.rank] for param, whole in self.sums.items()}
         if self.world_size > 1 and self.operation == dist.ReduceOp.SUM:
-            torch._foreach_div_(list(parts.values()), self.world_size)
-        self.zero.averaged_gradients = {
-            i: [parts[param] for param in group] for i, group in enumerate(self.zero.fp16_groups)
-        }
+            torch._foreach_div_(list(shards.values()), self.world_size)
+        by_group = ([shards[param] for param in group] for group in self.zero.fp16_groups)
+        self.zero.averaged_gradients = dict(enumerate(by_group))
 
     @torch.no_grad()
     def _update(self, group: int) -> None:
-        """What the optimizer would do on a flat tensor, on each parameter's stretch of the group's flat masters and
-        moments; and rounds the masters to the rank's parts of resident parameters."""
-        optimizer, masters = self.zero.optimizer, self.zero.fp32_partitioned_groups_flat[group]
-        gradients, self.zero.averaged_gradients[group] = self.zero.averaged_gradients[group], None
-        state, options = optimizer.state[masters], optimizer.param_groups[self.zero.sub_group_to_group_id[group]]
+        """update_group on each parameter's stretch of the group's flat master weights and moments."""
+        zero, flat = self.zero, self.zero.fp32_partitioned_groups_flat[group]
+        state = zero.optimizer.state[flat]
         if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(masters), torch.zeros_like(masters)
-        state["step"] = state["step"].cpu() + 1  # on the host, which would wait for the device to read it
+            state.update(_zero_state(flat))
+        state["step"] += 1
+        gradients, zero.averaged_gradients[group] = zero.averaged_gradients[group], None
         sizes = [gradient.numel() for gradient in gradients]
-        flats = masters.detach(), state["exp_avg"], state["exp_avg_sq"]
-        masters, exp_avgs, exp_avg_sqs = (list(flat.split(sizes)) for flat in flats)
-        parts = None
-        if self.rounded is not None:
-            parts = [part.data for part in self.zero.fp16_partitioned_groups[group]]
-            self.rounded.add(group)
-        adamw_(masters, gradients, exp_avgs, exp_avg_sqs, parts, int(state["step"]), self.zero.clip_factor, options)
+        flats = flat.detach(), state["exp_avg"], state["exp_avg_sq"]
+        weights, exp_avgs, exp_avg_sqs = (list(x.split(sizes)) for x in flats)
+        options = zero.optimizer.param_groups[zero.sub_group_to_group_id[group]]
+        update_group(weights, gradients, exp_avgs, exp_avg_sqs, state["step"], self.clipping.divisor, options)
 
     def _step(self, *arguments, **options) -> None:
         self.take_step(*arguments, **options)
-        self.sent.clear()
+        self.unseen = set(self.sums)
         if self.beside is not None:
             self.beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.beside):  # none: where it is
@@ -172,29 +273,28 @@ class WholeGradients:
             torch.cuda.current_stream().wait_stream(self.beside)
 
 
-# ---------------------------------------------------------------------- parameters
+# ------------------------------------------------------------------ parameters
 class ResidentParameters:
     """Keeps every parameter of an engine whole on this rank: gathered here and in each of its steps.
 
-    DeepSpeed's hooks, which gather and release, are removed, and the parts that this rank owns become views of the
-    wholes, into which a step rounds the masters; once that is done for all of a layer, it is gathered. A module that
-    runs waits for its own parameters only; whoever reads them in another way calls policy.finish_gathering first.
-    rounded: groups of which an update has already rounded the masters; those of a checkpoint it has not.
+    The shards that this rank owns become views of the wholes, into which a step rounds the master weights; once that is
+    done for all of a layer, it is gathered. A module that runs waits for its own parameters only; whoever reads them in
+    another way calls policy.finish_gathering first.
     """
 
-    def __init__(self, engine, policy: nn.Module, rounded: set[int]):
-        self.zero, self.world_size, self.rounded = engine.optimizer, dist.get_world_size(), rounded
+    def __init__(self, engine, policy: nn.Module):
+        self.zero, self.world_size = engine.optimizer, dist.get_world_size()
         offload = self.zero.parameter_offload
         for hook in (*offload.forward_hooks, *offload.backward_hooks):
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
         self.arriving: dict[nn.Module, list] = {}
         group_of = {param: i for i, group in enumerate(self.zero.fp16_groups) for param in group}
-        # Of each group the modules whose last parameter is in it, and (whole, part) of each parameter.
+        # Of each group the modules whose last parameter is in it, and (whole, shard) of each parameter.
         self.last_in: list[list] = [[] for _ in self.zero.fp16_groups]
         for module, params in _by_module(policy):
             pairs = []
-            for param in params:  # the ranks' parts one after another
+            for param in params:  # the ranks' shards one after another
                 whole = param.ds_tensor.data.new_empty(self.world_size, param.ds_tensor.numel())
                 param.ds_tensor.data = whole[dist.get_rank()].copy_(param.ds_tensor.data)
                 param.data = whole.view(-1)[: param.ds_numel].view(param.ds_shape)
@@ -204,26 +304,23 @@ class ResidentParameters:
             module.register_forward_pre_hook(self._wait)
         policy.finish_gathering = self._wait_for_all
         self.zero._partition_all_parameters = self._wait_for_all
-        self.zero._reassign_or_swap_out_partitioned_parameters = self._round_masters
-        masters = {master.untyped_storage().data_ptr() for master in self.zero.fp32_partitioned_groups_flat}
-        if (parts := self.zero.lp_param_buffer.untyped_storage()).data_ptr() not in masters:  # as float32's are
-            parts.resize_(0)
+        self.zero._reassign_or_swap_out_partitioned_parameters = self._round
+        of_masters = {flat.untyped_storage().data_ptr() for flat in master_weights(engine)}
+        if (shards := self.zero.lp_param_buffer.untyped_storage()).data_ptr() not in of_masters:  # as float32's are
+            shards.resize_(0)
         for group in range(len(self.last_in)):
             self._gather(group)
 
     @torch.no_grad()
-    def _round_masters(self, group: int) -> None:
-        if group in self.rounded:
-            self.rounded.remove(group)
-        else:
-            parts = [part.data for part in self.zero.fp16_partitioned_groups[group]]
-            masters = self.zero.fp32_partitioned_groups_flat[group].split([part.numel() for part in parts])
-            torch._foreach_copy_(parts, list(masters))
+    def _round(self, group: int) -> None:
+        shards = [shard.data for shard in self.zero.fp16_partitioned_groups[group]]
+        flat = self.zero.fp32_partitioned_groups_flat[group]
+        torch._foreach_copy_(shards, list(flat.split([shard.numel() for shard in shards])))
         self._gather(group)
 
     @torch.no_grad()
     def _gather(self, group: int) -> None:
-        """Starts to gather the modules of which the ranks' parts are now all rounded."""
+        """Starts to gather the modules of which the ranks' shards are now all rounded."""
         if self.world_size > 1:
             for module, pairs in self.last_in[group]:
                 self.arriving[module] = _start(dist.all_gather_into_tensor, pairs, self.zero.dp_process_group)

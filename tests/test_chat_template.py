@@ -1,6 +1,4 @@
-"""What each template renders and which characters of it are trained.   pytest tests/test_chat_templates.py"""
-
-import pickle
+"""What each template renders and which characters of it are trained.   pytest tests/test_chat_template.py"""
 
 import jinja2
 import pytest
@@ -23,11 +21,13 @@ def template_of(tmp_path_factory, jinja: str):
 
 @pytest.fixture(scope="module")
 def templates(tmp_path_factory):
-    named = {
-        name: template_of(tmp_path_factory, getattr(tiny_tokenizer, name))
-        for name in ("CHATML", "LLAMA3", "QWEN3", "MISTRAL", "PLAIN", "PHI3")
-    }
-    return {"TULU": resolve_template("tulu", TOKENIZER), **named}
+    own = {name: template_of(tmp_path_factory, getattr(tiny_tokenizer, name)) for name in REFERENCES if name != "TULU"}
+    return {"TULU": resolve_template("tulu", TOKENIZER), **own}
+
+
+def trained(template, messages) -> list[str]:
+    text, spans = template.render(messages)
+    return [text[start:end] for start, end in spans]
 
 
 # --- independent references: each template written as the pieces (text, is trained) that its turns consist of
@@ -92,15 +92,7 @@ def phi3(messages):
     yield "<eos>", False
 
 
-REFERENCES = {
-    "PHI3": phi3,
-    "TULU": tulu,
-    "CHATML": chatml,
-    "LLAMA3": llama3,
-    "QWEN3": qwen3,
-    "MISTRAL": mistral,
-    "PLAIN": plain,
-}
+REFERENCES = {function.__name__.upper(): function for function in (tulu, chatml, llama3, qwen3, mistral, plain, phi3)}
 
 
 def reference(name, messages):
@@ -115,30 +107,14 @@ def reference(name, messages):
     return text, spans
 
 
-SNIPPETS = [
-    "so.",
-    "why?",
-    "\n",
-    "\n\n",
-    " ",
-    "<|assistant|>\n",
-    "<eos>",
-    "ü漢🙂",
-    "42",
-    "</think>",
-    "<think>",
-    "### user:",
-    "<|im_end|>\n",
-    "{{ eos_token }}",
-    "[/INST]",
-    "'ll",
-    "\t",
-]
+SNIPPETS = ["so.", "why?", "\n", "\n\n", " ", "\t", "<|assistant|>\n", "<eos>", "ü漢🙂", "42", "</think>", "<think>"]
+SNIPPETS += ["### user:", "<|im_end|>\n", "{{ eos_token }}", "[/INST]", "'ll"]
 CONTENTS = st.lists(st.sampled_from(SNIPPETS), max_size=5).map("".join)
+ROLES = {"TULU": ("system", "user", "assistant", "tool"), "MISTRAL": ("user", "assistant")}
 
 
 @st.composite
-def conversations(draw, roles=("system", "user", "assistant")):
+def conversations(draw, roles):
     messages = [
         {"role": role, "content": draw(CONTENTS)}
         for role in draw(st.lists(st.sampled_from(roles), min_size=1, max_size=6))
@@ -170,15 +146,7 @@ def test_what_closes_an_answer_ends_generation_where_it_is_one_token(templates, 
 @settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_trained_text_is_every_assistant_content_and_what_closes_it(templates, name, data):
-    messages = data.draw(
-        conversations(
-            ("system", "user", "assistant", "tool")
-            if name == "TULU"
-            else ("user", "assistant")
-            if name == "MISTRAL"
-            else ("system", "user", "assistant")
-        )
-    )
+    messages = data.draw(conversations(ROLES.get(name, ("system", "user", "assistant"))))
     if name == "MISTRAL":
         for i, message in enumerate(messages):
             message["role"] = "assistant" if i % 2 else "user"
@@ -210,27 +178,20 @@ def test_what_a_template_adds_to_a_turn_after_its_content_is_trained(tmp_path_fa
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}""",
     )
     call = {"role": "assistant", "content": "let me see", "tool_calls": [{"name": "look"}]}
-    text, spans = calling.render([USER, call, {"role": "tool", "content": "let me see"}, ANSWER, USER, call])
     called = "let me see\n<call>look</call><|im_end|>"
-    assert [text[start:end] for start, end in spans] == [called, "so.<|im_end|>", called]
+    messages = [USER, call, {"role": "tool", "content": "let me see"}, ANSWER, USER, call]
+    assert trained(calling, messages) == [called, "so.<|im_end|>", called]
     seldom = template_of(
         tmp_path_factory,
         calling.jinja.replace("if add_generation_prompt", "if add_generation_prompt and messages[-1].role == 'user'"),
     )
-    text, spans = seldom.render([USER, ANSWER, call])
-    assert [text[start:end] for start, end in spans] == ["so.<|im_end|>", called]
+    assert trained(seldom, [USER, ANSWER, call]) == ["so.<|im_end|>", called]
 
 
 def test_a_template_that_fails_on_the_marker_only_still_serves(tmp_path_factory):
-    picky = template_of(
-        tmp_path_factory,
-        tiny_tokenizer.CHATML
-        + """\
-{%- if messages|length == 2 and messages[1].content == 'so.' %}{% endif %}
-{%- if messages|length == 4 and messages[1].content != 'so.' %}{{ raise_exception('so!') }}{% endif %}""",
-    )
-    text, spans = picky.render([USER, ANSWER, USER, ANSWER])
-    assert [text[start:end] for start, end in spans] == ["so.<|im_end|>"] * 2
+    refusal = "{% if messages|length == 4 and messages[1].content != 'so.' %}{{ raise_exception('so!') }}{% endif %}"
+    picky = template_of(tmp_path_factory, tiny_tokenizer.CHATML + refusal)
+    assert trained(picky, [USER, ANSWER, USER, ANSWER]) == ["so.<|im_end|>"] * 2
 
 
 def test_tulu_renders_the_same_without_transformers_environment():
@@ -252,12 +213,6 @@ def test_an_exported_tokenizer_renders_what_was_trained(tmp_path):
     messages = [USER, ANSWER, USER, ANSWER]
     assert exported.apply_chat_template(messages, tokenize=False) == template.render(messages)[0]
     assert resolve_template("tokenizer", exported).digest == template.digest
-
-
-def test_a_pickled_template_renders_the_same(templates):
-    for template in templates.values():
-        copy = pickle.loads(pickle.dumps(template))
-        assert copy.render([USER, ANSWER]) == template.render([USER, ANSWER]) and copy.digest == template.digest
 
 
 def test_roles_that_are_not_shown_are_told(templates):

@@ -1,0 +1,121 @@
+"""What an error means to whoever started the run: pytest tests/test_failures.py"""
+
+import errno
+import os
+import subprocess
+import sys
+
+import launch
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from common.failures import TrainingStopped, UserError, as_user_error, explained, progress
+from common.files import naming, replace_file, sync_folder
+from common.zero.engine import out_of_memory_explained
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("as it is"), 2, "as it is"),
+        (TrainingStopped("as it is"), 3, "as it is"),
+        (OSError(28, "No space left on device", "/disk/a file"), 3, "/disk/a file: No space left on device"),
+        (FileNotFoundError(2, "No such file or directory", "/disk/a file"), 3, "/disk/a file: No such file"),
+        (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), 3, "File too large"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 3, "out of memory"),
+        (MemoryError(), 3, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3, "out of memory"),
+        (ConnectionResetError(104, "Connection reset by peer"), None, ""),
+        (RuntimeError("a bug"), None, ""),
+    ],
+    ids=repr,
+)
+def test_an_error_has_one_meaning_at_the_exit(error, code, said):
+    known = explained(error)
+    assert (known and known.EXIT_CODE) == code
+    assert said in str(known) and "\n" not in str(known)
+
+
+def test_a_write_that_fails_names_its_file(tmp_path, monkeypatch):
+    """The system's error of a write or a flush, unlike that of an open, names none."""
+    full = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))  # noqa: E731
+    with pytest.raises(OSError) as e, naming(tmp_path / "a"), open("/dev/full", "w") as file:
+        file.write("x")
+        file.flush()
+    assert e.value.filename == str(tmp_path / "a")
+    monkeypatch.setattr(os, "fsync", full)
+    for write, name in ((lambda: replace_file(tmp_path / "b", "x"), ".b."), (lambda: sync_folder(tmp_path), "")):
+        with pytest.raises(OSError) as e:
+            write()
+        assert e.value.filename.startswith(f"{tmp_path}/{name}".rstrip("/"))
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "reason"),
+    [
+        ("--model /m", OSError(13, "Permission denied", "/m/a.json"), "/m/a.json: Permission denied"),
+        ("--file /m/a.json", OSError(13, "Permission denied", "/m/a.json"), "Permission denied"),
+        ("template 'a\\nb'", OSError(36, "File name too long", "a\nb"), "File name too long"),
+        ("--model /m", OSError(2, "No such file", "a\nb"), "a b: No such file"),
+        ("row 3", ValueError("two\nlines"), "two lines"),
+        ("row 3", KeyError("k"), "KeyError: 'k'"),
+    ],
+)
+def test_a_mistake_says_what_and_why_in_one_line_and_names_a_file_once(said, error, reason):
+    with pytest.raises(UserError) as seen, as_user_error(said, OSError, ValueError, KeyError):
+        raise error
+    assert str(seen.value) == f"{said}: {reason}"
+
+
+def test_other_errors_mistakes_already_said_and_what_is_no_mistake_go_through():
+    with pytest.raises(KeyError), as_user_error("x", OSError):
+        raise KeyError
+    with pytest.raises(UserError, match=r"^as it is$"), as_user_error("x"):
+        raise UserError("as it is")
+    for error in (MemoryError(), torch.OutOfMemoryError(), OSError(28, "No space left on device")):
+        with pytest.raises(type(error)), as_user_error("x"):
+            raise error
+
+
+@pytest.mark.parametrize(
+    ("tokens", "budget", "longest", "advised"),
+    [
+        (12_500, 30_000, 900, "Try --max_tokens_per_micro_batch 6250, --gradient"),  # 15000 would change nothing
+        (16_000, 16_384, 9_000, "Try --max_tokens_per_micro_batch 9000, --gradient"),
+        (9_000, 16_384, 9_000, "Try --gradient_checkpointing full"),
+        (0, 16_384, 9_000, "Try more devices, or a --ds_config that offloads"),
+    ],
+)
+def test_out_of_memory_advises_what_changes_something(tokens, budget, longest, advised):
+    with pytest.raises(TrainingStopped) as error, out_of_memory_explained("step 7", budget, longest) as size:
+        size.tokens = tokens
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert str(error.value).startswith("step 7: out of memory") and advised in str(error.value)
+    assert (f"on a micro-batch of {tokens:,} tokens (at most {budget:,})" in str(error.value)) == (tokens > 0)
+    assert error.value.told_here, "no other rank knows of it"
+
+
+def test_lines_that_nobody_reads_end_nothing():
+    """As in `run.sh sanity | head -n 1`."""
+    code = "import sys; from common.failures import print_line\n"
+    code += "for i in range(3): sys.stdin.readline(); print_line('.' * 9)"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": launch.REPO}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "." * 9 + "\n"
+        process.stdout.close()
+        process.stdin.write("\n\n")
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch):
+    lines, now = [], [0.0]
+    monkeypatch.setattr("common.failures.time.monotonic", lambda: now[0])
+    with progress("counting", 5000, "sheep", lines.append) as advance:
+        for seconds in (10, 31, 40, 62):
+            now[0] = seconds
+            advance(1000)
+    assert lines == ["counting: 2,000 of 5,000 sheep", "counting: 4,000 of 5,000 sheep"]

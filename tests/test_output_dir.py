@@ -1,0 +1,271 @@
+"""Whose folder it is, where its run stands, and the record of its steps: pytest tests/test_output_dir.py"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import launch
+import models
+import pytest
+from models import OneRank
+
+from common import files
+from common.config import DPOConfig, SFTConfig, parse_config
+from common.failures import UserError, explained
+from common.run import output_dir as run_record
+from common.run.metrics import MetricsFile, read_metrics
+from common.run.output_dir import claim, read_run_config, run_identity, write_run_config
+from common.zero import checkpoint
+from common.zero.checkpoint import RunState
+
+
+def config_of(folder, cls=SFTConfig, **changes):
+    return dataclasses.replace(parse_config(cls, []), output_dir=str(folder), **changes)
+
+
+@pytest.fixture
+def model(tmp_path) -> str:
+    """A folder with all that a model's digest is of."""
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "run"
+
+
+def save(folder: Path, step: int, identity: dict) -> Path:
+    """A checkpoint that holds no parameter."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return checkpoint.save({}, RunState(step=step, identity=identity), str(folder), 9, OneRank())
+
+
+# ------------------------------------------------------------------ which run
+
+# A field is here or it must be the same in a resume.
+FREE = {"output_dir", "cache_dir", "resume", "logging_steps", "checkpointing_steps", "keep_last_n_checkpoints"}
+FREE |= {"clean_checkpoints_at_end", "max_tokens_per_micro_batch", "gradient_checkpointing", "attn_implementation"}
+FREE |= {"compile_layers", "collective_timeout_minutes", "ds_config", "stop_after_steps", "share_prompt"}
+# Other words for the same rows, template or weights are the same run.
+BY_CONTENTS = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}
+
+
+@pytest.mark.parametrize("cls", [SFTConfig, DPOConfig])
+def test_each_value_that_changes_the_result_is_refused_with_old_and_new(cls, folder, model):
+    config = config_of(folder, cls)
+
+    def begin(data="d", template="t", **changes):
+        changed = dataclasses.replace(config, **changes)
+        return claim(config, run_identity(changed, data, template, model), 10, OneRank())
+
+    assert begin() == (RunState(identity=run_identity(config, "d", "t", model)), None)
+    path = save(folder, 1, run_identity(config, "d", "t", model))
+    for field in dataclasses.fields(cls):
+        old = getattr(config, field.name)
+        new = not old if isinstance(old, bool) else old + 1 if isinstance(old, int | float) else "other"
+        if field.name in FREE | BY_CONTENTS:
+            state, found = begin(**{field.name: new})
+            assert (state.step, found) == (1, path)
+        else:
+            with pytest.raises(UserError) as e:
+                begin(**{field.name: new})
+            assert f"{field.name} was {old!r}, is {new!r}" in str(e.value) and "\n" not in str(e.value)
+    for what, changes in {"dataset_mixer": {"data": "other"}, "chat_template": {"template": "other"}}.items():
+        with pytest.raises(UserError, match=f"{what} .contents. was '.', is 'other'"):
+            begin(**changes)
+    with pytest.raises(UserError, match=r"learning_rate was .*; seed was 42, is 7"):
+        begin(seed=7, learning_rate=1.0)
+
+
+@pytest.mark.parametrize("changed", ["config.json", "model-1.safetensors", "part/model-2.safetensors"])
+def test_a_model_is_its_bytes_wherever_it_lies_and_however_its_path_is_written(tmp_path, monkeypatch, changed):
+    """As an SFT folder that a new run has overwritten, or another reference under the same name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model" / "part").mkdir(parents=True)
+    for name in ("config.json", "model-1.safetensors", "part/model-2.safetensors"):
+        (tmp_path / "model" / name).write_text(name)
+    weight_map = {"weight_map": {"a": "model-1.safetensors", "b": "part/model-2.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(weight_map))
+    (tmp_path / "model" / "README.md").write_text("decides nothing")
+    shutil.copytree("model", "moved")
+    (tmp_path / "moved" / "README.md").write_text("as it is")
+    identities = [
+        run_identity(
+            config_of("run", DPOConfig, model_name_or_path=name, ref_model_name_or_path=name), *"dt", *[name] * 2
+        )
+        for name in ("model", "./model", str(tmp_path / "moved"))
+    ]
+    assert identities[0] == identities[1] == identities[2]
+    text = bytearray((tmp_path / "moved" / changed).read_bytes())
+    text[-1] ^= 1  # the same size
+    (tmp_path / "moved" / changed).write_bytes(text)
+    for reference, name in ((None, "model_name_or_path (contents)"), ("moved", "ref_model_name_or_path (contents)")):
+        policy = "model" if reference else "moved"
+        one = run_identity(config_of("run", DPOConfig), "d", "t", "model", reference and "model")
+        other = run_identity(config_of("run", DPOConfig), "d", "t", policy, reference)
+        assert {key for key in one if one[key] != other[key]} == {name}
+
+
+def test_weights_that_are_not_there_are_named(tmp_path):
+    """As in a hub's cache that was cleaned: a link to nothing."""
+    models.make_config().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"model\.safetensors: No such file"):
+        files.weights_digest(str(tmp_path))
+
+
+# ------------------------------------------------------------------ where it stands
+
+
+def finished(folder: Path, identity: dict, steps: int = 4) -> list[Path]:
+    """A finished run's record and the files by which a model is known to be there: the index, and what it names."""
+    folder.mkdir(exist_ok=True)
+    write_run_config(str(folder), {"identity": identity, "result": {"steps": steps}})
+    paths = [folder / f"model-{i}.safetensors" for i in (1, 2)]
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": paths[0].name, "b": paths[1].name}}))
+    for path in paths:
+        path.touch()
+    return [index, *paths]
+
+
+def test_a_finished_run_has_nothing_to_do_unless_more_is_asked_for(folder):
+    config, identity = config_of(folder), {"seed": 42}
+    finished(folder, identity)
+    assert claim(config, identity, 4, OneRank()) is None
+    assert claim(config, identity, 5, OneRank()) is not None  # --stop_after_steps was raised: it continues
+    assert claim(dataclasses.replace(config, resume="never"), identity, 4, OneRank()) is not None
+    for last_step, asked, named in ((3, identity, "4 steps, past the 3"), (4, {"seed": 43}, "seed was 42, is 43")):
+        with pytest.raises(UserError, match=named):
+            claim(config, asked, last_step, OneRank())
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_finished_run_whose_model_is_gone_is_not_finished(folder, lost):
+    config = config_of(folder)
+    paths = finished(folder, {})
+    paths[lost].unlink()
+    assert claim(config, {}, 4, OneRank()) is not None
+    for text in ("[]", "null", '{"weight_map": 3}', "{"):
+        paths[0].write_text(text)
+        assert claim(config, {}, 4, OneRank()) is not None
+    finished(folder, {})
+    write_run_config(str(folder), {"identity": {}, "result": {}})
+    assert claim(config, {}, 4, OneRank()) is not None
+
+
+def test_a_checkpoint_past_the_last_step_is_refused(folder):
+    save(folder, 9, {})
+    with pytest.raises(UserError, match="step_00000009 is past this run's last step, 5"):
+        claim(config_of(folder), {}, 5, OneRank())
+
+
+def test_checkpoints_are_cleaned_only_once_the_result_is_written(folder, monkeypatch):
+    """Killed between the two, the rerun finds a finished run and cleans up; the other order would train again."""
+    config = config_of(folder, clean_checkpoints_at_end=True)
+    path = save(folder, 9, {})
+    finished(folder, {})
+    metrics = MetricsFile(str(folder), 9, OneRank())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "delete_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_record.finish(config, {"method": "SFT", "identity": {}}, RunState(step=9), metrics, "", OneRank())
+    assert path.is_dir() and read_run_config(str(folder))["result"]["steps"] == 9
+    assert claim(config, {}, 9, OneRank()) is None
+    assert not path.exists()
+
+
+# ------------------------------------------------------------------ whose folder it is
+
+
+def test_a_folder_in_which_another_run_writes_is_refused_until_that_ends(folder):
+    code = (
+        "import sys; sys.path.insert(0, 'tests'); from models import OneRank; from common.run.output_dir import claim; "
+        "from common.config import SFTConfig; claim(SFTConfig(output_dir=sys.argv[1]), {}, 5, OneRank()); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": launch.REPO}
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"--output_dir {folder}: another run writes there now"):
+            claim(config_of(folder), {}, 5, OneRank())
+        other.kill()
+    for _ in range(2):  # a process may look twice
+        assert claim(config_of(folder), {}, 5, OneRank())
+
+
+@pytest.mark.parametrize("flag", ["model_name_or_path", "ref_model_name_or_path"])
+def test_a_model_that_is_read_is_not_written_over(tmp_path, flag):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=f"--output_dir .* is --{flag}"):
+        claim(config_of(tmp_path / "a/..", DPOConfig, **{flag: str(tmp_path)}), {}, 5, OneRank())
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.safetensors.index.json", "model-00001-of-00002.safetensors"]
+)
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_model_that_no_run_of_this_project_wrote_is_not_written_over(folder, name, resume):
+    folder.mkdir()
+    (folder / name).touch()
+    with pytest.raises(UserError, match=f"--output_dir {folder}: .*{name}"):
+        claim(config_of(folder, resume=resume), {}, 5, OneRank())
+    assert os.listdir(folder) == [name]
+
+
+@pytest.mark.parametrize("text", ["null", "3", '"text"', '{"identity": 3}', '{"result": []}', "{"])
+def test_a_run_config_that_no_run_wrote_is_refused(folder, text):
+    folder.mkdir()
+    (folder / "run_config.json").write_text(text)
+    with pytest.raises(UserError, match=f"{folder}/run_config.json"):
+        claim(config_of(folder), {}, 5, OneRank())
+
+
+# ------------------------------------------------------------------ metrics.jsonl
+
+
+def records(*steps: int) -> str:
+    return "".join(json.dumps({"step": step, "train_loss": 0.5}) + "\n" for step in steps)
+
+
+def test_a_resumed_run_leaves_neither_gap_nor_double_and_a_torn_last_line_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(records(1, 2, 3) + '{"step": 4, "train_l')
+    metrics = MetricsFile(str(tmp_path), 2, OneRank())
+    assert metrics.last["step"] == 2
+    metrics.append({"step": 3, "train_loss": 0.5})
+    metrics.sync()
+    assert path.read_text() == records(1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "line", ["\0\0\0", "[13]", "{}", '{"step": "3"}', '{"step": 2}', '{"step": 1}', "", '{"step": 3']
+)
+def test_any_other_line_that_is_no_next_record_is_refused_by_file_and_number(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(records(1, 2) + line + "\n" + records(5))
+    with pytest.raises(UserError, match=f"{path} line 3 ") as e:
+        read_metrics(path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("write", ["append", "sync"])
+@pytest.mark.parametrize("how", ["deleted", "renamed", "renamed, and another one made"])
+def test_a_folder_that_is_gone_during_a_run_ends_it_at_the_next_write(folder, write, how):
+    folder.mkdir()
+    metrics = MetricsFile(str(folder), 0, OneRank())
+    metrics.append({"step": 1})
+    shutil.rmtree(folder) if how == "deleted" else folder.rename(folder.with_name("other"))
+    if how.endswith("made"):
+        folder.mkdir()
+        MetricsFile(str(folder), 0, OneRank())
+    with pytest.raises(OSError) as e:
+        metrics.append({"step": 2}) if write == "append" else metrics.sync()
+    assert explained(e.value).EXIT_CODE == 3 and f"{folder}/metrics.jsonl" in str(explained(e.value))

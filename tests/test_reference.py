@@ -1,0 +1,285 @@
+"""The reference cache is the starting model's log-probabilities or it is not used: pytest tests/test_reference.py"""
+
+import errno
+import os
+import random
+import re
+import shutil
+import time
+
+import launch
+import models
+import pytest
+import reference
+import torch
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from common.files import replace_file
+from common.step.schedule import step_samples
+
+NUM_PAIRS = 40
+SETTINGS = {"loss_type": "sigmoid", "beta": 0.1, "learning_rate": 1e-3, "warmup_ratio": 0}
+SETTINGS |= {"global_batch_size": 10, "max_train_steps": 4}
+SMALL_PARTS = {"common.run.reference.PAIRS_PER_PART": 6}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return models.preferences(NUM_PAIRS, seed=9)
+
+
+@pytest.fixture(scope="module")
+def data(rows, tmp_path_factory):
+    return models.write_jsonl(tmp_path_factory.mktemp("data") / "preferences.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def plain_logps(tiny_llama, rows):
+    """float32 [pairs, 2]: what full logits of plain transformers give, one side at a time."""
+    model, tokenizer = reference.load(tiny_llama), reference.load_tokenizer(tiny_llama)
+    pairs = [reference.pair_tokens(tokenizer, row) for row in rows]
+    with torch.no_grad():
+        return torch.tensor([[reference.token_logps(model, *side).sum() for side in pair] for pair in pairs])
+
+
+@pytest.fixture
+def train(tiny_llama, data, tmp_path):
+    """train(num_ranks, patches, **changes): a run of its own output_dir, with the cache in tmp_path/cache."""
+
+    def run(num_ranks=1, patches=None, start=launch.launch, **changes):
+        own = {"output_dir": tmp_path / f"output_{time.monotonic_ns()}"} | SETTINGS | changes
+        return start("train_dpo", launch.flags(tiny_llama, data, tmp_path, **own), num_ranks, patches)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def written(tiny_llama, data, tmp_path_factory):
+    """(cache_dir, the run that wrote it): three ranks, parts of six pairs, a checkpoint after each half."""
+    root = tmp_path_factory.mktemp("written")
+    given = launch.flags(tiny_llama, data, root, **SETTINGS, checkpointing_steps=2)
+    return root / "cache", launch.launch("train_dpo", given, 3, SMALL_PARTS).succeeded()
+
+
+@pytest.fixture
+def cache(written, tmp_path):
+    """A copy to spoil, where `train` looks."""
+    return shutil.copytree(written[0], tmp_path / "cache")
+
+
+def parts(cache) -> list:
+    return sorted((cache / "reference").glob("*/part_*.safetensors"))
+
+
+def read_part(path) -> tuple[torch.Tensor, torch.Tensor]:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor("pairs"), file.get_tensor("logps")
+
+
+def read_parts(cache) -> torch.Tensor:
+    """float32 [pairs, 2], read without the product's code; every pair once."""
+    logps = torch.full((NUM_PAIRS, 2), torch.nan)
+    for pairs, values in map(read_part, parts(cache)):
+        assert logps[pairs].isnan().all()
+        logps[pairs] = values
+    return logps
+
+
+def assert_same_numbers(run, expected) -> None:
+    """To float32's own tolerance: other ranks lay other pairs together."""
+    for name in ("train_loss", "grad_norm", "rewards/margin", "logps/chosen"):
+        assert run.column(name) == pytest.approx(expected.column(name), rel=1e-5, abs=2e-5), name
+
+
+def stamps(cache) -> dict:
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in parts(cache)}
+
+
+# ------------------------------------------------------------------ what is written and who may read it
+
+
+def test_cache_holds_the_log_probabilities_of_full_logits(written, plain_logps):
+    torch.testing.assert_close(read_parts(written[0]), plain_logps, rtol=1e-5, atol=1e-4)
+    assert len(parts(written[0])) == 7, "40 pairs, six a part"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_other_numbers_of_ranks_read_what_three_wrote(written, cache, train, num_ranks):
+    before = stamps(cache)
+    run = train(num_ranks).succeeded()
+    assert "40 of 40 pairs cached" in run.stdout
+    assert stamps(cache) == before
+    assert_same_numbers(run, written[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "cached"),
+    [
+        ({"share_prompt": False}, 0),
+        ({"dtype": "bfloat16"}, 0),
+        ({"max_seq_length": 64}, 0),
+        ({"loss_type": "dpo_norm", "beta": 2.0}, 10),
+        ({"seed": 7, "learning_rate": 1e-5}, 10),
+        ({"max_tokens_per_micro_batch": 600}, 10),
+    ],
+)
+def test_what_changes_a_log_probability_and_nothing_else_changes_the_key(cache, train, changes, cached):
+    run = train(max_train_steps=1, **changes).succeeded()
+    assert f"reference log-probabilities: {cached} of " in run.stdout
+
+
+def test_only_the_pairs_that_steps_will_take_are_computed(train):
+    assert "0 of 10 pairs cached" in train(max_train_steps=1).succeeded().stdout
+    assert "10 of 20 pairs cached" in train(max_train_steps=2).succeeded().stdout
+
+
+# ------------------------------------------------------------------ other weights
+
+
+def test_other_weights_in_the_same_folder_are_noticed(train, data, rows, tmp_path):
+    """Their bytes are the key: not the path, nor the size."""
+    folder = models.make_model(tmp_path / "model", seed=1)
+    train(model_name_or_path=folder).succeeded()
+    copied, size = shutil.copytree(folder, tmp_path / "elsewhere"), (folder / "model.safetensors").stat().st_size
+    assert "40 of 40 pairs cached" in train(model_name_or_path=copied).succeeded().stdout
+    models.make_model(folder, seed=2)
+    assert (folder / "model.safetensors").stat().st_size == size
+    run = train(model_name_or_path=folder).succeeded()
+    assert "0 of 40 pairs cached" in run.stdout
+    assert len(list((tmp_path / "cache" / "reference").iterdir())) == 2
+    assert run.metrics[0]["rewards/margin"] == pytest.approx(0, abs=1e-4)
+    tokenizer = reference.load_tokenizer(folder)
+    pairs = [reference.pair_tokens(tokenizer, row) for row in rows]
+    settings = {"beta": 0.1, "learning_rate": 1e-3, "global_batch_size": 10, "num_steps": 4}
+    expected = reference.train_dpo(reference.load(folder), pairs, "sigmoid", **settings)
+    assert run.column("train_loss") == pytest.approx([record["train_loss"] for record in expected], rel=1e-5)
+
+
+# ------------------------------------------------------------------ kills, damage, lies
+
+
+def check_kill(written, train, cache, delay: float, num_ranks: int) -> int:
+    """Kills a run `delay` seconds after its first part was written, wherever it is, even at its end, and runs another
+    with that cache. How many parts were left."""
+    run = train(num_ranks, SMALL_PARTS, launch.start, cache_dir=cache)
+    deadline = time.monotonic() + 60
+    while not parts(cache) and run.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    time.sleep(delay)
+    run.kill()
+    run.wait()
+    before = stamps(cache)
+    assert before
+    run = train(2, SMALL_PARTS, cache_dir=cache).succeeded()
+    after = stamps(cache)
+    assert {name: after[name] for name in before} == before, "finished parts are kept"
+    assert f"{min(NUM_PAIRS, 6 * len(before))} of 40 pairs cached" in run.stdout
+    assert not read_parts(cache).isnan().any()
+    assert_same_numbers(run, written[1])
+    return len(before)
+
+
+def test_kill_9_keeps_finished_parts_and_the_final_numbers(written, train, tmp_path):
+    left = [check_kill(written, train, tmp_path / str(i), delay, i + 1) for i, delay in enumerate((0.0, 0.05))]
+    assert min(left) < 7, "no kill came in the middle"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("i", range(20))
+def test_kill_9_at_random_points(written, train, tmp_path, i):
+    rng = random.Random(i)
+    check_kill(written, train, tmp_path / "cache", rng.uniform(0, 1.0), rng.randint(1, 3))
+
+
+@pytest.mark.parametrize("damage", ["torn", "edited", "empty", "garbage", "half-written"])
+def test_a_damaged_part_is_not_used(written, cache, train, plain_logps, damage):
+    path = max(parts(cache), key=lambda path: path.stat().st_size)  # of six pairs
+    content = bytearray(path.read_bytes())
+    if damage == "half-written":
+        os.rename(path, path.with_name(f".{path.name}.123.tmp"))
+    else:
+        edited = content[:-3] + bytes([content[-3] ^ 0x10]) + content[-2:]
+        path.write_bytes({"torn": content[:-20], "edited": edited, "empty": b"", "garbage": os.urandom(300)}[damage])
+    run = train(2).succeeded()
+    assert "34 of 40 pairs cached" in run.stdout
+    assert_same_numbers(run, written[1])
+    torch.testing.assert_close(read_parts(cache), plain_logps, rtol=1e-5, atol=1e-4)
+
+
+def test_values_of_another_model_stop_the_run_with_3(cache, train):
+    """Every part whole and its digest right, every value that of other weights: the numbers are in the message."""
+    for path in parts(cache):
+        pairs, values = read_part(path)
+        values = values * 1.02
+        digest = xxhash.xxh3_128_hexdigest(pairs.numpy().tobytes() + values.numpy().tobytes())
+        save_file({"pairs": pairs, "logps": values}, path, metadata={"digest": digest})
+    run = train(2)
+    error = run.refused(3)
+    assert "disagrees" in error and "preferences.jsonl:" in error and f"{cache}/reference" in error
+    assert not (run.output_dir / "metrics.jsonl").exists()
+
+
+def without_memory(*_) -> None:
+    torch.empty(2**46)
+
+
+def test_running_out_of_memory_says_where_and_what_to_change(train):
+    error = train(1, {"common.run.reference.sequence_logps": without_memory}).refused(3)
+    tokens, advice = re.search(
+        r"the reference pass: out of memory on a micro-batch of ([0-9,]+) tokens (.*)", error
+    ).groups()
+    smaller = int(tokens.replace(",", "")) // 2
+    assert f"Try --max_tokens_per_micro_batch {smaller}, a lower --max_seq_length, or more devices" in advice
+
+
+def second_part_on_a_full_disk(path, data) -> None:
+    if path.name.startswith("part_") and parts(path.parents[2]):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    replace_file(path, data)
+
+
+def test_a_part_that_cannot_be_written_stops_all_ranks_and_keeps_those_before_it(train, tmp_path):
+    error = train(2, SMALL_PARTS | {"common.run.reference.replace_file": second_part_on_a_full_disk}).refused(3)
+    assert f"{tmp_path}/cache/reference/" in error and "No space left" in error
+    assert "6 of 40 pairs cached" in train(2).succeeded().stdout
+
+
+@pytest.mark.parametrize("blocked", ["folder", "part"])
+def test_a_cache_that_cannot_be_used_is_one_line_and_2(cache, train, blocked):
+    if blocked == "folder":
+        shutil.rmtree(cache / "reference")
+        (cache / "reference").touch()
+    else:
+        path = parts(cache)[2]
+        path.unlink()
+        path.mkdir()
+    assert f"--cache_dir {cache}" in train(2).refused(2)
+
+
+def test_runs_that_fill_a_cache_at_once_keep_each_others_parts(train, tmp_path):
+    """Each read the empty cache before either wrote; the second's order takes other pairs first."""
+    train(1, SMALL_PARTS, max_train_steps=2).succeeded()
+    train(1, SMALL_PARTS, max_train_steps=2, seed=7, cache_dir=tmp_path / "cache2").succeeded()
+    folder = parts(tmp_path / "cache")[0].parent
+    for path in parts(tmp_path / "cache2"):
+        shutil.copy(path, folder / path.name)
+    taken = {i for seed in (42, 7) for step in range(2) for i in step_samples(step, NUM_PAIRS, 10, seed)}
+    assert 20 < len(taken) < NUM_PAIRS
+    assert f"{len(taken)} of 40 pairs cached" in train().succeeded().stdout
+
+
+# ------------------------------------------------------------------ resume
+
+
+def test_a_resume_without_the_cache_takes_the_starting_weights_for_reference(written, train, plain_logps, tmp_path):
+    """Not the checkpoint's: a half-trained policy as its own reference would train something else."""
+    checkpoint = "checkpoints/step_00000002"
+    shutil.copytree(written[1].output_dir / checkpoint, tmp_path / "resumed" / checkpoint)
+    shutil.copy(written[1].output_dir / "metrics.jsonl", tmp_path / "resumed" / "metrics.jsonl")
+    run = train(2, output_dir=tmp_path / "resumed").succeeded()
+    assert "resuming after step 2" in run.stdout and "0 of 40 pairs cached" in run.stdout
+    torch.testing.assert_close(read_parts(tmp_path / "cache"), plain_logps, rtol=1e-5, atol=1e-4)
+    assert_same_numbers(run, written[1])
+    assert abs(run.metrics[-1]["rewards/margin"]) > 0.01

@@ -1,0 +1,161 @@
+"""How a run stops, in one process, and where nobody reads what it says: pytest tests/test_stopping.py
+
+Stops of whole runs are in test_resume.py.
+"""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import launch
+import pytest
+
+from common import stopping
+from common.stopping import StopRequest, not_finite
+
+ALONE = SimpleNamespace(rank=0, gather=lambda work: [work()], say=lambda text: print(text, flush=True))
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """`os._exit` raises SystemExit, no launcher is seen, and the handlers are put back afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    monkeypatch.setattr(stopping, "SAME_REQUEST", 0.2)
+    for name in ("CROSS_RANK", "TORCHELASTIC_RUN_ID", "PLAINTUNE_RUN_SH"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def ask(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_a_repeated_signal_is_one_request_and_a_later_one_leaves_at_once():
+    request = StopRequest(ALONE)
+    assert request.votes() == (0, 0) and request.agreed(0, 0, ALONE) == 0
+    ask(signal.SIGINT)
+    ask(signal.SIGTERM)  # the launcher passes a terminal's Ctrl-C on, as SIGTERM
+    assert request.votes() == (0, 1)
+    assert request.agreed(0, 1, ALONE) == signal.SIGINT
+    ask(signal.SIGTERM)  # and may do so late
+    time.sleep(0.25)
+    with pytest.raises(SystemExit, match="143"):
+        ask(signal.SIGTERM)
+        time.sleep(1)
+
+
+def test_a_rank_that_others_told_of_the_stop_does_not_take_its_own_late_signal_for_a_second():
+    request = StopRequest(ALONE)
+    assert request.agreed(1, 0, ALONE) == signal.SIGTERM
+    ask(signal.SIGTERM)
+    time.sleep(0.05)
+
+
+@pytest.mark.parametrize("is_early", [False, True], ids=["during the export", "between the last vote and the export"])
+def test_during_the_export_the_first_request_waits_and_the_second_leaves(capfd, is_early):
+    request = StopRequest(ALONE)
+    steps = [lambda: ask(signal.SIGINT), request.wait_for_export]
+    for step in steps if is_early else reversed(steps):
+        step()
+    assert "writing the model first" in capfd.readouterr().out
+    time.sleep(0.25)
+    with pytest.raises(SystemExit, match="130"):
+        ask(signal.SIGINT)
+        time.sleep(1)
+
+
+def test_the_answer_to_a_stop_during_the_export_is_not_missed(monkeypatch):
+    """The handler's own line, on a pipe that nobody reads."""
+    request = StopRequest(ALONE)
+    request.wait_for_export()
+    monkeypatch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(BrokenPipeError))
+    ask(signal.SIGTERM)
+    assert request.signal_number == signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("environment", "warned"),
+    [
+        ({}, False),
+        ({"CROSS_RANK": "0"}, True),
+        ({"TORCHELASTIC_RUN_ID": "x"}, True),
+        ({"CROSS_RANK": "0", "PLAINTUNE_RUN_SH": "1"}, False),
+    ],
+    ids=str,
+)
+def test_a_bare_launcher_s_30_seconds_are_said(monkeypatch, capfd, environment, warned):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    StopRequest(ALONE)
+    assert ("30 s" in capfd.readouterr().out) == warned
+
+
+def test_a_micro_batch_that_is_not_finite_is_named_by_its_samples():
+    """One of 64 samples, of which the first eight are named; the finite one beside it is not."""
+    data = SimpleNamespace(source_of=lambda i: f"chats.jsonl:{i}")
+    batches = [list(range(64)), [70]]
+    error = str(not_finite(3, "loss", math.nan, batches, [math.nan, 1.0], [10] * 71, data, ALONE))
+    assert "step 3: the loss is nan" in error and "micro-batch 1 of 640 tokens: chats.jsonl:0, " in error
+    assert "chats.jsonl:7 and 56 more" in error and "chats.jsonl:8" not in error and "chats.jsonl:70" not in error
+    assert "--learning_rate" in error and "--dtype float32" in error
+
+
+# ------------------------------------------------------------------ output that nobody reads
+
+
+def run_main(body: str, environment: dict | None = None, **pipes) -> subprocess.Popen:
+    """A process whose script's main is `body`; it has said "ready" on stdout once imports are done."""
+    program = (
+        f"import sys\nfrom common.failures import UserError; from common.stopping import main_with_exit_codes\n"
+        f"print('ready', flush=True)\n@main_with_exit_codes\ndef main():\n    {body}\nmain()"
+    )
+    pipes |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    environment = os.environ | launch.CPU_ENVIRONMENT | (environment or {})
+    return subprocess.Popen([sys.executable, "-c", program], cwd=launch.REPO, env=environment, **pipes)
+
+
+def test_what_a_terminal_cannot_show_is_escaped():
+    for body, stream in (("print('\\u6f22')", 0), ("raise UserError('\\u6f22')", 1)):
+        process = run_main(body, {"PYTHONIOENCODING": "ascii"})
+        output = process.communicate(timeout=launch.TIMEOUT)
+        assert "\\u6f22" in output[stream] and "Traceback" not in output[1]
+        assert process.returncode == 2 * stream
+
+
+@pytest.mark.parametrize(("body", "exit_code"), [("raise UserError('no')", 2), ("raise KeyError('no')", 1)])
+def test_the_exit_code_is_the_same_if_nobody_reads_why(body, exit_code):
+    process = run_main(f"sys.stdin.read(); {body}", stdin=subprocess.PIPE)
+    assert process.stdout.readline() == "ready\n"
+    for stream in (process.stdout, process.stderr, process.stdin):
+        stream.close()
+    assert process.wait(launch.TIMEOUT) == exit_code
+
+
+def stop_request_of_a_lost_reader(ranks):
+    """What train_sft.py calls before its loop; from here on stdout and stderr are pipes that nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    os.dup2(write, 2)
+    return StopRequest(ranks)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_nobody_reads_any_more_is_stopped_with_a_checkpoint(tiny_llama, sft_data, tmp_path, number):
+    flags = launch.flags(tiny_llama, sft_data, tmp_path, max_train_steps=100000)
+    run = launch.start("train_sft", flags, 2, {"train_sft.StopRequest": stop_request_of_a_lost_reader})
+    metrics = tmp_path / "output" / "metrics.jsonl"
+    deadline = time.monotonic() + launch.TIMEOUT
+    while not (metrics.is_file() and metrics.stat().st_size) and run.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in run.processes:
+        os.kill(process.pid, number)
+    assert run.wait().exit_codes == [128 + number] * 2
+    assert len(list((tmp_path / "output" / "checkpoints").glob("step_*/COMPLETE"))) == 1
