@@ -218,6 +218,7 @@ def project(tmp_path):
     for name in ("failures.py", "verbs/launch.py"):
         text = (launch.REPO / "common" / name).read_text().replace("GRACE = 30.0", "GRACE = 2.0")
         executable(tmp_path / "common" / name, text)
+    (tmp_path / "common/config.py").write_text("SFTConfig = DPOConfig = parse_config = lambda *_: None")
     (tmp_path / "requirements.txt").write_text("")
     (tmp_path / "train_sft.py").write_text(FAKE_SCRIPT)
     executable(tmp_path / ".venv/bin/python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -361,24 +362,25 @@ def machine(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("gpus", "words", "num_ranks", "devices"),
     [
-        (dict(num_gpus=8), ["--beta", "3"], 8, "0,1,2,3,4,5,6,7"),
-        (dict(num_gpus=8), ["2", "--beta", "3"], 2, "0,1"),
-        (dict(num_gpus=0), ["--beta", "3"], 2, None),
-        (dict(num_gpus=0), ["3", "--beta", "3"], 3, None),
-        (dict(num_gpus=8, build="+cpu"), ["--beta", "3"], 2, None),
-        (dict(num_gpus=8, devices="4,5, 6,7"), ["--beta", "3"], 4, "4,5,6,7"),
-        (dict(num_gpus=8, devices="4,5,6,7"), ["2", "--beta", "3"], 2, "4,5"),
-        (dict(num_gpus=8, devices="GPU-8f2e,-1,3"), ["--beta", "3"], 1, "GPU-8f2e"),
-        (dict(num_gpus=8, devices=""), ["--beta", "3"], 2, None),
+        (dict(num_gpus=8), ["--seed", "3"], 8, "0,1,2,3,4,5,6,7"),
+        (dict(num_gpus=8), ["2", "--seed", "3"], 2, "0,1"),
+        (dict(num_gpus=0), ["--seed", "3"], 2, None),
+        (dict(num_gpus=0), ["3", "--seed", "3"], 3, None),
+        (dict(num_gpus=8, build="+cpu"), ["--seed", "3"], 2, None),
+        (dict(num_gpus=8, devices="4,5, 6,7"), ["--seed", "3"], 4, "4,5,6,7"),
+        (dict(num_gpus=8, devices="4,5,6,7"), ["2", "--seed", "3"], 2, "4,5"),
+        (dict(num_gpus=8, devices="GPU-8f2e,-1,3"), ["--seed", "3"], 1, "GPU-8f2e"),
+        (dict(num_gpus=8, devices=""), ["--seed", "3"], 2, None),
     ],
 )
 def test_the_number_of_ranks_and_the_visible_devices_are_heeded(machine, monkeypatch, gpus, words, num_ranks, devices):
     machine(**gpus)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(launch, "launch", lambda *arguments: arguments)
+    monkeypatch.setattr(sys, "argv", sys.argv)
     command, environment, number = launch.main("sft", *words)
     assert number == num_ranks == int(environment["WORLD_SIZE"]) == int(environment["LOCAL_WORLD_SIZE"])
-    assert command[-3:] == [str(launch.REPO / "train_sft.py"), "--beta", "3"]
+    assert command[-3:] == [str(launch.REPO / "train_sft.py"), "--seed", "3"]
     assert environment.get("DS_ACCELERATOR") == (None if devices else "cpu")
     assert not devices or environment["CUDA_VISIBLE_DEVICES"] == devices
 
@@ -390,6 +392,9 @@ def test_too_many_or_no_gpus_is_refused(machine, num_gpus, words):
         launch.split_number(words)
 
 
-def test_a_refusal_is_one_line_and_exit_code_2(project):
-    result = run_sh(project, "sft", "0")
-    assert result.returncode == 2 and result.stdout.startswith("error: ") and result.stdout.count("\n") == 1
+@pytest.mark.parametrize("words", [("sft", "0"), ("dpo", "--lerning_rate", "1")])
+def test_a_mistake_is_one_line_and_exit_code_2_before_any_rank_is_started(words):
+    command = [sys.executable, "-m", "common.verbs.launch", *words]
+    done = subprocess.run(command, cwd=launch.REPO, capture_output=True, text=True, timeout=WAIT)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
