@@ -89,43 +89,30 @@ def calls(project):
     return (project / "calls").read_text().splitlines() if (project / "calls").exists() else []
 
 
-def test_setup_installs_torch_first_and_no_op_the_second_time(bare, tmp_path):
+@pytest.mark.parametrize("index", ["", "https://an/index"])
+def test_setup_installs_torch_first_and_is_a_no_op_the_second_time(bare, tmp_path, index):
     project, environment = bare
-    first = run_sh(project, "setup", cwd=tmp_path, **environment)
+    first = run_sh(project, "setup", cwd=tmp_path, **environment | {"TORCH_INDEX_URL": index})
     assert first.returncode == 0, first.stdout
     venv, torch, rest = calls(project)
-    assert venv.startswith("-m venv .venv")
-    assert "torch==2.13.0" in torch and "#" not in torch and "numpy" not in torch and "index-url" not in torch
-    assert "-r requirements.txt DS_BUILD_OPS=0" in rest
+    assert venv.startswith("-m venv .venv") and "-r requirements.txt DS_BUILD_OPS=0" in rest and "index" not in rest
+    assert "torch==2.13.0" in torch and "#" not in torch and "numpy" not in torch
+    assert ("--no-deps --index-url https://an/index" in torch) == ("index-url" in torch) == bool(index)
     second = run_sh(project, "setup", **environment)
     assert (second.returncode, second.stdout, len(calls(project))) == (0, "", 3)
 
 
-def test_setup_takes_torch_alone_from_the_index_that_is_named(bare):
+@pytest.mark.parametrize("fail_at", ["venv", "torch==", "requirements.txt", "change", "python"])
+def test_a_set_up_that_was_cut_off_or_is_of_other_requirements_or_python_is_done_over(bare, fail_at):
     project, environment = bare
-    assert run_sh(project, "setup", **{**environment, "TORCH_INDEX_URL": "https://an/index"}).returncode == 0
-    _, torch, rest = calls(project)
-    assert "--index-url https://an/index torch==2.13.0" in torch and "index" not in rest
-
-
-@pytest.mark.parametrize("step", ["venv", "torch==", "requirements.txt"])
-def test_a_set_up_that_was_cut_off_is_done_over(bare, step):
-    project, environment = bare
-    broken = run_sh(project, "setup", **environment, FAIL_AT=step)
-    assert broken.returncode == 1 and "error: " in broken.stdout
+    first = run_sh(project, "setup", **environment, FAIL_AT=fail_at)
+    if fail_at == "change":
+        (project / "requirements.txt").write_text("torch==2.14.0\n")
+    assert first.returncode == (fail_at not in ("change", "python")) == ("error: " in first.stdout)
+    environment |= {"PATCH": "2"} if fail_at == "python" else {}
     assert run_sh(project, "setup", **environment).returncode == 0
     assert sum("-m venv" in call for call in calls(project)) == 2
     assert run_sh(project, "setup", **environment).stdout == ""
-
-
-@pytest.mark.parametrize("change", ["requirements", "python"])
-def test_a_change_of_requirements_or_python_sets_up_anew(bare, change):
-    project, environment = bare
-    run_sh(project, "setup", **environment)
-    if change == "requirements":
-        (project / "requirements.txt").write_text("torch==2.14.0\n")
-    run_sh(project, "setup", **environment | ({"PATCH": "2"} if change == "python" else {}))
-    assert sum("-m venv" in call for call in calls(project)) == 2
 
 
 def test_an_old_python_is_one_clear_error(bare):
@@ -231,6 +218,7 @@ def project(tmp_path):
     for name in ("failures.py", "verbs/launch.py"):
         text = (launch.REPO / "common" / name).read_text().replace("GRACE = 30.0", "GRACE = 2.0")
         executable(tmp_path / "common" / name, text)
+    (tmp_path / "common/config.py").write_text("SFTConfig = DPOConfig = parse_config = lambda *_: None")
     (tmp_path / "requirements.txt").write_text("")
     (tmp_path / "train_sft.py").write_text(FAKE_SCRIPT)
     executable(tmp_path / ".venv/bin/python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -283,21 +271,13 @@ def start(project, *words, terminal=None, **options):
 def test_as_many_ranks_as_asked_for_get_the_flags_where_the_user_stands(project, tmp_path, words):
     """FAKE_SCRIPT notes into its working directory, which is that of relative paths."""
     elsewhere = tmp_path / "my data"
-    elsewhere.mkdir()
-    (elsewhere / "json.py").write_text("raise SystemExit('not a module of the project')")
+    for name in ("json.py", "common/verbs/launch.py"):
+        executable(elsewhere / name, "raise SystemExit('not a module of the project')")
     result = run_sh(project, "sft", *words, cwd=elsewhere)
     num_ranks, flags = (int(words[0]), words[1:]) if words[0].isdecimal() else (2, words)
     assert result.returncode == int(flags[1]), result.stdout
     assert [bool(notes(elsewhere, rank)) for rank in (0, 1)] == [True, num_ranks == 2] and not notes(project, 0)
     assert notes(elsewhere, 0)[0].endswith(f" {num_ranks} cpu {' '.join(flags)}")
-
-
-@pytest.mark.parametrize("verb", ["bench", "sanity"])
-def test_bench_and_sanity_run_where_the_user_stands_whatever_modules_lie_there(project, tmp_path, verb):
-    for folder, text in ((project, "import os; print('ours', os.getcwd())"), (tmp_path / "mine", "print('theirs')")):
-        executable(folder / "common/verbs" / f"{verb}.py", text)
-    result = run_sh(project, verb, cwd=tmp_path / "mine")
-    assert result.stdout == f"ours {tmp_path / 'mine'}\n"
 
 
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -382,24 +362,25 @@ def machine(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("gpus", "words", "num_ranks", "devices"),
     [
-        (dict(num_gpus=8), ["--beta", "3"], 8, "0,1,2,3,4,5,6,7"),
-        (dict(num_gpus=8), ["2", "--beta", "3"], 2, "0,1"),
-        (dict(num_gpus=0), ["--beta", "3"], 2, None),
-        (dict(num_gpus=0), ["3", "--beta", "3"], 3, None),
-        (dict(num_gpus=8, build="+cpu"), ["--beta", "3"], 2, None),
-        (dict(num_gpus=8, devices="4,5, 6,7"), ["--beta", "3"], 4, "4,5,6,7"),
-        (dict(num_gpus=8, devices="4,5,6,7"), ["2", "--beta", "3"], 2, "4,5"),
-        (dict(num_gpus=8, devices="GPU-8f2e,-1,3"), ["--beta", "3"], 1, "GPU-8f2e"),
-        (dict(num_gpus=8, devices=""), ["--beta", "3"], 2, None),
+        (dict(num_gpus=8), ["--seed", "3"], 8, "0,1,2,3,4,5,6,7"),
+        (dict(num_gpus=8), ["2", "--seed", "3"], 2, "0,1"),
+        (dict(num_gpus=0), ["--seed", "3"], 2, None),
+        (dict(num_gpus=0), ["3", "--seed", "3"], 3, None),
+        (dict(num_gpus=8, build="+cpu"), ["--seed", "3"], 2, None),
+        (dict(num_gpus=8, devices="4,5, 6,7"), ["--seed", "3"], 4, "4,5,6,7"),
+        (dict(num_gpus=8, devices="4,5,6,7"), ["2", "--seed", "3"], 2, "4,5"),
+        (dict(num_gpus=8, devices="GPU-8f2e,-1,3"), ["--seed", "3"], 1, "GPU-8f2e"),
+        (dict(num_gpus=8, devices=""), ["--seed", "3"], 2, None),
     ],
 )
 def test_the_number_of_ranks_and_the_visible_devices_are_heeded(machine, monkeypatch, gpus, words, num_ranks, devices):
     machine(**gpus)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.setattr(launch, "launch", lambda *arguments: arguments)
+    monkeypatch.setattr(sys, "argv", sys.argv)
     command, environment, number = launch.main("sft", *words)
     assert number == num_ranks == int(environment["WORLD_SIZE"]) == int(environment["LOCAL_WORLD_SIZE"])
-    assert command[-3:] == [str(launch.REPO / "train_sft.py"), "--beta", "3"]
+    assert command[-3:] == [str(launch.REPO / "train_sft.py"), "--seed", "3"]
     assert environment.get("DS_ACCELERATOR") == (None if devices else "cpu")
     assert not devices or environment["CUDA_VISIBLE_DEVICES"] == devices
 
@@ -411,6 +392,9 @@ def test_too_many_or_no_gpus_is_refused(machine, num_gpus, words):
         launch.split_number(words)
 
 
-def test_a_refusal_is_one_line_and_exit_code_2(project):
-    result = run_sh(project, "sft", "0")
-    assert result.returncode == 2 and result.stdout.startswith("error: ") and result.stdout.count("\n") == 1
+@pytest.mark.parametrize("words", [("sft", "0"), ("dpo", "--lerning_rate", "1")])
+def test_a_mistake_is_one_line_and_exit_code_2_before_any_rank_is_started(words):
+    command = [sys.executable, "-m", "common.verbs.launch", *words]
+    done = subprocess.run(command, cwd=launch.REPO, capture_output=True, text=True, timeout=WAIT)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -6,7 +6,7 @@ a list of checks; a failed one says the likely causes and what to try. `format_t
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -81,32 +81,21 @@ def judge_run(output_dir: str | Path, exit_code: int, output: str = "", slow_ste
 
     output: what the run printed, searched for its error line. slow_step_floor: seconds, as in `judge`.
     """
+    from common.run.metrics import read_metrics  # here: it imports torch, which takes seconds
+
     try:
         run_config = json.loads((Path(output_dir) / "run_config.json").read_text(encoding="utf-8"))
-        required = REQUIRED + (REQUIRED_DPO if "loss_type" in run_config["config"] else ())
-        history = read_history(Path(output_dir) / "metrics.jsonl", required)
+        history = read_metrics(Path(output_dir) / "metrics.jsonl")
+        for name in REQUIRED + (REQUIRED_DPO if "loss_type" in run_config["config"] else ()):
+            if not all(type(row.get(name)) in (int, float) for row in history):
+                raise ValueError(f"metrics.jsonl: a line has no number `{name}`")
     except OSError as e:
         return [_finished(False, exit_code, error_line(output) or f"{Path(e.filename).name}: {e.strerror}")]
     except (ValueError, KeyError, TypeError) as e:
         return [_finished(False, exit_code, error_line(output) or f"unreadable: {e}")]
-    return judge(history, run_config, exit_code, output, slow_step_floor)
-
-
-def read_history(path: Path, required: Sequence[str]) -> list[dict]:
-    """The rows of a metrics.jsonl. Raises OSError, and ValueError that names a torn or incomplete line."""
-    history = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise ValueError(f"{path.name} line {number} is not JSON (truncated?)") from None
-        for name in required:
-            if not isinstance(row, dict) or type(row.get(name)) not in (int, float):
-                raise ValueError(f"{path.name} line {number} has no number `{name}`")
-        history.append(row)
     if not history:
-        raise ValueError(f"{path.name} is empty: no step was logged")
-    return history
+        return [_finished(False, exit_code, error_line(output) or "metrics.jsonl: no step was logged")]
+    return judge(history, run_config, exit_code, output, slow_step_floor)
 
 
 def error_line(output: str) -> str:
@@ -118,7 +107,7 @@ def error_line(output: str) -> str:
 def judge(
     history: list[dict], run_config: dict, exit_code: int, output: str = "", slow_step_floor: float = 0.0
 ) -> list[Check]:
-    """All checks on one run's history, of at least one row, as read_history gives it.
+    """All checks on one run's history, of at least one row.
 
     slow_step_floor: seconds; a step shorter than this is never called slow. For a model so tiny that a hiccup
     of the machine is worth ten of its steps; 0 for real ones.
@@ -197,7 +186,7 @@ def _dpo_checks(history: list[dict], run_config: dict) -> list[Check]:
     ]
 
 
-def _worst(history: list[dict], name: str, is_good) -> tuple[bool, str]:
+def _worst(history: list[dict], name: str, is_good: Callable[[float], bool]) -> tuple[bool, str]:
     """Whether every row's value is good, and the first bad one, else the highest, as text."""
     bad = [row for row in history if not is_good(row[name])]
     row = bad[0] if bad else max(history, key=lambda row: row[name])

@@ -17,7 +17,8 @@ from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 
-from common.failures import UserError, print_line
+from common.config import DPOConfig, SFTConfig, parse_config
+from common.failures import UserError, explained, print_line
 
 REPO = Path(__file__).resolve().parents[2]
 GRACE = 30.0  # seconds that the other ranks have to end by themselves once one has failed
@@ -121,6 +122,10 @@ def main(method: str, *words: str) -> int:
     """Runs train_sft.py or train_dpo.py where the user stands; returns the exit code. Raises UserError."""
     gpus = visible_gpus()
     num_ranks, flags = split_number([*words])
+    sys.argv = [f"train_{method}.py", *flags]
+    parse_config(
+        {"sft": SFTConfig, "dpo": DPOConfig}[method]
+    )  # a mistake is told, --help is answered, before any import
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -139,14 +144,16 @@ def main(method: str, *words: str) -> int:
 
 
 def exit_with(main: Callable[..., int]) -> None:
-    """Ends a verb with main's exit code; a UserError becomes one line."""
+    """Ends a verb with main's exit code; a mistake, or a full disk, becomes one line."""
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
     try:
         sys.exit(main(*sys.argv[1:]))
-    except UserError as e:
-        print_line(f"error: {e}", sys.stderr)
-        sys.exit(UserError.EXIT_CODE)
+    except Exception as e:
+        if (known := explained(e)) is None:
+            raise
+        print_line(f"error: {known}", sys.stderr)
+        sys.exit(known.EXIT_CODE)
 
 
 if __name__ == "__main__":
