@@ -55,7 +55,6 @@ def test_a_benchmark_of_the_scripts_own_steps(tmp_path, method):
     )
     assert result["flags"] == flags and records[0]["learning_rate"] <= 1e-3
     assert (result["reference_tokens_per_second_per_device"] is not None) == (method == "dpo")
-    assert not list((tmp_path / "output" / "bench" / f"run-{method}").glob("*.safetensors")), "nothing is exported"
     assert not processes_in(tmp_path), "no rank outlives its benchmark"
 
 
