@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from common.data.cache import PreferencePair, SFTSample
 from common.model import attention, summing
 from common.model.packed import PackedModel, model_inputs
+from common.model.summing import SummingEmbedding, SummingLinear
 from common.step import packing
 from common.zero import residency
 
@@ -152,12 +153,9 @@ def test_a_model_that_sums_its_gradients_gives_autograds(compiled):
     plain, summing = tiny("varlen", torch.bfloat16), tiny("varlen", torch.bfloat16)
     for module in summing.modules():
         if type(module) is torch.nn.Linear:
-            module.__class__, module.weight_sum = (
-                summing.SummingLinear,
-                torch.zeros_like(module.weight, dtype=torch.float32),
-            )
+            module.__class__, module.weight_sum = (SummingLinear, torch.zeros_like(module.weight, dtype=torch.float32))
     embedding, head = summing.lm.get_input_embeddings(), summing.lm.get_output_embeddings()
-    embedding.__class__ = summing.SummingEmbedding
+    embedding.__class__ = SummingEmbedding
     for module in (embedding, head):
         module.weight_sum = torch.zeros_like(module.weight, dtype=torch.float32)
     for model in (plain, summing):
