@@ -2,9 +2,11 @@
 
     deepspeed --num_gpus 8 train_dpo.py [--flag value ...]      # --help lists the flags
 
-Reads top to bottom: config and ranks, data, schedule, output folder, plan, reference, model and engine, loop, export.
-A step takes `global_batch_size` pairs over all ranks. Each rank packs its share of them into micro-batches: rows of
-whole pairs, one after another, that do not see each other; a pair's prompt runs once for both of its completions.
+Reads top to bottom: config and ranks, data, schedule, output folder, memory plan, reference, model and engine, loop,
+export.
+A step takes `global_batch_size` pairs over all ranks. Each rank packs its share into micro-batches: each is one
+sequence of whole pairs laid end to end, and no pair attends to another. With
+`share_prompt` a pair's prompt runs once for both of its answers.
 """
 
 import gc
@@ -47,13 +49,13 @@ from common.zero.memory import choose_micro_batch, choose_residency, made_up_pai
 def main() -> None:
     # ------------------------------------------------------------------ config and ranks
     config = parse_config(DPOConfig)
-    preference = preference_loss(config)
+    preference = preference_loss(config)  # what is known of the loss: does it need a reference, ...
     ds_config = deepspeed_config(config)
     ranks = start(config.collective_timeout_minutes)
     dtype = getattr(torch, config.dtype)
     kernel = resolve_kernel(config.attn_implementation, ranks.device.type, dtype)
 
-    # ------------------------------------------------------------------ data: rows -> text -> tokens, some trained
+    # ------------------------------------------------------------------ data: rows -> text -> tokens, and their targets
     model_folder = ranks.once_per_node(lambda: load.find_model(config.model_name_or_path, config.model_revision))
     model_config = load.load_config(model_folder)
     reference_folder = None
@@ -64,7 +66,7 @@ def main() -> None:
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
     data = tokenized_data("dpo", config, tokenizer, tokenizer_folder, template, ranks)
-    pair_lengths = pair_length(*data.pair_lengths.T, config.share_prompt)  # tokens of each in a micro-batch
+    lengths = pair_length(*data.pair_lengths.T, config.share_prompt)  # int [pairs]: tokens of each in a micro-batch
     longest_side = int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max())
     load.check_supported(model_config, config.max_seq_length, longest_side, load.num_token_ids(tokenizer))
     if reference_folder is not None:
@@ -74,35 +76,40 @@ def main() -> None:
     ranks.say(preview(data, 0, tokenizer))
 
     # ------------------------------------------------------------------ schedule
-    schedule = Schedule(config, len(data))  # which samples a step takes, and its learning rate
+    schedule = Schedule(config, len(data))  # samples and learning rate of each step; the run ends after last_step
     ranks.say(schedule.report(f"DPO ({config.loss_type})", "pairs"))
     ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
     if config.share_prompt:
         whole = pair_length(*data.pair_lengths.T, share_prompt=False)
-        ranks.say(f"shared prompts: {pair_lengths.sum():,} tokens an epoch in place of {whole.sum():,}")
+        ranks.say(f"shared prompts: {lengths.sum():,} tokens an epoch in place of {whole.sum():,}")
 
     # ------------------------------------------------------------------ output folder
-    # Finished: this run has exported its model there, and there is nothing to do. Begun: its newest whole checkpoint is
-    # where it goes on. Fresh: it starts at step 0. A folder that holds another run is refused.
+    # A finished run: None, and nothing is left to do. One cut short: its state, and its newest whole checkpoint to
+    # resume from. A new one: state.step == 0 and no checkpoint. A folder that holds another run is refused.
     identity = ranks.once(lambda: run_identity(config, data.digest, template.digest, model_folder, reference_folder))
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
         return
     state, resume_from = claimed
 
-    # ------------------------------------------------------------------ plan
-    workload = workload_of(config, pair_lengths, data.source_of(int(pair_lengths.argmax())), state, ranks)
+    # ------------------------------------------------------------------ memory plan
+    # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A resumed run starts
+    # from the one, and the size of micro-batches, that its state names.
+    workload = workload_of(config, lengths, data.source_of(int(lengths.argmax())), state, ranks)
     ds_config, estimate = choose_residency(ds_config, config, model_config, workload, ranks)
 
     # ------------------------------------------------------------------ reference, if it is a model of its own
     steps = range(min(schedule.last_step, schedule.steps_per_epoch))  # later epochs take the same pairs
     pairs = sorted({i for step in steps for i in schedule.samples(step)})
-    reference, cached_in = np.zeros((len(data), 2), np.float32), None  # for a loss that compares with none
+    # Log-probabilities of each pair's chosen and rejected under the reference; zeros for a loss that needs none.
+    reference_table, cached_in = np.zeros((len(data), 2), np.float32), None
     if reference_folder is not None:  # it is gone before the policy loads
         model = load.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
         with inference_engine(model, ds_config) as engine:
-            weights = identity["ref_model_name_or_path (contents)"]
-            reference, cached_in = reference_pass(engine, data, pairs, weights, config, kernel, workload.budget, ranks)
+            weights_digest = identity["ref_model_name_or_path (contents)"]
+            reference_table, cached_in = reference_pass(
+                engine, data, pairs, weights_digest, config, kernel, workload.budget, ranks
+            )
         del model, engine
 
     # ------------------------------------------------------------------ model and engine
@@ -115,19 +122,20 @@ def main() -> None:
     made_up = partial(made_up_pair, share_prompt=config.share_prompt)
     budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up, ranks)  # tokens
     state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
-    first = [pair_lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
+    first = [lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
     ranks.say(packing_report(first, ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
-    if preference.needs_reference and reference_folder is None:  # the policy, which still is the starting model
-        weights = identity["model_name_or_path (contents)"]
-        reference, cached_in = reference_pass(engine, data, pairs, weights, config, kernel, budget, ranks)
+    # No weight has been updated, and no checkpoint loaded yet: here the policy still is the starting model.
+    if preference.needs_reference and reference_folder is None:
+        weights_digest = identity["model_name_or_path (contents)"]
+        reference_table, cached_in = reference_pass(engine, data, pairs, weights_digest, config, kernel, budget, ranks)
     if resume_from is not None:
         checkpoint.load(engine, parameters, resume_from, state.step, ranks)
         ranks.say(f"resuming after step {state.step} from {resume_from}")
 
     # ------------------------------------------------------------------ loop
-    placed = {"kernel": kernel, "residency": estimate.residency, "reference_cache": cached_in}
-    record = record_of("DPO", config, identity, schedule.num_steps, state, policy, data.stats, ranks, **placed)
+    resolved = {"kernel": kernel, "residency": estimate.residency, "reference_cache": cached_in}
+    record = record_of("DPO", config, identity, schedule.num_steps, state, policy, data.stats, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
@@ -135,8 +143,9 @@ def main() -> None:
     def prepared(step: int) -> tuple[list[int], list[list[int]], list[MicroBatch]]:
         """The step's samples, and this rank's micro-batches: the samples in each, and packed."""
         samples = schedule.samples(step)
-        plan = plan_step(pair_lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
-        plan = [[samples[i] for i in members] for members in plan]
+        # Every rank gets as many micro-batches as the others: ZeRO-3 gathers weights in each of them, on all ranks.
+        positions = plan_step(lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
+        plan = [[samples[i] for i in members] for members in positions]
         pairs_of = [[pair_documents(data[i], config.share_prompt) for i in members] for members in plan]
         return samples, plan, [pack(pairs, config.share_prompt) for pairs in pairs_of]
 
@@ -154,32 +163,35 @@ def main() -> None:
                 size.tokens = micro_batch.num_tokens
                 token_logps = engine(**model_inputs(micro_batch, kernel, ranks.device))  # of the scored tokens
                 policy_logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(-1, 2)  # chosen, rejected
-                reference_logps = to_device(reference[members], ranks.device)
+                reference_logps = to_device(reference_table[members], ranks.device)
                 num_scored = to_device(np.reshape(micro_batch.sequence_targets, (-1, 2)), ranks.device)  # tokens
-                loss, step_sums = preference_loss_and_sums(policy_logps, reference_logps, num_scored, config)
+                loss, micro_batch_sums = preference_loss_and_sums(policy_logps, reference_logps, num_scored, config)
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-                engine.backward(loss * ranks.world_size / len(samples))  # DeepSpeed averages gradients over ranks
+                engine.backward(
+                    loss * ranks.world_size / len(samples)
+                )  # loss: of its pairs; DeepSpeed averages over ranks
                 losses[m] = loss.detach()
-                sums += step_sums
+                sums += micro_batch_sums
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
+        # From here on sums and counts are over all ranks; the votes say how many ranks were asked to stop.
         *sums, num_tokens, squared_lengths, terminate, interrupt = ranks.sum(
             [*sums.tolist(), num_tokens, squared_lengths, *stop_request.votes()]
         )
         means = {name: value / len(samples) for name, value in zip(SUMMED, sums, strict=True)}
         train_loss = means.pop("train_loss")
         if not math.isfinite(train_loss):
-            raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), pair_lengths, data, ranks)
-        if step == 0 and reference_folder is None:
+            raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), lengths, data, ranks)
+        if step == 0 and reference_folder is None:  # policy and reference are one model: the loss is known
             check_first_step(train_loss, means, preference, config)
         with out_of_memory_explained(f"step {step + 1}, update", budget, workload.longest):
             engine.step()
-        if not engine.was_step_applied():
-            raise not_finite(step + 1, "gradient norm", math.nan, plan, None, pair_lengths, data, ranks)
+        if not engine.was_step_applied():  # DeepSpeed skips an update whose gradient norm is not finite
+            raise not_finite(step + 1, "gradient norm", math.nan, plan, None, lengths, data, ranks)
         # -------------------------------------------------------------- the step is done
 
         num_targets = int(data.num_targets[samples].sum())
-        state.count(len(samples), int(num_tokens), num_targets)
+        state.finish_step(len(samples), int(num_tokens), num_targets)
         totals = StepTotals(int(num_tokens), int(squared_lengths), num_targets, len(plan))
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
         step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm) | means
@@ -190,7 +202,7 @@ def main() -> None:
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
         if stop_signal or state.step % schedule.save_every == 0:
             require_finite_weights(engine, state.step, ranks)
-            metrics.sync()
+            metrics.flush_to_disk()
             path = checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
             ranks.say(f"checkpoint {path}")
         if stop_signal:
@@ -198,8 +210,8 @@ def main() -> None:
         meter.start()
 
     # ------------------------------------------------------------------ export
-    stop_request.wait_for_export()
-    metrics.sync()
+    stop_request.finish_export_first()
+    metrics.flush_to_disk()
     require_finite_weights(engine, state.step, ranks)
     export_model(policy, config.output_dir, template, model_folder, ranks)
     finish(config, record, state, metrics, data_table(data), ranks)

@@ -2,9 +2,9 @@
 
     deepspeed --num_gpus 8 train_sft.py [--flag value ...]      # --help lists the flags
 
-Reads top to bottom: config and ranks, data, schedule, output folder, plan, model and engine, loop, export.
-A step takes `global_batch_size` samples over all ranks. Each rank packs its share of them into micro-batches: rows of
-whole samples, one after another, that do not see each other.
+Reads top to bottom: config and ranks, data, schedule, output folder, memory plan, model and engine, loop, export.
+A step takes `global_batch_size` samples over all ranks. Each rank packs its share into micro-batches: each is one
+sequence of whole samples laid end to end, and no sample attends to another.
 """
 
 import gc
@@ -41,7 +41,7 @@ def main() -> None:
     dtype = getattr(torch, config.dtype)
     kernel = resolve_kernel(config.attn_implementation, ranks.device.type, dtype)
 
-    # ------------------------------------------------------------------ data: rows -> text -> tokens, some trained
+    # ------------------------------------------------------------------ data: rows -> text -> tokens, and their targets
     model_folder = ranks.once_per_node(lambda: load.find_model(config.model_name_or_path, config.model_revision))
     model_config = load.load_config(model_folder)
     tokenizer_folder = ranks.once_per_node(lambda: load.find_tokenizer(config.tokenizer_name_or_path or model_folder))
@@ -54,20 +54,22 @@ def main() -> None:
     ranks.say(preview(data, 0, tokenizer))
 
     # ------------------------------------------------------------------ schedule
-    schedule = Schedule(config, len(data))  # which samples a step takes, and its learning rate
+    schedule = Schedule(config, len(data))  # samples and learning rate of each step; the run ends after last_step
     ranks.say(schedule.report("SFT", "samples"))
     ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
 
     # ------------------------------------------------------------------ output folder
-    # Finished: this run has exported its model there, and there is nothing to do. Begun: its newest whole checkpoint is
-    # where it goes on. Fresh: it starts at step 0. A folder that holds another run is refused.
+    # A finished run: None, and nothing is left to do. One cut short: its state, and its newest whole checkpoint to
+    # resume from. A new one: state.step == 0 and no checkpoint. A folder that holds another run is refused.
     identity = ranks.once(lambda: run_identity(config, data.digest, template.digest, model_folder))
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
         return
     state, resume_from = claimed
 
-    # ------------------------------------------------------------------ plan
+    # ------------------------------------------------------------------ memory plan
+    # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A resumed run starts
+    # from the one, and the size of micro-batches, that its state names.
     workload = workload_of(config, data.lengths, data.source_of(int(data.lengths.argmax())), state, ranks)
     ds_config, estimate = choose_residency(ds_config, config, model_config, workload, ranks)
 
@@ -88,8 +90,8 @@ def main() -> None:
         ranks.say(f"resuming after step {state.step} from {resume_from}")
 
     # ------------------------------------------------------------------ loop
-    placed = {"kernel": kernel, "residency": estimate.residency}
-    record = record_of("SFT", config, identity, schedule.num_steps, state, policy, data.stats, ranks, **placed)
+    resolved = {"kernel": kernel, "residency": estimate.residency}
+    record = record_of("SFT", config, identity, schedule.num_steps, state, policy, data.stats, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
@@ -97,8 +99,9 @@ def main() -> None:
     def prepared(step: int) -> tuple[list[int], list[list[int]], list[MicroBatch]]:
         """The step's samples, and this rank's micro-batches: the samples in each, and packed."""
         samples = schedule.samples(step)
-        plan = plan_step(data.lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
-        plan = [[samples[i] for i in members] for members in plan]
+        # Every rank gets as many micro-batches as the others: ZeRO-3 gathers weights in each of them, on all ranks.
+        positions = plan_step(data.lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
+        plan = [[samples[i] for i in members] for members in positions]
         return samples, plan, [pack([sft_documents(data[i]) for i in members]) for members in plan]
 
     gc.collect()
@@ -120,6 +123,7 @@ def main() -> None:
                 losses[m] = loss.detach()
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
+        # From here on sums and counts are over all ranks; the votes say how many ranks were asked to stop.
         nll, num_tokens, squared_lengths, terminate, interrupt = ranks.sum(
             [losses.sum().item(), num_tokens, squared_lengths, *stop_request.votes()]
         )
@@ -128,11 +132,11 @@ def main() -> None:
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), data.lengths, data, ranks)
         with out_of_memory_explained(f"step {step + 1}, update", budget, workload.longest):
             engine.step()
-        if not engine.was_step_applied():
+        if not engine.was_step_applied():  # DeepSpeed skips an update whose gradient norm is not finite
             raise not_finite(step + 1, "gradient norm", math.nan, plan, None, data.lengths, data, ranks)
         # -------------------------------------------------------------- the step is done
 
-        state.count(len(samples), int(num_tokens), num_targets)
+        state.finish_step(len(samples), int(num_tokens), num_targets)
         totals = StepTotals(int(num_tokens), int(squared_lengths), num_targets, len(plan))
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
         step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm)
@@ -143,7 +147,7 @@ def main() -> None:
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
         if stop_signal or state.step % schedule.save_every == 0:
             require_finite_weights(engine, state.step, ranks)
-            metrics.sync()
+            metrics.flush_to_disk()
             path = checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
             ranks.say(f"checkpoint {path}")
         if stop_signal:
@@ -151,8 +155,8 @@ def main() -> None:
         meter.start()
 
     # ------------------------------------------------------------------ export
-    stop_request.wait_for_export()
-    metrics.sync()
+    stop_request.finish_export_first()
+    metrics.flush_to_disk()
     require_finite_weights(engine, state.step, ranks)
     export_model(policy, config.output_dir, template, model_folder, ranks)
     finish(config, record, state, metrics, data_table(data), ranks)

@@ -13,20 +13,13 @@ PROGRESS_SECONDS = 30  # between progress lines, where there is no terminal for 
 
 
 class UserError(ValueError):
-    """A mistake in what was asked for, found before any training.
-
-    Its text is one clear line that says what, where and what to do. One rank prints it as `error: <text>`; every rank
-    exits with EXIT_CODE and no traceback.
-    """
+    """A mistake in what was asked for, found before any training: one line that says what, where and what to do."""
 
     EXIT_CODE = 2
 
 
 class TrainingStopped(RuntimeError):
-    """Training stopped itself: a non-finite loss or gradient, out of memory, a disk that takes no more.
-
-    Its text says the step, the samples and what to try. Printed and exited like a UserError.
-    """
+    """Training stopped itself (numbers that are not finite, no memory, a full disk): where, and what to try."""
 
     EXIT_CODE = 3
 

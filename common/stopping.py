@@ -93,7 +93,7 @@ class StopRequest:
             with contextlib.suppress(OSError):  # nobody may be there to read it
                 os.write(1, b"asked to stop: the steps are done; writing the model first; ask again to leave now\n")
 
-    def wait_for_export(self) -> None:
+    def finish_export_first(self) -> None:
         """From here on there is no step boundary to come: a request waits for the export, a second one does not."""
         self.is_exporting = True
         if self.signal_number:  # it came after the ranks' last vote

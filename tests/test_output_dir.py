@@ -241,7 +241,7 @@ def test_a_resumed_run_leaves_neither_gap_nor_double_and_a_torn_last_line_is_lef
     metrics = MetricsFile(str(tmp_path), 2, OneRank())
     assert metrics.last["step"] == 2
     metrics.append({"step": 3, "train_loss": 0.5})
-    metrics.sync()
+    metrics.flush_to_disk()
     assert path.read_text() == records(1, 2, 3)
 
 
@@ -267,5 +267,5 @@ def test_a_folder_that_is_gone_during_a_run_ends_it_at_the_next_write(folder, wr
         folder.mkdir()
         MetricsFile(str(folder), 0, OneRank())
     with pytest.raises(OSError) as e:
-        metrics.append({"step": 2}) if write == "append" else metrics.sync()
+        metrics.append({"step": 2}) if write == "append" else metrics.flush_to_disk()
     assert explained(e.value).EXIT_CODE == 3 and f"{folder}/metrics.jsonl" in str(explained(e.value))

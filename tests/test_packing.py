@@ -11,7 +11,6 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
 
 from common.data.tokens import PreferencePair, SFTSample
 from common.model.attention import registered_name
@@ -250,13 +249,4 @@ def test_one_step_is_prepared_ahead_in_order_and_never_two():
             assert started == list(range(2, step + 2))
     assert seen == [(2, 20), (3, 30), (4, 40)]
     assert list(one_ahead(prepared, range(0))) == []
-    assert list(one_ahead(prepared, [8])) == [(8, 80)]
-
-
-def test_rows_for_which_the_last_mlp_does_not_run_cannot_spoil_a_norm_after_it():
-    """OLMo-2's norms follow the MLP, and an epsilon of 0 divides zeros by zero."""
-    torch.manual_seed(0)
-    config = models.make_config("olmo2", rms_norm_eps=0.0)
-    packed = PackedModel(AutoModelForCausalLM.from_config(config, attn_implementation=registered_name("sdpa")))
-    packed_logps(packed, [sft_documents(SFTSample(np.arange(1, 9), np.array([[5, 8]])))]).sum().backward()
-    assert all(gradient.isfinite().all() for gradient in gradients(packed).values())
+    assert list(one_ahead(prepared, range(8, 9))) == [(8, 80)]

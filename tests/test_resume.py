@@ -564,10 +564,10 @@ def no_space(*path) -> None:
 class NotFlushed(MetricsFile):
     """Every record is written; before step 6's checkpoint the system cannot bring them to the disk."""
 
-    def sync(self):
+    def flush_to_disk(self):
         if self.last["step"] == 6:
             os.fsync = lambda _: no_space()
-        super().sync()
+        super().flush_to_disk()
 
 
 class Moved(MetricsFile):

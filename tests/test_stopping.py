@@ -61,7 +61,7 @@ def test_a_rank_that_others_told_of_the_stop_does_not_take_its_own_late_signal_f
 @pytest.mark.parametrize("is_early", [False, True], ids=["during the export", "between the last vote and the export"])
 def test_during_the_export_the_first_request_waits_and_the_second_leaves(capfd, is_early):
     request = StopRequest(ALONE)
-    steps = [lambda: ask(signal.SIGINT), request.wait_for_export]
+    steps = [lambda: ask(signal.SIGINT), request.finish_export_first]
     for step in steps if is_early else reversed(steps):
         step()
     assert "writing the model first" in capfd.readouterr().out
@@ -74,7 +74,7 @@ def test_during_the_export_the_first_request_waits_and_the_second_leaves(capfd, 
 def test_the_answer_to_a_stop_during_the_export_is_not_missed(monkeypatch):
     """The handler's own line, on a pipe that nobody reads."""
     request = StopRequest(ALONE)
-    request.wait_for_export()
+    request.finish_export_first()
     monkeypatch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(BrokenPipeError))
     ask(signal.SIGTERM)
     assert request.signal_number == signal.SIGTERM

@@ -158,7 +158,7 @@ class MetricsFile:
         self.last = record
         self.ranks.gather(write)
 
-    def sync(self) -> None:
+    def flush_to_disk(self) -> None:
         """On disk before the checkpoint that continues from here. Collective."""
 
         def flush() -> None:

@@ -10,11 +10,11 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from typing import Any
 
 import numpy as np
 
-from common.data.cache import PreferencePair, SFTSample
+from common.data.tokens import PreferencePair, SFTSample
 
 STEM, CHOSEN, REJECTED = 0, 1, 2  # branch of a token; an ordinary sample is all stem
 
@@ -39,29 +39,22 @@ def plan_step(lengths: list[int], num_ranks: int, budget: int) -> list[list[list
     return [[bins[m * num_ranks + rank][1] for m in range(num_micro_batches)] for rank in range(num_ranks)]
 
 
-def one_ahead(prepared: Callable[[int], object], steps: Iterable[int]) -> Iterator[tuple[int, object]]:
+def one_ahead(prepared: Callable[[int], Any], steps: range) -> Iterator[tuple[int, Any]]:
     """(step, prepared(step)) of each step in order; a thread prepares the next one meanwhile, and never more."""
-    steps = iter(steps)
     with ThreadPoolExecutor(1) as thread:
-        ahead = [(step, thread.submit(prepared, step)) for step in islice(steps, 1)]
-        while ahead:
-            step, future = ahead.pop()
-            value = future.result()
-            ahead = [(later, thread.submit(prepared, later)) for later in islice(steps, 1)]
+        ahead = thread.submit(prepared, steps[0]) if steps else None
+        for step in steps:
+            value = ahead.result()
+            ahead = thread.submit(prepared, step + steps.step) if step + steps.step in steps else None
             yield step, value
 
 
-def packing_report(steps: Iterable[list[int]], num_ranks: int, budget: int) -> str:
+def packing_report(steps: list[list[int]], num_ranks: int, budget: int) -> str:
     """One line on how full the micro-batches of `steps` (the lengths of each step's samples) will be."""
-    tokens, micro_batches = 0, []
-    for lengths in steps:
-        tokens += sum(lengths)
-        micro_batches.append(len(plan_step(lengths, num_ranks, budget)[0]))
-    efficiency = tokens / (sum(micro_batches) * num_ranks * budget)
-    return (
-        f"packing: {np.mean(micro_batches):.1f} micro-batches a step on each rank, {efficiency:.1%} of their {budget:,} "
-        f"tokens used (first {len(micro_batches)} steps)"
-    )
+    micro_batches = [len(plan_step(lengths, num_ranks, budget)[0]) for lengths in steps]
+    used = sum(map(sum, steps)) / (sum(micro_batches) * num_ranks * budget)
+    mean = f"packing: {np.mean(micro_batches):.1f} micro-batches a step on each rank"
+    return f"{mean}, {used:.1%} of their {budget:,} tokens used (first {len(steps)} steps)"
 
 
 def _longest_first(order: list[int], lengths: list[int], num_bins: int) -> list[tuple[int, list[int]]]:
@@ -182,15 +175,17 @@ def pack(samples: list[list[Document]], share_prompt: bool = False) -> MicroBatc
         branches.append(branch)
     lengths = [len(doc.input_ids) for doc in documents]
     starts = np.cumsum([0, *lengths[:-1]])
+
+    def joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate([*arrays]).astype(np.int64)
+
     return MicroBatch(
-        input_ids=np.concatenate([doc.input_ids for doc in documents]).astype(np.int64),
-        position_ids=np.concatenate(positions).astype(np.int64),
+        input_ids=joined(doc.input_ids for doc in documents),
+        position_ids=joined(positions),
         document=np.repeat(np.arange(len(documents), dtype=np.int32), lengths),
         branch=np.concatenate(branches),
-        target_rows=np.concatenate(
-            [doc.target_rows + start for doc, start in zip(documents, starts, strict=True)]
-        ).astype(np.int64),
-        target_ids=np.concatenate([doc.target_ids for doc in documents]).astype(np.int64),
+        target_rows=joined(doc.target_rows + start for doc, start in zip(documents, starts, strict=True)),
+        target_ids=joined(doc.target_ids for doc in documents),
         sequence_targets=[n for doc in documents for n in doc.sequence_targets],
         num_tokens=sum(lengths) if samples else 0,
         sum_squared_lengths=sum(map(_attended, documents)) if samples else 0,

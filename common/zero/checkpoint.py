@@ -62,7 +62,7 @@ class RunState:
     residency: str = ""  # what stayed whole during a step, which says how gradients are summed
     identity: dict = field(default_factory=dict)  # every value that changes the result, by its flag's name
 
-    def count(self, num_samples: int, num_tokens: int, num_targets: int) -> None:
+    def finish_step(self, num_samples: int, num_tokens: int, num_targets: int) -> None:
         """One more step is done, of so many samples (pairs), tokens run and tokens trained on."""
         self.step += 1
         self.samples += num_samples
