@@ -13,7 +13,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from common.config import SFTConfig
-from common.failures import TrainingStopped, UserError
+from common.failures import UserError
 from common.model.attention import attention_kwargs
 from common.model.load import parameter_counts
 from common.step.packing import pack
@@ -93,7 +93,7 @@ def settled(
     at_rest = estimate.fixed - estimate.gathered - estimate.optimizer * 2 / 3  # without the moments
     allocated = at_rest if allocated is None else allocated
 
-    def dry_run(engine, kernel, tokens, longest, made_up, residency, ranks):
+    def dry_run(engine, kernel, tokens, longest, made_up, ranks):
         runs.append((tokens, recomputed[-1]))
         return allocated + estimate.gathered + real(tokens, layers - recomputed[-1])
 
@@ -148,31 +148,6 @@ def test_a_tiny_model_takes_one_dry_run_whatever_the_device_holds_besides(monkey
 
     seen = settled(monkeypatch, real, 10 * GB, shape, estimate, allocated=held + estimate.fixed)
     assert seen.runs == [(seen.budget, 0)] and seen.budget > 30_000
-
-
-@pytest.mark.parametrize("factor", [6, 8])
-@pytest.mark.parametrize("given", [None, 0])
-def test_running_out_of_memory_lowers_the_choice_until_it_fits_and_no_further(monkeypatch, factor, given):
-    workload, flags = ANY._replace(longest=1024), {} if given is None else {"gradient_checkpointing": given}
-
-    def real(tokens: int, keeping: int) -> float:
-        needed = factor * ON_2.activations(tokens, keeping)
-        return needed if needed + ON_2.fixed <= 120 * GB else np.inf
-
-    seen = settled(monkeypatch, real, 120 * GB, workload=workload, **flags)
-    (tokens, recomputing), last = seen.runs[0], seen.runs[-1]
-    assert real(tokens, 32 - recomputing) == np.inf and last == (seen.budget, seen.layers)
-    assert real(seen.budget, 32 - seen.layers) <= seen.room
-    least_cost = choose(ON_2, 0.9 * seen.room / factor, 32, workload, given)[0]
-    assert (
-        choose(ON_2, 1000 * GB, 32, workload._replace(budget=seen.budget, is_settled=True), seen.layers)[0]
-        <= least_cost
-    )
-
-
-def test_running_out_of_memory_on_the_smallest_choice_stops_the_run(monkeypatch):
-    with pytest.raises(TrainingStopped, match=r"step 0: out of memory on .*--max_seq_length"):
-        settled(monkeypatch, lambda *_: np.inf, 84 * GB)
 
 
 @pytest.mark.parametrize("total", [60, 80, 82])

@@ -27,7 +27,7 @@ Undocumented names of engine.optimizer, DeepSpeed's ZeRO-3 optimizer  -> what De
   _prepare_sub_group, _optimizer_step          -> copies a group's gradient; updates it: replaced by update_group
   _reassign_or_swap_out_partitioned_parameters -> rounds a group's master weights: if resident, gathers them too
   _partition_all_parameters                    -> releases what is whole before a step: if resident, waits for it
-  _post_step, exit_backward                    -> end a step, a backward pass: called for a loaded, a cut-off one
+  _post_step                                   -> ends a step: called once weights are loaded
   parameter_offload.{forward,backward}_hooks   -> gather and release modules: removed if resident
   lp_param_buffer, grad_partitions_flat_buffer, ipg_buckets -> memory of shards, of its own reduction: freed if unused
 """
@@ -81,13 +81,6 @@ def round_master_weights(engine) -> None:
     for group in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
     zero._post_step(set())
-
-
-def abandon_backward(engine) -> None:
-    """Forgets a backward pass that an error cut off."""
-    engine.optimizer.exit_backward()
-    for param in engine.module.parameters():
-        param.grad = None
 
 
 # ------------------------------------------------------------------ the update
