@@ -48,7 +48,9 @@ def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state
 
     Raises UserError for a given budget that does not hold the longest one.
     """
-    longest, (budget, residency) = int(lengths.max()), state.kept_at(ranks.world_size)
+    longest, budget, residency = int(lengths.max()), 0, ""
+    if state.world_size == ranks.world_size:  # at another number of ranks nothing keeps a resume bitwise
+        budget, residency = state.micro_batch_budget, state.residency
     if config.max_tokens_per_micro_batch != "auto":
         budget = config.max_tokens_per_micro_batch
         if budget < longest:
