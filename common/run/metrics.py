@@ -29,22 +29,15 @@ def device_peak_flops(device: torch.device) -> float | None:
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def flops_per_token(num_matmul_parameters: int, config: PretrainedConfig, length: float) -> float:
+def flops_per_token(num_parameters: int, config: PretrainedConfig, length: float) -> float:
     """FLOPs to train one token, recomputation not counted: 6 N + 6 layers hidden length (causal attention).
 
-    N: parameters that multiply (all but an input embedding that is not also the output's).
+    num_parameters: N, those that multiply (all but an input embedding that is not also the output's).
     length: sum of squared lengths / sum of lengths of the tokens in question.
     Kaplan et al. 2020, section 2.1, with the causal half of the attention term of Chowdhery et al. 2022, appendix B.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 6 * num_matmul_parameters + 6 * config.num_hidden_layers * head_dim * config.num_attention_heads * length
-
-
-def num_matmul_parameters(lm: nn.Module) -> int:
-    """All parameters of a (partitioned) model but an input embedding that is not tied to the output."""
-    total = sum(p.ds_numel for p in lm.parameters())
-    embedding = lm.get_input_embeddings().weight
-    return total if embedding is lm.get_output_embeddings().weight else total - embedding.ds_numel
+    return 6 * num_parameters + 6 * config.num_hidden_layers * head_dim * config.num_attention_heads * length
 
 
 @dataclass
@@ -61,8 +54,9 @@ class StepMeter:
     """The fields of metrics.jsonl that SFT and DPO share."""
 
     def __init__(self, lm: nn.Module, budget: int, num_samples: int, ranks: Ranks):
-        self.num_parameters, self.config = num_matmul_parameters(lm), lm.config
-        self.budget, self.num_samples = budget, num_samples
+        embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+        self.num_parameters = sum(p.ds_numel for p in lm.parameters() if p is not embedding or p is head)
+        self.config, self.budget, self.num_samples = lm.config, budget, num_samples
         self.world_size, self.device = ranks.world_size, ranks.device
         self.peak_flops = device_peak_flops(self.device)
 
