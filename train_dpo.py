@@ -134,8 +134,8 @@ def main() -> None:
         ranks.say(f"resuming after step {state.step} from {resume_from}")
 
     # ------------------------------------------------------------------ loop
-    resolved = {"kernel": kernel, "residency": estimate.residency, "reference_cache": cached_in}
-    record = record_of("DPO", config, identity, schedule.num_steps, state, policy, data.stats, ranks, **resolved)
+    resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "reference_cache": cached_in}
+    record = record_of("DPO", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)

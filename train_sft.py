@@ -90,8 +90,8 @@ def main() -> None:
         ranks.say(f"resuming after step {state.step} from {resume_from}")
 
     # ------------------------------------------------------------------ loop
-    resolved = {"kernel": kernel, "residency": estimate.residency}
-    record = record_of("SFT", config, identity, schedule.num_steps, state, policy, data.stats, ranks, **resolved)
+    resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel}
+    record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)

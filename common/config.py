@@ -20,9 +20,7 @@ import yaml
 from common.failures import UserError, as_user_error, print_line
 
 
-def _field(
-    default, help: str, choices=(), least=-math.inf, most=math.inf, below=math.inf, identifies=True, is_path=False
-):
+def _field(default, help, choices=(), least=-math.inf, most=math.inf, below=math.inf, identifies=True, is_path=False):
     """One flag. Its type says whether it takes text, numbers, true and false, or none.
 
     choices: the texts that it takes, of an `int | str` beside numbers; (): any text.
@@ -90,9 +88,7 @@ class TrainConfig:
     collective_timeout_minutes: int = _field(30, "a rank waits so long", least=1, most=10**6, identifies=False)
 
     # placement
-    max_tokens_per_micro_batch: int | str = _field(
-        "auto", "per rank and forward pass", ("auto",), least=1, identifies=False
-    )
+    max_tokens_per_micro_batch: int | str = _field("auto", "per rank and pass", ("auto",), least=1, identifies=False)
     gradient_checkpointing: int | str = _field(
         "auto", "layers that recompute their activations", ("auto", "none", "full"), least=0, identifies=False
     )

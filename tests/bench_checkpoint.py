@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -39,6 +38,7 @@ class Parameter:
 def sequential_write(path: Path, num_bytes: int) -> float:
     """Seconds to write and flush num_bytes."""
     block = os.urandom(16 * 2**20)  # a virtual disk may leave zeros out
+    os.sync()
     started = time.perf_counter()
     with open(path, "wb", buffering=0) as file:
         for _ in range(num_bytes // len(block)):
@@ -70,25 +70,15 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench_checkpoint_", dir=given.folder))
     (folder / "checkpoints").mkdir()
     rows = []
+    checkpoint.safe_get_local_fp32_param = lambda p: p.local["master"]
+    checkpoint.safe_get_local_optimizer_state = lambda p, kind: p.local[kind]
     try:
-        with (
-            mock.patch.object(checkpoint, "safe_get_local_fp32_param", lambda p: p.local["master"]),
-            mock.patch.object(checkpoint, "safe_get_local_optimizer_state", lambda p, kind: p.local[kind]),
-        ):
-            for i in range(given.rounds):
-                seconds = {}
-                for what in ("save", "disk") if i % 2 else ("disk", "save"):
-                    os.sync()
-                    if what == "save":
-                        seconds[what] = save(parameters, folder, i + 1)
-                    else:
-                        seconds[what] = sequential_write(folder / "one_file", num_bytes)
-                rows.append((seconds["save"], seconds["disk"]))
-                rates = {what: num_bytes / seconds[what] / 1e6 for what in seconds}  # MB/s
-                print(
-                    f"round {i + 1}: blocked {seconds['save']:.2f} s, {rates['save']:,.0f} MB/s; "
-                    f"disk {rates['disk']:,.0f} MB/s; ratio {rates['save'] / rates['disk']:.0%}"
-                )
+        for i in range(given.rounds):
+            measures = [("save", lambda: save(parameters, folder, i + 1))]
+            measures += [("disk", lambda: sequential_write(folder / "one_file", num_bytes))]
+            seconds = {what: measure() for what, measure in measures[:: 1 if i % 2 else -1]}
+            rows.append((seconds["save"], seconds["disk"]))
+            print(f"round {i + 1}: blocked {rows[-1][0]:.2f} s; ratio to the disk {rows[-1][1] / rows[-1][0]:.0%}")
     finally:
         shutil.rmtree(folder)
     blocked, ratio = statistics.median(s for s, _ in rows), statistics.median(d / s for s, d in rows)

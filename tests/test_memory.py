@@ -13,7 +13,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from common.config import SFTConfig
-from common.failures import TrainingStopped, UserError
+from common.failures import UserError
 from common.model.attention import attention_kwargs
 from common.model.load import parameter_counts
 from common.step.packing import pack
@@ -43,14 +43,14 @@ def estimate_8b(residency: str = "nothing", world_size: int = 2, **zero) -> Memo
 # ------------------------------------------------------------------ the choice
 
 
-def test_with_room_nothing_is_recomputed_and_a_step_takes_few_micro_batches():
+def test_what_is_recomputed_and_how_large_micro_batches_are_follows_from_the_room():
     _, budget, recomputing = choose(ON_2, 400 * GB, 32, ANY)
     assert recomputing == 0 and 42_000 / budget <= 2
-
-
-def test_with_little_room_smaller_micro_batches_come_before_recomputation():
-    _, budget, recomputing = choose(ON_2, 34 * GB, 32, ANY)
+    _, budget, recomputing = choose(ON_2, 34 * GB, 32, ANY)  # smaller micro-batches come before recomputation
     assert recomputing == 0 and budget < 16384
+    _, budget, recomputing = choose(ON_2, 34 * GB, 32, ANY._replace(is_settled=True))
+    assert budget == 16384 and 0 < recomputing < 32
+    assert ON_2.activations(budget, 32 - recomputing) <= 34 * GB < ON_2.activations(budget, 33 - recomputing)
 
 
 @pytest.mark.parametrize("room", [4, 14, 24, 44, 64])
@@ -66,25 +66,11 @@ def test_what_is_chosen_fits_and_holds_the_longest_sample(room, longest, given):
         assert (budget, recomputing) == (least, 32 - keeping) and ON_2.activations(least, keeping) > room * GB
 
 
-def test_a_settled_budget_is_kept_and_as_few_layers_recompute_as_fit():
-    _, budget, recomputing = choose(ON_2, 34 * GB, 32, ANY._replace(is_settled=True))
-    assert budget == 16384 and 0 < recomputing < 32
-    assert ON_2.activations(budget, 32 - recomputing) <= 34 * GB < ON_2.activations(budget, 33 - recomputing)
-
-
 # ------------------------------------------------------------------ dry runs
 
 
 def settled(
-    monkeypatch,
-    real,
-    total: float,
-    shape=LLAMA_8B,
-    estimate: Memory = ON_2,
-    allocated: float | None = None,
-    device: str = "cuda",
-    workload: Workload = ANY,
-    **flags,
+    monkeypatch, real, total, shape=LLAMA_8B, estimate=ON_2, allocated=None, device="cuda", workload=ANY, **flags
 ):
     """choose_micro_batch() on devices of `total` bytes, its dry runs played by real(tokens, keeping layers) -> bytes of
     activations. -> its budget; the layers that recompute at last; (tokens, recomputing) of each dry run; what was said;
@@ -93,7 +79,7 @@ def settled(
     at_rest = estimate.fixed - estimate.gathered - estimate.optimizer * 2 / 3  # without the moments
     allocated = at_rest if allocated is None else allocated
 
-    def dry_run(engine, kernel, tokens, longest, made_up, residency, ranks):
+    def dry_run(engine, kernel, tokens, longest, made_up, ranks):
         runs.append((tokens, recomputed[-1]))
         return allocated + estimate.gathered + real(tokens, layers - recomputed[-1])
 
@@ -150,31 +136,6 @@ def test_a_tiny_model_takes_one_dry_run_whatever_the_device_holds_besides(monkey
     assert seen.runs == [(seen.budget, 0)] and seen.budget > 30_000
 
 
-@pytest.mark.parametrize("factor", [6, 8])
-@pytest.mark.parametrize("given", [None, 0])
-def test_running_out_of_memory_lowers_the_choice_until_it_fits_and_no_further(monkeypatch, factor, given):
-    workload, flags = ANY._replace(longest=1024), {} if given is None else {"gradient_checkpointing": given}
-
-    def real(tokens: int, keeping: int) -> float:
-        needed = factor * ON_2.activations(tokens, keeping)
-        return needed if needed + ON_2.fixed <= 120 * GB else np.inf
-
-    seen = settled(monkeypatch, real, 120 * GB, workload=workload, **flags)
-    (tokens, recomputing), last = seen.runs[0], seen.runs[-1]
-    assert real(tokens, 32 - recomputing) == np.inf and last == (seen.budget, seen.layers)
-    assert real(seen.budget, 32 - seen.layers) <= seen.room
-    least_cost = choose(ON_2, 0.9 * seen.room / factor, 32, workload, given)[0]
-    assert (
-        choose(ON_2, 1000 * GB, 32, workload._replace(budget=seen.budget, is_settled=True), seen.layers)[0]
-        <= least_cost
-    )
-
-
-def test_running_out_of_memory_on_the_smallest_choice_stops_the_run(monkeypatch):
-    with pytest.raises(TrainingStopped, match=r"step 0: out of memory on .*--max_seq_length"):
-        settled(monkeypatch, lambda *_: np.inf, 84 * GB)
-
-
 @pytest.mark.parametrize("total", [60, 80, 82])
 def test_the_smallest_choice_is_taken_though_it_exceeds_what_may_be_used(monkeypatch, total):
     seen = settled(monkeypatch, lambda tokens, keeping: ON_2.activations(tokens, keeping), total * GB)
@@ -224,15 +185,9 @@ def test_the_estimate_of_8b_is_what_was_measured():
 
 def test_what_counts_for_memory_is_the_ds_configs():
     offload = {"device": "cpu"}
-    plain, small, none, away = (
-        estimate_8b(**keys)
-        for keys in (
-            {},
-            {"reduce_bucket_size": 10**8, "stage3_prefetch_bucket_size": 10**7},
-            {"offload_optimizer": {"device": "none"}, "offload_param": None},
-            {"offload_optimizer": offload, "offload_param": offload},
-        )
-    )
+    away = estimate_8b(offload_optimizer=offload, offload_param=offload)
+    plain, none = estimate_8b(), estimate_8b(offload_optimizer={"device": "none"}, offload_param=None)
+    small = estimate_8b(reduce_bucket_size=10**8, stage3_prefetch_bucket_size=10**7)
     assert plain.gathered == 2 * (3 * LAYER_NUMEL + 2e8) and plain == none
     assert plain.fixed - small.fixed == pytest.approx(2 * 19e7 + 4 * 2 * 1e8)
     assert plain.fixed - away.fixed == pytest.approx((2 + 4 + 12) * NUMEL / 2)

@@ -17,7 +17,6 @@ from common.model import load as model
 from common.model import packed
 from common.model.summing import SummingEmbedding, SummingLinear, add_product
 from common.step.packing import pack, sft_documents
-from common.zero import memory
 from common.zero import residency as kept
 from common.zero.ds_config import RESIDENCY, deepspeed_config
 from common.zero.engine import build_engine
@@ -40,19 +39,15 @@ PLANS = {1: [[[0, 1], [2], [3]]], 2: [[[0], [2]], [[1, 3], []]], 3: [[[0], [2]],
 # ------------------------------------------------------------------ one product
 
 
+@pytest.mark.parametrize("num_rows", [0, 40])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_product_is_added_in_float32(dtype):
+def test_a_product_is_added_in_float32(dtype, num_rows):
     torch.manual_seed(0)
-    total, grad, inputs = torch.randn(5, 7), torch.randn(2, 40, 5).to(dtype), torch.randn(2, 40, 7).to(dtype)
+    grad, inputs = torch.randn(2, num_rows, 5).to(dtype), torch.randn(2, num_rows, 7).to(dtype)
+    total = torch.randn(5, 7)
     expected = total.double() + torch.einsum("bto,bti->oi", grad.double(), inputs.double())
     add_product(total, grad, inputs)
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-5)
-
-
-def test_no_rows_add_nothing():
-    total = torch.ones(5, 7)
-    add_product(total, torch.zeros(0, 5), torch.zeros(0, 7))
-    assert (total == 1).all()
 
 
 class Block(nn.Module):
@@ -98,27 +93,15 @@ def test_a_summing_layer_gives_what_autograd_gives(compiled):
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.layer(torch.tanh(self.layer(x)))
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_layer_that_is_used_twice_sums_both(compiled):
+def test_a_layer_that_is_used_twice_sums_both():
     torch.manual_seed(0)
-    plain, summing = Twice(), Twice()
+    plain, summing = nn.Linear(8, 8), nn.Linear(8, 8)
     summing.load_state_dict(plain.state_dict())
-    summing.layer.__class__, summing.layer.weight_sum = SummingLinear, torch.zeros(8, 8)
+    summing.__class__, summing.weight_sum = SummingLinear, torch.zeros(8, 8)
     x = torch.randn(5, 8)
-    for module in (plain, summing):
-        (torch.compile(module, fullgraph=True) if compiled and module is summing else module)(
-            x
-        ).square().sum().backward()
-    torch.testing.assert_close(summing.layer.weight_sum, plain.layer.weight.grad)
+    for layer in (plain, summing):
+        layer(torch.tanh(layer(x))).square().sum().backward()
+    torch.testing.assert_close(summing.weight_sum, plain.weight.grad)
 
 
 def test_rows_of_an_embedding_are_summed_in_the_same_order_every_time():
@@ -193,14 +176,11 @@ def make_engine(folder: str, residency: str, ranks: distributed.Ranks):
     return policy, build_engine(policy, config, ds_config)
 
 
-def run_micro_batches(
-    folder: str, residency: str, runs_out: bool = False, functional: bool = False, in_a_row: bool = False
-) -> list[dict]:
+def run_micro_batches(folder: str, residency: str, functional: bool = False, in_a_row: bool = False) -> list[dict]:
     """Two steps of PLANS. For each: {name: this rank's part of the gradient} before it, the norm, and every
-    parameter, whole, after it; in_a_row: only after the last, so that nothing waits for what a step began. runs_out:
-    after dry runs in which the last rank runs out of memory. functional: a layer uses the weight of one of its
-    modules, and of another as well as the module itself; and no hook is called for embedding and head, whose weights
-    get no gradient from autograd, as torch may have it."""
+    parameter, whole, after it; in_a_row: only after the last, so that nothing waits for what a step began. functional:
+    a layer uses the weight of one of its modules, and of another as well as the module itself; and no hook is called
+    for embedding and head, whose weights get no gradient from autograd, as torch may have it."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN, so that whoever reads it is found out
     ranks = distributed.start(5)
@@ -217,9 +197,6 @@ def run_micro_batches(
         for param, hook in zip(outside, engine.optimizer._grad_acc_hooks, strict=True):
             if param.ds_shape != torch.Size([param.ds_numel]):  # not the norm's
                 hook.remove()
-    if runs_out:
-        seen_peaks = out_of_memory_in_a_dry_run(policy, engine, ranks)
-        assert [np.isfinite(peak) for peak in seen_peaks] == [True, False, False, True], seen_peaks
     parameters = dict(policy.lm.named_parameters())
     names = {param: name for name, param in parameters.items()}
     seen = []
@@ -264,28 +241,6 @@ def padding(engine, policy, ranks: distributed.Ranks) -> list[float]:
     return values
 
 
-def out_of_memory_in_a_dry_run(policy, engine, ranks: distributed.Ranks) -> list[float]:
-    """The peaks of four dry runs, of which the last rank does not survive the second's backward pass and the third's
-    forward pass."""
-
-    def run_out(*_):
-        raise torch.OutOfMemoryError("no more of it")
-
-    peaks = []
-    for phase in ("none", "backward", "forward", "none"):
-        hook = None
-        if ranks.rank == ranks.world_size - 1 and phase != "none":
-            layer = policy.decoder_layers()[0]
-            if phase == "forward":
-                hook = layer.register_forward_hook(run_out)
-            else:
-                hook = layer.register_forward_hook(lambda layer, inputs, output: output.register_hook(run_out) and None)
-        peaks.append(memory._dry_run(engine, "sdpa", 50, 20, memory.made_up_conversation, "all", ranks))
-        if hook is not None:
-            hook.remove()
-    return peaks
-
-
 @pytest.fixture(scope="module", params=CASES)
 def folder(request, tmp_path_factory):
     architecture, changes = CASES[request.param]
@@ -301,13 +256,8 @@ def test_each_ranks_part_is_its_part_of_the_plain_gradient(folder, num_ranks, re
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_rank_that_runs_out_of_memory_in_a_dry_run_leaves_no_trace(folder, num_ranks):
-    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), "all", True))
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_weight_that_is_used_without_its_module_is_not_forgotten(folder, num_ranks):
-    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), "all", False, True))
+    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), "all", True))
 
 
 class LateStream:

@@ -18,50 +18,26 @@ from common.ranks import Ranks
 from common.zero.checkpoint import RunState
 from common.zero.memory import memory_gb
 
-# Dense bf16 peak of a device in FLOP/s, from the vendors' datasheets; the first name that matches counts.
-PEAK_FLOPS = (
-    ("H200", 989e12),
-    ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12),
-    ("H100", 989e12),
-    ("GH200", 989e12),
-    ("B200", 2250e12),
-    ("A100", 312e12),
-    ("A800", 312e12),
-    ("L40S", 362e12),
-    ("L40", 181e12),
-    ("L4", 121e12),
-    ("A10G", 70e12),
-    ("A10", 125e12),
-    ("RTX 4090", 165e12),
-    ("RTX 3090", 71e12),
-)
+# Dense bf16 peak of a device in TFLOP/s, from the vendors' datasheets; the first name that is part of its name counts.
+PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "A800": 312}
+PEAK_TFLOPS |= {"L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71}
 
 
 def device_peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of this device, None where it is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def flops_per_token(num_matmul_parameters: int, config: PretrainedConfig, length: float) -> float:
+def flops_per_token(num_parameters: int, config: PretrainedConfig, length: float) -> float:
     """FLOPs to train one token, recomputation not counted: 6 N + 6 layers hidden length (causal attention).
 
-    N: parameters that multiply (all but an input embedding that is not also the output's).
+    num_parameters: N, those that multiply (all but an input embedding that is not also the output's).
     length: sum of squared lengths / sum of lengths of the tokens in question.
     Kaplan et al. 2020, section 2.1, with the causal half of the attention term of Chowdhery et al. 2022, appendix B.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 6 * num_matmul_parameters + 6 * config.num_hidden_layers * head_dim * config.num_attention_heads * length
-
-
-def num_matmul_parameters(lm: nn.Module) -> int:
-    """All parameters of a (partitioned) model but an input embedding that is not tied to the output."""
-    total = sum(p.ds_numel for p in lm.parameters())
-    embedding = lm.get_input_embeddings().weight
-    return total if embedding is lm.get_output_embeddings().weight else total - embedding.ds_numel
+    return 6 * num_parameters + 6 * config.num_hidden_layers * head_dim * config.num_attention_heads * length
 
 
 @dataclass
@@ -78,18 +54,20 @@ class StepMeter:
     """The fields of metrics.jsonl that SFT and DPO share."""
 
     def __init__(self, lm: nn.Module, budget: int, num_samples: int, ranks: Ranks):
-        self.num_parameters, self.config = num_matmul_parameters(lm), lm.config
-        self.budget, self.num_samples = budget, num_samples
+        embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+        self.num_parameters = sum(p.ds_numel for p in lm.parameters() if p is not embedding or p is head)
+        self.config, self.budget, self.num_samples = lm.config, budget, num_samples
         self.world_size, self.device = ranks.world_size, ranks.device
         self.peak_flops = device_peak_flops(self.device)
 
     def start(self) -> None:
-        """Call when the wait for a step's micro-batches begins."""
+        """Called when the wait for a step's micro-batches begins."""
         self.started = time.perf_counter()
 
     def record(
         self, state: RunState, totals: StepTotals, train_loss: float, learning_rate: float, grad_norm: float
     ) -> dict:
+        """The step that is done, without what DPO adds."""
         seconds, num_tokens = time.perf_counter() - self.started, totals.num_tokens
         per_device_tps = num_tokens / seconds / self.world_size
         record = {
@@ -118,16 +96,12 @@ class StepMeter:
 
 def progress_line(record: dict, last_step: int) -> str:
     """One line for a person."""
-    reward = mfu = ""
+    shown = f"step {record['step']}/{last_step}  loss {record['train_loss']:.4f}"
     if "rewards/accuracy" in record:
-        reward = f"  accuracy {record['rewards/accuracy']:.3f}  margin {record['rewards/margin']:.4f}"
-    if "mfu" in record:
-        mfu = f"  mfu {record['mfu']:.1%}"
-    return (
-        f"step {record['step']}/{last_step}  loss {record['train_loss']:.4f}{reward}  "
-        f"grad_norm {record['grad_norm']:.3f}  lr {record['learning_rate']:.2e}  "
-        f"{record['tokens_per_second']:,.0f} tokens/s{mfu}"
-    )
+        shown += f"  accuracy {record['rewards/accuracy']:.3f}  margin {record['rewards/margin']:.4f}"
+    shown += f"  grad_norm {record['grad_norm']:.3f}  lr {record['learning_rate']:.2e}"
+    shown += f"  {record['tokens_per_second']:,.0f} tokens/s"
+    return shown + (f"  mfu {record['mfu']:.1%}" if "mfu" in record else "")
 
 
 class MetricsFile:
@@ -147,29 +121,24 @@ class MetricsFile:
 
     def append(self, record: dict) -> None:
         """Collective: where rank 0 cannot write, every rank raises its OSError, before the next update."""
-
-        def write() -> None:
-            if self.ranks.is_main:
-                with naming(self.path):
-                    self.file.write(json.dumps(record) + "\n")
-                    self.file.flush()
-                self._require_in_place()
-
         self.last = record
-        self.ranks.gather(write)
+        self.ranks.gather(lambda: self._write(json.dumps(record) + "\n") if self.ranks.is_main else None)
 
     def flush_to_disk(self) -> None:
         """On disk before the checkpoint that continues from here. Collective."""
 
         def flush() -> None:
-            self._require_in_place()
+            self._write("")
             with naming(self.path):
                 os.fsync(self.file.fileno())
 
         self.ranks.once(flush)
 
-    def _require_in_place(self) -> None:
+    def _write(self, text: str) -> None:
         """Raises an OSError where output_dir was deleted or renamed: an open file takes writes that are lost then."""
+        with naming(self.path):
+            self.file.write(text)
+            self.file.flush()
         if not os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
             raise OSError(errno.ESTALE, "it was replaced during the run", str(self.path))
 
@@ -199,10 +168,7 @@ def draw_curves(output_dir: str) -> None:
 
 
 def _draw_curves(output_dir: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     records = read_metrics(output_dir / "metrics.jsonl")
     if not records:
@@ -211,18 +177,15 @@ def _draw_curves(output_dir: Path) -> None:
     if "rewards/accuracy" in records[0]:
         rewards = ["rewards/chosen", "rewards/rejected", "rewards/margin"]
         panels[2:] = [["rewards/accuracy"], rewards, ["logps/chosen", "logps/rejected"], ["learning_rate"]]
-    rows = (len(panels) + 1) // 2
-    figure, axes = pyplot.subplots(rows, 2, figsize=(11, 3.2 * rows), layout="constrained")
+    rows = len(panels) // 2
+    figure = Figure(figsize=(11, 3.2 * rows), layout="constrained")
     steps = [record["step"] for record in records]
-    for axis, names in zip(axes.flat, panels, strict=True):
+    for axis, names in zip(figure.subplots(rows, 2).flat, panels, strict=True):
         for name in names:
             axis.plot(steps, [record.get(name, math.nan) for record in records], label=name, linewidth=1)
-        axis.set_title(", ".join(names), fontsize=10)
         axis.set_xlabel("step")
+        axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-        if len(names) > 1:
-            axis.legend(fontsize=8)
     temporary = output_dir / ".curves.png"
     figure.savefig(temporary, format="png", dpi=110)
-    pyplot.close(figure)
     os.replace(temporary, output_dir / "curves.png")

@@ -8,10 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from common.config import TrainConfig, identity_values
-from common.failures import UserError, as_user_error
+from common.failures import UserError, as_user_error, print_line
 from common.files import replace_file, weights_digest
 from common.ranks import Ranks
 from common.run.metrics import MetricsFile, draw_curves
@@ -54,12 +53,7 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     if path is None:
         return RunState(identity=identity), None
     state = checkpoint.read_state(path)
-    require_same_run(state.identity, identity, f"checkpoint {path}")
-    if state.step > last_step:
-        raise UserError(
-            f"checkpoint {path} is past this run's last step, {last_step}; use another --output_dir, --resume with an "
-            f"earlier checkpoint's path, or --resume never to start over"
-        )
+    _require_same_run(f"checkpoint {path}", state.identity, identity, state.step, last_step)
     return state, path
 
 
@@ -67,33 +61,30 @@ def _is_finished(config: TrainConfig, identity: dict, last_step: int) -> bool:
     output_dir = Path(config.output_dir)
     for flag in ("model_name_or_path", "ref_model_name_or_path"):
         if (read := getattr(config, flag, None)) and Path(read).resolve() == output_dir.resolve():
-            raise UserError(f"--output_dir {config.output_dir} is --{flag}, which would be lost; name another folder")
+            raise UserError(f"--output_dir {output_dir} is --{flag}, which would be lost; name another folder")
     foreign = next(output_dir.glob("model*.safetensors*"), None)
     if foreign and not (output_dir / "run_config.json").is_file():
         raise UserError(f"--output_dir {output_dir}: no run of this project wrote {foreign.name}; name another folder")
-    with as_user_error(f"--output_dir {config.output_dir}: cannot be written", OSError):
+    with as_user_error(f"--output_dir {output_dir}: cannot be written", OSError):
         (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         _lock(output_dir)
     record = read_run_config(config.output_dir)
     steps = record.get("result", {}).get("steps")
     if config.resume != "auto" or steps is None:
         return False
-    require_same_run(record.get("identity", {}), identity, f"the model in {config.output_dir}")
-    if steps > last_step:
-        raise UserError(
-            f"{config.output_dir} holds this run's model after {steps} steps, past the {last_step} asked for; use "
-            f"another --output_dir, or --resume never to start over"
-        )
+    _require_same_run(f"the model in {output_dir}", record.get("identity", {}), identity, steps, last_step)
     is_finished = steps == last_step and _holds_model(output_dir)
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
-        _clean(config)
+        checkpoint.delete_all(config.output_dir, "the run is done")
     return is_finished
 
 
-def require_same_run(old: dict, new: dict, what: str) -> None:
-    """Raises UserError that names each value of `identity` that differs."""
+def _require_same_run(what: str, old: dict, new: dict, steps: int, last_step: int) -> None:
+    """Raises UserError if `what` is of another identity, with each value that differs, or of a later step."""
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     differing = [f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names]
+    if steps > last_step and not differing:
+        differing = [f"it is after step {steps}, past this run's last step, {last_step}"]
     if differing:
         raise UserError(
             f"{what} belongs to another run: {'; '.join(differing)}. Use the old values, another --output_dir, or "
@@ -106,7 +97,7 @@ def _holds_model(output_dir: Path) -> bool:
     try:
         index = json.loads((output_dir / "model.safetensors.index.json").read_bytes())
         return all((output_dir / name).is_file() for name in index["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except Exception:  # whatever is there is no export
         return False
 
 
@@ -121,57 +112,34 @@ def _lock(output_dir: Path) -> None:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
-        raise UserError(
-            f"--output_dir {output_dir}: another run writes there now; wait, or name another folder"
-        ) from None
+        raise UserError(f"--output_dir {output_dir}: another run writes there now; name another folder") from None
     except OSError as e:
-        print(f"warning: --output_dir {output_dir}: no lock keeps a second run out ({e.strerror})", flush=True)
+        print_line(f"warning: --output_dir {output_dir}: no lock keeps a second run out ({e.strerror})")
     _locks[output_dir.resolve()] = file
 
 
 # ---------------------------------------------------------------------- the run's record
-def record_of(
-    method: str,
-    config: TrainConfig,
-    identity: dict,
-    num_steps: int,
-    state: RunState,
-    policy,
-    data_stats: dict,
-    ranks: Ranks,
-    **more,
-) -> dict:
-    """What run_config.json says of a run: every resolved value, and what it ran on. Collective."""
-    on_gpu = ranks.device.type == "cuda"
-    host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = torch.cuda.get_device_properties(ranks.device).total_memory if on_gpu else host_memory
+def record_of(method: str, config: TrainConfig, identity: dict, state: RunState, policy, ranks: Ranks, **more) -> dict:
+    """What run_config.json says of a run: every resolved value, what it ran on, and `more`. Collective."""
+    parameters, device = list(policy.parameters()), "cpu"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if ranks.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(ranks.device)
+        device, memory = properties.name, properties.total_memory
+    held = ranks.gather(lambda: sum(p.ds_tensor.numel() for p in parameters))  # the padding included
+    numel = sum(p.ds_numel for p in parameters)
     return {
         "method": method,
         "config": vars(config),
         "identity": identity,
-        "num_steps": num_steps,
         "micro_batch_budget": state.micro_batch_budget,
+        "residency": state.residency,
         "layers": policy.layers_report(),
-        "data": data_stats,
-        "zero": partition_report(policy.lm, ranks),
+        "zero": {"stage": 3, "num_parameters": numel, "partitioned_parameters_per_rank": held},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "device": {
-            "name": torch.cuda.get_device_name(ranks.device) if on_gpu else "cpu",
-            "total_memory_gb": memory / 1e9,
-        },
+        "device": {"name": device, "total_memory_gb": memory / 1e9},
         "world_size": ranks.world_size,
         **more,
-    }
-
-
-def partition_report(lm: nn.Module, ranks: Ranks) -> dict:
-    """How many elements there are and how many each rank holds, its padding included: the proof of ZeRO-3."""
-    parameters = list(lm.parameters())
-    return {
-        "stage": 3,
-        "num_parameters": sum(p.ds_numel for p in parameters),
-        "partitioned_parameters_per_rank": ranks.gather(lambda: sum(p.ds_tensor.numel() for p in parameters)),
     }
 
 
@@ -190,10 +158,11 @@ def open_output_dir(
     return MetricsFile(config.output_dir, state.step, ranks)
 
 
-def finish(
-    config: TrainConfig, record: dict, state: RunState, metrics: MetricsFile, data_table: str, ranks: Ranks
-) -> None:
-    """Curves, model card, then the result: from here on the folder holds a finished run. Collective."""
+def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsFile, table: str, ranks: Ranks) -> None:
+    """Curves, model card, then the result: from here on the folder holds a finished run. Collective.
+
+    table: of the data, for the model card.
+    """
     agreement = ranks.gather(lambda: [state.step, state.total_tokens])
     result = {
         "steps": state.step,
@@ -205,17 +174,13 @@ def finish(
 
     def write() -> None:
         draw_curves(config.output_dir)
-        replace_file(Path(config.output_dir) / "README.md", model_card(record["method"], config, data_table, result))
+        replace_file(Path(config.output_dir) / "README.md", model_card(record["method"], config, table, result))
         write_run_config(config.output_dir, {**record, "result": result})
         if config.clean_checkpoints_at_end:
-            _clean(config)
+            checkpoint.delete_all(config.output_dir, "the run is done")
 
     ranks.once(write)
     ranks.say(f"done: {config.output_dir} holds the model after {state.step} steps")
-
-
-def _clean(config: TrainConfig) -> None:
-    checkpoint.delete_all(config.output_dir, "the run is done (--clean_checkpoints_at_end)")
 
 
 def write_run_config(output_dir: str, record: dict) -> None:
@@ -228,25 +193,20 @@ def read_run_config(output_dir: str) -> dict:
     if not path.is_file():
         return {}
     with as_user_error(f"{path} is not what a run wrote; delete it or use another --output_dir"):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(record.get(key, {}), dict) for key in ("identity", "result")):
-            raise ValueError("its identity or result is no object")
-    return record
+        return {**json.loads(path.read_text(encoding="utf-8"))}  # a TypeError for what is no object
 
 
-def model_card(method: str, config: TrainConfig, data_table: str, result: dict) -> str:
+def model_card(method: str, config: TrainConfig, table: str, result: dict) -> str:
     """README.md of the exported model."""
-    shown = identity_values(config, (True, "contents"))
-    rows = "\n".join(
-        f"| {name} | {' '.join(value) if isinstance(value, list) else value} |" for name, value in shown.items()
-    )
+    settings = identity_values(config, (True, "contents")).items()
+    rows = (f"| {name} | {' '.join(value) if isinstance(value, list) else value} |\n" for name, value in settings)
     base = config.model_name_or_path
     is_hub_id = base.count("/") == 1 and not Path(base).exists()
     base_model = f"base_model: {base}\n" if is_hub_id else ""
     loss = "" if result["train_loss"] is None else f" Last loss: {result['train_loss']:.4f}."
-    front = f"---\nlibrary_name: transformers\n{base_model}tags: [{method.lower()}]\n---\n"
     return (
-        f"{front}\n# {Path(config.output_dir).name}\n\n{method} of `{base}`, full parameters, with Plaintune.\n\n"
-        f"Steps: {result['steps']}. Tokens: {result['total_tokens']:,}.{loss}\n\n"
-        f"## Data\n\n```\n{data_table}\n```\n\n## Settings\n\n| setting | value |\n|---|---|\n{rows}\n"
+        f"---\nlibrary_name: transformers\n{base_model}tags: [{method.lower()}]\n---\n\n"
+        f"# {Path(config.output_dir).name}\n\n{method} of `{base}`, full parameters, with Plaintune.\n\n"
+        f"Steps: {result['steps']}. Tokens: {result['total_tokens']:,}.{loss}\n\n## Data\n\n```\n{table}\n```\n\n"
+        f"## Settings\n\n| setting | value |\n|---|---|\n{''.join(rows)}"
     )

@@ -1,4 +1,4 @@
-"""Reference log-probabilities of preference pairs: computed by the starting weights, kept on disk, checked before use.
+"""Reference log-probabilities of preference pairs: computed by the starting weights, kept on disk.
 
 CACHE_DIR/reference/KEY/part_DIGEST.safetensors: `pairs` int64 [n], indices into the tokenized data, `logps` float32
 [n, 2], summed over the chosen and the rejected completion. The header's metadata holds the digest of both, and a part
@@ -6,12 +6,13 @@ is named by its beginning: runs that fill a cache at the same time replace no pa
 PAIRS_PER_PART pairs, to a temporary file that is renamed: a kill loses one part's work. Any number of ranks reads them.
 
 KEY is a digest of everything that a log-probability depends on: the weights' bytes and config.json, the tokens and
-spans of the pairs, dtype, attention kernel, prompt sharing, and the source of the code that computes it. There is no
-key by name or by path.
+spans of the pairs, dtype, attention kernel, prompt sharing, the source of the code that computes it, and the versions
+of the libraries under it.
 """
 
 import json
 import time
+from importlib.metadata import distributions
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.config import DPOConfig
-from common.failures import TrainingStopped, as_user_error, progress
+from common.failures import as_user_error, progress
 from common.files import digest, replace_file
 from common.model import attention, load, logprobs, packed
 from common.model.logprobs import sequence_logps
@@ -30,23 +31,15 @@ from common.step.packing import MicroBatch, one_ahead, pack, pair_documents, pai
 from common.zero.engine import out_of_memory_explained
 
 PAIRS_PER_PART = 256
-PAIRS_CHECKED = 8
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}  # mean difference per scored token; other weights differ by more
+LIBRARIES = ("torch", "transformers", "flash-attn", "flash-attn-4")
 
 
 def reference_key(weights: str, data_digest: str, config: DPOConfig, kernel: str, device_type: str) -> str:
     """The cache's key, hex. weights: common.files.weights_digest of the reference model."""
-    files = [*(module.__file__ for module in (attention, load, logprobs, packed, packing)), __file__]
-    parts = {
-        "weights": weights,
-        "data": data_digest,
-        "dtype": config.dtype,
-        "kernel": kernel,
-        "share_prompt": config.share_prompt,
-        "device": device_type,
-        "code": digest(b"".join(Path(file).read_bytes() for file in files)),
-    }
-    return digest(json.dumps(parts, sort_keys=True).encode())
+    code = [Path(module.__file__).read_bytes() for module in (attention, load, logprobs, packed, packing)]
+    versions = [next((d.version for d in distributions(name=name)), None) for name in LIBRARIES]
+    parts = [weights, data_digest, config.dtype, kernel, config.share_prompt, device_type, versions]
+    return digest(json.dumps([*parts, digest(b"".join([*code, Path(__file__).read_bytes()]))]).encode())
 
 
 def reference_pass(
@@ -55,22 +48,16 @@ def reference_pass(
     """Log-probabilities of the `needed` pairs under the engine's present weights, and the folder that caches them.
 
     float32 [len(data), 2] in host memory, summed over each completion's scored tokens, chosen first; other pairs are
-    NaN. The engine must hold the weights that `weights` is the digest of. What the cache holds is used once a few of
-    its pairs were computed again and found the same; the rest is computed and added. Collective.
-    Raises TrainingStopped if the cache disagrees with the weights.
+    NaN. The engine must hold the weights that `weights` is the digest of. Collective.
     """
-    key = reference_key(weights, data.digest, config, kernel, ranks.device.type)
-    folder = Path(config.cache_dir) / "reference" / key
-    found = ranks.once(lambda: _read_parts(folder, config.cache_dir))
+    folder = Path(config.cache_dir) / "reference"
+    folder /= reference_key(weights, data.digest, config, kernel, ranks.device.type)
     logps = np.full((len(data), 2), np.nan, np.float32)
-    for pairs, values in found:
+    for pairs, values in ranks.once(lambda: _read_parts(folder, config.cache_dir)):
         logps[pairs] = values
-    cached = [i for i in needed if not np.isnan(logps[i]).any()]
-    if cached:
-        checked = cached[:: max(1, len(cached) // PAIRS_CHECKED)][:PAIRS_CHECKED]
-        _check_some(engine, data, checked, logps, config, kernel, budget, ranks)
-    missing = sorted(set(needed) - set(cached))
-    ranks.say(f"reference log-probabilities: {len(cached):,} of {len(needed):,} pairs cached in {folder}")
+    missing = sorted(i for i in set(needed) if np.isnan(logps[i]).any())
+    num_cached = len(needed) - len(missing)
+    ranks.say(f"reference log-probabilities: {num_cached:,} of {len(needed):,} pairs cached in {folder}")
     with progress("reference log-probabilities", len(missing), "pairs", ranks.say, ranks.is_main) as advance:
         for start in range(0, len(missing), PAIRS_PER_PART):
             pairs, started = missing[start : start + PAIRS_PER_PART], time.perf_counter()
@@ -105,18 +92,6 @@ def compute_logps(
             result[rows] = sequence_logps(values, micro_batch.sequence_targets).view(len(plan[m]), 2)
     torch.distributed.all_reduce(result)  # each pair was computed by one rank and is zero on the others
     return result.cpu().numpy()
-
-
-def _check_some(engine, data, pairs, logps, config, kernel, budget, ranks) -> None:
-    again = compute_logps(engine, data, pairs, config, kernel, budget, ranks)
-    for i, cached, computed in zip(pairs, logps[pairs], again, strict=True):
-        num_scored = np.array(pair_documents(data[i], share_prompt=True)[0].sequence_targets)
-        if not (np.abs(cached - computed) <= TOLERANCE[config.dtype] * num_scored).all():
-            raise TrainingStopped(
-                f"the reference cache disagrees with the starting weights on {data.source_of(i)}: cached "
-                f"log-probabilities {cached.tolist()}, computed now {computed.tolist()}; delete "
-                f"{config.cache_dir}/reference"
-            )
 
 
 def _read_parts(folder: Path, cache_dir: str) -> list[tuple[np.ndarray, np.ndarray]]:

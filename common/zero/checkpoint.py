@@ -7,17 +7,16 @@ checkpoints/step_00000500/
     manifest.json                 size and digest of each file above, shape of each parameter, world size
     COMPLETE                      the manifest's digest
 
-ZeRO-3 gives rank r of n the elements [r k, (r + 1) k) of a flattened parameter, k = ceil(numel / n).
-A file therefore says by its name alone which elements it holds, and another number of ranks
-reads the overlapping parts. The model's own weights are the master weights rounded to its dtype, so they are
-not stored: 12 bytes a parameter. DeepSpeed's save_checkpoint and its universal format are not used:
-they take a second copy on disk and a conversion for another number of ranks, they are unpickled, and
-nothing says whether one is whole. Shards go through its documented safe_get_local_* and safe_set_local_*.
+ZeRO-3 gives rank r of n the elements [r k, (r + 1) k) of a flattened parameter, k = ceil(numel / n). A file therefore
+says by its name alone which elements it holds, and another number of ranks reads the overlapping parts. The model's own
+weights are the master weights rounded to its dtype, so they are not stored: 12 bytes a parameter. DeepSpeed's own
+formats are not used: they take a second copy on disk and a conversion for another number of ranks, they are unpickled,
+and nothing says whether one is whole. Shards go through its documented safe_get_local_* and safe_set_local_*.
 
-A checkpoint is written to `.step_X.tmp`, every file and folder flushed to disk, and renamed; it is
-deleted by renaming it to `.step_X.old` first. Whatever a crash leaves behind begins with a dot and is
-removed by the next run. Else checkpoints are deleted by keep_last_n and by `--resume never` alone: one that a run could
-not read, or did not continue from, it renames to `damaged_step_X` or `abandoned_step_X`, and never looks at again.
+A checkpoint is written to `.step_X.tmp`, every file and folder flushed to disk, and renamed; it is deleted by renaming
+it to `.step_X.old` first. Whatever a crash leaves behind begins with a dot and is removed by the next run. Else only
+keep_last_n and `--resume never` delete checkpoints: one that a run could not read, or did not continue from, it renames
+to `damaged_step_X` or `abandoned_step_X`, and never looks at again.
 """
 
 import itertools
@@ -25,6 +24,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ from deepspeed.utils import (
 from safetensors import safe_open
 
 from common.failures import UserError, as_user_error, print_line
-from common.files import digest, file_digest, sync_folder, write_file
+from common.files import digest, file_digest, naming, sync_folder, write_file
 from common.ranks import Ranks
 from common.zero import residency
 
@@ -69,11 +69,6 @@ class RunState:
         self.total_tokens += num_tokens
         self.target_tokens += num_targets
 
-    def kept_at(self, world_size: int) -> tuple[int, str]:
-        """The micro-batch budget and the residency that keep a resume bitwise; 0 and "" at another number of ranks,
-        where nothing does."""
-        return (self.micro_batch_budget, self.residency) if self.world_size == world_size else (0, "")
-
 
 # ---------------------------------------------------------------------- writing
 def require_disk_space(parameters: dict[str, torch.nn.Parameter], output_dir: str, num_checkpoints: int) -> None:
@@ -81,12 +76,10 @@ def require_disk_space(parameters: dict[str, torch.nn.Parameter], output_dir: st
 
     What its checkpoints take already counts as free, for new ones replace them; what was set aside does not.
     """
-    num_parameters = sum(p.ds_numel for p in parameters.values())
-    export = sum(p.ds_numel * p.element_size() for p in parameters.values())
-    needed = num_checkpoints * 12 * num_parameters + export  # 12 bytes: master weight and two moments in float32
+    # 12 bytes: master weight and two moments in float32
+    needed = sum(p.ds_numel * (num_checkpoints * 12 + p.element_size()) for p in parameters.values())
     replaced = [file for folder in _all(output_dir) for file in folder.rglob("*") if file.is_file()]
-    taken = sum(file.stat().st_size for file in replaced)
-    free = shutil.disk_usage(output_dir).free + taken
+    free = shutil.disk_usage(output_dir).free + sum(file.stat().st_size for file in replaced)
     if needed > free:
         raise UserError(
             f"--output_dir {output_dir} needs {needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and the model, "
@@ -101,32 +94,31 @@ def save(
 
     Collective. Where any rank cannot write, every rank raises its OSError, and older checkpoints are intact.
     """
-    folder = Path(output_dir) / "checkpoints"
-    name = f"step_{state.step:08d}"
-    temporary = folder / f".{name}.tmp"
+    path = Path(output_dir) / "checkpoints" / f"step_{state.step:08d}"
+    temporary = path.with_name(f".{path.name}.tmp")
 
     def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()  # not its parents: a run whose folder was deleted or renamed ends here
-        sync_folder(folder.parent)
+        sync_folder(Path(output_dir))
 
-    def publish(entries: list[dict]) -> None:
-        files = {file: entry for shard in entries for file, entry in shard.items()}
+    def publish(shards: list[dict]) -> None:
+        files = {file: entry for shard in shards for file, entry in shard.items()}
         files["state.json"] = write_file(temporary / "state.json", [json.dumps(asdict(state), indent=2).encode()])
         shapes = {name: list(p.ds_shape) for name, p in parameters.items()}
         manifest = {"world_size": ranks.world_size, "files": files, "parameters": shapes}
         entry = write_file(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
         write_file(temporary / "COMPLETE", [entry["digest"].encode()])
         sync_folder(temporary)
-        os.rename(temporary, folder / name)
-        sync_folder(folder)
+        os.rename(temporary, path)
+        sync_folder(path.parent)
         for old in [path for path in _all(output_dir) if (path / "COMPLETE").is_file()][keep_last_n:]:
             _delete(old)
 
     ranks.once(prepare)
-    entries = ranks.gather(lambda: _write_shard(parameters, temporary, ranks))
-    ranks.once(lambda: publish(entries))
-    return folder / name
+    shards = ranks.gather(lambda: _write_shard(parameters, temporary, ranks))
+    ranks.once(lambda: publish(shards))
+    return path
 
 
 def _write_shard(parameters: dict[str, torch.nn.Parameter], folder: Path, ranks: Ranks) -> dict:
@@ -141,9 +133,7 @@ def _write_shard(parameters: dict[str, torch.nn.Parameter], folder: Path, ranks:
             for future in list(written.values())[:-1]:
                 future.result()
             file = f"rank_{ranks.rank:05d}_of_{ranks.world_size:05d}.part_{len(written):03d}.safetensors"
-            written[file] = pool.submit(
-                lambda whole: write_file(folder / file, [safetensors.torch.save(whole)]), tensors
-            )
+            written[file] = pool.submit(lambda full: write_file(folder / file, [safetensors.torch.save(full)]), tensors)
 
         for name, param in parameters.items():
             start, end = shard_range(param.ds_numel, ranks.rank, ranks.world_size)
@@ -151,7 +141,7 @@ def _write_shard(parameters: dict[str, torch.nn.Parameter], folder: Path, ranks:
                 is_master = kind == "master"
                 local = safe_get_local_fp32_param(param) if is_master else safe_get_local_optimizer_state(param, kind)
                 tensors[f"{kind}/{name}"] = local[: end - start].detach().to("cpu", copy=True)
-                size += 4 * (end - start)
+            size += 12 * (end - start)
             if size >= SHARD_FILE_BYTES:
                 flush()
                 tensors, size = {}, 0
@@ -223,9 +213,7 @@ def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
     if resume != "auto":
         paths = [path for path in paths if path.resolve() == Path(resume).resolve()]
         if not paths:
-            raise UserError(
-                f"--resume {resume}: it is auto, never, or the path of a checkpoint of --output_dir {output_dir}"
-            )
+            raise UserError(f"--resume {resume}: neither auto, never nor a checkpoint of --output_dir {output_dir}")
     for path in paths:
         faults = enumerate(ranks.gather(lambda: _fault(path, ranks)))
         fault = next((f"{fault} (as rank {rank} sees it)" for rank, fault in faults if fault), None)
@@ -245,26 +233,18 @@ def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
 def _fault(path: Path, ranks: Ranks) -> str | None:
     """What is wrong with this rank's share of a checkpoint's files, None if every byte is as written.
 
-    Raises UserError if it cannot be read: then it may be whole, and must not be passed over, nor deleted later.
+    Raises OSError if it cannot be read: then it may be whole, and must not be passed over, nor set aside later.
     """
     try:
-        manifest_bytes = (path / "manifest.json").read_bytes()
-        if (path / "COMPLETE").read_text() != digest(manifest_bytes):
-            return "manifest.json is not the one that COMPLETE names"
-        files = sorted(json.loads(manifest_bytes)["files"].items())
-        for file, entry in files[ranks.rank :: ranks.world_size]:
-            size = (path / file).stat().st_size
-            if size != entry["size"]:
-                return f"{file} has {size} bytes in place of {entry['size']}"
-            if file_digest(path / file) != entry["digest"]:
-                return f"{file} has been changed"
+        with naming(path):
+            manifest = (path / "manifest.json").read_bytes()
+            if (path / "COMPLETE").read_text() != digest(manifest):
+                return "manifest.json is not the one that COMPLETE names"
+            for file, entry in sorted(json.loads(manifest)["files"].items())[ranks.rank :: ranks.world_size]:
+                if (path / file).stat().st_size != entry["size"] or file_digest(path / file) != entry["digest"]:
+                    return f"{file} has been changed"
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
         return f"{Path(e.filename).name}: {e.strerror}"
-    except OSError as e:
-        raise UserError(
-            f"checkpoint {path} cannot be read: {e.strerror} ({Path(e.filename or path).name}); nothing was changed: "
-            f"mend that and run the same command, or --resume never to start over"
-        ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         return "manifest.json or COMPLETE is not of this project"
     return None
@@ -273,9 +253,7 @@ def _fault(path: Path, ranks: Ranks) -> str | None:
 # ---------------------------------------------------------------------- reading
 def read_state(path: Path) -> RunState:
     """Raises UserError for a checkpoint of another version of this project, or under the name of another step."""
-    with as_user_error(
-        f"checkpoint {path} is of another version of this project; use that, or --resume never", TypeError
-    ):
+    with as_user_error(f"checkpoint {path} is of another version of this project, use that", TypeError):
         state = RunState(**json.loads((path / "state.json").read_text()))
     if state.step != _step(path):
         raise UserError(f"checkpoint {path} is that of step {state.step} by its state.json; give it its name back")
@@ -285,12 +263,11 @@ def read_state(path: Path) -> RunState:
 def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, step: int, ranks: Ranks) -> None:
     """Puts a verified checkpoint's master weights, moments and step into an engine of any world size. Collective."""
     manifest = json.loads((path / "manifest.json").read_text())
-    shapes = {name: list(p.ds_shape) for name, p in parameters.items()}
-    if manifest["parameters"] != shapes:
+    if manifest["parameters"] != {name: list(p.ds_shape) for name, p in parameters.items()}:
         raise UserError(f"checkpoint {path} holds another model's parameters")
-    files: dict[int, dict[str, object]] = {}  # writer rank -> tensor name -> open file
     residency.set_state(engine, step)
     writers = manifest["world_size"]
+    opened: dict[int, dict] = {}  # writer rank -> tensor name -> open file
     for name, param in parameters.items():
         start, end = shard_range(param.ds_numel, ranks.rank, ranks.world_size)
         for kind in KINDS:
@@ -299,9 +276,9 @@ def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, step: in
                 their_start, their_end = shard_range(param.ds_numel, writer, writers)
                 first, last = max(start, their_start), min(end, their_end)
                 if first < last:
-                    if writer not in files:
-                        files[writer] = _open_shard(path, manifest, writer)
-                    source = files[writer][f"{kind}/{name}"].get_slice(f"{kind}/{name}")
+                    if writer not in opened:
+                        opened[writer] = _open_shard(path, manifest["files"], writer)
+                    source = opened[writer][f"{kind}/{name}"].get_slice(f"{kind}/{name}")
                     local[first - start : last - start] = source[first - their_start : last - their_start]
             if kind == "master":
                 safe_set_local_fp32_param(param, local)
@@ -310,7 +287,7 @@ def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, step: in
     residency.round_master_weights(engine)
 
 
-def _open_shard(path: Path, manifest: dict, writer: int) -> dict[str, object]:
-    prefix = f"rank_{writer:05d}_of_{manifest['world_size']:05d}."
-    opened = [safe_open(path / file, framework="pt") for file in sorted(manifest["files"]) if file.startswith(prefix)]
+def _open_shard(path: Path, files: Iterable[str], writer: int) -> dict:
+    """The open files of a rank's shard, by the names of the tensors in them."""
+    opened = [safe_open(path / file, "pt") for file in sorted(files) if file.startswith(f"rank_{writer:05d}_")]
     return {name: file for file in opened for name in file.keys()}  # noqa: SIM118

@@ -28,28 +28,18 @@ OWNED_BY_FLAGS = {
 # shards in another way than checkpoints are written for, or choose other leaf modules than the decoder layers
 # (common/zero/engine.py), whose gradients common/zero/residency.py would then miss.
 REFUSED = ("zero_quantized_", "zero_hpz_", "mics_", "zenflow", "cpu_offload", "leaf_module", "module_granularity_")
-# What stays whole on a rank during a step; `all` is gradients and parameters. Where the file does not say it,
-# common/zero/memory.py chooses.
+# What stays whole on a rank during a step. Where the file does not say it, common/zero/memory.py chooses.
 RESIDENCY = ("nothing", "gradients", "all")
-PLACEMENT_KEYS = {
-    "residency",  # the one key that is not DeepSpeed's
-    "zero_optimization",
-    "aio",
-    "comms_logger",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "flops_profiler",
-    "steps_per_print",
-    "compile",
-}
+# `residency` is the one key that is not DeepSpeed's.
+PLACEMENT_KEYS = {"residency", "zero_optimization", "aio", "comms_logger", "wall_clock_breakdown", "memory_breakdown"}
+PLACEMENT_KEYS |= {"flops_profiler", "steps_per_print", "compile"}
 
 
 def deepspeed_config(config: TrainConfig) -> dict:
     """What deepspeed.initialize gets: the file's placement and the values that the flags own.
 
-    One micro-batch a call and no accumulation count: the loop says itself which backward pass is a
-    step's last. Raises UserError for a file that cannot be read, sets what a flag owns, has "auto"
-    values, is not ZeRO stage 3, or sets what DeepSpeed does not know.
+    One micro-batch a call and no accumulation count: the loop says itself which backward pass is a step's last. Raises
+    UserError for a file that cannot be read, is not ZeRO stage 3, or sets what a flag owns or DeepSpeed does not know.
     """
     file = f"--ds_config {config.ds_config}"
 

@@ -19,23 +19,21 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
     """deepspeed.initialize with torch's fused AdamW over every parameter, weight decay on all of them.
 
     ds_config's `residency` says what stays whole during a step (common/zero/residency.py). Raises UserError for what
-    DeepSpeed itself refuses, and for another DeepSpeed than the one that this is written for.
+    DeepSpeed itself refuses, and for another version of it.
     """
     residency.require_known_deepspeed()
     betas, eps, decay = (config.adam_beta1, config.adam_beta2), config.adam_epsilon, config.weight_decay
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas, eps, decay, fused=True)
     # One gather and one reduction a layer, in place of one for every module in it.
     set_z3_leaf_modules(model, list({type(layer) for layer in model.decoder_layers()}))
-    with as_user_error(
-        f"--ds_config {config.ds_config}: DeepSpeed refuses it", AssertionError, NotImplementedError, ValueError
-    ):
+    refusals = AssertionError, NotImplementedError, ValueError
+    with as_user_error(f"--ds_config {config.ds_config}: DeepSpeed refuses it", *refusals):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     stays_whole = ds_config.get("residency", "nothing")
-    keeps_gradients, keeps_parameters = stays_whole in ("gradients", "all"), stays_whole == "all"
-    clipping = residency.Clipping(engine, keeps_gradients)
-    if keeps_gradients:
+    clipping = residency.Clipping(engine, stays_whole != "nothing")
+    if stays_whole != "nothing":
         residency.WholeGradients(engine, model, clipping)
-    if keeps_parameters:
+    if stays_whole == "all":
         residency.ResidentParameters(engine, model)
     return engine
 

@@ -1,16 +1,11 @@
 """What stays whole on a rank during a step, how large micro-batches are, how many layers recompute their activations.
 
-The peak memory of a micro-batch of t tokens with u layers that keep their activations is taken as
-    B + t (D + A u)
-with B what does not grow with the tokens, D what every token costs and A what it costs more in a layer that keeps.
-
-Before the model loads, all three are estimated from its shape, and the fastest residency (common/zero/ds_config.py)
-that fits is taken. Once it is loaded, B is what the device holds. On a GPU dry micro-batches, whose loss is multiplied
-by 0, then show what the estimated activations really need, until one of the chosen size fits. Gradients get exact zeros
-from them.
+The peak memory of a micro-batch of t tokens with u layers that keep their activations is taken as B + t (D + A u).
+Before the model loads, B, D and A are estimated from its shape, and the fastest residency (common/zero/residency.py)
+that fits is taken. Once it is loaded, B is what the device holds, and on a GPU dry micro-batches, whose loss is
+multiplied by 0, show what activations really need, until one of the chosen size fits. Their gradients are exact zeros.
 """
 
-import gc
 import os
 import resource
 from collections.abc import Callable
@@ -22,7 +17,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from common.config import TrainConfig
 from common.data.tokens import PreferencePair, SFTSample
-from common.failures import TrainingStopped, UserError
+from common.failures import UserError
 from common.model.load import parameter_counts
 from common.model.packed import model_inputs
 from common.ranks import Ranks
@@ -30,13 +25,11 @@ from common.step.packing import Document, pack, pair_documents, sft_documents
 from common.zero.checkpoint import RunState
 from common.zero.ds_config import RESIDENCY, offload_devices
 from common.zero.engine import out_of_memory_explained
-from common.zero.residency import abandon_backward
 
 LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
+LEAST_TRIED = 1024  # tokens
 HEADROOM = 0.06  # of the device's memory is left free
-LEAST_TRIED = 1024  # tokens of any dry run whose choice is not smaller
-# What one more micro-batch costs, in tokens' time (which holds for models of any size: both grow with the parameters).
-# 8B on two H200, `all` against `nothing`: 0.1 s for each of 5 micro-batches.
+# What one more micro-batch costs, in tokens' time. Measured for 8B on two H200; both grow with the parameters.
 MICRO_BATCH_TOKENS = {"nothing": 1300, "gradients": 550, "all": 150}
 
 
@@ -55,15 +48,13 @@ def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state
 
     Raises UserError for a given budget that does not hold the longest one.
     """
-    longest, given = int(lengths.max()), config.max_tokens_per_micro_batch
-    budget, residency = state.kept_at(ranks.world_size)
-    if given != "auto":
-        budget = given
+    longest, budget, residency = int(lengths.max()), 0, ""
+    if state.world_size == ranks.world_size:  # at another number of ranks nothing keeps a resume bitwise
+        budget, residency = state.micro_batch_budget, state.residency
+    if config.max_tokens_per_micro_batch != "auto":
+        budget = config.max_tokens_per_micro_batch
         if budget < longest:
-            raise UserError(
-                f"--max_tokens_per_micro_batch {budget} is less than the {longest} tokens of {longest_at}; give at "
-                f"least {longest}, or lower --max_seq_length"
-            )
+            raise UserError(f"--max_tokens_per_micro_batch {budget} is less than the {longest} tokens of {longest_at}")
     default = 16384 if ranks.device.type == "cuda" else 4096
     tokens_per_rank = float(lengths.mean()) * config.global_batch_size / ranks.world_size
     return Workload(longest, tokens_per_rank, max(longest, budget or default), budget > 0, residency)
@@ -81,8 +72,7 @@ class Memory(NamedTuple):
     per_token_and_layer: float  # A
 
     @property
-    def fixed(self) -> float:
-        """B."""
+    def fixed(self) -> float:  # B
         return self.parameters + self.gathered + self.gradients + self.optimizer
 
     def activations(self, tokens: int, keeping: int) -> float:
@@ -103,20 +93,14 @@ def estimated(
     gathered = min(numel, 3 * layer_numel + zero.prefetch_bucket_size)
     if residency == "all" or parameters == numel:
         parameters, gathered = numel, 0
-    return Memory(
-        residency=residency,
-        parameters=itemsize * parameters,
-        gathered=itemsize * gathered,
-        gradients=4 * (optimizer + 2 * zero.reduce_bucket_size if residency == "nothing" else numel),
-        optimizer=12 * optimizer,
-        per_token=itemsize * (model_config.vocab_size + 8 * hidden),
-        per_token_and_layer=itemsize * (layer_numel / hidden / 2 + 5 * hidden),
-    )
+    gradients = 4 * (optimizer + 2 * zero.reduce_bucket_size if residency == "nothing" else numel)
+    per_token = itemsize * (model_config.vocab_size + 8 * hidden)
+    per_token_and_layer = itemsize * (layer_numel / hidden / 2 + 5 * hidden)
+    sizes = itemsize * parameters, itemsize * gathered, gradients, 12 * optimizer, per_token, per_token_and_layer
+    return Memory(residency, *sizes)
 
 
-def choose(
-    memory: Memory, room: float, num_layers: int, workload: Workload, given: int | None = None
-) -> tuple[float, int, int]:
+def choose(memory: Memory, room: float, layers: int, workload: Workload, given: int | None = None) -> tuple:
     """(cost, tokens of a micro-batch, layers that recompute) of the least cost whose activations fit `room` bytes.
 
     The cost is a rank's time for a step, in tokens: a recomputed layer costs a third of its forward and backward passes
@@ -124,15 +108,15 @@ def choose(
     settled budget is the only size allowed. given: the layers that recompute, None for any number.
     If nothing fits, the cost is infinite, the size the smallest, and every (or the given) layer recomputed.
     """
-    tokens_per_rank, least = workload.tokens_per_rank, max(workload.longest, 1024)
+    tokens_per_rank, least = workload.tokens_per_rank, max(workload.longest, LEAST_TRIED)
     budgets = range(least, max(least, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank))) + 1, 1024)
 
     def candidate(budget: int) -> tuple[float, int, int]:
         can_keep = int(max(0.0, (room / budget - memory.per_token) / memory.per_token_and_layer))
-        recomputing = num_layers - min(num_layers, can_keep) if given is None else given
+        recomputing = layers - min(layers, can_keep) if given is None else given
         overhead = (tokens_per_rank / budget + 0.5) * MICRO_BATCH_TOKENS[memory.residency]
-        fits = memory.activations(budget, num_layers - recomputing) <= room
-        cost = tokens_per_rank * (1 + recomputing / num_layers / 3) + overhead if fits else np.inf
+        fits = memory.activations(budget, layers - recomputing) <= room
+        cost = tokens_per_rank * (1 + recomputing / layers / 3) + overhead if fits else np.inf
         return cost, budget, recomputing
 
     return min(map(candidate, [workload.budget] if workload.is_settled else budgets))
@@ -159,8 +143,8 @@ def choose_residency(
     zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
 
     def cost(memory: Memory) -> tuple[float, float]:
+        """Where nothing fits, what needs the least memory is best; of equals, what keeps more whole."""
         room = free * (1 - HEADROOM) - memory.fixed
-        # Where by the estimate nothing fits, what needs the least memory; of equals, what keeps more whole.
         return choose(memory, room, layers, workload, given_layers(config, layers))[0], memory.fixed
 
     estimates = (estimated(model_config, counts, itemsize, ranks.world_size, name, zero) for name in reversed(allowed))
@@ -173,8 +157,7 @@ def choose_residency(
 
 
 def _free_bytes(ranks: Ranks) -> int:
-    """Memory that this rank can still take: of its GPU; or, on a CPU, its share of half of the host's, whoever uses it
-    now, so that a run is placed the same every time."""
+    """Of this rank's GPU; on a CPU its share of half of the host's memory, so that a run is placed alike every time."""
     if ranks.device.type == "cuda":
         return torch.cuda.mem_get_info(ranks.device)[0]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks.local_world_size
@@ -191,12 +174,8 @@ def choose_micro_batch(
     policy, device, budget = engine.module, ranks.device, workload.budget
     layers = len(policy.decoder_layers())
     given = given_layers(config, layers)
-    recomputing = given or 0
-    if device.type != "cuda" or (given is not None and workload.is_settled):
-        policy.checkpoint_activations(recomputing)
-        activations = estimate.activations(budget, layers - recomputing)
-        how = "nothing measured"
-    else:
+    recomputing, how = given or 0, "nothing measured"
+    if device.type == "cuda" and not (given is not None and workload.is_settled):
         ranks.say("measuring memory on made-up micro-batches; the first also compiles the layers")
         held = max(ranks.gather(lambda: torch.cuda.memory_allocated(device))) + estimate.gathered
         moments = estimate.optimizer * 2 / 3  # which the first update allocates
@@ -205,12 +184,14 @@ def choose_micro_batch(
 
         def activations_of(tokens: int, recomputing: int) -> float:
             policy.checkpoint_activations(recomputing)
-            return _dry_run(engine, kernel, tokens, workload.longest, made_up, estimate.residency, ranks) - held
+            return _dry_run(engine, kernel, tokens, workload.longest, made_up, ranks) - held
 
-        budget, recomputing, activations = confirmed(
-            estimate, usable - held - moments, layers, workload, given, activations_of
-        )
+        room = usable - held - moments
+        budget, recomputing, activations = confirmed(estimate, room, layers, workload, given, activations_of)
         how = f"{(held + moments + activations) / 1e9:.1f} seen of {usable / 1e9:.1f} usable"
+    else:
+        policy.checkpoint_activations(recomputing)
+        activations = estimate.activations(budget, layers - recomputing)
     predicted = estimate.fixed + estimate.activations(budget, layers - recomputing)
     ranks.say(
         f"memory plan, GB on each rank: {(estimate.parameters + estimate.gathered) / 1e9:.1f} parameters, "
@@ -226,17 +207,15 @@ def confirmed(
 ) -> tuple[int, int, float]:
     """(tokens, layers that recompute, bytes of activations) of the first choice whose dry run is seen to fit `room`.
 
-    activations_of(tokens, recomputing) runs one and gives its bytes; infinity if memory ran out, after which the next
-    choice needs a tenth less. The first run should take at most a quarter of the room and a later one at most twice
-    what has been seen, so that a surprise shows before memory runs out. If nothing fits, the smallest choice is taken.
-    Raises TrainingStopped if memory runs out on that too.
+    activations_of(tokens, recomputing) runs one and gives its bytes. The first run should take at most a quarter of the
+    room and a later one at most twice what has been seen, so that a surprise shows before memory runs out. If nothing
+    fits, the smallest choice is taken.
     """
     room = max(1.0, room)
     estimated_room = room  # in bytes of the estimate: what it may predict for activations that really fill the room
     used, has_compiled = 1 / 8, False  # the largest part of the room that was seen in use
-    choice = choose(estimate, room, layers, workload, given)
+    _, tokens, recomputing = choose(estimate, room, layers, workload, given)
     while True:
-        _, tokens, recomputing = choice
         per_token = estimate.activations(1, layers - recomputing)
         size = min(tokens, max(LEAST_TRIED, int(2 * used * estimated_room / per_token)))
         seen = activations_of(size, recomputing)
@@ -245,20 +224,12 @@ def confirmed(
         if not has_compiled:  # which takes memory that no later run needs: the same run once more
             has_compiled = True
             continue
-        if seen < np.inf:
-            used = max(used, seen / room)
-            estimated_room = min(2 * estimated_room, size * per_token * room / max(1.0, seen))
-        else:
-            estimated_room = 0.9 * min(estimated_room, size * per_token)
-        choice = choose(estimate, estimated_room, layers, workload, given)
-        is_least = choice[1:] == (tokens, recomputing)
-        if is_least and seen == np.inf:
-            raise TrainingStopped(
-                f"step 0: out of memory on {size:,} tokens, and no smaller micro-batch is allowed; use more devices, a "
-                f"lower --max_seq_length, --gradient_checkpointing full, or a --ds_config that offloads"
-            )
-        if is_least and size == tokens:
+        used = max(used, seen / room)
+        estimated_room = min(2 * estimated_room, size * per_token * room / max(1.0, seen))
+        last, (_, *choice) = [size, recomputing], choose(estimate, estimated_room, layers, workload, given)
+        if choice == last:
             return tokens, recomputing, seen
+        tokens, recomputing = choice
 
 
 def made_up_conversation(ids: np.ndarray) -> list[Document]:
@@ -275,32 +246,16 @@ def made_up_pair(ids: np.ndarray, share_prompt: bool) -> list[Document]:
     return pair_documents(PreferencePair(*parts, 1 - num_prompt, 0 if share_prompt else 1 - num_prompt), share_prompt)
 
 
-def _dry_run(engine, kernel: str, tokens: int, longest: int, made_up: Callable, residency: str, ranks: Ranks) -> float:
-    """Peak bytes, of the rank that needed most, of a forward and backward pass over `tokens` tokens in samples of at
-    most `longest`; infinite if any rank ran out of memory. Collective.
-
-    If the pass holds collectives, in which the others would wait for a rank that ran out, or starts DeepSpeed's timers,
-    which would be left running, that rank stops the run instead.
-    """
-    policy, device, ran_out = engine.module, ranks.device, False
-    can_recover = residency == "all" and not (engine.wall_clock_breakdown() or engine.flops_profiler_enabled())
-    ids = np.random.default_rng(0).integers(0, policy.lm.config.vocab_size, tokens)
+def _dry_run(engine, kernel: str, tokens: int, longest: int, made_up: Callable, ranks: Ranks) -> float:
+    """Peak bytes, on the rank that needs most, of both passes over `tokens` in samples of at most `longest`."""
+    ids = np.random.default_rng(0).integers(0, engine.module.lm.config.vocab_size, tokens)
     row = pack([made_up(part) for part in np.array_split(ids, -(-tokens // longest))])
-    memory_gb(device)  # from here on
-    try:
-        with out_of_memory_explained("step 0", tokens, longest) as size:
-            size.tokens = row.num_tokens
-            engine.set_gradient_accumulation_boundary(False)
-            engine.backward(engine(**model_inputs(row, kernel, device)).sum() * 0.0)
-    except TrainingStopped:
-        if not can_recover:
-            raise
-        ran_out = True
-    if ran_out:  # not above, where the error still holds what the pass had allocated
-        abandon_backward(engine)
-        gc.collect()
-        torch.cuda.empty_cache()
-    return max(ranks.gather(lambda: np.inf if ran_out else memory_gb(device) * 1e9))
+    memory_gb(ranks.device)  # from here on
+    with out_of_memory_explained("step 0", tokens, longest) as size:
+        size.tokens = row.num_tokens
+        engine.set_gradient_accumulation_boundary(False)
+        engine.backward(engine(**model_inputs(row, kernel, ranks.device)).sum() * 0.0)
+    return max(ranks.gather(lambda: memory_gb(ranks.device) * 1e9))
 
 
 def memory_gb(device: torch.device) -> float:

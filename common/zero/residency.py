@@ -2,15 +2,14 @@
 
 nothing    As DeepSpeed does it: each micro-batch gathers a layer when it runs, and copies, casts and reduces every
            gradient into the shard that this rank owns.
-gradients  WholeGradients: each rank holds a float32 sum as large as the parameter. A linear layer's backward product is
-           added to it as the matrix product's own accumulation, so that no gradient of its weight is ever written in
+gradients  WholeGradients: each rank holds a float32 sum as large as the parameter, to which a linear layer's backward
+           product is added as the matrix product's own accumulation: no gradient of its weight is ever written in
            bfloat16. During a step's last micro-batch each sum is reduced to the ranks' shards.
 all        ResidentParameters, besides: parameters are gathered once a step, each while the layers before it run.
 
-Methods that DeepSpeed calls are replaced, on one instance. What its step reads and writes, this rank's shards of master
-weights, moments, gradients and parameters, stays the same. The step updates one group of parameters after another
-(`sub_group_size`): while one is updated the one before is gathered. Collectives go through DeepSpeed's communicator, so
-that all run in the order in which they were started.
+Methods that DeepSpeed calls are replaced, on one instance; what its step reads and writes, this rank's shards, stays
+the same. The step updates one group of parameters after another (`sub_group_size`): while one is updated the one before
+is gathered. All collectives go through DeepSpeed's communicator, and so run in the order in which they were started.
 
 Undocumented names of engine.optimizer, DeepSpeed's ZeRO-3 optimizer  -> what DeepSpeed does: what is done here
   fp16_groups, fp16_partitioned_groups         -> parameters and their shards, by group: read
@@ -27,7 +26,7 @@ Undocumented names of engine.optimizer, DeepSpeed's ZeRO-3 optimizer  -> what De
   _prepare_sub_group, _optimizer_step          -> copies a group's gradient; updates it: replaced by update_group
   _reassign_or_swap_out_partitioned_parameters -> rounds a group's master weights: if resident, gathers them too
   _partition_all_parameters                    -> releases what is whole before a step: if resident, waits for it
-  _post_step, exit_backward                    -> end a step, a backward pass: called for a loaded, a cut-off one
+  _post_step                                   -> ends a step: called once weights are loaded
   parameter_offload.{forward,backward}_hooks   -> gather and release modules: removed if resident
   lp_param_buffer, grad_partitions_flat_buffer, ipg_buckets -> memory of shards, of its own reduction: freed if unused
 """
@@ -51,7 +50,7 @@ def require_known_deepspeed() -> None:
     """Raises UserError for another version of DeepSpeed than the names above are of."""
     if deepspeed.__version__ != DEEPSPEED:
         raise UserError(
-            f"DeepSpeed {deepspeed.__version__} is installed, {DEEPSPEED} is needed; run: bash run.sh setup"
+            f"DeepSpeed {deepspeed.__version__} is not {DEEPSPEED}, which is needed; run: bash run.sh setup"
         )
 
 
@@ -83,13 +82,6 @@ def round_master_weights(engine) -> None:
     zero._post_step(set())
 
 
-def abandon_backward(engine) -> None:
-    """Forgets a backward pass that an error cut off."""
-    engine.optimizer.exit_backward()
-    for param in engine.module.parameters():
-        param.grad = None
-
-
 # ------------------------------------------------------------------ the update
 def update_group(weights, gradients, exp_avgs, exp_avg_sqs, step: torch.Tensor, divisor: float, options: dict) -> None:
     """One update of a group's master weights and moments, in place, by torch's own fused AdamW.
@@ -97,13 +89,10 @@ def update_group(weights, gradients, exp_avgs, exp_avg_sqs, step: torch.Tensor, 
     The first four: lists of float32 [n], a shard of each parameter, on one device. step: float32 [], 1 for the first.
     Gradients are divided by divisor, and used up. options: lr, betas, eps and weight_decay of an optimizer's group.
     """
-    numbers = {name: options[name] for name in ("lr", "weight_decay", "eps")}
+    numbers = {name: options[name] for name in ("lr", "weight_decay", "eps")} | {"amsgrad": False, "maximize": False}
     numbers["beta1"], numbers["beta2"] = options["betas"]
-    scale = _scalar(divisor, step) if divisor > 1 else None
-    steps = [step] * len(weights)
-    torch._fused_adamw_(
-        weights, gradients, exp_avgs, exp_avg_sqs, [], steps, **numbers, amsgrad=False, maximize=False, grad_scale=scale
-    )
+    numbers["grad_scale"] = _scalar(divisor, step) if divisor > 1 else None
+    torch._fused_adamw_(weights, gradients, exp_avgs, exp_avg_sqs, [], [step] * len(weights), **numbers)
 
 
 def _scalar(number: float, like: torch.Tensor) -> torch.Tensor:
