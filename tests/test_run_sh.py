@@ -308,7 +308,7 @@ def test_ranks_that_do_not_train_yet_end_and_the_exit_code_says_so(project, numb
     process = start(project, "default")
     process.send_signal(number)
     output, _ = process.communicate(timeout=WAIT)
-    assert process.returncode == exit_code and "nothing to save" in output and "Traceback" not in output
+    assert process.returncode == exit_code and "Traceback" not in output
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGTERM, signal.SIGINT], [signal.SIGQUIT]])
@@ -340,7 +340,7 @@ def test_a_rank_that_was_killed_is_told_of(project):
     for pid in pids_of(project):
         os.kill(pid, signal.SIGKILL)
     output, _ = process.communicate(timeout=WAIT)
-    assert process.returncode == 137 and "signal 9 ended a rank" in output
+    assert process.returncode == 137 and "a rank ended with 137" in output
 
 
 @pytest.fixture
