@@ -30,43 +30,33 @@ fail() {  # fail EXIT_CODE MESSAGE
 }
 
 # ---------------------------------------------------------------------- set-up
-find_python() {  # prints the first Python that is new enough
-    local name
-    for name in python3 python3.11 python3.12 python3.13 python3.14; do
-        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            echo "$name"
-            return
-        fi
-    done
-    fail 2 "Python 3.11 or newer is needed; python3 is $(python3 -V 2>/dev/null || echo missing)"
-}
-
-setup() {  # makes .venv; its stamp is written last, so that an interrupted set-up is done over
+setup() {  # makes .venv with the first Python that is new enough; the stamp comes last: a set-up cut off is done over
     local base wanted torch
-    base=$(find_python)
+    for base in python3 python3.11 python3.12 python3.13 python3.14 ''; do
+        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break
+    done
+    [[ -n $base ]] || fail 2 "Python 3.11 or newer is needed; python3 is $(python3 -V 2>/dev/null || echo missing)"
     wanted=$({ "$base" -VV; cat requirements.txt; } | sha256sum)
     if [[ $(cat .venv/.stamp 2>/dev/null) != "$wanted" ]]; then
         echo "setting up .venv with $("$base" -V) (minutes; the downloads are the longest part)"
         rm -rf .venv
-        "$base" -m venv .venv ||
-            fail 1 "$base cannot make a .venv (on Debian and Ubuntu: apt install python3-venv)"
+        "$base" -m venv .venv || fail 1 "$base cannot make a .venv (on Debian and Ubuntu: apt install python3-venv)"
         torch=$(grep -oE '^torch==[^ #]+' requirements.txt || true)
         if [[ -n $torch ]]; then
-            echo "  $torch${TORCH_INDEX_URL:+ from $TORCH_INDEX_URL}"
             pip_install ${TORCH_INDEX_URL:+--no-deps --index-url "$TORCH_INDEX_URL"} "$torch"
         fi
-        echo "  the other packages of requirements.txt"
         DS_BUILD_OPS=0 pip_install -r requirements.txt
-        if [[ -z ${INSTALL_FLASH_ATTN:-} && $(compute_capability) == 9.* && $(torch_cuda) == 13.* ]]; then
+        if [[ -z ${INSTALL_FLASH_ATTN:-} && $(compute_capability) == 9.* ]] &&
+            [[ $("$python" -c 'import torch; print(torch.version.cuda)') == 13.* ]]; then
             install_flash_attn
         fi
         echo "$wanted" >.venv/.stamp
-        echo "set up: $("$python" -V) in .venv"
     fi
     [[ ${INSTALL_FLASH_ATTN:-0} == 0 ]] || install_flash_attn
 }
 
 pip_install() {
+    echo "  installing $*"
     "$python" -m pip install --quiet --disable-pip-version-check "$@" ||
         fail 1 "pip could not install $*; see above. The same command starts over"
 }
@@ -75,19 +65,13 @@ compute_capability() {  # of the oldest GPU; nothing without one
     { nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null || true; } | sort -n | head -n 1
 }
 
-torch_cuda() {  # the CUDA that torch was built with; nothing for a CPU build
-    "$python" -c 'import torch; print(torch.version.cuda or "")' 2>/dev/null || true
-}
-
 install_flash_attn() {  # an optional addition: no failure of its stops anything
     if "$python" -c 'import flash_attn' 2>/dev/null; then
         return
-    elif [[ ! $(compute_capability) =~ ^(9|10)\. ]]; then
-        echo "flash-attn left out: its wheels are for Hopper and Blackwell GPUs. torch's own attention is used"
-    else
-        echo "  ${flash_attn[0]}"
-        (pip_install "${flash_attn[@]}") || echo "flash-attn is left out. torch's own attention is used"
+    elif [[ $(compute_capability) =~ ^(9|10)\. ]] && (pip_install "${flash_attn[@]}"); then
+        return
     fi
+    echo "flash-attn is left out: its wheels are for Hopper and Blackwell GPUs. torch's own attention is used"
 }
 
 # ---------------------------------------------------------------------- verbs

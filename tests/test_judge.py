@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from common.verbs.judge import ADVICE, Score, format_table, judge, judge_answers, judge_run
+from common.verbs.judge import ADVICE, format_table, judge, judge_answers, judge_run
 
 NUM_STEPS = 100
 
@@ -78,7 +78,6 @@ ALONE = [  # (the one check that must fail, "sft" or the loss of DPO, what is do
     ("run finished", "sft", lambda history, run_config: history.pop()),
     ("run finished", "sft", lambda history, run_config: history.pop(40)),
     ("run finished", "sft", lambda history, run_config: history.insert(40, dict(history[40]))),
-    ("SFT loss falls", "sft", flat(1.2)),
     ("SFT loss falls", "sft", rows(train_loss=FALLS_TOO_LITTLE)),
     ("DPO loss falls", "dpo_norm", flat(LN_2 + 1e-6)),
     ("DPO loss falls", "ipo", flat(2.0)),  # which has to fall below its own first steps
@@ -87,12 +86,10 @@ ALONE = [  # (the one check that must fail, "sft" or the loss of DPO, what is do
     *[("grad norm", "sft", rows(grad_norm={None: norm})) for norm in (0.09, 11.0)],
     ("speed", "sft", rows(tokens_per_second={50: 0.0})),
     ("speed", "sft", rows(step_seconds={50: 20.5})),
-    ("DPO starts at ln 2", "dpo_norm", rows(train_loss={1: LN_2 + 0.011})),
-    ("DPO starts at ln 2", "dpo_norm", rows(train_loss={1: LN_2 - 0.011})),
+    *[("DPO starts at ln 2", "dpo_norm", rows(train_loss={1: LN_2 + off})) for off in (0.011, -0.011)],
     ("DPO starts at ln 2", "dpo_norm", unlogged_first_step),
     ("reference cached", "dpo_norm", config(None, reference_cache=None)),
     ("reference cached", "dpo_norm", config(None, reference_cache="/no/such/file")),
-    ("rewards/accuracy", "dpo_norm", rows(rewards__accuracy={None: 0.5})),
     ("rewards/accuracy", "dpo_norm", rows(rewards__accuracy={None: 0.55})),
     ("rewards/margin", "dpo_norm", rows(rewards__margin={None: 0.0})),
     ("ZeRO-3 partitions", "sft", config("zero", stage=2)),
@@ -111,39 +108,26 @@ def test_each_check_fails_alone_on_its_own_fault(tmp_path, name, kind, edit):
     assert set(failed(judge(history, run_config, exit_code=0))) - others == {name}
 
 
-@pytest.mark.parametrize("exit_code", [1, 2, 3, 143])
-def test_an_exit_code_other_than_0_fails_the_run(tmp_path, exit_code):
-    assert failed(judge(*good_run(tmp_path, "sft"), exit_code)) == ["run finished"]
-
-
-def test_out_of_memory_is_seen_in_the_runs_output_and_peak_and_headroom_are_shown(tmp_path):
+def test_a_run_cut_short_shows_its_error_line_and_out_of_memory_is_seen_in_its_output(tmp_path):
     history, run_config = good_run(tmp_path, "sft")
-    memory = next(c for c in judge(history, run_config, 0) if c.name == "memory")
-    assert memory.passed and "peak 61.5 GB" in memory.seen and "headroom 18.5 of 80.0 GB" in memory.seen
+    assert failed(judge(history, run_config, 143)) == ["run finished"]
     del run_config["result"]
-    output = "step 100/500 ...\nerror: step 101: out of memory; try a smaller budget\n"
-    checks = judge(history, run_config, 3, output)
-    assert failed(checks) == ["run finished", "memory", "ranks agree"]
-    assert "error: step 101" in checks[0].seen
+    checks = judge(history, run_config, 3, "step 100/500 ...\nerror: step 101: out of memory; try a smaller budget\n")
+    assert failed(checks) == ["run finished", "memory", "ranks agree"] and "error: step 101" in checks[0].seen
+    assert "peak 61.5 GB, headroom 18.5 of 80.0 GB" in checks[5].seen
 
 
-@pytest.mark.parametrize(
-    "loss_type, reference, starts_at_ln_2, is_cached",
-    [
+def test_ln_2_is_asked_only_of_logistic_losses_and_of_a_reference_that_is_the_starting_policy(tmp_path):
+    for loss_type, reference, starts_at_ln_2, is_cached in (
         ("sigmoid", None, True, True),
-        ("dpo_norm", None, True, True),
         ("dpo_norm", "another/model", False, True),
         ("ipo", None, False, True),
         ("simpo", None, False, False),
-    ],
-)
-def test_ln_2_is_asked_only_of_logistic_losses_and_of_a_reference_that_is_the_starting_policy(
-    tmp_path, loss_type, reference, starts_at_ln_2, is_cached
-):
-    history, run_config = good_run(tmp_path, loss_type=loss_type)
-    run_config["config"]["ref_model_name_or_path"] = reference
-    names = {check.name for check in judge(history, run_config, 0)}
-    assert ("DPO starts at ln 2" in names, "reference cached" in names) == (starts_at_ln_2, is_cached)
+    ):
+        history, run_config = good_run(tmp_path, loss_type=loss_type)
+        run_config["config"]["ref_model_name_or_path"] = reference
+        names = {check.name for check in judge(history, run_config, 0)}
+        assert ("DPO starts at ln 2" in names, "reference cached" in names) == (starts_at_ln_2, is_cached)
 
 
 def test_the_first_loss_may_be_as_far_from_ln_2_as_the_run_itself_allows(tmp_path):
@@ -164,7 +148,7 @@ def test_a_step_of_10_medians_is_not_slow_and_a_floor_forgives_a_tiny_models_hic
     for slowest, floor, is_slow in ((1.0, 0, False), (1.1, 0, True), (4.0, 5, False), (6.0, 5, True)):
         history, run_config = good_run(tmp_path, "sft")
         rows(step_seconds={None: 0.1, 50: slowest})(history, run_config)
-        assert failed(judge(history, run_config, 0, slow_step_floor=floor)) == ["speed"] * is_slow
+        assert failed(judge(history, run_config, 0, floor=floor)) == ["speed"] * is_slow
 
 
 def test_a_single_step_is_judged_without_a_traceback(tmp_path):
@@ -173,51 +157,33 @@ def test_a_single_step_is_judged_without_a_traceback(tmp_path):
     assert failed(judge(history[:1], run_config, 0)) == ["SFT loss falls"]
 
 
-# ------------------------------------------------------------------ files
-def write_run(tmp_path, method="dpo"):
-    history, run_config = good_run(tmp_path, method)
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
-    (tmp_path / "run_config.json").write_text(json.dumps(run_config))
-
-
-def test_judge_run_reads_what_a_run_left(tmp_path):
-    write_run(tmp_path)
-    assert failed(judge_run(tmp_path, 0)) == []
-
-
-def spoil(name, text):
-    return lambda folder: (folder / name).write_text(text)
-
-
 @pytest.mark.parametrize(
-    "harm, word",
+    "name, text",
     [
-        (lambda folder: (folder / "metrics.jsonl").unlink(), "metrics.jsonl"),
-        (lambda folder: (folder / "run_config.json").unlink(), "run_config.json"),
-        (spoil("metrics.jsonl", ""), "metrics.jsonl"),
-        (spoil("metrics.jsonl", '{"step": 1, "train_lo'), "metrics.jsonl"),
-        (spoil("metrics.jsonl", '{"step": 1, "train_lo\n'), "metrics.jsonl line 1"),
-        (spoil("metrics.jsonl", '{"step": 1}\n'), "`train_loss`"),
-        (spoil("metrics.jsonl", "[1]\n"), "metrics.jsonl line 1"),
-        (spoil("run_config.json", "{"), "unreadable"),
-        (spoil("run_config.json", "[]"), "unreadable"),
-        (spoil("run_config.json", "{}"), "unreadable"),
+        ("metrics.jsonl", None),
+        ("run_config.json", None),
+        ("metrics.jsonl", '{"step": 1, "train_lo'),
+        ("metrics.jsonl", '{"step": 1, "train_lo\n'),
+        ("metrics.jsonl", '{"step": 1}\n'),
+        ("metrics.jsonl", "[1]\n"),
+        ("run_config.json", "{"),
+        ("run_config.json", "[]"),
+        ("run_config.json", "{}"),
     ],
 )
-def test_missing_torn_and_empty_files_fail_with_a_clear_line(tmp_path, harm, word):
-    write_run(tmp_path)
-    harm(tmp_path)
+def test_missing_torn_and_empty_files_fail_with_a_clear_line(tmp_path, name, text):
+    history, run_config = good_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+    (tmp_path / "run_config.json").write_text(json.dumps(run_config))
+    assert failed(judge_run(tmp_path, 0)) == []
+    (tmp_path / name).unlink()
+    if text is not None:
+        (tmp_path / name).write_text(text)
     checks = judge_run(tmp_path, 0)
-    assert failed(checks) == ["run finished"] and word in checks[0].seen
-    assert word in format_table(checks)
+    assert failed(checks) == ["run finished"] and name in checks[0].seen in format_table(checks)
+    assert "error: no" in judge_run(tmp_path, 2, "loading\nerror: no such flag\n")[0].seen
 
 
-def test_a_run_that_never_began_shows_its_error_line(tmp_path):
-    checks = judge_run(tmp_path, 2, "loading\nerror: unknown flag --lr; did you mean --learning_rate?\n")
-    assert "did you mean --learning_rate" in checks[0].seen
-
-
-# ------------------------------------------------------------------ answers and the table
 @pytest.mark.parametrize(
     "sft, dpo, names",
     [
@@ -231,7 +197,8 @@ def test_a_run_that_never_began_shows_its_error_line(tmp_path):
     ],
 )
 def test_answers_are_held_to_the_limits(sft, dpo, names):
-    assert failed(judge_answers(Score(*sft), Score(*dpo))) == names
+    checks = judge_answers(sft, dpo)
+    assert failed(checks) == names and all(check.name in ADVICE for check in checks)
 
 
 def test_the_table_shows_every_check_and_advises_on_the_failed_one_only(tmp_path):
@@ -241,4 +208,3 @@ def test_the_table_shows_every_check_and_advises_on_the_failed_one_only(tmp_path
     text = format_table(checks)
     assert text.count("PASS") == 11 and text.count("FAIL") == 1 and all(check.name in ADVICE for check in checks)
     assert ADVICE["rewards/margin"] in text and ADVICE["speed"] not in text
-    assert "\033[31mFAIL" in format_table(checks, colour=True)

@@ -33,15 +33,9 @@ def executable(path, text):
 
 def run_sh(folder, *words, cwd=None, **environment):
     """The finished process; stdout and stderr in one."""
-    return subprocess.run(
-        ["bash", folder / "run.sh", *words],
-        cwd=cwd or folder,
-        text=True,
-        timeout=WAIT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, **environment},
-    )
+    options = dict(text=True, timeout=WAIT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = ["bash", folder / "run.sh", *words]
+    return subprocess.run(command, cwd=cwd or folder, env={**os.environ, **environment}, **options)
 
 
 def wait_for(condition, what):
@@ -57,8 +51,6 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
     -V*) echo "Python 3.12.$PATCH"; exit ;;
     *version_info*) exit "${TOO_OLD:-0}" ;;
-esac
-case "$*" in
     *torch.version.cuda*) echo "${TORCH_CUDA:-}"; exit ;;
 esac
 echo "$* DS_BUILD_OPS=${DS_BUILD_OPS:-}" >>calls
@@ -76,13 +68,8 @@ def bare(tmp_path):
     (project / "requirements.txt").write_text("numpy==1.0  # arrays\ntorch==2.13.0  # tensors\n")
     for name in ("python3", "python3.11", "python3.12", "python3.13", "python3.14"):
         executable(tmp_path / "bin" / name, FAKE_PYTHON)
-    environment = {
-        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        "PATCH": "1",
-        "TORCH_INDEX_URL": "",
-        "INSTALL_FLASH_ATTN": "",
-    }
-    return project, environment
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    return project, {"PATH": path, "PATCH": "1", "TORCH_INDEX_URL": "", "INSTALL_FLASH_ATTN": ""}
 
 
 def calls(project):
@@ -128,12 +115,10 @@ def test_an_old_python_is_one_clear_error(bare):
         ("9.0\\n9.0", "13.0", "", True),
         ("9.0", "13.0", "0", False),
         ("9.0", "12.8", "", False),  # its wheels are of CUDA 13
-        ("9.0", "", "", False),  # torch's CPU build
         ("9.0\\n8.0", "13.0", "", False),
         ("10.0", "13.0", "", False),  # not tried there
         ("10.0", "13.0", "1", True),
-        ("8.0", "13.0", "1", False),  # no wheels
-        ("", "", "1", False),
+        ("", "", "1", False),  # no wheels
     ],
 )
 @pytest.mark.parametrize("fails", [False, True])
@@ -144,10 +129,9 @@ def test_flash_attn_comes_where_it_was_tried_and_its_failure_stops_nothing(
     executable(tmp_path / "bin" / "nvidia-smi", f"#!/bin/sh\nprintf '{capabilities}\\n'\n")
     environment |= {"TORCH_CUDA": cuda, "INSTALL_FLASH_ATTN": asked, "FAIL_AT": "flash" if fails else "import flash"}
     result = run_sh(project, "setup", **environment)
-    assert result.returncode == 0, result.stdout
+    assert result.returncode == 0 and (project / ".venv" / ".stamp").exists()
     assert any("pip install" in call and "flash-attn-4[cu13]==" in call for call in calls(project)) == installed
     assert ("left out" in result.stdout) == (installed and fails or asked == "1" and not installed)
-    assert (project / ".venv" / ".stamp").exists()
 
 
 # ------------------------------------------------------------------ verbs
@@ -156,8 +140,7 @@ def test_no_verb_or_an_unknown_one_lists_the_verbs_and_sets_nothing_up(bare, wor
     project, environment = bare
     result = run_sh(project, *words, **environment)
     assert result.returncode == (0 if "h" in "".join(words) else 2) and not (project / ".venv").exists()
-    for verb in ("setup", "sanity", "test", "sft|dpo"):
-        assert verb in result.stdout
+    assert all(verb in result.stdout for verb in ("setup", "sanity", "bench", "test", "sft|dpo"))
     assert ("error: " in result.stdout) == (words == ["tset"])
 
 
@@ -175,15 +158,12 @@ def test_the_suite_has_its_cuda_tests_where_there_is_a_gpu(bare, flags, fail_at,
     project, environment = bare
     result = run_sh(project, "test", *flags, **environment, FAIL_AT=fail_at)
     assert result.returncode == exit_code
-    assert [call.split(" DS_")[0] for call in calls(project) if "pytest" in call] == [
-        f"-m pytest -q {e}" for e in expected
-    ]
+    ran = [call.split(" DS_")[0] for call in calls(project) if "pytest" in call]
+    assert ran == [f"-m pytest -q {words}" for words in expected]
 
 
 def test_the_front_imports_nothing_that_takes_seconds():
-    code = (
-        "import sys; from common.verbs import bench, launch, sanity; print({'torch', 'transformers'} & {*sys.modules})"
-    )
+    code = "import sys; from common.verbs import bench, sanity; print({'torch', 'transformers'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], cwd=launch.REPO, capture_output=True).stdout == b"set()\n"
 
 
@@ -280,35 +260,22 @@ def test_as_many_ranks_as_asked_for_get_the_flags_where_the_user_stands(project,
     assert notes(elsewhere, 0)[0].endswith(f" {num_ranks} cpu {' '.join(flags)}")
 
 
-@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("has_reader", [True, False])
-def test_a_request_reaches_each_rank_once_and_run_sh_waits_for_their_exit(project, number, exit_code, has_reader):
-    """Without a reader: a Ctrl-C also ends the `tee` of `run.sh ... | tee log`."""
-    process = start(project, "heed")
-    if not has_reader:
-        process.stdout.close()
-    os.killpg(process.pid, number)  # as a terminal signals the whole foreground group
-    assert process.wait(WAIT) == exit_code
-    for rank in (0, 1):
-        assert notes(project, rank)[1:] == ["SIGTERM", "saved"]
-
-
-def test_a_closed_terminal_is_a_request_to_stop(project):
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])
+@pytest.mark.parametrize("how", ["heed", "default"])
+def test_a_request_reaches_each_rank_once_and_run_sh_waits_for_their_exit(project, number, exit_code, how):
+    """SIGHUP: of a terminal that is closed. With `heed` nobody reads the output, as once a Ctrl-C has ended the `tee`
+    of `run.sh ... | tee log`; with `default` the ranks do not train yet."""
     ours, theirs = os.openpty()
-    process = start(project, "heed", terminal=theirs)
+    process = start(project, how, terminal=theirs if number == signal.SIGHUP else None)
     os.close(theirs)
     os.close(ours)  # of a terminal in use, this sends SIGHUP
-    assert process.wait(WAIT) == 143
+    if number != signal.SIGHUP:
+        if how == "heed":
+            process.stdout.close()
+        os.killpg(process.pid, number)  # as a terminal signals the whole foreground group
+    assert process.wait(WAIT) == exit_code
     for rank in (0, 1):
-        assert notes(project, rank)[1:] == ["SIGTERM", "saved"]
-
-
-@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_ranks_that_do_not_train_yet_end_and_the_exit_code_says_so(project, number, exit_code):
-    process = start(project, "default")
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=WAIT)
-    assert process.returncode == exit_code and "nothing to save" in output and "Traceback" not in output
+        assert notes(project, rank)[1:] == (["SIGTERM", "saved"] if how == "heed" else [])
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGTERM, signal.SIGINT], [signal.SIGQUIT]])
@@ -336,11 +303,10 @@ def test_a_rank_that_hangs_when_another_has_failed_is_killed_and_the_first_exit_
 
 
 def test_a_rank_that_was_killed_is_told_of(project):
-    process = start(project, "default")
-    for pid in pids_of(project):
-        os.kill(pid, signal.SIGKILL)
+    process = start(project, "heed")
+    os.kill(pids_of(project)[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=WAIT)
-    assert process.returncode == 137 and "signal 9 ended a rank" in output
+    assert process.returncode == 137 and "a rank ended with 137" in output
 
 
 @pytest.fixture
@@ -364,11 +330,9 @@ def machine(monkeypatch, tmp_path):
     [
         (dict(num_gpus=8), ["--seed", "3"], 8, "0,1,2,3,4,5,6,7"),
         (dict(num_gpus=8), ["2", "--seed", "3"], 2, "0,1"),
-        (dict(num_gpus=0), ["--seed", "3"], 2, None),
         (dict(num_gpus=0), ["3", "--seed", "3"], 3, None),
         (dict(num_gpus=8, build="+cpu"), ["--seed", "3"], 2, None),
-        (dict(num_gpus=8, devices="4,5, 6,7"), ["--seed", "3"], 4, "4,5,6,7"),
-        (dict(num_gpus=8, devices="4,5,6,7"), ["2", "--seed", "3"], 2, "4,5"),
+        (dict(num_gpus=8, devices="4,5, 6,7"), ["2", "--seed", "3"], 2, "4,5"),
         (dict(num_gpus=8, devices="GPU-8f2e,-1,3"), ["--seed", "3"], 1, "GPU-8f2e"),
         (dict(num_gpus=8, devices=""), ["--seed", "3"], 2, None),
     ],
@@ -392,9 +356,8 @@ def test_too_many_or_no_gpus_is_refused(machine, num_gpus, words):
         launch.split_number(words)
 
 
-@pytest.mark.parametrize("words", [("sft", "0"), ("dpo", "--lerning_rate", "1")])
-def test_a_mistake_is_one_line_and_exit_code_2_before_any_rank_is_started(words):
-    command = [sys.executable, "-m", "common.verbs.launch", *words]
+def test_a_mistake_is_one_line_and_exit_code_2_before_any_rank_is_started():
+    command = [sys.executable, "-m", "common.verbs.launch", "dpo", "--lerning_rate", "1"]
     done = subprocess.run(command, cwd=launch.REPO, capture_output=True, text=True, timeout=WAIT)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -11,15 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.data.chat_template import TULU
-from common.verbs.sanity_data import (
-    CHOSEN_STYLE,
-    EOS_TOKEN,
-    OTHER_STYLE,
-    read_answer,
-    read_held_out,
-    write_data,
-    write_model,
-)
+from common.verbs.sanity_data import EOS_TOKEN, read_answer, read_held_out, write_data, write_model
 
 SIZES = {"num_sft": 600, "num_preferences": 200, "num_held_out": 100}
 
@@ -43,11 +35,8 @@ def digests(folder):
 def solve(prompt):
     """The right answer, worked out anew from the prompt's text."""
     task, letters = prompt.removeprefix("please ").split()
-    if task == "count":
-        return str(sum(1 for _ in letters))
-    if task == "last":
-        return list(letters).pop()
-    return {"copy": letters, "reverse": "".join(reversed(letters)), "sort": "".join(sorted(letters))}[task]
+    answers = {"copy": letters, "reverse": "".join(reversed(letters)), "sort": "".join(sorted(letters))}
+    return (answers | {"count": str(sum(1 for _ in letters)), "last": list(letters).pop()})[task]
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(generated, tmp_path):
@@ -87,26 +76,16 @@ def test_pairs_are_right_on_both_sides_and_differ_in_style_alone(generated):
     for row in rows(generated, "preferences"):
         assert row["chosen"][0] == row["rejected"][0]
         prompt = row["chosen"][0]["content"]
-        assert row["chosen"][1]["content"] == CHOSEN_STYLE.format(solve(prompt))
-        assert row["rejected"][1]["content"] == OTHER_STYLE.format(solve(prompt))
+        assert row["chosen"][1]["content"] == f"answer: {solve(prompt)}"
+        assert row["rejected"][1]["content"] == f"{solve(prompt)}."
         num_polite += prompt.startswith("please ")
     assert num_polite / SIZES["num_preferences"] == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("answer: azfq", ("azfq", True)),
-        ("azfq.", ("azfq", False)),
-        ("azfq", (None, False)),
-        ("", (None, False)),
-        (".", (None, False)),
-        ("answer azfq", (None, False)),
-        (" answer: 4 ", ("4", True)),
-    ],
-)
-def test_an_answer_is_read_in_either_style_and_no_other(text, expected):
-    assert read_answer(text) == expected
+def test_an_answer_is_read_in_either_style_and_no_other():
+    read = {"answer: azfq": ("azfq", True), "azfq.": ("azfq", False), " answer: 4 ": ("4", True)}
+    read |= dict.fromkeys(("azfq", "", ".", "answer azfq"), (None, False))
+    assert {text: read_answer(text) for text in read} == read
 
 
 def test_the_tokenizer_round_trips_any_text_and_is_small(generated):

@@ -5,7 +5,7 @@
 Writes a model folder with random weights and a data set with generated lengths, trains on them as `bash run.sh sft|dpo`
 does, and reads metrics.jsonl: medians over the steps after warm-up, of tokens/s/GPU, MFU (FLOPs as in
 common/run/metrics.py, recomputation not counted) and peak memory. Fails if a layer was compiled again after warm-up.
-Model, data and results go to output/bench.
+Model, data and results go to output/bench; flags of the script that say otherwise are not heeded.
 """
 
 import argparse
@@ -24,17 +24,12 @@ import numpy as np
 from common.failures import UserError, as_user_error, print_line
 from common.verbs.launch import exit_with, on_request_to_stop, split_number, start_run, visible_gpus
 
-LLAMA = dict(num_attention_heads=32, num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)
-SHAPES = {
-    "llama-8b": LLAMA | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32),
-    # What one of two GPUs would hold of llama-8b fits one.
-    "llama-8b-half": LLAMA | dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=16),
-    "llama-3b": LLAMA
-    | dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28)
-    | dict(num_attention_heads=24, tie_word_embeddings=True),
-    "llama-1b": LLAMA | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, tie_word_embeddings=True),
-    "tiny": dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
-    | dict(num_key_value_heads=2, vocab_size=1024, tie_word_embeddings=False),
+SHAPES = {  # hidden size, width of the MLP, layers, heads, key-value heads, vocabulary, tied embeddings
+    "llama-8b": (4096, 14336, 32, 32, 8, 128256, False),
+    "llama-8b-half": (4096, 14336, 16, 32, 8, 128256, False),  # fits one GPU: what one of two would hold of llama-8b
+    "llama-3b": (3072, 8192, 28, 24, 8, 128256, True),
+    "llama-1b": (2048, 8192, 16, 32, 8, 128256, True),
+    "tiny": (128, 256, 2, 4, 2, 1024, False),
 }
 NUM_WORDS = 1000
 WARMUP_STEPS = 4
@@ -50,15 +45,17 @@ def write_model(shape: str, folder: Path, device: str = "cpu") -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-    rope = {"rope_type": "default", "rope_theta": 500000.0}
-    more = dict(max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=0)
+    hidden, mlp, layers, heads, key_value_heads, vocabulary, is_tied = SHAPES[shape]
+    sizes = dict(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads)
+    sizes |= dict(num_key_value_heads=key_value_heads, vocab_size=vocabulary, tie_word_embeddings=is_tied)
+    sizes |= dict(max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=0)
+    config = LlamaConfig(**sizes, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
     torch.manual_seed(0)
     with torch.device(device):
-        config = LlamaConfig(**SHAPES[shape], **more, rope_parameters=rope)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="4GB")
-    words = {"<eos>": 0, "<|user|>": 1, "<|assistant|>": 2, **{f"w{i}": i + 3 for i in range(NUM_WORDS)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    words = ["<eos>", "<|user|>", "<|assistant|>", *(f"w{i}" for i in range(NUM_WORDS))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
 
@@ -96,12 +93,6 @@ def write_data(method: str, lengths: str, num: int, path: Path, scale: int = CPU
                 file.write(json.dumps({"chosen": turns(prompt, words(c)), "rejected": turns(prompt, words(r))}) + "\n")
 
 
-def num_recompiled(records: list[dict]) -> int | None:
-    """Graphs compiled after the last step of warm-up, None where nothing is compiled."""
-    before, after = (record.get("compiled_graphs") for record in (records[WARMUP_STEPS - 1], records[-1]))
-    return None if after is None else after - (before or 0)
-
-
 def train(words: list[str], last_step: int) -> float | None:
     """Runs `bash run.sh WORDS` until it prints the last step; returns the reference pass' speed, if it has one."""
     reference_speed, run = None, start_run(words)
@@ -112,10 +103,10 @@ def train(words: list[str], last_step: int) -> float | None:
 
     on_request_to_stop(stop)
     for line in run.stdout:
-        print_line(line.decode(errors="replace"), end="")
-        if match := re.search(rb"reference pass: ([0-9,]+) tokens/s", line):
-            reference_speed = float(match[1].replace(b",", b""))
-        if line.startswith(b"step %d/" % last_step):
+        print_line(line, end="")
+        if match := re.search(r"reference pass: ([0-9,]+) tokens/s", line):
+            reference_speed = float(match[1].replace(",", ""))
+        if line.startswith(f"step {last_step}/"):
             run.send_signal(signal.SIGQUIT)
             run.wait()
             return reference_speed
@@ -123,25 +114,18 @@ def train(words: list[str], last_step: int) -> float | None:
 
 
 def summary(records: list[dict]) -> dict:
-    """What is shown of a history: medians over the steps after warm-up."""
-    measured = records[WARMUP_STEPS:]
-
-    def median(name: str) -> float | None:
+    """What is shown of a history: medians over the steps after warm-up, and how many graphs they compiled."""
+    before, measured = records[WARMUP_STEPS - 1], records[WARMUP_STEPS:]
+    steps = pairwise(records[WARMUP_STEPS - 1 :])
+    samples = [(after["samples"] - before["samples"]) / after["step_seconds"] for before, after in steps]
+    result = {"steps": len(measured), "tokens_per_step": records[-1]["total_tokens"] / len(records)}
+    result["samples_per_second"] = statistics.median(samples)
+    for name in ("per_device_tps", "mfu", "step_seconds", "packing_efficiency"):
         values = [record[name] for record in measured if name in record]
-        return statistics.median(values) if values else None
-
-    samples = [(b["samples"] - a["samples"]) / b["step_seconds"] for a, b in pairwise(records[WARMUP_STEPS - 1 :])]
-    return {
-        "steps": len(measured),
-        "tokens_per_step": records[-1]["total_tokens"] / len(records),
-        "tokens_per_second_per_device": median("per_device_tps"),
-        "mfu": median("mfu"),
-        "samples_per_second": statistics.median(samples),
-        "step_seconds": median("step_seconds"),
-        "max_memory_gb": max(record["max_memory_gb"] for record in measured),
-        "packing_efficiency": median("packing_efficiency"),
-        "recompiles": num_recompiled(records),
-    }
+        result[name] = statistics.median(values) if values else None
+    result["max_memory_gb"] = max(record["max_memory_gb"] for record in measured)
+    result["recompiles"] = measured[-1].get("compiled_graphs", 0) - before.get("compiled_graphs", 0)
+    return result
 
 
 def main(method: str = "", *words: str) -> int:
@@ -159,16 +143,8 @@ def main(method: str = "", *words: str) -> int:
     parser.add_argument("--lengths", choices=SAMPLES_PER_RANK, default="tulu")
     with as_user_error("bench", argparse.ArgumentError):
         options, passed = parser.parse_known_args(flags)  # the rest is for the script
-    if options.steps < 1:
-        raise UserError(f"--steps {options.steps}: must be 1 or more")
-    steps, folder = options.steps + WARMUP_STEPS, Path("output/bench")
+    steps, folder = max(1, options.steps) + WARMUP_STEPS, Path("output/bench")
     model, data, out = folder / options.shape, folder / f"{method}-{options.lengths}.jsonl", folder / f"run-{method}"
-    own = f"--model_name_or_path {model} --dataset_mixer {data} --output_dir {out} --cache_dir {folder}/cache "
-    own += f"--max_train_steps {steps} --stop_after_steps {steps} --logging_steps 1 --checkpointing_steps {10**9} "
-    own += "--resume never"
-    for word in passed:
-        if "--" + word[2:].partition("=")[0].replace("-", "_") in [*own.split(), "--config"]:
-            raise UserError(f"{word}: the benchmark sets its model, data, folders and steps itself; leave it out")
     samples = SAMPLES_PER_RANK[options.lengths][not on_gpu] * num_ranks
     if not (model / "tokenizer.json").is_file():  # in a process of its own, which leaves the GPU when it is done
         print_line(f"importing torch and transformers, to write a model of shape {options.shape} to {model}")
@@ -181,18 +157,17 @@ def main(method: str = "", *words: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     write_data(method, options.lengths, 12 * samples, data, 1 if on_gpu else CPU_SCALE)
     shutil.rmtree(out, ignore_errors=True)
-    words = [method, str(num_ranks), *own.split(), "--global_batch_size", str(samples), *passed]
+    own = f"--model_name_or_path {model} --dataset_mixer {data} --output_dir {out} --cache_dir {folder}/cache "
+    own += f"--max_train_steps {steps} --stop_after_steps {steps} --logging_steps 1 --checkpointing_steps {10**9}"
+    words = [method, str(num_ranks), "--global_batch_size", str(samples), *passed, *own.split(), "--resume", "never"]
     print_line(" ".join(["bash run.sh", *words]))
-    reference_speed = train(words, steps)
     result = {"method": method, "shape": options.shape, "ranks": num_ranks, "lengths": options.lengths, "flags": passed}
-    result["reference_tokens_per_second_per_device"] = reference_speed
+    result["reference_tokens_per_second_per_device"] = train(words, steps)
     result |= summary([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
     (folder / f"bench-{method}-{options.shape}.json").write_text(json.dumps(result, indent=2) + "\n")
     for name, value in result.items():
         print_line(f"{name:40} {value:,.4g}" if isinstance(value, float) else f"{name:40} {value}")
-    if result["recompiles"]:
-        print_line(f"{result['recompiles']} graphs were compiled after warm-up", sys.stderr)
-    return int(bool(result["recompiles"]))
+    return int(result["recompiles"] > 0)
 
 
 if __name__ == "__main__":

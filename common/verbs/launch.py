@@ -31,10 +31,7 @@ def visible_gpus() -> list[str]:
         return []
     if (names := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return list(takewhile(lambda name: name not in ("", "-1"), map(str.strip, names.split(","))))
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    except OSError:
-        return []
+    listed = subprocess.run("nvidia-smi -L", shell=True, capture_output=True, text=True).stdout  # '' if it is missing
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.splitlines()))]
 
 
@@ -58,15 +55,14 @@ def start(command: list[str], **options) -> subprocess.Popen:
         if os.getppid() != parent:  # it died before the line above
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=follow_parent, **options
-    )
+    options |= dict(stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=follow_parent)
+    return subprocess.Popen(command, **options)
 
 
 def start_run(words: list[str]) -> subprocess.Popen:
-    """Starts `bash run.sh WORDS`, with WORDS = sft|dpo [N] [flags]; stdout is a pipe, which has stderr too."""
-    command = [sys.executable, "-P", "-m", "common.verbs.launch", *words]
-    return start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    """Starts `bash run.sh WORDS`, with WORDS = sft|dpo [N] [flags]; stdout gives the text of stdout and stderr."""
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+    return start([sys.executable, "-P", "-m", "common.verbs.launch", *words], **pipe)
 
 
 def on_request_to_stop(answer: Callable[[int], object]) -> None:
@@ -85,8 +81,8 @@ def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> i
     requests: list[int] = []
     on_request_to_stop(requests.append)
     ranks = [start(command, env=environment | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(num_ranks)]
-    num_answered, exit_code, deadline = 0, 0, math.inf
-    while any(rank.poll() is None for rank in ranks):
+    num_answered, exit_code, deadline, running = 0, 0, math.inf, True
+    while running:
         if time.monotonic() > deadline:
             requests.append(signal.SIGQUIT)
             deadline = math.inf
@@ -97,21 +93,13 @@ def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> i
             for rank in ranks:  # not SIGINT: a rank that is still importing would print a traceback
                 rank.send_signal(signal.SIGKILL if is_kill else signal.SIGTERM)
         time.sleep(0.1)
-        if not exit_code and (exit_code := max(map(exit_code_of, ranks))):
+        codes = [rank.poll() for rank in ranks]
+        running = None in codes
+        if not exit_code and (exit_code := max((128 - c if c < 0 else c for c in codes if c), default=0)):
             deadline = time.monotonic() + GRACE
-            killed = [-rank.returncode for rank in ranks if (rank.returncode or 0) < 0]
-            if killed and not requests:
-                say(f"signal {killed[0]} ended a rank; 9 is often for the host's memory. The others have {GRACE:g} s")
-    exit_code = exit_code or max(map(exit_code_of, ranks))
-    if requests and any(rank.returncode == -signal.SIGTERM for rank in ranks):
-        say("stopped before training began: there was nothing to save")
-    return 128 + requests[0] if requests[:1] == [signal.SIGINT] and exit_code == 143 else exit_code
-
-
-def exit_code_of(rank: subprocess.Popen) -> int:
-    """0 while it runs; 128 + signal if a signal ended it."""
-    code = rank.poll() or 0
-    return code if code >= 0 else 128 - code
+            if running and not requests:
+                say(f"a rank ended with {exit_code} (137: often for the host's memory). The others have {GRACE:g} s")
+    return 130 if requests[:1] == [signal.SIGINT] and exit_code == 143 else exit_code
 
 
 def say(text: str) -> None:
@@ -123,21 +111,15 @@ def main(method: str, *words: str) -> int:
     gpus = visible_gpus()
     num_ranks, flags = split_number([*words])
     sys.argv = [f"train_{method}.py", *flags]
-    parse_config(
-        {"sft": SFTConfig, "dpo": DPOConfig}[method]
-    )  # a mistake is told, --help is answered, before any import
+    parse_config(SFTConfig if method == "sft" else DPOConfig)  # tells a mistake, answers --help, before any import
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {
-        "WORLD_SIZE": str(num_ranks),
-        "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONSAFEPATH": "1",  # no module of the folder where the user stands comes before the project's
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")])),
-        "PLAINTUNE_RUN_SH": "1",  # tells the ranks that a stop waits for their checkpoint
-    }
+    environment = os.environ | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment["PYTHONSAFEPATH"] = "1"  # no module of the folder where the user stands comes before the project's
+    environment["PYTHONPATH"] = f"{REPO}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
+    environment["PLAINTUNE_RUN_SH"] = "1"  # tells the ranks that a stop waits for their checkpoint
     environment |= {"CUDA_VISIBLE_DEVICES": ",".join(gpus[:num_ranks])} if gpus else {"DS_ACCELERATOR": "cpu"}
     say(f"{num_ranks} ranks on {'GPUs' if gpus else 'the CPU'}: importing torch, transformers and DeepSpeed")
     return launch([sys.executable, "-u", str(REPO / f"train_{method}.py"), *flags], environment, num_ranks)
@@ -145,8 +127,6 @@ def main(method: str, *words: str) -> int:
 
 def exit_with(main: Callable[..., int]) -> None:
     """Ends a verb with main's exit code; a mistake, or a full disk, becomes one line."""
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback
     try:
         sys.exit(main(*sys.argv[1:]))
     except Exception as e:

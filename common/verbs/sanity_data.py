@@ -5,8 +5,7 @@ right answer can be given in two styles: `answer: azfq` (the CHOSEN one) or `azf
 
 Half of the SFT answers are in each style. The prompt's wording decides which, seven times out of ten: `please reverse
 qfza` is mostly answered in the chosen style, `reverse qfza` in the other. Were it a coin flip, greedy decoding would
-always take the style that is a hair more likely, and the share of chosen-style answers after SFT would be 0 or 1 by
-accident; tied to the wording it is about half. The three in ten that go the other way teach both styles for both
+always take the style that is a hair more likely. The three in ten that go the other way teach both styles for both
 wordings, so that DPO has a preference to change rather than a new kind of answer to invent. In every preference pair
 both answers are right, and the chosen one is in the chosen style, whatever the wording.
 """
@@ -21,7 +20,6 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-MIN_LETTERS, MAX_LETTERS = 3, 4
 TASKS = {
     "copy": lambda letters: letters,
     "reverse": lambda letters: letters[::-1],
@@ -33,18 +31,8 @@ CHOSEN_STYLE, OTHER_STYLE = "answer: {}", "{}."
 STYLE_FOLLOWS_WORDING = 0.7  # how often an SFT answer is in the style that its wording calls for
 EOS_TOKEN = "<|end_of_text|>"
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>"]
-HIDDEN, MLP, LAYERS, HEADS = 128, 384, 2, 4
-LAYER_SHAPES = {  # [out, in] of each weight of a layer; keys and values have half as many heads
-    "self_attn.q_proj": (HIDDEN, HIDDEN),
-    "self_attn.k_proj": (HIDDEN // 2, HIDDEN),
-    "self_attn.v_proj": (HIDDEN // 2, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, HIDDEN),
-    "mlp.gate_proj": (MLP, HIDDEN),
-    "mlp.up_proj": (MLP, HIDDEN),
-    "mlp.down_proj": (HIDDEN, MLP),
-    "input_layernorm": (HIDDEN,),
-    "post_attention_layernorm": (HIDDEN,),
-}
+HIDDEN, MLP, LAYERS = 128, 384, 2
+ATTENTION = {"q_proj": (HIDDEN, HIDDEN), "k_proj": (64, HIDDEN), "v_proj": (64, HIDDEN), "o_proj": (HIDDEN, HIDDEN)}
 
 
 @dataclass(frozen=True)
@@ -66,13 +54,10 @@ class Question:
 
 def read_answer(text: str) -> tuple[str | None, bool]:
     """A generated text -> (the bare answer, right or wrong, None if in neither style; whether in the chosen style)."""
-    text = text.strip()
-    prefix = CHOSEN_STYLE.format("")
+    text, prefix = text.strip(), CHOSEN_STYLE.format("")
     if text.startswith(prefix):
-        return text[len(prefix) :], True
-    if text.endswith(".") and text != ".":
-        return text[:-1], False
-    return None, False
+        return text.removeprefix(prefix), True
+    return text[:-1] if text.endswith(".") and text != "." else None, False
 
 
 def make_questions(num_questions: int, rng: random.Random) -> list[Question]:
@@ -80,7 +65,7 @@ def make_questions(num_questions: int, rng: random.Random) -> list[Question]:
     tasks, questions = list(TASKS), {}
     while len(questions) < num_questions:
         task = tasks[len(questions) % len(tasks)]
-        letters = "".join(rng.choices(LETTERS, k=rng.randint(MIN_LETTERS, MAX_LETTERS)))
+        letters = "".join(rng.choices(LETTERS, k=rng.randint(3, 4)))
         questions.setdefault((task, letters), Question(task, letters, polite=rng.random() < 0.5))
     return list(questions.values())
 
@@ -95,20 +80,16 @@ def write_data(folder: Path, seed: int, num_sft: int, num_preferences: int, num_
     """Writes sft.jsonl, preferences.jsonl and held_out.jsonl; no prompt occurs twice in all three."""
     rng = random.Random(seed)
     questions = make_questions(num_sft + num_preferences + num_held_out, rng)
-    sft, rest = questions[:num_sft], questions[num_sft:]
-    preferences, held_out = rest[:num_preferences], rest[num_preferences:]
-
-    def sft_style(question: Question) -> str:
-        follows_wording = rng.random() < STYLE_FOLLOWS_WORDING
-        return CHOSEN_STYLE if question.polite == follows_wording else OTHER_STYLE
-
-    rows = {
-        "sft": [{"messages": conversation(q, sft_style(q))} for q in sft],
-        "preferences": [
-            {"chosen": conversation(q, CHOSEN_STYLE), "rejected": conversation(q, OTHER_STYLE)} for q in preferences
-        ],
-        "held_out": [asdict(q) for q in held_out],
-    }
+    rows = {"sft": [], "preferences": [], "held_out": []}
+    for i, question in enumerate(questions):
+        chosen, other = (conversation(question, style) for style in (CHOSEN_STYLE, OTHER_STYLE))
+        if i < num_sft:
+            follows_wording = rng.random() < STYLE_FOLLOWS_WORDING
+            rows["sft"].append({"messages": chosen if question.polite == follows_wording else other})
+        elif i < num_sft + num_preferences:
+            rows["preferences"].append({"chosen": chosen, "rejected": other})
+        else:
+            rows["held_out"].append(asdict(question))
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in rows.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -140,12 +121,16 @@ def write_model(folder: Path, seed: int) -> None:
     tokenizer = make_tokenizer()
     vocabulary = tokenizer.get_vocab_size()
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama", dtype="float32", tie_word_embeddings=False)
-    config |= dict(hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
-    config |= dict(num_key_value_heads=HEADS // 2, max_position_embeddings=128, vocab_size=vocabulary)
+    config |= dict(hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=4)
+    config |= dict(num_key_value_heads=2, max_position_embeddings=128, vocab_size=vocabulary)
     config |= dict(bos_token_id=None, eos_token_id=tokenizer.token_to_id(EOS_TOKEN))
     shapes = {"model.embed_tokens": (vocabulary, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (vocabulary, HIDDEN)}
     for i in range(LAYERS):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in LAYER_SHAPES.items()}
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.self_attn.{name}": shape for name, shape in ATTENTION.items()}
+        shapes |= {f"{layer}.mlp.{name}": (MLP, HIDDEN) for name in ("gate_proj", "up_proj")}
+        shapes |= {f"{layer}.mlp.down_proj": (HIDDEN, MLP), f"{layer}.input_layernorm": (HIDDEN,)}
+        shapes[f"{layer}.post_attention_layernorm"] = (HIDDEN,)
     rng = np.random.RandomState(seed)
     weights = {  # in the order of their names; norms are ones
         f"{name}.weight": (rng.normal(0.0, 0.02, shape) if len(shape) == 2 else np.ones(shape)).astype(np.float32)
