@@ -47,7 +47,7 @@ def main() -> None:
     tokenizer_folder = ranks.once_per_node(lambda: load.find_tokenizer(config.tokenizer_name_or_path or model_folder))
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-    data = tokenized_data("sft", config, tokenizer, tokenizer_folder, template, ranks)
+    data = tokenized_data("sft", config, template, ranks)
     longest = int(data.lengths.max())
     load.check_supported(model_config, config.max_seq_length, longest, load.num_token_ids(tokenizer))
     ranks.say(data_table(data))

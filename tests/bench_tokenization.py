@@ -63,7 +63,7 @@ def main():
 
         def ours() -> int:
             tokenize = BlockTokenizer("sft", template, encoder)
-            return sum(len(tokenize(0, rows, rows.indices[block])[0]) for block in blocks)
+            return sum(len(ids) for block in blocks for ids, *_ in tokenize(0, rows, rows.indices[block]))
 
         wall, cpu, num_tokens = {bare: [], ours: []}, {bare: [], ours: []}, {}
         for i in range(options.rounds + 1):  # the first warms up

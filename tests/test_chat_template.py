@@ -233,7 +233,7 @@ def test_a_templates_own_refusal_is_told_from_its_failure(templates, tmp_path_fa
 @pytest.mark.parametrize(
     "jinja, said",
     [
-        ("{% for m in messages %}{{ m.content }}", "line 1"),
+        ("{% for m in messages %}{{ m.content }}", "TemplateSyntaxError"),
         ("{{ messages[0].content }}", "content exactly once"),
         ("hello", "content exactly once"),
         ("{% for m in messages %}{{ m.content * 2 }}{% endfor %}", "exactly once"),
@@ -251,15 +251,10 @@ def test_a_template_that_cannot_serve_is_refused_by_name(tmp_path, jinja, said):
 
 def test_a_template_that_is_not_there_is_refused(tmp_path):
     (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe\x00")
-    for name in ("tuluu", str(tmp_path), str(tmp_path / "binary.jinja")):
-        with pytest.raises(UserError, match="tulu"):
+    for name in ("tuluu", str(tmp_path), str(tmp_path / "binary.jinja"), "tokenizer"):
+        with pytest.raises(UserError, match="tulu") as error:
             resolve_template(name, TOKENIZER)
-    with pytest.raises(UserError, match="the tokenizer has none"):
-        resolve_template("tokenizer", TOKENIZER)
-    endless = tiny_tokenizer.tiny_tokenizer()
-    endless.eos_token = None
-    with pytest.raises(UserError, match="eos_token"):
-        resolve_template("tulu", endless)
+        assert name in str(error.value)
 
 
 def test_a_turn_that_cannot_be_told_from_the_rest_is_refused(tmp_path_factory):

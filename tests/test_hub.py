@@ -40,7 +40,8 @@ ASK_ROWS = """
 from common.data.sources import load_source, parse_source
 def answer(question):
     rows = load_source(parse_source(question))
-    return [rows.identity, rows.indices.tolist(), rows.read(rows.indices)]
+    known_by = {name: rows.identity[name] for name in ("revision", "split")}
+    return [known_by, rows.indices.tolist(), rows.read(rows.indices)]
 """
 
 
@@ -54,11 +55,8 @@ def test_rows_come_from_the_commit_that_is_recorded(tmp_path):
             ASK_ROWS, [f"org/data@{NEWEST}=3", f"org/data@{TAGGED}"], hub, tmp_path, offline=True
         )
     indices = np.random.RandomState(42).choice(20, size=5, replace=False).tolist()
-    assert part == [
-        {"revision": NEWEST, "split": "train"},
-        indices,
-        [{"messages": ROWS[i]["messages"]} for i in indices],
-    ]
+    messages = [{"messages": ROWS[i]["messages"]} for i in indices]
+    assert part == [{"revision": NEWEST, "split": "train"}, indices, messages]
     assert whole[0] == part[0] and whole[1] == list(range(20))
     assert tagged == [{"revision": TAGGED, "split": "train"}, [0], [{"messages": ROWS[0]["messages"]}]]
     assert "org/data:test" in no_split and "['train']" in no_split

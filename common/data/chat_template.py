@@ -35,7 +35,6 @@ TULU = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
 
-BUILT_IN = {"tulu": TULU}
 MARKER = "\ue0f1\ue0f2"  # stands for a content; private-use characters, unchanged by strip, split or tojson
 QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
 MARKED_ANSWER = {"role": "assistant", "content": MARKER}
@@ -48,7 +47,7 @@ class Dropped(Exception):
 class ChatTemplate:
     """A chat template, with the tokenizer whose special tokens it prints.
 
-    name: as asked for.  jinja: its text, to be saved with the exported tokenizer.  digest: sha256 of that text.
+    name: as asked for.  jinja: its text.  digest: sha256 of that text.
     closing: what closes an assistant turn, without the white space after it; "" if nothing does. Where the template
     prints EOS once, at the end of the text (Phi-3), closing is what comes before.
     """
@@ -58,18 +57,15 @@ class ChatTemplate:
         self.name, self.jinja, self.tokenizer = name, jinja, tokenizer
         self.digest = hashlib.sha256(jinja.encode()).hexdigest()
         self._shows_role, self._printed = {"user": True, "assistant": True}, {}
-        try:
+        with as_user_error(f"chat template {name!r} for a question and an answer", Dropped):
             answered = self.apply([QUESTION, MARKED_ANSWER])
             asked, prompted = self.apply([QUESTION]), self.apply([QUESTION], add_generation_prompt=True)
-        except Dropped as error:
-            raise UserError(f"chat template {name!r}: a question and its answer are {error}") from error
         if answered.count(MARKER) != 1:
             raise UserError(f"chat template {name!r} does not show the assistant's content exactly once")
         header, tail = answered.split(MARKER)
-        eos = tokenizer.eos_token or ""
-        if eos and not prompted.startswith(asked):
-            asked = asked.removesuffix(eos)  # of templates that end every text with it, not every answer
-        self.closing = self._tail_of_every_answer(tail, eos).rstrip()
+        if not prompted.startswith(asked):
+            asked = asked.removesuffix(tokenizer.eos_token)  # of templates that end every text with it
+        self.closing = self._tail_of_every_answer(tail, tokenizer.eos_token).rstrip()
         self._after_last = tail[len(self.closing) :]
         # What opens an answer; None where a header does that is printed only together with the answer.
         self._generation_prompt = prompted[len(asked) :] if prompted.startswith(asked) else None
@@ -102,28 +98,25 @@ class ChatTemplate:
         except Exception as error:
             if type(error) is jinja2.TemplateError:  # what raise_exception raises
                 raise Dropped(f"refused by the chat template: {one_line(error)}") from error
-            line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise UserError(f"chat template {self.name!r}{line}: {type(error).__name__}: {one_line(error)}") from error
+            raise UserError(f"chat template {self.name!r}: {type(error).__name__}: {one_line(error)}") from error
 
     def render(self, messages: list[dict], only_last: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and the [start, end) characters of it that are trained: a span for each assistant
         message, in order; with only_last, the last of them alone. Raises Dropped, or UserError where a turn's place in
         the text cannot be told."""
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        turns = turns[-1:] if only_last else turns
         text = self.apply(messages) if messages else ""
         plain = self._plain_spans(messages, text) if turns else {}
-        return text, [plain.get(i) or self._span(messages, i, text) for i in turns]
+        return text, [plain.get(i) or self._span(messages, i, text) for i in turns[-1 if only_last else 0 :]]
 
     def _plain_spans(self, messages: list[dict], text: str) -> dict[int, tuple[int, int]]:
         """[start, end) of those assistant messages that step 1 of the module's docstring bounds, by their index."""
         printed = self._printed_around(messages)
-        numbers, contents = map(int, printed[1::2]), list(printed)
-        contents[1::2] = [messages[i]["content"] for i in map(int, printed[1::2])]
-        if "".join(contents) != text or not self._generation_prompt or not self.closing:
+        numbers, spans, position = list(map(int, printed[1::2])), {}, 0
+        printed[1::2] = [messages[i]["content"] for i in numbers]
+        if "".join(printed) != text or not self._generation_prompt or not self.closing:
             return {}
-        spans, position = {}, 0
-        for i, before, content, after in zip(numbers, printed[::2], contents[1::2], printed[2::2], strict=False):
+        for i, before, content, after in zip(numbers, printed[::2], printed[1::2], printed[2::2], strict=False):
             start = position + len(before)
             position = start + len(content)
             is_whole = before.endswith(self._generation_prompt) and after.startswith(self.closing)
@@ -141,7 +134,7 @@ class ChatTemplate:
                 self._printed[roles] = re.split(f"{MARKER}([0-9]+){MARKER}", self.apply(marked))
             except (UserError, Dropped):  # for a content that is a marker
                 self._printed[roles] = []
-        return self._printed[roles]
+        return list(self._printed[roles])
 
     def _span(self, messages: list[dict], i: int, text: str) -> tuple[int, int]:
         """[start, end) of assistant message i in the text of all messages: steps 2 to 4 of the module's docstring."""
@@ -160,10 +153,8 @@ class ChatTemplate:
         content_end = len(text) - len(after)
         exact = marked.count(MARKER) == 1 and text.startswith(before) and text.endswith(after)
         if not exact or len(before) > content_end or (end is None and not after.startswith(self.closing)):
-            raise UserError(
-                f"chat template {self.name!r}: what it makes of message {i + 1} (assistant) cannot be told "
-                "from the rest, so cannot be trained; use another chat_template or leave the row out"
-            )
+            what = f"chat template {self.name!r}: its text of message {i + 1} (assistant) cannot be told from the rest"
+            raise UserError(f"{what}; use another chat_template or leave the row out")
         start = len(before) if start is None else min(start, len(before))
         return start, content_end + len(self.closing) if end is None else end
 
@@ -171,9 +162,9 @@ class ChatTemplate:
         """Whether messages of this role show their content. One that is refused counts: its rows will say so."""
         if role not in self._shows_role:
             message = {"role": role, "content": MARKER}
-            first_or_last = [message, QUESTION], [QUESTION, ANSWER, message]
             try:
-                self._shows_role[role] = any(MARKER in self.apply(messages) for messages in first_or_last)
+                texts = [self.apply([message, QUESTION]), self.apply([QUESTION, ANSWER, message])]
+                self._shows_role[role] = any(MARKER in text for text in texts)
             except (UserError, Dropped):
                 self._shows_role[role] = True
         return self._shows_role[role]
@@ -181,13 +172,9 @@ class ChatTemplate:
 
 def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
     """`tulu`, `tokenizer` (the tokenizer's own), or the path of a .jinja file. Raises UserError."""
-    if name_or_path in BUILT_IN:
-        if tokenizer.eos_token is None:
-            raise UserError(f"chat template {name_or_path!r} ends answers with EOS, but the tokenizer has no eos_token")
-        return ChatTemplate(name_or_path, BUILT_IN[name_or_path], tokenizer)
-    if name_or_path == "tokenizer":
-        with as_user_error("chat_template 'tokenizer': the tokenizer has none, or several; use 'tulu'"):
-            return ChatTemplate(name_or_path, tokenizer.get_chat_template(), tokenizer)
-    known = ", ".join([*BUILT_IN, "tokenizer"])
-    with as_user_error(f"chat_template {name_or_path!r} is none of {known}, nor a .jinja file", OSError, ValueError):
-        return ChatTemplate(name_or_path, Path(name_or_path).read_text(encoding="utf-8"), tokenizer)
+    with as_user_error(f"chat_template {name_or_path!r} is not tulu, nor a tokenizer's only one, nor a .jinja file"):
+        if name_or_path == "tokenizer":
+            jinja = tokenizer.get_chat_template()
+        else:
+            jinja = TULU if name_or_path == "tulu" else Path(name_or_path).read_text(encoding="utf-8")
+    return ChatTemplate(name_or_path, jinja, tokenizer)

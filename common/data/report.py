@@ -32,9 +32,7 @@ def data_table(ds: TokenDataset) -> str:
         lines.append((source["asked_for"], f"{source['rows_used']:,} of {source['num_rows']:,} rows; {known_by}"))
     lines += [
         ("format", ", ".join(f"{form} ({count:,} rows)" for form, count in stats["formats"].items())),
-        ("rows read", f"{stats['rows_read']:,}"),
-        ("kept", f"{stats['kept']:,}"),
-        ("truncated", f"{stats['truncated']:,}"),
+        *((name.replace("_", " "), f"{stats[name]:,}") for name in ("rows_read", "kept", "truncated")),
         ("dropped", f"{sum(stats['dropped'].values()):,}"),
     ]
     lines += [(f"  {reason}", f"{count:,}") for reason, count in stats["dropped"].items()]

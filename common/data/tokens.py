@@ -104,8 +104,7 @@ def _checked(value, kind: type, place: str):
 
 
 # --------------------------------------------------------------------------------- text to tokens
-# What the tokenizer raises for a text that it cannot take: a lone surrogate (JSON allows "\ud800", UTF-8 does not), and
-# a panic of its Rust, which is no Exception (megabytes of nothing but white space).
+# What the tokenizer raises for a lone surrogate, which JSON allows, and for megabytes of white space (no Exception).
 UNUSABLE = {"TypeError": "text is not valid Unicode", "PanicException": "the tokenizer fails on its text"}
 
 
@@ -172,15 +171,14 @@ def preference_pair(chosen: Encoding, rejected: Encoding, prompt_chars: int) -> 
     if np.array_equal(*sides):  # they differ after max_seq_length: all that could be learned is rounding
         raise Dropped("equal within max_seq_length")
     shared = min(prompt_lengths)
-    differing = np.flatnonzero(sides[0][:shared] != sides[1][:shared])
-    shared = int(differing[0]) if len(differing) else shared
+    is_same = sides[0][:shared] == sides[1][:shared]
+    shared = int(np.argmin([*is_same, False]))  # the first token that differs
     starts = [start - shared for start in scored_from]
     return PreferencePair(sides[0][:shared], sides[0][shared:], sides[1][shared:], *starts)
 
 
 def _first_target(encoding: Encoding, char: int) -> int:
-    """The first token that begins at this character or after it and has one before it: nothing predicts the token at
-    position 0. At least len(encoding) if there is none."""
+    """The first token from position 1 on that begins at this character or after it; len(encoding) or more if none."""
     if len(encoding) == 0 or char >= encoding.token_to_chars(len(encoding) - 1)[1]:
         return max(1, len(encoding))
     while (token := encoding.char_to_token(char)) is None:  # a character that the tokenizer leaves out
