@@ -65,13 +65,8 @@ def main() -> None:
     tokenizer_folder = ranks.once_per_node(lambda: load.find_tokenizer(config.tokenizer_name_or_path or model_folder))
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-<<<<<<< HEAD
-    data = tokenized_data("dpo", config, tokenizer, tokenizer_folder, template, ranks)
-    lengths = pair_length(*data.pair_lengths.T, config.share_prompt)  # int [pairs]: tokens of each in a micro-batch
-=======
     data = tokenized_data("dpo", config, template, ranks)
-    pair_lengths = pair_length(*data.pair_lengths.T, config.share_prompt)  # tokens of each in a micro-batch
->>>>>>> cutA
+    lengths = pair_length(*data.pair_lengths.T, config.share_prompt)  # int [pairs]: tokens of each in a micro-batch
     longest_side = int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max())
     load.check_supported(model_config, config.max_seq_length, longest_side, load.num_token_ids(tokenizer))
     if reference_folder is not None:
