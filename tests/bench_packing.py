@@ -8,11 +8,8 @@ samples' own tokens a second, and of how many times longer a step of the same sa
 shows in the ratios, whatever the machine.
 """
 
-import json
-import statistics
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 
 import launch
@@ -52,30 +49,20 @@ def main() -> None:
         bench.write_data("sft", "tulu", 128, folder / "data.jsonl")
         padded = {"train_sft.plan_step": one_at_a_time_noting_the_longest, "train_sft.pack": pack_padded}
         ways = {"packed": {}, "one at a time": {"train_sft.plan_step": one_at_a_time}, "one at a time, padded": padded}
-        seconds, tokens = {way: [] for way in ways}, []
-        for round_ in range(ROUNDS):
+        seconds, tokens = {way: [] for way in ways}, []  # of each step after warm-up, round after round
+        for i in range(ROUNDS):
             for way, patches in ways.items():
                 own = {"max_seq_length": 4096, "global_batch_size": 32, "max_train_steps": STEPS}
-                own["output_dir"] = folder / f"{way}-{round_}"
+                own["output_dir"] = folder / f"{way}-{i}"
                 flags = launch.flags(folder / "model", folder / "data.jsonl", folder, **own)
                 run = launch.launch("train_sft", flags, 2, patches).succeeded()
-                seconds[way].append(run.column("step_seconds")[WARMUP:])
+                seconds[way] += run.column("step_seconds")[WARMUP:]
                 if way == "packed":
-                    totals = run.column("total_tokens")[WARMUP - 1 :]
-                    tokens.append([after - before for before, after in pairwise(totals)])
-        result = {}
-        for way in ways:
-            ratios = [
-                other / packed
-                for theirs, ours in zip(seconds[way], seconds["packed"], strict=True)
-                for other, packed in zip(theirs, ours, strict=True)
-            ]
-            result[way] = statistics.median(ratios)
-            typical = statistics.median(
-                n / s for steps, of in zip(seconds[way], tokens, strict=True) for s, n in zip(steps, of, strict=True)
-            )
-            print(f"{way:24} {typical:8,.0f} tokens/s, a step takes {result[way]:.2f} x the time packed takes")
-        print(json.dumps(result))
+                    tokens += [*np.diff(run.column("total_tokens")[WARMUP - 1 :])]
+    for way in ways:
+        ratio = np.median(np.divide(seconds[way], seconds["packed"]))
+        speed = np.median(np.divide(tokens, seconds[way]))
+        print(f"{way:24} {speed:8,.0f} tokens/s, a step takes {ratio:.2f} x the time packed takes")
 
 
 if __name__ == "__main__":

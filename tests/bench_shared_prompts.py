@@ -29,11 +29,7 @@ def main() -> None:
         for _ in range(ROUNDS):
             for share in (True, False):
                 own = {"max_seq_length": 1024, "global_batch_size": PAIRS, "max_train_steps": STEPS, "resume": "never"}
-                own |= {
-                    "max_tokens_per_micro_batch": 2048,
-                    "share_prompt": share,
-                    "output_dir": folder / f"out-{share}",
-                }
+                own |= {"max_tokens_per_micro_batch": 2048, "share_prompt": share, "output_dir": folder / str(share)}
                 records = launch.launch("train_dpo", launch.flags(model, data, folder, **own)).succeeded().metrics
                 tokens[share] = records[-1]["total_tokens"]
                 speeds[share].append([record["step_seconds"] for record in records[WARMUP:]])

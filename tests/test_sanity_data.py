@@ -95,16 +95,11 @@ def test_the_tokenizer_round_trips_any_text_and_is_small(generated):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_the_tulu_template_is_represented_token_for_token(generated):
-    tokenizer = AutoTokenizer.from_pretrained(generated / "model")
-    tokenizer.chat_template = TULU
-    messages = rows(generated, "sft")[0]["messages"]
-    text = f"<|user|>\n{messages[0]['content']}\n<|assistant|>\n{messages[1]['content']}{tokenizer.eos_token}"
-    assert tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n") == text
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+def test_the_roles_of_the_tulu_template_are_a_token_each(generated):
+    tokenizer = AutoTokenizer.from_pretrained(generated / "model", chat_template=TULU)
+    ids = tokenizer.apply_chat_template(rows(generated, "sft")[0]["messages"], return_dict=False)
     tokens = tokenizer.convert_ids_to_tokens(ids)
-    assert tokens[0] == "<|user|>" and tokens[-1] == tokenizer.eos_token and tokens.count("<|assistant|>") == 1
-    assert tokenizer.decode(ids) == text
+    assert tokens[0] == "<|user|>" and tokens.count("<|assistant|>") == tokens.count(tokenizer.eos_token) == 1
 
 
 def test_the_model_is_an_ordinary_llama_with_random_weights(generated):

@@ -80,23 +80,6 @@ def test_the_answer_to_a_stop_during_the_export_is_not_missed(monkeypatch):
     assert request.signal_number == signal.SIGTERM
 
 
-@pytest.mark.parametrize(
-    ("environment", "warned"),
-    [
-        ({}, False),
-        ({"CROSS_RANK": "0"}, True),
-        ({"TORCHELASTIC_RUN_ID": "x"}, True),
-        ({"CROSS_RANK": "0", "PLAINTUNE_RUN_SH": "1"}, False),
-    ],
-    ids=str,
-)
-def test_a_bare_launcher_s_30_seconds_are_said(monkeypatch, capfd, environment, warned):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    StopRequest(ALONE)
-    assert ("30 s" in capfd.readouterr().out) == warned
-
-
 def test_a_micro_batch_that_is_not_finite_is_named_by_its_samples():
     """One of 64 samples, of which the first eight are named; the finite one beside it is not."""
     data = SimpleNamespace(source_of=lambda i: f"chats.jsonl:{i}")

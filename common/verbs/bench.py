@@ -14,9 +14,7 @@ import multiprocessing
 import re
 import shutil
 import signal
-import statistics
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -82,15 +80,16 @@ def write_data(method: str, lengths: str, num: int, path: Path, scale: int = CPU
     def turns(prompt: str, answer: str) -> list[dict]:
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
-    with open(path, "w") as file:
-        if method == "sft":
-            for n in generated_lengths(num, mean, cap, rng):
-                prompt = max(1, int((n - 3) * rng.uniform(0.2, 0.6)))
-                file.write(json.dumps({"messages": turns(words(prompt), words(max(1, n - 3 - prompt)))}) + "\n")
-        else:
-            for p, c, r in zip(*(generated_lengths(num, mean, cap, rng) for _ in range(3)), strict=True):
-                prompt = words(p)
-                file.write(json.dumps({"chosen": turns(prompt, words(c)), "rejected": turns(prompt, words(r))}) + "\n")
+    rows = []
+    if method == "sft":
+        for n in generated_lengths(num, mean, cap, rng):
+            prompt = max(1, int((n - 3) * rng.uniform(0.2, 0.6)))
+            rows.append({"messages": turns(words(prompt), words(max(1, n - 3 - prompt)))})
+    else:
+        for p, c, r in zip(*(generated_lengths(num, mean, cap, rng) for _ in range(3)), strict=True):
+            prompt = words(p)
+            rows.append({"chosen": turns(prompt, words(c)), "rejected": turns(prompt, words(r))})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def train(words: list[str], last_step: int) -> float | None:
@@ -116,13 +115,13 @@ def train(words: list[str], last_step: int) -> float | None:
 def summary(records: list[dict]) -> dict:
     """What is shown of a history: medians over the steps after warm-up, and how many graphs they compiled."""
     before, measured = records[WARMUP_STEPS - 1], records[WARMUP_STEPS:]
-    steps = pairwise(records[WARMUP_STEPS - 1 :])
-    samples = [(after["samples"] - before["samples"]) / after["step_seconds"] for before, after in steps]
+    samples = np.diff([record["samples"] for record in [before, *measured]])
+    speeds = samples / [record["step_seconds"] for record in measured]
     result = {"steps": len(measured), "tokens_per_step": records[-1]["total_tokens"] / len(records)}
-    result["samples_per_second"] = statistics.median(samples)
+    result["samples_per_second"] = float(np.median(speeds))
     for name in ("per_device_tps", "mfu", "step_seconds", "packing_efficiency"):
         values = [record[name] for record in measured if name in record]
-        result[name] = statistics.median(values) if values else None
+        result[name] = float(np.median(values)) if values else None
     result["max_memory_gb"] = max(record["max_memory_gb"] for record in measured)
     result["recompiles"] = measured[-1].get("compiled_graphs", 0) - before.get("compiled_graphs", 0)
     return result

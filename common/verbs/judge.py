@@ -104,7 +104,7 @@ def _both_ends(history: list[dict]) -> tuple[int, float, float, str]:
     return window, first, last, f"first {window}: {first:.4f}, last {window}: {last:.4f}"
 
 
-def _sft_checks(history: list[dict], run_config: dict) -> list[Check]:
+def _sft_checks(history: list[dict], _: dict) -> list[Check]:
     window, first, last, seen = _both_ends(history)
     return [Check("SFT loss falls", f"last {window} steps 10% below the first", seen, last <= 0.9 * first)]
 

@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from common.failures import UserError, print_line
+from common.failures import UserError, one_line, print_line
 from common.verbs.judge import ADVICE, Check, format_table, judge_answers, judge_run
 from common.verbs.launch import exit_with, on_request_to_stop, split_number, start_run, visible_gpus
 from common.verbs.sanity_data import Question, read_answer, read_held_out, write_data, write_model
@@ -54,10 +54,7 @@ def sanity_of_embedded_default() -> int:
     shutil.rmtree(OUTPUT, ignore_errors=True)
     write_data(OUTPUT / "data", SEED, NUM_SFT, NUM_PREFERENCES, NUM_HELD_OUT)
     write_model(OUTPUT / "model", SEED)
-    print_line(
-        "Its tasks: copy, reverse, sort or count letters, name the last. SFT teaches them in two styles of\n"
-        "answer, half and half; DPO then prefers one. Held-out questions show what was learned."
-    )
+    print_line("Tasks on letters: SFT teaches two styles of answer, half and half; DPO then prefers one of them.")
     verdict, answers = {}, {}
     questions = read_held_out(OUTPUT / "data")
     dtype = "bfloat16" if visible_gpus() else "float32"
@@ -71,7 +68,7 @@ def sanity_of_embedded_default() -> int:
         try:
             answers[method] = ask(OUTPUT / method, questions)
         except (OSError, ValueError, RuntimeError) as e:
-            seen = f"{type(e).__name__}: {e}"
+            seen = one_line(e)
         verdict[method].append(Check("exported model loads", "by from_pretrained, every weight", seen, seen == "yes"))
         if method not in answers:
             break
