@@ -101,9 +101,11 @@ def weights_digest(folder: str) -> str:
     """Of a model's safetensors files, by name, and its config.json: all that decides what its parameters are."""
     index = Path(folder) / "model.safetensors.index.json"
     with as_user_error(f"model {folder}: its weights cannot be read"):
-        names = {path.name for path in Path(folder).glob("model.safetensors")}
+        names = set()
         if index.is_file():
-            names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not names or (Path(folder) / "model.safetensors").is_file():
+            names.add("model.safetensors")
         files = ["config.json", *sorted(names)]
         with ThreadPoolExecutor(8) as threads:
             digests = list(threads.map(lambda name: file_digest(Path(folder) / name), files))
