@@ -3,7 +3,7 @@
 import functools
 import sys
 import types
-from itertools import pairwise
+from itertools import chain, pairwise, product
 
 import numpy as np
 import pytest
@@ -24,35 +24,41 @@ NOTHING = np.zeros(0, np.int64)
 ROWS = [[(5, 0, 0)], [(1, 0, 0), (6, 0, 0), (2, 0, 0)], [(4, 3, 2)], [(1, 1, 1), (3, 0, 0), (2, 5, 1), (7, 1, 4)]]
 
 
-def row_of(shapes):
-    return pack([[Document(np.zeros(sum(shape)), shape[0], shape[1], NOTHING, NOTHING, [])] for shape in shapes])
+def row_of(shapes, has_targets: bool = False):
+    row = pack([[Document(np.zeros(sum(shape)), shape[0], shape[1], NOTHING, NOTHING, [])] for shape in shapes])
+    if has_targets:
+        row.target_rows = np.arange(len(row.input_ids) - 1)
+        row.target_ids = row.target_rows % 50
+    return row
+
+
+def tiny_model(kernel: str, config_class=LlamaConfig, num_layers: int = 3) -> PackedModel:
+    sizes = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_attention_heads=4, num_key_value_heads=2)
+    config = config_class(**sizes, num_hidden_layers=num_layers)
+    return PackedModel(AutoModelForCausalLM.from_config(config, attn_implementation=registered_name(kernel)))
+
+
+def attend(kernel: str, *tensors, **kwargs):
+    return attention.AttentionInterface()[registered_name(kernel)](torch.nn.Module(), *tensors, **kwargs)[0]
 
 
 def sees(shapes) -> np.ndarray:
     """bool [T, T] by the definition, token by token."""
-    tokens = [
-        (d, part, t)
-        for d, shape in enumerate(shapes)
-        for part, size in zip("pcr", shape, strict=True)
-        for t in range(size)
-    ]
+    parts = [[(d, part)] * size for d, shape in enumerate(shapes) for part, size in zip("pcr", shape, strict=True)]
+    tokens = list(chain(*parts))
     visible = np.zeros((len(tokens), len(tokens)), bool)
-    for i, (d, part, t) in enumerate(tokens):
-        for j, (other_d, other_part, other_t) in enumerate(tokens):
-            earlier = other_part == "p" if part != other_part else other_t <= t
-            visible[i, j] = d == other_d and earlier and not (part == "p" and other_part != "p")
+    for (i, (d, part)), (j, (other_d, other_part)) in product(enumerate(tokens), repeat=2):
+        visible[i, j] = d == other_d and j <= i and other_part in ("p", part)
     return visible
 
 
-some_rows = st.lists(
-    st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 5))
-    | st.tuples(st.integers(1, 9), st.just(0), st.just(0)),
-    min_size=1,
-    max_size=5,
+NUMBERS = st.integers(1, 9)
+SOME_ROWS = st.lists(
+    st.tuples(NUMBERS, NUMBERS, NUMBERS) | st.tuples(NUMBERS, st.just(0), st.just(0)), min_size=1, max_size=5
 )
 
 
-@given(some_rows)
+@given(SOME_ROWS)
 @settings(max_examples=80, deadline=None)
 def test_block_mask_lets_a_token_see_its_own_past_alone(shapes):
     row = row_of(shapes)
@@ -60,7 +66,7 @@ def test_block_mask_lets_a_token_see_its_own_past_alone(shapes):
     assert (mask[0, 0].numpy() == sees(shapes)).all()
 
 
-@given(some_rows)
+@given(SOME_ROWS)
 @settings(max_examples=80, deadline=None)
 def test_varlen_segments_describe_the_same_attention(shapes):
     """Bottom-right causal attention over the segments is, query by query, what the block mask says."""
@@ -85,10 +91,8 @@ def test_sdpa_kernel_is_softmax_attention_under_the_mask(shapes):
     """Grouped heads and a scale of its own, against the formula in float64."""
     row, generator = row_of(shapes), torch.Generator().manual_seed(0)
     num_tokens = len(row.input_ids)
-    query, key, value = (
-        torch.randn(1, heads, num_tokens, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
-    )
-    out, _ = attention._sdpa(torch.nn.Module(), query, key, value, scaling=0.3, **attention_kwargs(row, "sdpa", CPU))
+    query, key, value = (torch.randn(1, h, num_tokens, 8, generator=generator).double() for h in (4, 2, 2))
+    out = attend("sdpa", query, key, value, scaling=0.3, **attention_kwargs(row, "sdpa", CPU))
     mask = torch.from_numpy(sees(shapes))
     for head in range(4):
         scores = 0.3 * query[0, head] @ key[0, head // 2].T
@@ -131,32 +135,19 @@ def gradients_by_definition(grad, out, query, key, value, offsets_q, offsets_k, 
 def flash_attn(monkeypatch):
     """Both packages of that name, with the arguments that they have and the definition in place of kernels."""
 
-    def forward(
-        query, key, value, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, return_lse
-    ):
-        assert causal and return_lse and max_seqlen_q >= cu_seqlens_q.diff().max()
-        assert max_seqlen_k >= cu_seqlens_k.diff().max()
-        packing = cu_seqlens_q, cu_seqlens_k, softmax_scale
-        return *attention_by_definition(query, key, value, *packing), None, None, None
+    def forward(query, key, value, *, softmax_scale, causal, return_lse, **kwargs):
+        offsets = told(causal, **kwargs)
+        assert return_lse
+        return *attention_by_definition(query, key, value, *offsets, softmax_scale), None, None, None
 
-    def backward(
-        query,
-        key,
-        value,
-        out,
-        grad,
-        lse,
-        *,
-        softmax_scale,
-        causal,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-    ):
-        packing = cu_seqlens_q, cu_seqlens_k, softmax_scale
+    def backward(query, key, value, out, grad, lse, *, softmax_scale, causal, **kwargs):
+        packing = *told(causal, **kwargs), softmax_scale
         torch.testing.assert_close((out, lse), attention_by_definition(query, key, value, *packing))
         return gradients_by_definition(grad, out, query, key, value, *packing)
+
+    def told(causal, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        assert causal and max_seqlen_q >= cu_seqlens_q.diff().max() and max_seqlen_k >= cu_seqlens_k.diff().max()
+        return cu_seqlens_q, cu_seqlens_k
 
     def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal):
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -182,8 +173,7 @@ def test_variable_length_kernels_are_told_what_the_block_mask_says(flash_attn, k
     results = []
     for name in ("sdpa", kernel):
         inputs = [x.clone().requires_grad_() for x in tensors]
-        function = attention.AttentionInterface()[registered_name(name)]
-        out, _ = function(torch.nn.Module(), *inputs, scaling=None, **attention_kwargs(row, name, CPU))
+        out = attend(name, *inputs, scaling=None, **attention_kwargs(row, name, CPU))
         results.append((out.detach(), *torch.autograd.grad(out, inputs, upstream)))
     for expected, seen in zip(*results, strict=True):
         torch.testing.assert_close(seen, expected)
@@ -195,15 +185,7 @@ def test_layers_compile_without_breaks_and_once_for_rows_of_every_length(flash_a
     samples."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = PackedModel(AutoModelForCausalLM.from_config(config, attn_implementation=registered_name(kernel)))
+    model = tiny_model(kernel)
     results = {False: [], True: []}
     for compiled in (False, True):
         if compiled:
@@ -211,12 +193,8 @@ def test_layers_compile_without_breaks_and_once_for_rows_of_every_length(flash_a
         for i, shapes in enumerate((ROWS[3], ROWS[1], [(9, 0, 0), (4, 3, 2)], [(3, 0, 0), (8, 0, 0)], [(2, 0, 0)], [])):
             if i == 2:
                 warm = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            row = row_of(shapes) if shapes else pack([])
-            if shapes:
-                row.target_rows = np.arange(len(row.input_ids) - 1)
-                row.target_ids = row.target_rows % 50
-            inputs = model_inputs(row, kernel, CPU)
-            logps = model(**inputs)
+            row = row_of(shapes, has_targets=True) if shapes else pack([])
+            logps = model(**model_inputs(row, kernel, CPU))
             logps.sum().backward()
             results[compiled] += [logps.detach(), *(p.grad for p in model.parameters())]
             model.zero_grad(set_to_none=True)
@@ -235,116 +213,74 @@ def test_compiled_layers_take_no_number_as_a_tensor(flash_attn, monkeypatch):
         return graph
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=seen))
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    kernel = "flash_attention_4"
-    model = PackedModel(AutoModelForCausalLM.from_config(config, attn_implementation=registered_name(kernel)))
+    model = tiny_model("flash_attention_4")
     model.compile_layers()
-    row = row_of(ROWS[3])
-    row.target_rows = np.arange(len(row.input_ids) - 1)
-    row.target_ids = row.target_rows % 50
-    model(**model_inputs(row, kernel, CPU)).sum().backward()
+    model(**model_inputs(row_of(ROWS[3], has_targets=True), "flash_attention_4", CPU)).sum().backward()
     assert len(inputs) > 10 and all(x.ndim > 0 for x in inputs)
 
 
 def test_layers_that_differ_in_a_number_are_all_compiled(monkeypatch):
-    """DiffLlama's lambda_init follows from the layer's place: a graph for each, more than torch.compile's own limit of 8."""
+    """DiffLlama's lambda_init follows from the layer's place: a graph each, more than torch.compile allows (8)."""
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    config = DiffLlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=12,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = PackedModel(AutoModelForCausalLM.from_config(config, attn_implementation=registered_name("sdpa")))
+    model = tiny_model("sdpa", DiffLlamaConfig, num_layers=12)
     model.compile_layers()
-    row = row_of(ROWS[3])
-    row.target_rows = np.arange(len(row.input_ids) - 1)
-    row.target_ids = row.target_rows % 50
-    model(**model_inputs(row, "sdpa", CPU)).sum().backward()
+    model(**model_inputs(row_of(ROWS[3], has_targets=True), "sdpa", CPU)).sum().backward()
 
 
 def test_torch_compile_may_trust_what_is_said_of_flash_attention_4(flash_attn):
     """Shapes, strides and gradients of the operator without its kernel, for rows whose heads are not contiguous."""
     row = attention_kwargs(row_of(ROWS[3]), "flash_attention_4", CPU)
     length = int(row["packed_cu_seqlens_q"].max())
-    tensors = [torch.randn(h, length, 8).transpose(0, 1).requires_grad_() for h in (4, 2, 2)]
-    keys = row["packed_key_index"]
-    inputs = tensors[0], tensors[1].detach()[keys].requires_grad_(), tensors[2].detach()[keys].requires_grad_()
-    torch.library.opcheck(
-        attention._fa4_forward,
-        (*inputs, row["packed_cu_seqlens_q"], row["packed_cu_seqlens_k"], row["packed_max_seqlen"], 0.3),
-    )
+    query, key, value = (torch.randn(h, length, 8).transpose(0, 1) for h in (4, 2, 2))
+    inputs = query, key[row["packed_key_index"]], value[row["packed_key_index"]]
+    packing = row["packed_cu_seqlens_q"], row["packed_cu_seqlens_k"], row["packed_max_seqlen"]
+    torch.library.opcheck(attention._fa4_forward, (*(x.requires_grad_() for x in inputs), *packing, 0.3))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ({"softcap": 30.0}, "softcap"),
-        ({"s_aux": torch.zeros(2)}, "s_aux"),
-        ({"position_bias": torch.zeros(2)}, "position_bias"),
-        ({"dropout": 0.1}, "dropout"),
-        ({"is_causal": False}, "not causal"),
-    ],
-)
+REFUSED = [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(2)}, {"dropout": 0.1}]
+
+
+@pytest.mark.parametrize("arguments", [*REFUSED, {"is_causal": False}, None])
 @pytest.mark.parametrize("kernel", attention.KERNELS)
-def test_kernels_refuse_what_they_do_not_compute(flash_attn, kernel, arguments, named):
-    kwargs = attention_kwargs(row_of([(4, 0, 0)]), kernel, CPU)
+def test_kernels_refuse_what_they_do_not_compute(flash_attn, kernel, arguments):
+    """None: a layer that was not told of the packing."""
+    kwargs = {} if arguments is None else attention_kwargs(row_of([(4, 0, 0)]), kernel, CPU) | arguments
     x = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(UserError, match=named):
-        attention.AttentionInterface()[registered_name(kernel)](torch.nn.Module(), x, x, x, **kwargs, **arguments)
-
-
-@pytest.mark.parametrize("kernel", attention.KERNELS)
-def test_a_layer_that_was_not_told_of_the_packing_stops(flash_attn, kernel):
-    x = torch.zeros(1, 2, 4, 8)
-    with pytest.raises(UserError, match="keyword arguments"):
-        attention.AttentionInterface()[registered_name(kernel)](torch.nn.Module(), x, x, x)
+    with pytest.raises(UserError, match="Module"):
+        attend(kernel, x, x, x, **kwargs)
 
 
 @pytest.mark.parametrize("kernel", attention.KERNELS)
 def test_a_model_takes_every_kernel_as_it_is(kernel):
-    config = LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=registered_name(kernel))
-    assert model.config._attn_implementation == registered_name(kernel)
+    assert tiny_model(kernel).lm.config._attn_implementation == registered_name(kernel)
 
 
-def test_kernel_choice(monkeypatch):
-    assert resolve_kernel("auto", "cpu", torch.bfloat16) == "sdpa"
-    assert resolve_kernel("auto", "cuda", torch.float32) == "sdpa"
-    flash_4, flash_2 = "flash_attn.cute", "flash_attn.flash_attn_interface"
-    for name in ("flash_attn", flash_4, f"{flash_4}.interface"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    for installed, capability, kernel in (
-        ({flash_4, flash_2}, 9, "flash_attention_4"),
-        ({flash_4, flash_2}, 8, "flash_attention_2"),
-        ({flash_2}, 9, "flash_attention_2"),
-        ({flash_4}, 12, "varlen"),
-        (set(), 9, "varlen"),
-    ):
-        monkeypatch.setattr(attention, "_is_installed", lambda module, installed=installed: module in installed)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: (capability, 0))
-        assert resolve_kernel("auto", "cuda", torch.bfloat16) == kernel
-    for name in ("varlen", "flash_attention_2", "flash_attention_4"):
-        with pytest.raises(UserError, match="needs a CUDA device"):
-            resolve_kernel(name, "cpu", torch.bfloat16)
-    for name in ("flash_attention_2", "flash_attention_4"):
-        with pytest.raises(UserError, match="not installed"):
-            resolve_kernel(name, "cuda", torch.bfloat16)
-    monkeypatch.setattr(attention, "_is_installed", lambda module: module == flash_4)
-    monkeypatch.setitem(sys.modules, f"{flash_4}.interface", None)  # importing it is an error
-    assert resolve_kernel("auto", "cuda", torch.bfloat16) == "varlen"
-    with pytest.raises(UserError, match=r"cannot be imported \(ModuleNotFoundError"):
-        resolve_kernel("flash_attention_4", "cuda", torch.bfloat16)
-    monkeypatch.undo()
-    assert attention._is_installed("torch.nn") and not attention._is_installed("no_such_package.module")
+FLASH_4, FLASH_2 = attention.KERNELS["flash_attention_4"], attention.KERNELS["flash_attention_2"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "kernel", "refused"),
+    [
+        ((FLASH_4, FLASH_2), 9, "flash_attention_4", ()),
+        ((FLASH_4, FLASH_2), 8, "flash_attention_2", ("flash_attention_4",)),
+        ((FLASH_2,), 9, "flash_attention_2", ("flash_attention_4",)),
+        ((FLASH_4,), 12, "varlen", ("flash_attention_4", "flash_attention_2")),
+        ((), 9, "varlen", ("flash_attention_4", "flash_attention_2")),
+    ],
+)
+def test_auto_is_the_first_kernel_that_runs_here_and_a_kernel_that_does_not_is_refused(
+    monkeypatch, installed, capability, kernel, refused
+):
+    for module in (FLASH_4, FLASH_2):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module) if module in installed else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    assert resolve_kernel("auto", "cuda", torch.bfloat16) == resolve_kernel(kernel, "cuda", torch.bfloat16) == kernel
+    cases = [(name, "cuda", torch.bfloat16) for name in refused]
+    for device, dtype in (("cpu", torch.bfloat16), ("cuda", torch.float32)):
+        assert resolve_kernel("auto", device, dtype) == "sdpa"
+        cases += [(name, device, dtype) for name in attention.KERNELS if name != "sdpa"]
+    for case in cases:
+        with pytest.raises(UserError, match=f"--attn_implementation {case[0]}: .*; use auto"):
+            resolve_kernel(*case)

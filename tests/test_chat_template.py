@@ -1,12 +1,11 @@
 """What each template renders and which characters of it are trained.   pytest tests/test_chat_template.py"""
 
-import jinja2
 import pytest
 import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.chat_template import TULU, Dropped, resolve_template
+from common.data.chat_template import Dropped, resolve_template
 from common.failures import UserError
 
 TOKENIZER = tiny_tokenizer.tiny_tokenizer()
@@ -157,14 +156,6 @@ def test_trained_text_is_every_assistant_content_and_what_closes_it(templates, n
         assert templates[name].render(messages, only_last=True) == (text, spans[-1:])
 
 
-def test_a_user_who_quotes_the_answer_is_not_trained_on(templates):
-    for name, template in templates.items():
-        messages = [{"role": "user", "content": "so."}, ANSWER, {"role": "user", "content": "so."}, ANSWER]
-        text, spans = template.render(messages)
-        assert len(spans) == 2, name
-        assert text.count("so.") == 4 and sum(text[start:end].count("so.") for start, end in spans) == 2
-
-
 def test_what_a_template_adds_to_a_turn_after_its_content_is_trained(tmp_path_factory):
     """Tool calls: the model has to write them too."""
     calling = template_of(
@@ -192,14 +183,6 @@ def test_a_template_that_fails_on_the_marker_only_still_serves(tmp_path_factory)
     refusal = "{% if messages|length == 4 and messages[1].content != 'so.' %}{{ raise_exception('so!') }}{% endif %}"
     picky = template_of(tmp_path_factory, tiny_tokenizer.CHATML + refusal)
     assert trained(picky, [USER, ANSWER, USER, ANSWER]) == ["so.<|im_end|>"] * 2
-
-
-def test_tulu_renders_the_same_without_transformers_environment():
-    messages = [{"role": "system", "content": "s"}, USER, {"role": "tool", "content": "t"}, ANSWER, USER, ANSWER]
-    rendered = jinja2.Environment().from_string(TULU).render(messages=messages, eos_token="<eos>")
-    assert rendered == "".join(text for text, _ in tulu(messages))
-    prompted = jinja2.Environment().from_string(TULU).render(messages=messages[:3], add_generation_prompt=True)
-    assert prompted == "<|system|>\ns\n<|user|>\nwhy?\n<|assistant|>\n"
 
 
 def test_an_exported_tokenizer_renders_what_was_trained(tmp_path):

@@ -30,6 +30,7 @@ from common.zero.engine import build_engine
 
 IDS = torch.randint(1, models.VOCAB, (1, 70), generator=torch.Generator().manual_seed(3))
 CAUSAL = torch.ones(70, 70, dtype=torch.bool).tril()[None, None]
+ROPE = "model.rotary_emb.inv_freq"
 CASES = {
     **{name: (name, {}) for name in models.ARCHITECTURES},
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
@@ -43,11 +44,15 @@ CASES = {
 def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
     """On each rank: what the partitioned model holds and computes; then its export, in shards of a few tensors."""
     export.SHARD_BYTES = 9000
-    model.LOAD_GROUP_ELEMENTS = 9000  # several groups
     ranks = distributed.start(5)
     seen = []
     for folder, output in zip(folders, outputs, strict=True):
-        Path(output).mkdir(exist_ok=True)
+        if ranks.is_main:
+            Path(output).mkdir()
+            old = {"weight_map": {"a": "model-00001-of-99999.safetensors"}}
+            (Path(output) / export.INDEX).write_text(json.dumps(old))
+            for name in (*old["weight_map"].values(), "model-mine.safetensors"):
+                save_file({}, Path(output) / name)
         config = SFTConfig()
         ds_config = deepspeed_config(config)
         packed = model.load_partitioned(folder, model.load_config(folder), torch.bfloat16, "sdpa", ds_config, ranks)
@@ -85,7 +90,8 @@ def test_partitioned_model_is_what_a_plain_load_gives(loaded, case):
     with torch.no_grad():
         expected = plain(input_ids=IDS, attention_mask=CAUSAL).logits
     buffers = dict(plain.named_buffers())
-    assert buffers
+    is_plain_rope = torch.equal(buffers[ROPE], loaded["llama"][2][0]["buffers"][ROPE]) if ROPE in buffers else None
+    assert buffers and (case != "llama3_rope" or is_plain_rope is False)
     for rank in seen:
         assert torch.equal(rank["logits"], expected)
         assert rank["buffers"].keys() == buffers.keys()
@@ -95,12 +101,6 @@ def test_partitioned_model_is_what_a_plain_load_gives(loaded, case):
             assert torch.equal(rank["buffers"][name], buffer), name
         assert rank["total"] / 2 <= rank["held"] <= rank["total"] / 2 + 40
         assert rank["whole"] < rank["total"]
-
-
-def test_llama3_rope_is_not_plain_rope(loaded):
-    """Or the case above would prove nothing."""
-    frequencies = [loaded[case][2][0]["buffers"]["model.rotary_emb.inv_freq"] for case in ("llama", "llama3_rope")]
-    assert not torch.equal(*frequencies)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,11 +118,12 @@ def test_export_loads_without_a_word_and_holds_the_same_bits(loaded, case):
         assert torch.equal(exported(input_ids=IDS, attention_mask=CAUSAL).logits, seen[0]["logits"])
 
 
-def test_export_has_an_index_of_all_its_files_and_no_other(loaded):
+def test_export_has_an_index_of_all_its_files_and_replaces_those_of_the_index_before_alone(loaded):
     for _, output, _ in loaded.values():
         index = json.loads((output / "model.safetensors.index.json").read_text())
-        files = list(output.glob("*.safetensors"))
-        assert set(index["weight_map"].values()) == {path.name for path in files}
+        mine = output / "model-mine.safetensors"
+        files = [path for path in output.glob("*.safetensors") if path != mine]
+        assert mine.is_file() and set(index["weight_map"].values()) == {path.name for path in files}
         assert index["metadata"]["total_size"] == sum(t.nbytes for path in files for t in load_file(path).values())
         assert not list(output.glob(".*")), "leftovers"
         tokenizer = AutoTokenizer.from_pretrained(output)
@@ -163,51 +164,34 @@ def changed(path: Path, tensors: dict) -> None:
     save_file({**load_file(path), **tensors}, path)
 
 
+def rewritten(file: Path, index: str) -> None:
+    """The file under another name, and an index in its place."""
+    file.rename(file.with_name("other.safetensors"))
+    file.with_name("model.safetensors.index.json").write_text(index)
+
+
 TIED = models.make_config(tie_word_embeddings=True)
-# what is wrong -> (what is done to model.safetensors of TIED, the config it is read with, what is named)
-WRONG = {
-    "torn": (lambda file: file.write_bytes(file.read_bytes()[:-100]), TIED, ""),
-    "absent": (lambda file: file.unlink(), TIED, "model.safetensors"),
-    "pickled": (lambda file: torch.save({}, file.rename(file.with_name("pytorch_model.bin"))), TIED, "safetensors"),
-    "file of the index absent": (
-        lambda file: file.rename(file.with_name("model.safetensors.index.json")).write_text(
-            json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "model-2.safetensors"}})
-        ),
-        TIED,
-        "model-2.safetensors",
-    ),
-    "index torn": (lambda file: file.rename(file.with_name("model.safetensors.index.json")).write_text("{"), TIED, ""),
-    "tensor missing": (
-        lambda file: None,
-        models.make_config(tie_word_embeddings=True, num_hidden_layers=3),
-        "model.layers.2.",
-    ),
-    "other shape": (
-        lambda file: None,
-        models.make_config(tie_word_embeddings=True, intermediate_size=64),
-        "model.layers.0.mlp.down_proj.weight",
-    ),
-    "tensor left over": (
-        lambda file: changed(file, {"model.layers.2.mlp.up_proj.weight": torch.zeros(48, 32)}),
-        TIED,
-        "model.layers.2.mlp.up_proj.weight",
-    ),
-    "tied, but different": (
-        lambda file: changed(file, {"lm_head.weight": torch.zeros(models.VOCAB, 32)}),
-        TIED,
-        "lm_head.weight",
-    ),
-    "quantized": (
-        lambda file: changed(file, {"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
-        TIED,
-        "model.norm.weight is stored as I8",
-    ),
-    "quantized in 8 bits of floating point": (
-        lambda file: changed(file, {"model.norm.weight": torch.ones(32).to(torch.float8_e4m3fn)}),
-        TIED,
-        "model.norm.weight is stored as F8_E4M3",
-    ),
+UP = "model.layers.2.mlp.up_proj.weight"
+INDEX = json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "model-2.safetensors"}})
+# what is wrong -> (what is done to model.safetensors of TIED, what is named)
+DAMAGE = {
+    "torn": (lambda file: file.write_bytes(file.read_bytes()[:-100]), ""),
+    "absent": (lambda file: file.unlink(), "model.safetensors"),
+    "pickled": (lambda file: torch.save({}, file.rename(file.with_name("pytorch_model.bin"))), "safetensors"),
+    "file of the index absent": (lambda file: rewritten(file, INDEX), "model-2.safetensors"),
+    "index torn": (lambda file: rewritten(file, "{"), ""),
+    "tensor left over": (lambda file: changed(file, {UP: torch.zeros(48, 32)}), UP),
+    "tied, but different": (lambda file: changed(file, {"lm_head.weight": torch.zeros(models.VOCAB, 32)}), "lm_head"),
+    **{
+        str(dtype): (lambda file, dtype=dtype: changed(file, {"model.norm.weight": torch.ones(32).to(dtype)}), name)
+        for dtype, name in ((torch.int8, "norm.weight is stored as I8"), (torch.float8_e4m3fn, "stored as F8_E4M3"))
+    },
 }
+# what another config makes of TIED's weights
+MISFIT = {"num_hidden_layers": (3, "model.layers.2."), "intermediate_size": (64, "model.layers.0.mlp.down_proj.weight")}
+WRONG = {what: (damage, TIED, named) for what, (damage, named) in DAMAGE.items()}
+for what, (value, named) in MISFIT.items():
+    WRONG[what] = lambda file: None, models.make_config(tie_word_embeddings=True, **{what: value}), named
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -276,6 +260,7 @@ POSITIONS = dict(n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
 REFUSED = {
     "window": (lambda: models.make_config("mistral", sliding_window=50), "sliding window of 50"),
     "window, one token too short": (lambda: models.make_config("mistral", sliding_window=99), "window of 99"),
+    "window, though no sample is so long": (lambda: models.make_config("mistral", sliding_window=60), "max_seq_length"),
     "window of some layers": (lambda: models.make_config("qwen2", **WINDOW_OF_SOME), "sliding window"),
     "soft cap": (lambda: config_of("gemma2", sliding_window=4096), "softcap"),
     "experts": (lambda: config_of("mixtral", sliding_window=None), "experts"),
@@ -304,7 +289,7 @@ REFUSED = {
 def test_what_would_be_trained_wrongly_is_refused_by_name(name):
     make, named = REFUSED[name]
     with pytest.raises(UserError, match=named) as error:
-        model.check_supported(make(), 100, 100, 300)
+        model.check_supported(make(), 100, 50 if "no sample" in name else 100, 300)
     assert "\n" not in str(error.value)
 
 
@@ -328,13 +313,8 @@ def test_what_changes_nothing_here_is_accepted(make):
     model.check_supported(make(), 100, 100, 300)
 
 
-def test_a_window_is_compared_with_what_was_asked_for_and_not_with_what_is_there():
-    with pytest.raises(UserError, match="--max_seq_length"):
-        model.check_supported(models.make_config("mistral", sliding_window=50), 51, 20, 300)
-
-
 def test_models_that_cannot_be_built_or_have_no_one_list_of_layers_are_refused_by_name():
-    with pytest.raises(UserError, match="model type hrm_text is not supported: it has no list of"):
+    with pytest.raises(UserError, match="model type hrm_text is not supported"):
         model.parameter_counts(config_of("hrm_text"))
     with pytest.raises(UserError, match="no model that transformers can build"):
         model.parameter_counts(models.make_config(hidden_act="no_such_function"))
@@ -362,8 +342,6 @@ def test_models_that_are_not_there_are_refused(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="no such folder") as error:
             model.find_model(name)
         assert name in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(UserError, match=r"model output/sft: .* run train_sft.py first"):  # DPO before any SFT
-        model.find_model("output/sft")
     with pytest.raises(UserError, match="--model_revision main"):
         model.find_model(str(models.make_model(tmp_path)), "main")
 
@@ -379,7 +357,7 @@ def test_a_folder_without_a_tokenizer_that_can_end_answers_is_refused(tmp_path, 
         tokenizer.save_pretrained(tmp_path)
     for name, text in (files or {}).items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match="no EOS" if files is None else "tokenizer") as error:
+    with pytest.raises(UserError, match="eos_token" if files is None else "tokenizer") as error:
         model.load_tokenizer(str(tmp_path))
     assert str(tmp_path) in str(error.value)
 

@@ -1,8 +1,6 @@
 """Small fast tokenizers built from nothing, and the chat templates that the data tests run on."""
 
-from pathlib import Path
-
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 LLAMA3_WORDS = (
@@ -20,19 +18,12 @@ SPECIALS = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>
 
 
 def tiny_tokenizer(words: str = "llama3", chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most 600 tokens. words: its pre-tokenizer: "llama3", "gpt2", "metaspace" or "none"."""
+    """A byte-level BPE of at most 600 tokens. words: its pre-tokenizer: "llama3" or "gpt2"."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=False, unk_token=None))
-    if words in ("llama3", "gpt2"):
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words == "gpt2")
-        split = [pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")] if words == "llama3" else []
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
-        tokenizer.decoder = decoders.ByteLevel()
-    elif words == "metaspace":
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-        tokenizer.decoder = decoders.Metaspace()
-    else:  # as Llama-2's: the whole text is one word
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words == "gpt2")
+    split = [pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")] if words == "llama3" else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
@@ -45,12 +36,6 @@ def tiny_tokenizer(words: str = "llama3", chat_template: str | None = None) -> P
         chat_template=chat_template,
         clean_up_tokenization_spaces=False,
     )
-
-
-def save_tokenizer(folder: Path, **options) -> PreTrainedTokenizerFast:
-    tokenizer = tiny_tokenizer(**options)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 CHATML = """\

@@ -6,7 +6,6 @@ arguments through `model(**kwargs)` to every attention layer. What a kernel does
 """
 
 import importlib
-import importlib.util
 
 import numpy as np
 import torch
@@ -15,9 +14,15 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from common.failures import UserError, one_line
-from common.step.packing import REJECTED, STEM, MicroBatch
+from common.step.packing import CHOSEN, REJECTED, STEM, MicroBatch
 
-KERNELS = ("flash_attention_4", "flash_attention_2", "varlen", "sdpa")
+# Each kernel and the module that has it, the first that can be imported is taken.
+KERNELS = {
+    "flash_attention_4": "flash_attn.cute.interface",  # the package flash-attn-4: compiled when it first runs
+    "flash_attention_2": "flash_attn.flash_attn_interface",  # the package flash-attn
+    "varlen": "torch.nn.attention.varlen",
+    "sdpa": "torch.nn.functional",
+}
 
 
 def resolve_kernel(name: str, device_type: str, dtype: torch.dtype) -> str:
@@ -32,30 +37,15 @@ def resolve_kernel(name: str, device_type: str, dtype: torch.dtype) -> str:
 
 def _why_not(kernel: str, on_gpu: bool) -> str | None:
     """What keeps a kernel from running here; None if nothing does."""
-    if kernel == "sdpa":
-        return None
-    if not on_gpu:
+    if kernel != "sdpa" and not on_gpu:
         return "needs a CUDA device and bfloat16"
-    if kernel == "flash_attention_4":
-        if torch.cuda.get_device_capability()[0] not in (9, 10):
-            return "needs a Hopper or Blackwell GPU"
-        if not _is_installed("flash_attn.cute"):
-            return "the package flash-attn-4 is not installed"
-        try:
-            importlib.import_module("flash_attn.cute.interface")
-        except Exception as e:  # whatever its compiler raises where driver or CUDA do not fit it
-            return f"the package flash-attn-4 cannot be imported ({type(e).__name__}: {one_line(e)})"
-    if kernel == "flash_attention_2" and not _is_installed("flash_attn.flash_attn_interface"):
-        return "the package flash-attn is not installed"
-    return None
-
-
-def _is_installed(module: str) -> bool:
-    """Whether a module can be found, without running it."""
+    if kernel == "flash_attention_4" and torch.cuda.get_device_capability()[0] not in (9, 10):
+        return "needs a Hopper or Blackwell GPU"
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its package is not there
-        return False
+        importlib.import_module(KERNELS[kernel])
+    except Exception as e:  # whatever a package raises whose driver or CUDA does not fit
+        return f"{KERNELS[kernel]} cannot be imported ({type(e).__name__}: {one_line(e)})"
+    return None
 
 
 def registered_name(kernel: str) -> str:
@@ -82,21 +72,17 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
     because None would be a case of its own to the compiler.
     """
     if kernel == "sdpa":
-        return {
-            "packed_mask": block_mask(to_device(micro_batch.document, device), to_device(micro_batch.branch, device))
-        }
-    q_lengths, k_lengths, key_index = [], [], []
+        document, branch = (to_device(array, device) for array in (micro_batch.document, micro_batch.branch))
+        return {"packed_mask": block_mask(document, branch)}
+    q_lengths, keys = [], []
+    is_chosen, is_rejected = micro_batch.branch == CHOSEN, micro_batch.branch == REJECTED
     for d in range(int(micro_batch.document[-1]) + 1):
-        tokens = np.flatnonzero(micro_batch.document == d)
-        stem = int((micro_batch.branch[tokens] == STEM).sum())
-        rejected = int((micro_batch.branch[tokens] == REJECTED).sum())
-        q_lengths.append(len(tokens) - rejected)
-        k_lengths.append(len(tokens) - rejected)
-        key_index.append(tokens[: len(tokens) - rejected])
-        if rejected:
-            q_lengths.append(rejected)
-            k_lengths.append(stem + rejected)
-            key_index.append(np.concatenate([tokens[:stem], tokens[len(tokens) - rejected :]]))
+        in_document = micro_batch.document == d
+        for is_query, is_key in ((~is_rejected, ~is_rejected), (is_rejected, ~is_chosen)):
+            if num_queries := int((in_document & is_query).sum()):
+                q_lengths.append(num_queries)
+                keys.append(np.flatnonzero(in_document & is_key))
+    k_lengths = [len(positions) for positions in keys]
 
     def offsets(lengths: list[int]) -> torch.Tensor:
         padding = _power_of_two(len(lengths) + 1, 64) - len(lengths) - 1
@@ -107,7 +93,7 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
         "packed_cu_seqlens_q": offsets(q_lengths),
         "packed_cu_seqlens_k": offsets(k_lengths),
         "packed_max_seqlen": _power_of_two(max(k_lengths), 512),
-        "packed_key_index": to_device(np.concatenate(key_index), device) if has_index else None,
+        "packed_key_index": to_device(np.concatenate(keys), device) if has_index else None,
     }
 
 
@@ -132,15 +118,12 @@ def _refuse_unimplemented(module: torch.nn.Module, dropout: float, packing: torc
     """
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    refusals = [(kwargs.get(name) is not None, f"asks for `{name}`") for name in ("softcap", "s_aux", "position_bias")]
-    refusals += [
-        (dropout, f"asks for dropout {dropout}"),
-        (not is_causal, "is not causal"),
-        (packing is None, "does not pass keyword arguments on to its attention, so that samples cannot be kept apart"),
-    ]
-    for is_refused, reason in refusals:
-        if is_refused:
-            raise UserError(f"{type(module).__name__} {reason}: packed attention does not implement that")
+    names = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    names += ["dropout"] * bool(dropout) + ["attention that is not causal"] * (not is_causal)
+    if names:
+        raise UserError(f"{type(module).__name__} asks for {names[0]}, which packed attention does not compute")
+    if packing is None:
+        raise UserError(f"{type(module).__name__} passes no keyword arguments on: samples cannot be kept apart")
 
 
 def _sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, packed_mask=None, **kwargs):
@@ -192,7 +175,7 @@ def _fa4_packing(offsets_q, offsets_k, max_length, scale) -> dict:
     return packing | {"max_seqlen_q": max_length, "max_seqlen_k": max_length, "softmax_scale": scale, "causal": True}
 
 
-# One operator to torch.compile, which cannot look into the package's kernels. Tensors: query, key, value.
+# One operator to torch.compile, which cannot look into the package's kernels.
 @torch.library.custom_op("plaintune::fa4", mutates_args=())
 def _fa4_forward(
     q: Tensor, k: Tensor, v: Tensor, offsets_q: Tensor, offsets_k: Tensor, max_length: int, scale: float
@@ -207,19 +190,12 @@ def _fa4_forward(
 
 @torch.library.custom_op("plaintune::fa4_backward", mutates_args=())
 def _fa4_backward(
-    grad: Tensor,
-    tensors: list[Tensor],
-    lse: Tensor,
-    offsets_q: Tensor,
-    offsets_k: Tensor,
-    max_length: int,
-    scale: float,
+    grad: Tensor, tensors: list[Tensor], lse: Tensor, offsets_q: Tensor, offsets_k: Tensor, length: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. tensors: those three and the output."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    packing = _fa4_packing(offsets_q, offsets_k, max_length, scale)
-    grads = _flash_attn_bwd(*tensors, grad, lse, **packing)
+    grads = _flash_attn_bwd(*tensors, grad, lse, **_fa4_packing(offsets_q, offsets_k, length, scale))
     return tuple(g.contiguous() for g in grads[:3])
 
 
@@ -229,7 +205,7 @@ def _(q, k, v, offsets_q, offsets_k, max_length, scale):
 
 
 @_fa4_backward.register_fake
-def _(grad, tensors, lse, offsets_q, offsets_k, max_length, scale):
+def _(grad, tensors, lse, offsets_q, offsets_k, length, scale):
     return tuple(x.new_empty(x.shape) for x in tensors[:3])
 
 

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from common.config import DPOConfig
 from common.failures import UserError, as_user_error
 from common.model.attention import registered_name
 from common.model.packed import PackedModel
@@ -21,7 +20,6 @@ from common.ranks import Ranks
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
-LOAD_GROUP_ELEMENTS = 250_000_000  # parameters that are whole on a device at once while the model loads
 NO_CODE = {"trust_remote_code": False}  # code in a folder never runs, and nobody is asked whether it may
 # Pattern of a config's numbers -> the value that changes nothing here, and what another one means.
 REFUSED_NUMBERS = {
@@ -32,35 +30,27 @@ REFUSED_NUMBERS = {
 }
 
 
-def find_model(name_or_path: str, revision: str | None = None) -> str:
+def find_model(name_or_path: str, revision: str | None = None, files: list[str] = MODEL_FILES) -> str:
     """The local folder of a model, downloaded from the hub if it is not a folder here. Raises UserError."""
-    return _find_folder("model", name_or_path, revision, MODEL_FILES)
-
-
-def find_tokenizer(name_or_path: str) -> str:
-    """As find_model, of a tokenizer."""
-    return _find_folder("tokenizer", name_or_path, None, TOKENIZER_FILES)
-
-
-def _find_folder(what: str, name_or_path: str, revision: str | None, files: list[str]) -> str:
     if Path(name_or_path).is_dir():
         if revision is not None:
             raise UserError(f"--model_revision {revision}: {name_or_path} is a folder here, which has no revisions")
         return name_or_path
-    if name_or_path == DPOConfig.model_name_or_path:
-        raise UserError(f"{what} {name_or_path}: there is no such folder: run train_sft.py first, or name a model")
-    with as_user_error(f"{what} {name_or_path}: no such folder here, and the hub did not give it"):
+    with as_user_error(f"{name_or_path}: no such folder here, and the hub did not give it"):
         return snapshot_download(name_or_path, revision=revision, allow_patterns=files)
+
+
+def find_tokenizer(name_or_path: str) -> str:
+    """As find_model, of a tokenizer."""
+    return find_model(name_or_path, files=TOKENIZER_FILES)
 
 
 def load_tokenizer(folder: str):
     """The fast tokenizer of a folder. Raises UserError if there is none or it has no end-of-sequence token."""
     with as_user_error(f"tokenizer {folder}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
-    if not tokenizer.is_fast:
-        raise UserError(f"tokenizer {folder}: needs a tokenizer.json (a fast tokenizer)")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer {folder}: has no EOS token, so answers could not end; set eos_token")
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {folder}: needs a tokenizer.json, and an eos_token, which ends answers")
     return tokenizer
 
 
@@ -93,11 +83,9 @@ def generation_config(folder: str, config: PretrainedConfig, end_ids: list[int])
 def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int, vocab_needed: int) -> None:
     """Refuses by name what packed training would compute wrongly (INTERFACE: "Only what the code handles is trained").
 
-    longest: tokens of the longest sample; vocab_needed: the tokenizer's largest id + 1.
-    Raises UserError.
+    longest: tokens of the longest sample; vocab_needed: the tokenizer's largest id + 1. Raises UserError.
     """
-    values, is_known = config.to_dict(), type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if is_known else None
+    values, model_class = config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     layer_types = set(values.get("layer_types") or [])
     unknown = ", ".join(sorted(layer_types - {"full_attention", "sliding_attention"}))
@@ -109,7 +97,7 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
     original = rope.get("original_max_position_embeddings") or positions
     has_alibi = values.get("alibi") or values.get("position_embedding_type") == "alibi"
     refusals = [
-        (not is_known or config.is_encoder_decoder, "is not a causal language model of transformers"),
+        (model_class is None or config.is_encoder_decoder, "is not a causal language model of transformers"),
         (config.get_text_config() is not config, "has parts besides its text decoder"),
         (getattr(model_class, "_is_stateful", False), "keeps state across samples"),
         (not getattr(model_class, "_supports_attention_backend", False), "does not use AttentionInterface"),
@@ -124,14 +112,10 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
     ]
     for is_refused, reason in refusals:
         if is_refused:
-            raise UserError(
-                f"model type {config.model_type} {reason}: only dense decoders with full causal attention are trained"
-            )
+            raise UserError(f"model type {config.model_type} {reason}: packed training would compute it wrongly")
     if config.vocab_size < vocab_needed:
-        raise UserError(
-            f"the tokenizer has {vocab_needed} tokens, the model's embedding only {config.vocab_size} rows; "
-            f"use the model's own tokenizer"
-        )
+        sizes = f"{vocab_needed} tokens, the model's embedding only {config.vocab_size} rows"
+        raise UserError(f"the tokenizer has {sizes}; use the model's own tokenizer")
 
 
 def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
@@ -159,10 +143,8 @@ def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
 def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig) -> None:
     """Raises UserError for a reference whose token ids cannot mean the policy's."""
     if policy.vocab_size != reference.vocab_size:
-        raise UserError(
-            f"--ref_model_name_or_path has a vocabulary of {reference.vocab_size} tokens, the policy one of "
-            f"{policy.vocab_size}; log-probabilities of the same tokens cannot be compared"
-        )
+        sizes = f"{reference.vocab_size} tokens, the policy one of {policy.vocab_size}"
+        raise UserError(f"--ref_model_name_or_path has a vocabulary of {sizes}: use a model of the same tokenizer")
 
 
 def load_partitioned(
@@ -183,18 +165,19 @@ def load_partitioned(
     model = on_main.pop() if ranks.is_main else model
     _share_buffers(model, ranks)
 
-    group, not_finite, parameters = [], [], list(model.named_parameters())
-    for i, (name, param) in enumerate(parameters):
+    not_finite = []
+    for name, param in model.named_parameters():
         on_device = nn.Parameter(torch.empty(param.shape, dtype=dtype, device=ranks.device))
         if ranks.is_main:
             on_device.data.copy_(param)
             if not torch.stack(on_device.data.aminmax()).isfinite().all():  # the smallest of what holds a NaN is NaN
                 not_finite.append(name)
         torch.utils.swap_tensors(param, on_device)  # in every module that uses it; the host's memory is given up
-        group.append(param)
-        if sum(p.numel() for p in group) >= LOAD_GROUP_ELEMENTS or i == len(parameters) - 1:
-            _partition(group, ds_config, ranks)
-            group = []
+        deepspeed.zero.Init(module=nn.ParameterList([param]), config_dict_or_path=ds_config, mem_efficient_linear=False)
+        # Shards are of one size. DeepSpeed leaves what is past the parameter's end as that memory happened to be: here
+        # it becomes zero, and so are its master weights and moments.
+        shard = param.ds_tensor
+        shard[max(0, param.ds_numel - ranks.rank * shard.numel()) :].zero_()
     if names := ranks.once(lambda: not_finite[:3]):  # now that no rank waits for a parameter
         kind = str(dtype).removeprefix("torch.")
         raise UserError(f"model {folder}: weights that, in {kind}, are NaN or infinite: in {', '.join(names)}")
@@ -243,27 +226,3 @@ def _share_buffers(model: nn.Module, ranks: Ranks) -> None:
     for name, value in zip(buffers, values[0], strict=True):
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, value.to(ranks.device))
-
-
-def _partition(group: list[nn.Parameter], ds_config: dict, ranks: Ranks) -> None:
-    """DeepSpeed hands out rank 0's parameters as shards of one size. What of a shard is past the parameter's end it
-    leaves as that memory happened to be: here it becomes zero, and so are its master weights and moments."""
-    deepspeed.zero.Init(module=nn.ParameterList(group), config_dict_or_path=ds_config, mem_efficient_linear=False)
-    for param in group:
-        shard = param.ds_tensor
-        shard[max(0, param.ds_numel - ranks.rank * shard.numel()) :].zero_()
-
-
-def partition_report(parameters: dict[str, nn.Parameter], ranks: Ranks) -> dict:
-    """How many elements there are and how many each rank holds, its padding included: the proof of ZeRO-3."""
-    return {
-        "stage": 3,
-        "num_parameters": sum(p.ds_numel for p in parameters.values()),
-        "partitioned_parameters_per_rank": ranks.gather(lambda: sum(p.ds_tensor.numel() for p in parameters.values())),
-    }
-
-
-def persistent_buffers(lm: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that are part of a model folder, by name: nothing trains them."""
-    names = lm.state_dict().keys()
-    return {name: buffer for name, buffer in lm.named_buffers() if name in names}

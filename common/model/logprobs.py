@@ -12,7 +12,7 @@ COMPILED_CHUNK_BYTES = 2**32  # of logits in their own dtype; in bfloat16 just b
 
 
 def target_logps(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log softmax(logits)[target], log-sum-exp), float32 [N] each, from logits [N, V] in any dtype, targets int64 [N]."""
+    """(log softmax(logits)[target], log-sum-exp), float32 [N] each. logits [N, V] in any dtype, targets int64 [N]."""
     logits = logits.float()
     lse = logits.logsumexp(dim=1)
     return logits.gather(1, targets[:, None])[:, 0] - lse, lse

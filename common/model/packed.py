@@ -54,24 +54,18 @@ class PackedModel(nn.Module):
         for module in self.lm.base_model.modules():
             if isinstance(module, nn.ModuleList) and len(module) == num_layers:
                 return module
-        raise UserError(
-            f"model type {self.lm.config.model_type} is not supported: it has no list of {num_layers} layers"
-        )
+        raise UserError(f"model type {self.lm.config.model_type} is not supported: it has no list of its layers")
 
     def compile_layers(self) -> None:
         """Compiles the decoder layers, all into one graph, and the head's arithmetic, for rows of any length."""
         self.is_compiled = True
         functorch_config.activation_memory_budget = ACTIVATION_MEMORY_BUDGET
-        dynamo_config.specialize_float = (
-            True  # else each is a tensor on the CPU, for which C++ may be compiled, in minutes
-        )
+        dynamo_config.specialize_float = True  # else each is a tensor on the CPU, for which C++ may be compiled
         fx_config.use_duck_shape = False  # else sizes that are equal in the first row must be so in every row
         # Else a norm's backward pass on a GPU is compiled again for rows beyond limits that follow from its width.
         inductor_config.triton.mix_order_reduction_non_strict_mode = True
         layers = self.decoder_layers()
-        dynamo_config.recompile_limit = max(
-            8, len(layers) + 8
-        )  # where a layer's numbers follow from its place, as DiffLlama's
+        dynamo_config.recompile_limit = len(layers) + 8  # where a layer's numbers follow from its place, as DiffLlama's
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
         self.lm.get_output_embeddings().compile_arithmetic()
@@ -129,11 +123,8 @@ def verify_packed_forward(engine, kernel: str, ranks: Ranks) -> None:
     difference = (packed - alone).abs().mean().item()
     if not alone.isfinite().all():
         raise UserError(
-            f"model type {config.model_type}: log-probabilities of any text are not finite; look for NaN or "
-            f"infinity in the weights"
+            f"model type {config.model_type}: log-probabilities are not finite; look for NaN in the weights"
         )
     if not difference <= (1e-3 if engine.module.lm.dtype == torch.float32 else 0.1):
-        raise UserError(
-            f"model type {config.model_type}: packed log-probabilities differ from transformers' own by "
-            f"{difference:.3g} a token; this architecture needs code that is not here"
-        )
+        told = f"packed log-probabilities differ from transformers' own by {difference:.3g} a token"
+        raise UserError(f"model type {config.model_type}: {told}; this architecture needs code that is not here")
