@@ -20,6 +20,7 @@ from common.ranks import Ranks
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+LOAD_GROUP_ELEMENTS = 250_000_000  # parameters that are whole on a device at once while the model loads
 NO_CODE = {"trust_remote_code": False}  # code in a folder never runs, and nobody is asked whether it may
 # Pattern of a config's numbers -> the value that changes nothing here, and what another one means.
 REFUSED_NUMBERS = {
@@ -165,23 +166,31 @@ def load_partitioned(
     model = on_main.pop() if ranks.is_main else model
     _share_buffers(model, ranks)
 
-    not_finite = []
-    for name, param in model.named_parameters():
+    group, not_finite, parameters = [], [], list(model.named_parameters())
+    for i, (name, param) in enumerate(parameters):
         on_device = nn.Parameter(torch.empty(param.shape, dtype=dtype, device=ranks.device))
         if ranks.is_main:
             on_device.data.copy_(param)
             if not torch.stack(on_device.data.aminmax()).isfinite().all():  # the smallest of what holds a NaN is NaN
                 not_finite.append(name)
         torch.utils.swap_tensors(param, on_device)  # in every module that uses it; the host's memory is given up
-        deepspeed.zero.Init(module=nn.ParameterList([param]), config_dict_or_path=ds_config, mem_efficient_linear=False)
-        # Shards are of one size. DeepSpeed leaves what is past the parameter's end as that memory happened to be: here
-        # it becomes zero, and so are its master weights and moments.
-        shard = param.ds_tensor
-        shard[max(0, param.ds_numel - ranks.rank * shard.numel()) :].zero_()
+        group.append(param)
+        if sum(p.numel() for p in group) >= LOAD_GROUP_ELEMENTS or i == len(parameters) - 1:
+            _partition(group, ds_config, ranks)
+            group = []
     if names := ranks.once(lambda: not_finite[:3]):  # now that no rank waits for a parameter
         kind = str(dtype).removeprefix("torch.")
         raise UserError(f"model {folder}: weights that, in {kind}, are NaN or infinite: in {', '.join(names)}")
     return PackedModel(model)
+
+
+def _partition(group: list[nn.Parameter], ds_config: dict, ranks: Ranks) -> None:
+    """DeepSpeed hands out rank 0's parameters as shards of one size. What of a shard is past the parameter's end it
+    leaves as that memory happened to be: here it becomes zero, and so are its master weights and moments."""
+    deepspeed.zero.Init(module=nn.ParameterList(group), config_dict_or_path=ds_config, mem_efficient_linear=False)
+    for param in group:
+        shard = param.ds_tensor
+        shard[max(0, param.ds_numel - ranks.rank * shard.numel()) :].zero_()
 
 
 def _from_folder(folder: str, config: PretrainedConfig, options: dict, expected: nn.Module) -> nn.Module:

@@ -13,7 +13,9 @@ import shutil
 import sys
 import time
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 
 from common.failures import UserError, one_line, print_line
 from common.verbs.judge import ADVICE, Check, format_table, judge_answers, judge_run
@@ -58,6 +60,8 @@ def sanity_of_embedded_default() -> int:
     verdict, answers = {}, {}
     questions = read_held_out(OUTPUT / "data")
     dtype = "bfloat16" if visible_gpus() else "float32"
+    # ask's imports take seconds: they are done beside the first run.
+    Thread(target=import_module, args=["transformers.models.auto.modeling_auto"], daemon=True).start()
     for method, flags in FLAGS.items():
         words = [method, *f"{flags} {BOTH} --dtype {dtype}".split()]
         exit_code, output = train(words, OUTPUT / f"{method}.log", every=0.1)
