@@ -1,5 +1,5 @@
-"""What only a GPU can show: the variable-length kernels compute what the block mask says, packed and shared prompts alike;
-and what is gathered beside something else is waited for.
+"""What only a GPU can show: the variable-length kernels compute what the block mask says, packed and shared prompts
+alike; and what is gathered beside something else is waited for.
 
     python -m pytest -m cuda tests/test_cuda.py
 """
