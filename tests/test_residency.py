@@ -257,6 +257,8 @@ def test_each_ranks_part_is_its_part_of_the_plain_gradient(folder, num_ranks, re
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_weight_that_is_used_without_its_module_is_not_forgotten(folder, num_ranks):
+    if '"apertus"' in (folder / "config.json").read_text():
+        pytest.skip("its MLP has no gate, of which the test makes a use")
     check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), "all", True))
 
 
