@@ -197,7 +197,7 @@ def no_memory(*_, **__) -> None:
 @pytest.mark.parametrize(
     ("patch", "said"),
     [
-        ({"train_sft.set_learning_rate": update_without_memory}, "error: step 1, update: out of memory; the process"),
+        ({"train_sft.set_learning_rate": update_without_memory}, "error: step 1, update: out of memory. Try more"),
         ({"train_sft.build_engine": no_memory}, "error: out of memory outside a micro-batch"),
     ],
 )
