@@ -88,15 +88,6 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def file_stamp(path: str | Path) -> tuple[int, int, int, int] | None:
-    """Changes whenever the file does: its size, times of change and inode; None if it has gone."""
-    try:
-        s = os.stat(path)
-    except OSError:
-        return None
-    return s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino
-
-
 def weights_digest(folder: str) -> str:
     """Of a model's safetensors files, by name, and its config.json: all that decides what its parameters are."""
     index = Path(folder) / "model.safetensors.index.json"

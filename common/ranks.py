@@ -113,8 +113,8 @@ def start(timeout_minutes: float) -> Ranks:
     logger.setLevel("WARNING")
     for noise in (".*torch.distributed.*is deprecated.*", r"barrier\(\): using the device under current context.*"):
         warnings.filterwarnings("ignore", message=noise)
-    alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if "RANK" not in os.environ:
+        alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
         os.environ.update(alone)
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
