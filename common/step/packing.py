@@ -96,9 +96,9 @@ def sft_documents(sample: SFTSample) -> list[Document]:
     return [Document(ids, len(ids), 0, positions - 1, ids[positions], [len(positions)])]
 
 
-def pair_length(prompt: int, chosen: int, rejected: int, share_prompt: bool) -> int:
-    """Tokens that a preference pair takes in a micro-batch."""
-    return prompt + chosen + rejected if share_prompt else 2 * prompt + chosen + rejected
+def pair_lengths(parts: np.ndarray, share_prompt: bool) -> np.ndarray:
+    """int64 [P]: tokens that each pair takes in a micro-batch; parts int [P, 3]: of the prompt, chosen, rejected."""
+    return parts @ np.array([1 if share_prompt else 2, 1, 1])
 
 
 def pair_documents(pair: PreferencePair, share_prompt: bool) -> list[Document]:
