@@ -44,17 +44,17 @@ class Slice:
         return 2
 
 
-@pytest.fixture
-def output_dir(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(checkpoint, "SHARD_FILE_BYTES", 150)  # several files a rank
-    patch_engine(monkeypatch)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # thousands of them; faults.Disk knows which were asked for
-    return tmp_path / "run"
-
-
 def patch_engine(monkeypatch):
     monkeypatch.setattr(checkpoint, "safe_get_local_fp32_param", lambda p: p.local["master"])
     monkeypatch.setattr(checkpoint, "safe_get_local_optimizer_state", lambda p, kind: p.local[kind])
+
+
+@pytest.fixture
+def output_dir(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(checkpoint, "SHARD_FILE_BYTES", 150)  # several files a rank
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # thousands of them; faults.Disk knows which were asked for
+    patch_engine(monkeypatch)
+    return tmp_path / "run"
 
 
 def parameters(step: int) -> dict:
@@ -123,14 +123,10 @@ def test_whatever_file_operation_fails_a_resume_finds_the_old_or_the_new_whole_c
     found_steps = []
     for n in range(1, 1000):
         shutil.rmtree(output_dir, ignore_errors=True)
-        with pytest.MonkeyPatch.context() as patch:
-            patch_engine(patch)
-            save(output_dir, 8, keep)
-            save(output_dir, 9, keep)
-        patch = pytest.MonkeyPatch()
-        ended = None
+        save(output_dir, 8, keep)
+        save(output_dir, 9, keep)
+        patch, ended = pytest.MonkeyPatch(), None
         with Disk(patch, [checkpoint, files], n, "full" if how == "full" else "crash") as disk:
-            patch_engine(patch)
             try:
                 save(output_dir, 10, keep)
             except (Crash, OSError) as e:
@@ -140,19 +136,17 @@ def test_whatever_file_operation_fails_a_resume_finds_the_old_or_the_new_whole_c
             assert ended.errno == errno.ENOSPC and explained(ended).EXIT_CODE == 3
         if how == "power loss" and ended:
             disk.lose_power(output_dir)
-        with pytest.MonkeyPatch.context() as patch:
-            patch_engine(patch)
-            found, _ = find(output_dir)
-            assert found is not None, f"operation {n}: nothing to resume from"
-            step = int(found.name[5:])
-            assert step in (9, 10)
-            assert_holds(found, step)
-            found_steps.append(step)
-            checkpoint.clear_after(str(output_dir), step, "auto")  # as a run that continues from there
-            assert all(name.startswith("step_") for name in names(output_dir)), "nothing to set aside nor half-written"
-            save(output_dir, 11, keep)
-            assert find(output_dir)[0].name == "step_00000011"
-            assert all(find(output_dir, str(output_dir / "checkpoints" / name))[0] for name in names(output_dir))
+        found, _ = find(output_dir)
+        assert found is not None, f"operation {n}: nothing to resume from"
+        step = int(found.name[5:])
+        assert step in (9, 10)
+        assert_holds(found, step)
+        found_steps.append(step)
+        checkpoint.clear_after(str(output_dir), step, "auto")  # as a run that continues from there
+        assert all(name.startswith("step_") for name in names(output_dir)), "nothing to set aside nor half-written"
+        save(output_dir, 11, keep)
+        assert find(output_dir)[0].name == "step_00000011"
+        assert all(find(output_dir, str(output_dir / "checkpoints" / name))[0] for name in names(output_dir))
         if disk.count < n:
             break
     assert n > 25, "a save has more file operations than that"
@@ -160,7 +154,7 @@ def test_whatever_file_operation_fails_a_resume_finds_the_old_or_the_new_whole_c
     assert {*found_steps} == {9, 10}
 
 
-def test_a_folder_that_was_deleted_or_renamed_is_not_made_again(output_dir):
+def test_a_folder_that_was_renamed_is_not_made_again(output_dir):
     save(output_dir, 9)
     output_dir.rename(output_dir.with_name("elsewhere"))
     with pytest.raises(OSError, match=r"\.step_00000010\.tmp"):
@@ -304,12 +298,6 @@ def test_space_is_checked_for_checkpoints_and_export_with_both_numbers(output_di
     disk = SimpleNamespace(free=4 * 12 * numel + 2 * numel - taken)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     checkpoint.require_disk_space(parameters(0), str(output_dir), 4)
-    with pytest.raises(UserError, match=r"--output_dir .* 5 checkpoints"):
-        checkpoint.require_disk_space(parameters(0), str(output_dir), 5)
     disk.free -= 1
-    with pytest.raises(UserError, match="--keep_last_n_checkpoints"):
+    with pytest.raises(UserError, match=r"--output_dir .* 4 checkpoints .*--keep_last_n_checkpoints"):
         checkpoint.require_disk_space(parameters(0), str(output_dir), 4)
-    big = Slice((1,), 0)
-    big.ds_numel = 8 * 10**9
-    with pytest.raises(UserError, match=r"needs 400.0 GB for 4 checkpoints"):
-        checkpoint.require_disk_space({"w": big}, str(output_dir), 4)

@@ -3,8 +3,11 @@
 pytest tests/test_model.py
 """
 
+import contextlib
+import itertools
 import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
 
@@ -13,11 +16,13 @@ import models
 import pytest
 import reference
 import torch
+from faults import Crash, Disk
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers import models as models_of_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from common import files
 from common import ranks as distributed
 from common.config import SFTConfig
 from common.data.chat_template import TULU, ChatTemplate
@@ -25,6 +30,7 @@ from common.failures import UserError
 from common.model import export, packed
 from common.model import load as model
 from common.model.attention import registered_name
+from common.model.packed import PackedModel
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import build_engine
 
@@ -147,6 +153,33 @@ def load_silently(folder):
     assert [record.getMessage() for record in records if record.levelno >= logging.WARNING] == []
     assert {name: list(found) for name, found in info.items() if found} == {}
     return loaded.eval()
+
+
+def test_a_crash_in_an_export_leaves_no_model_or_the_whole_new_one(tmp_path, monkeypatch):
+    """Over the model of another run, at each change to the disk in turn."""
+    monkeypatch.setattr(export, "SHARD_BYTES", 9000)
+    folders = [models.make_model(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    template = ChatTemplate("bar", TULU, model.load_tokenizer(str(folders[0])))
+    old, new = (PackedModel(reference.load(folder)) for folder in folders)
+    expected, output, is_whole = new.lm.state_dict(), tmp_path / "output", []
+    output.mkdir()
+    export.export_model(old, str(output), template, str(folders[0]), models.OneRank())
+    before = shutil.copytree(output, tmp_path / "before")
+    for n in itertools.count(1):
+        shutil.rmtree(output)
+        shutil.copytree(before, output)
+        with Disk(pytest.MonkeyPatch(), [export, files], n) as disk, contextlib.suppress(Crash):
+            export.export_model(new, str(output), template, str(folders[1]), models.OneRank())
+        index = output / export.INDEX
+        is_whole.append(index.is_file() and {*json.loads(index.read_text())["weight_map"]} == expected.keys())
+        if is_whole[-1]:
+            read = AutoModelForCausalLM.from_pretrained(output).state_dict()
+            is_new = torch.equal(read["lm_head.weight"], expected["lm_head.weight"])
+            assert all(torch.equal(read[name], (expected if is_new else old.lm.state_dict())[name]) for name in read), n
+            is_whole[-1] = "new" if is_new else "old"
+        if disk.count < n:
+            break
+    assert [name for name, _ in itertools.groupby(is_whole)] == ["old", False, "new"]
 
 
 # ------------------------------------------------------------------ weights that are refused

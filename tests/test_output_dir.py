@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import launch
 import models
@@ -18,7 +19,8 @@ from common.config import DPOConfig, SFTConfig, parse_config
 from common.failures import UserError, explained
 from common.run import output_dir as run_record
 from common.run.metrics import MetricsFile, read_metrics
-from common.run.output_dir import claim, read_run_config, run_identity, write_run_config
+from common.run.output_dir import claim, open_output_dir, read_run_config, run_identity, write_run_config
+from common.step.schedule import Schedule
 from common.zero import checkpoint
 from common.zero.checkpoint import RunState
 
@@ -137,10 +139,7 @@ def test_a_finished_run_has_nothing_to_do_unless_more_is_asked_for(folder):
     assert claim(config, identity, 4, OneRank()) is None
     assert claim(config, identity, 5, OneRank()) is not None  # --stop_after_steps was raised: it continues
     assert claim(dataclasses.replace(config, resume="never"), identity, 4, OneRank()) is not None
-    for last_step, asked, named in (
-        (3, identity, "after step 4, past this run's last step, 3"),
-        (4, {"seed": 43}, "seed was 42, is 43"),
-    ):
+    for last_step, asked, named in ((3, identity, "after step 4"), (4, {"seed": 43}, "seed was 42, is 43")):
         with pytest.raises(UserError, match=named):
             claim(config, asked, last_step, OneRank())
 
@@ -224,6 +223,17 @@ def test_a_run_config_that_no_run_wrote_is_refused(folder, text):
         claim(config_of(folder), {}, 5, OneRank())
 
 
+def test_too_small_a_disk_is_an_error_before_anything_is_written(folder, monkeypatch):
+    folder.mkdir()
+    config = config_of(folder, max_train_steps=12, checkpointing_steps=3, keep_last_n_checkpoints=2)
+    parameter = SimpleNamespace(ds_numel=10**9, element_size=lambda: 2)  # 3 x 12 + 2 GB
+    policy = SimpleNamespace(lm=SimpleNamespace(named_parameters=lambda: [("w", parameter)]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=38 * 10**9 - 1))
+    with pytest.raises(UserError, match=f"--output_dir {folder} needs 38.0 GB for 3 checkpoints"):
+        open_output_dir(config, {}, policy, RunState(), Schedule(config, 10), OneRank())
+    assert not list(folder.iterdir())
+
+
 # ------------------------------------------------------------------ metrics.jsonl
 
 
@@ -249,16 +259,16 @@ def test_any_other_line_that_is_no_next_record_is_refused_by_file_and_number(tmp
         read_metrics(path)
 
 
-@pytest.mark.parametrize("write", ["append", "sync"])
-@pytest.mark.parametrize("how", ["deleted", "renamed", "renamed, and another one made"])
-def test_a_folder_that_is_gone_during_a_run_ends_it_at_the_next_write(folder, write, how):
+@pytest.mark.parametrize("write", [lambda metrics: metrics.append({"step": 2}), MetricsFile.flush_to_disk])
+@pytest.mark.parametrize("is_made_again", [False, True])
+def test_a_folder_that_is_gone_during_a_run_ends_it_at_the_next_write(folder, write, is_made_again):
     folder.mkdir()
     metrics = MetricsFile(str(folder), 0, OneRank())
     metrics.append({"step": 1})
-    shutil.rmtree(folder) if how == "deleted" else folder.rename(folder.with_name("other"))
-    if how.endswith("made"):
+    folder.rename(folder.with_name("other"))
+    if is_made_again:
         folder.mkdir()
         MetricsFile(str(folder), 0, OneRank())
     with pytest.raises(OSError) as e:
-        metrics.append({"step": 2}) if write == "append" else metrics.flush_to_disk()
+        write(metrics)
     assert explained(e.value).EXIT_CODE == 3 and f"{folder}/metrics.jsonl" in str(explained(e.value))
