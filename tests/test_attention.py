@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, DiffLlamaConfig, LlamaConfig
 
 from common.failures import UserError
@@ -153,13 +154,11 @@ def flash_attn(monkeypatch):
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         return attention_by_definition(q, k, v, cu_q, cu_k, scale)[0]
 
-    for name, contents in {
-        "flash_attn": {"flash_attn_varlen_func": flash_attn_varlen_func},
-        "flash_attn.cute": {},
-        "flash_attn.cute.interface": {"_flash_attn_fwd": forward, "_flash_attn_bwd": backward},
-    }.items():
+    interface = {"_flash_attn_fwd": forward, "_flash_attn_bwd": backward}
+    contents = {"flash_attn": {"flash_attn_varlen_func": flash_attn_varlen_func}, "flash_attn.cute": {}}
+    for name, functions in (contents | {"flash_attn.cute.interface": interface}).items():
         module = types.ModuleType(name)
-        vars(module).update(contents)
+        vars(module).update(functions)
         monkeypatch.setitem(sys.modules, name, module)
 
 
@@ -183,34 +182,28 @@ def test_layers_compile_without_breaks_and_once_for_rows_of_every_length():
     """A row of pairs and one of plain samples are warm-up; the last rows have one target, and none, on a rank without
     samples. flash_attention_4: tests/test_compile.py."""
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model = tiny_model("sdpa")
-    results = {False: [], True: []}
-    for compiled in (False, True):
-        if compiled:
+    counters.clear()
+    model, graphs = tiny_model("sdpa"), []
+    rows = [row_of(shapes, True) for shapes in (ROWS[3], ROWS[1], [(9, 0, 0), (4, 3, 2)], [(8, 0, 0)], [(2, 0, 0)])]
+    results = [[], []]
+    for is_compiled, values in enumerate(results):
+        if is_compiled:
             model.compile_layers()
-        for i, shapes in enumerate((ROWS[3], ROWS[1], [(9, 0, 0), (4, 3, 2)], [(3, 0, 0), (8, 0, 0)], [(2, 0, 0)], [])):
-            if i == 2:
-                warm = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            row = row_of(shapes, has_targets=True) if shapes else pack([])
+        for row in [*rows, pack([])]:
             logps = model(**model_inputs(row, "sdpa", CPU))
             logps.sum().backward()
-            results[compiled] += [logps.detach(), *(p.grad for p in model.parameters())]
+            values += [logps.detach(), *(p.grad for p in model.parameters())]
             model.zero_grad(set_to_none=True)
-    torch.testing.assert_close(results[True], results[False])
-    assert 0 < warm == torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert not torch._dynamo.utils.counters["graph_break"]
+            graphs.append(counters["stats"]["unique_graphs"])
+    torch.testing.assert_close(*results)
+    assert 0 < graphs[-5] == graphs[-1] and not counters["graph_break"]
 
 
 def test_compiled_layers_take_no_number_as_a_tensor(flash_attn, monkeypatch):
     """On a GPU that would be one on the CPU, for which C++ is compiled before the first step, for minutes."""
     torch._dynamo.reset()
     inputs = []
-
-    def seen(graph, example_inputs):
-        inputs.extend(x for x in example_inputs if isinstance(x, torch.Tensor))
-        return graph
-
+    seen = lambda graph, given: (inputs.extend(x for x in given if isinstance(x, torch.Tensor)), graph)[1]  # noqa: E731
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=seen))
     model = tiny_model("flash_attention_4")
     model.compile_layers()

@@ -162,18 +162,17 @@ def test_a_folder_that_was_renamed_is_not_made_again(output_dir):
     assert not output_dir.exists()
 
 
-def test_replace_file_leaves_the_old_text_or_the_new(tmp_path):
+@pytest.mark.parametrize("how", ["crash", "power loss"])
+def test_replace_file_leaves_the_old_text_or_the_new(tmp_path, how):
     path = tmp_path / "run_config.json"
     for n in range(1, 20):
-        for how in ("crash", "power loss"):
-            path.write_text("old " * 100)
-            with Disk(pytest.MonkeyPatch(), [checkpoint, files], n) as disk, contextlib.suppress(Crash):
-                files.replace_file(path, "new " * 100)
-            if how == "power loss":
-                disk.lose_power(tmp_path)
-            assert path.read_text() in ("old " * 100, "new " * 100)
-    assert disk.count < n
-    assert path.read_text() == "new " * 100
+        path.write_text("old " * 100)
+        with Disk(pytest.MonkeyPatch(), [checkpoint, files], n) as disk, contextlib.suppress(Crash):
+            files.replace_file(path, "new " * 100)
+        if how == "power loss":
+            disk.lose_power(tmp_path)
+        assert path.read_text() in ("old " * 100, "new " * 100)
+    assert disk.count < n and path.read_text() == "new " * 100
 
 
 # ------------------------------------------------------------------ damage
@@ -206,16 +205,14 @@ def test_damage_to_any_file_is_said_and_the_checkpoint_before_is_used(output_dir
                 find(output_dir, str(newest))
 
 
-@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ESTALE])
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES])
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(output_dir, monkeypatch, error):
     for step in (1, 2):
         save(output_dir, step)
-    before, real = sorted(output_dir.rglob("*")), files.file_digest
+    before = sorted(output_dir.rglob("*"))
 
     def failing(path):
-        if path.parent.name == "step_00000002" and "part_000" in path.name:
-            raise OSError(error, os.strerror(error), str(path))
-        return real(path)
+        raise OSError(error, os.strerror(error), str(path))
 
     monkeypatch.setattr(checkpoint, "file_digest", failing)
     with pytest.raises(OSError, match=r"step_00000002.*part_000") as told:
@@ -246,11 +243,10 @@ def test_what_was_passed_over_is_set_aside_and_never_looked_at_again(output_dir)
 def test_a_run_that_continues_from_an_earlier_step_leaves_no_later_one_behind(output_dir):
     """Else keep_last_n would delete the new ones, and the next resume would find the abandoned ones."""
     for step in (3, 6, 9):
-        save(output_dir, step)
-    checkpoint.clear_after(str(output_dir), 3, str(output_dir / "checkpoints" / "step_00000003"))
-    save(output_dir, 4, keep=1)
+        folder = save(output_dir, step)
+    checkpoint.clear_after(str(output_dir), 3, str(folder.with_name("step_00000003")))
+    assert save(output_dir, 4, keep=1) == find(output_dir)[0]
     assert names(output_dir) == ["abandoned_step_00000006", "abandoned_step_00000009", "step_00000004"]
-    assert find(output_dir)[0].name == "step_00000004"
 
 
 def test_checkpoints_of_which_none_is_whole_are_no_fresh_start(output_dir, monkeypatch):
@@ -260,9 +256,7 @@ def test_checkpoints_of_which_none_is_whole_are_no_fresh_start(output_dir, monke
     before = sorted(output_dir.rglob("*"))
     with pytest.raises(UserError, match=f"--output_dir {output_dir}: .*COMPLETE.*--resume never"):
         find(output_dir)
-    assert sorted(output_dir.rglob("*")) == before
-    assert find(output_dir, "never") == (None, "")
-
+    assert sorted(output_dir.rglob("*")) == before and find(output_dir, "never") == (None, "")
     ranks = OneRank()
     ranks.gather = lambda work: [None, "COMPLETE is missing"]  # rank 0 reads them, rank 1 sees nothing
     with pytest.raises(UserError, match="rank 1"):
