@@ -108,6 +108,7 @@ def main() -> None:
     gc.freeze()  # what lives until the end is not searched for garbage again
     meter.start()
     for step, (samples, plan, micro_batches) in one_ahead(prepared, range(state.step, schedule.last_step)):
+        ranks.step = step + 1
         # -------------------------------------------------------------- the recipe's step
         num_targets = int(data.num_targets[samples].sum())  # of the whole step: all ranks, all micro-batches
         set_learning_rate(engine, schedule.learning_rate(step))

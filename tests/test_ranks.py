@@ -7,6 +7,7 @@ import os
 import signal
 import time
 
+import deepspeed
 import launch
 import pytest
 import torch
@@ -76,29 +77,35 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once(name, how, culprit):
 def loses_a_rank(ranks, how: str, culprit: int, end: str) -> None:
     def work() -> None:
         if ranks.rank == culprit:
-            os.kill(os.getpid(), signal.SIGSTOP if end == "hangs" else signal.SIGKILL)
+            time.sleep(60) if end == "sleeps" else os.kill(os.getpid(), getattr(signal, end))
         time.sleep(60 if how == "once" else 0)
 
+    group = deepspeed.comm.new_group([*range(ranks.world_size)])
     ranks.gather(lambda: None)  # all are there
-    if how == "once" and culprit == 1 and ranks.rank == 1:
+    ranks.step = 7
+    if how == "deepspeed" or (how == "once" and culprit == 1 and ranks.rank == 1):
         work()
+    if how == "deepspeed":  # a group that DeepSpeed made
+        torch.distributed.all_reduce(torch.ones(1), group=group)
     ranks.sum([work() or 1]) if how == "sum" else getattr(ranks, how)(work)
 
 
-@pytest.mark.parametrize(("end", "least", "most"), [("dies", 0, 5), ("hangs", TIMEOUT - 1, TIMEOUT + 10)])
-@pytest.mark.parametrize(("how", "culprit"), [("gather", 1), ("gather", 0), ("once", 1), ("once", 0), ("sum", 1)])
-def test_a_rank_that_is_lost_ends_the_others_with_one_line(how, culprit, end, least, most):
-    """At once where it dies; within the time-out where it is stopped, also while another rank works."""
-    run_ = launch.Run(run, 2, (loses_a_rank, how, culprit, end))
-    lost, other = run_.processes[culprit], run_.processes[1 - culprit]
-    while lost.is_alive() and open(f"/proc/{lost.pid}/stat").read().rpartition(")")[2].split()[0] != "T":
-        time.sleep(0.02)
+LOST = [("gather", 1, "SIGKILL"), ("once", 0, "SIGKILL"), ("sum", 1, "SIGKILL"), ("gather", 0, "SIGSTOP")]
+LOST += [("once", 1, "SIGSTOP"), ("once", 0, "SIGSTOP"), ("gather", 1, "sleeps"), ("deepspeed", 1, "sleeps")]
+
+
+@pytest.mark.parametrize(("how", "culprit", "end"), LOST)
+def test_a_rank_that_is_lost_ends_the_others_with_one_line_that_names_it_and_its_step(how, culprit, end):
+    """At once where it dies; within the time-out where it is stopped or busy, also while another rank works."""
+    run_ = launch.Run(run, 3, (loses_a_rank, how, culprit, end))
     started = time.monotonic()
-    other.join(60)
+    others = [process for rank, process in enumerate(run_.processes) if rank != culprit]
+    for other in others:
+        other.join(60)
     seconds = time.monotonic() - started
     run_.kill()
     done = run_.wait(10)
-    assert done.exit_codes[1 - culprit] == 1, done
-    assert least < seconds < most
-    assert done.stderr.count(f"rank {1 - culprit}: another has ended or hangs") == 1
-    assert "Traceback" not in done.stderr and "error: " not in done.stderr
+    assert [code for rank, code in enumerate(done.exit_codes) if rank != culprit] == [1, 1], done
+    assert seconds < TIMEOUT + (4 if end == "SIGSTOP" else 10)  # the ranks' start included
+    assert done.stderr.count(f"rank {culprit} was last seen ") == 1 == done.stderr.count("\n"), done
+    assert ", in step 7: " in done.stderr and "error: " not in done.stderr
