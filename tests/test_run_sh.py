@@ -178,6 +178,7 @@ def project(tmp_path):
     shutil.copy(launch.REPO / "run.sh", tmp_path)
     for name in ("failures.py", "verbs/launch.py"):
         text = (launch.REPO / "common" / name).read_text().replace("GRACE = 30.0", "GRACE = 2.0")
+        text = text.replace("ANSWER = 10.0", "ANSWER = 0.5")
         executable(tmp_path / "common" / name, text)
     (tmp_path / "common/config.py").write_text("SFTConfig = DPOConfig = parse_config = lambda *_: None")
     (tmp_path / "requirements.txt").write_text("")
@@ -265,6 +266,16 @@ def test_the_third_request_or_sigquit_kills_a_run_that_does_not_answer(project, 
             wait_for(lambda count=count: notes(project, 1).count("SIGTERM") == count, f"request {count}")
     output, _ = process.communicate(timeout=WAIT)
     assert process.returncode == 137 and "killing" in output
+
+
+def test_a_rank_that_does_not_answer_a_request_is_named_and_what_the_next_ones_do_is_said(project):
+    process = start(project, "heed")
+    os.kill(pids_of(project)[1], signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=WAIT)
+    assert "Ask again" in output and "a third time" in output
+    assert "rank 1 (is stopped" in output and "rank 0 (is" not in output and notes(project, 0)[-1] == "saved"
+    assert process.returncode == 143
 
 
 def test_ranks_whose_launcher_is_killed_save_and_end(project):
