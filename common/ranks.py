@@ -76,8 +76,12 @@ class Ranks:
         dist.all_gather_object(outcomes, (result, failure), group=self.control)
         for rank, (_, failure) in enumerate(outcomes):
             if failure is not None:
+                if error and rank == self.rank:
+                    raise error
                 kind, text = failure
-                raise error if error and rank == self.rank else kind(text)
+                elsewhere = kind(text)
+                elsewhere.is_told = True
+                raise elsewhere
         return [result for result, _ in outcomes]
 
     def once(self, work: Callable[[], object]):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from common.failures import ElsewhereError, TrainingStopped, explained, one_line, print_line
+from common.failures import TrainingStopped, explained, one_line, print_line
 from common.ranks import Ranks, is_first_to_tell, leave, lost
 
 SAME_REQUEST = 2.0  # seconds
@@ -49,7 +49,7 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
             told = text = f"error: {known}" if known else traceback.format_exc()
             if isinstance(e, dist.DistError) or any(sign in str(e) for sign in LOST_CONNECTION):
                 told, text = "a rank is lost", lost(one_line(e))
-            if not isinstance(e, ElsewhereError) and is_first_to_tell(told):
+            if not getattr(e, "is_told", False) and is_first_to_tell(told):
                 print_line(text, sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             print_line("", stream, end="")
