@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from common.failures import TrainingStopped, explained, one_line, print_line
+from common.failures import TrainingStopped, explained, one_line, print_line, shown
 from common.ranks import Ranks, is_first_to_tell, leave, lost
 
 SAME_REQUEST = 2.0  # seconds
@@ -46,7 +46,7 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
         except Exception as e:
             known = explained(e)
             code = known.EXIT_CODE if known else 1
-            told = text = f"error: {known}" if known else traceback.format_exc()
+            told = text = f"error: {shown(str(known))}" if known else traceback.format_exc()
             if isinstance(e, dist.DistError) or any(sign in str(e) for sign in LOST_CONNECTION):
                 told, text = "a rank is lost", lost(one_line(e))
             if not getattr(e, "is_told", False) and is_first_to_tell(told):

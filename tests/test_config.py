@@ -133,7 +133,8 @@ def test_all_unknown_flags_are_named_at_once():
     assert "--lerning_rate; did you mean --learning_rate?" in message and "--sead; did you mean --seed?" in message
 
 
-NOT_YAML = {"- a\n- b\n": "name: value", "a: [": "Error", "[" * 3000: "Error", "{[a]: b}": "Error"}
+ALIASES = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(12))  # 9 ** 12 words
+NOT_YAML = {ALIASES: "alias", "- a\n- b\n": "name: value", "a: [": "Error", "[" * 3000: "Error", "{[a]: b}": "Error"}
 NOT_SETTINGS = {
     "seed: 1\nbeta: 2\nseed: 2\n": "`seed` comes twice",
     "config: x.yaml": "--config",

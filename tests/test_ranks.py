@@ -5,10 +5,14 @@ Real processes, in groups whose time-out is TIMEOUT seconds. No launcher here en
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from datetime import timedelta
 
 import deepspeed
 import launch
+import psutil
 import pytest
 import torch
 
@@ -54,24 +58,63 @@ ERRORS = {  # name -> (error, exit code, what its one line says)
 
 
 def raises(ranks, how: str, culprit: int, error: Exception) -> None:
-    """`culprit` alone raises; the others, which must not go on, have no reason of their own to end."""
+    """`culprit` alone raises; the others, which must not go on, have no reason of their own to end.
+
+    how: by which of the ranks' common works; "alone": beside them, as of a file that only its host lacks.
+    """
 
     def work() -> None:
         if ranks.rank == culprit:
             raise error
 
-    getattr(ranks, how)(work)
+    if how == "alone":
+        work()
+    getattr(ranks, how)(work) if how != "alone" else ranks.gather(lambda: None)
     time.sleep(60)
 
 
 @pytest.mark.parametrize("name", ERRORS)
-@pytest.mark.parametrize(("how", "culprit"), [("gather", 1), ("once", 0)])
+@pytest.mark.parametrize(("how", "culprit"), [("gather", 1), ("once", 0), ("alone", 1)])
 def test_an_error_of_one_rank_ends_all_and_is_told_once(name, how, culprit):
     error, code, said = ERRORS[name]
     done = launch.Run(run, 2, (raises, how, culprit, error)).wait(30)
-    assert done.exit_codes == [code, code]
+    assert done.exit_codes == [1 if how == "alone" else code, code]
     assert done.stderr.count("error: ") == (code > 1) and done.stderr.count("Traceback") == (code == 1)
     assert said in done.stderr
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o777, None])
+def test_ranks_meet_in_a_folder_that_nobody_else_can_read_or_write(tmp_path, monkeypatch, mode):
+    """None: somebody else has put a link there."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    arguments = (1, True, timedelta(seconds=1))
+    ranks_module._find_store(*arguments).set("name", "value")
+    (folder,) = tmp_path.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    if mode is None:
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.chmod(mode)
+    with pytest.raises(UserError, match=str(folder)):
+        ranks_module._find_store(*arguments)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "run.sh"])
+def test_on_one_host_nothing_listens_beyond_it(tiny_llama, sft_data, tmp_path, launcher):
+    flags = launch.flags(tiny_llama, sft_data, tmp_path, max_train_steps=100_000)
+    command, environment = launch.launcher_command("train_sft", flags, 2)
+    if launcher == "run.sh":
+        command = [sys.executable, "-m", "common.verbs.launch", "sft", "2", *launch.argv(flags)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, cwd=launch.REPO, env=environment | {"TMPDIR": str(tmp_path)}, **pipes) as started:
+        assert any(line.startswith("step 2/") for line in started.stdout)
+        processes = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
+        sockets = [socket for process in processes for socket in process.net_connections("inet")]
+        for process in processes:
+            process.kill()
+    listening = [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
+    assert len(processes) >= 3 and len(listening) >= 2 and {*listening} <= {"127.0.0.1", "::1"}
 
 
 def loses_a_rank(ranks, how: str, culprit: int, end: str) -> None:

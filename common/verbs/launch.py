@@ -17,7 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from common.config import DPOConfig, SFTConfig, parse_config
-from common.failures import UserError, explained, print_line
+from common.failures import UserError, explained, print_line, shown
 
 REPO = Path(__file__).resolve().parents[2]
 GRACE = 30.0  # seconds that the other ranks have to end by themselves once one has failed
@@ -142,7 +142,7 @@ def exit_with(main: Callable[..., int]) -> None:
     except Exception as e:
         if (known := explained(e)) is None:
             raise
-        print_line(f"error: {known}", sys.stderr)
+        print_line(f"error: {shown(str(known))}", sys.stderr)
         sys.exit(known.EXIT_CODE)
 
 
