@@ -182,12 +182,16 @@ def damage(path: Path, how: str, rng: random.Random):
     data = path.read_bytes()
     place, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
     flipped = data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :]
-    path.write_bytes({"flip": flipped, "cut": data[:place], "grow": data + b"\0", "remove": b""}[how])
-    if how == "remove":
-        path.unlink()
+    path.unlink()
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "device":
+        path.symlink_to("/dev/zero")
+    elif how != "remove":
+        path.write_bytes({"flip": flipped, "cut": data[:place], "grow": data + b"\0"}[how])
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "grow", "remove"])
+@pytest.mark.parametrize("how", ["flip", "cut", "grow", "remove", "pipe", "device"])
 def test_damage_to_any_file_is_said_and_the_checkpoint_before_is_used(output_dir, tmp_path, how):
     rng = random.Random(0)
     before, newest = save(output_dir, 9), save(output_dir, 10)
