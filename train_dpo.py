@@ -88,7 +88,7 @@ def main() -> None:
     # A finished run: None, and nothing is left to do. One cut short: its state, and its newest whole checkpoint to
     # resume from. A new one: state.step == 0 and no checkpoint. A folder that holds another run is refused.
     folders = tokenizer_folder, model_folder, reference_folder
-    identity = agreed_identity(config, ds_config, data.digest, template.digest, *folders, ranks)
+    identity = agreed_identity(config, ds_config, (data.digest, template.digest), folders, ranks)
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
         return

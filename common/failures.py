@@ -50,7 +50,7 @@ def explained(error: Exception) -> UserError | TrainingStopped | None:
     if is_out_of_memory(error):
         what = one_line(error) or type(error).__name__
         return TrainingStopped(
-            f"out of memory outside a micro-batch ({what}): use more devices, or offload (--ds_config)"
+            f"out of memory outside a micro-batch ({what}): more devices, or a --ds_config that offloads"
         )
     refused = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives an OSError as text
     if refused or (isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError)):
