@@ -16,20 +16,16 @@ class UserError(ValueError):
     """A mistake in what was asked for, found before any training: one line that says what, where and what to do."""
 
     EXIT_CODE = 2
-    is_told = False  # whether another rank, whose error it is, tells it
 
 
 class TrainingStopped(RuntimeError):
     """Training stopped itself (numbers that are not finite, no memory, a full disk): where, and what to try."""
 
     EXIT_CODE = 3
-    is_told = False
 
 
 class ElsewhereError(RuntimeError):
     """A bug on another rank, which shows its traceback."""
-
-    is_told = True
 
 
 def shown(text: str, longest: int = 2000) -> str:

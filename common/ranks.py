@@ -78,7 +78,7 @@ class Ranks:
                     raise error
                 kind, text = failure
                 elsewhere = kind(text)
-                elsewhere.is_told = True
+                elsewhere.is_told = True  # by that rank
                 raise elsewhere
         return [result for result, _ in outcomes]
 
@@ -203,10 +203,7 @@ def _find_store(world_size: int, is_one_host: bool, timeout: timedelta) -> dist.
 
 
 def start(timeout_minutes: float) -> Ranks:
-    """Joins the process group that the launcher's environment names; without a launcher, a group of one.
-
-    timeout_minutes: no rank waits longer for another, in whatever group.
-    """
+    """Joins the group that the launcher's environment names, else one of one. No wait in it exceeds the time-out."""
     global _joined
     import deepspeed
     from deepspeed.comm.torch import TorchBackend

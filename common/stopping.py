@@ -112,10 +112,9 @@ class StopRequest:
 def not_finite(
     step: int, what: str, value: float, micro_batches: list[list[int]], losses: list[float] | None, lengths, data, ranks
 ) -> TrainingStopped:
-    """What to raise when a step's loss or gradient is NaN or infinite; nothing was updated. Collective.
+    """What to raise for a loss or gradient that is not finite; nothing was updated. Collective.
 
-    micro_batches: this rank's, as indices of samples; losses: of each, None where the gradient alone is not finite;
-    lengths: tokens of each sample; data: the TokenDataset.
+    micro_batches: this rank's samples; losses: of each micro-batch, or None; lengths: tokens of each sample.
     """
     mine = []
     for m, members in enumerate(micro_batches):
