@@ -50,10 +50,8 @@ def explained(error: Exception) -> UserError | TrainingStopped | None:
         )
     refused = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives an OSError as text
     if refused or (isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError)):
-        return TrainingStopped(
-            f"a file could not be read or written: {_reason(error, '')}; what was complete before stands: mend "
-            f"that and run the same command"
-        )
+        why = f"a file could not be read or written: {_reason(error, '')}"
+        return TrainingStopped(f"{why}; what was complete before stands: mend that and run the same command")
     return None
 
 

@@ -50,10 +50,8 @@ def environment(config: TrainConfig, ds_config: dict, tokenizer_folder: str) -> 
     for name, files in (("the tokenizer's files", tokenizer), ("this project's code", code)):
         view[name] = digest(json.dumps([(path.name, file_digest(path)) for path in files]).encode())
     view["ds_config (contents)"] = json.dumps(ds_config, sort_keys=True)
-    versions = {package: version(package) for package in PACKAGES}
-    return (
-        view | {f"version of {name}": text for name, text in versions.items()} | {"python": platform.python_version()}
-    )
+    view["python"] = platform.python_version()
+    return view | {f"version of {package}": version(package) for package in PACKAGES}
 
 
 def differences(ours: dict, theirs: dict) -> list[str]:

@@ -75,8 +75,7 @@ def on_request_to_stop(answer: Callable[[int], object]) -> None:
 def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> int:
     """Runs `command` as num_ranks ranks until all have ended; those that hang once another has failed are killed.
 
-    Returns the exit code of the rank that failed first, 128 + signal if a signal ended it; of several at once the
-    highest: a rank whose peer has gone exits with 1.
+    Returns the exit code (128 + signal) of the rank that failed first; of several the highest: a lost peer makes 1.
     """
     requests: list[int] = []
     on_request_to_stop(requests.append)
