@@ -26,6 +26,7 @@ from common.model.logprobs import sequence_logps
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
 from common.run.agreement import agreed_identity
+from common.run.card import base_of
 from common.run.metrics import StepMeter, StepTotals, progress_line
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.run.reference import reference_pass
@@ -136,8 +137,8 @@ def main() -> None:
         checkpoint.load(engine, parameters, resume_from, state.step, ranks)
 
     # ------------------------------------------------------------------ loop
-    resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "reference_cache": cached_in}
-    record = record_of("DPO", config, identity, state, policy, ranks, **resolved)
+    resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
+    record = record_of("DPO", config, identity, state, policy, ranks, **resolved, reference_cache=cached_in)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)

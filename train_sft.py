@@ -22,6 +22,7 @@ from common.model.export import export_model
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
 from common.run.agreement import agreed_identity
+from common.run.card import base_of
 from common.run.metrics import StepMeter, StepTotals, progress_line
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
@@ -90,7 +91,7 @@ def main() -> None:
         checkpoint.load(engine, parameters, resume_from, state.step, ranks)
 
     # ------------------------------------------------------------------ loop
-    resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel}
+    resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
     record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)

@@ -124,6 +124,19 @@ def test_export_loads_without_a_word_and_holds_the_same_bits(loaded, case):
         assert torch.equal(exported(input_ids=IDS, attention_mask=CAUSAL).logits, seen[0]["logits"])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_export_names_and_stores_each_tensor_once_as_the_folder_that_it_was_loaded_from(loaded, case):
+    stored = [
+        {
+            name: (tensor.shape, tensor.dtype)
+            for path in folder.glob("model*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
+        for folder in loaded[case][:2]
+    ]
+    assert stored[0] == stored[1]
+
+
 def test_export_has_an_index_of_all_its_files_and_replaces_those_of_the_index_before_alone(loaded):
     for _, output, _ in loaded.values():
         index = json.loads((output / "model.safetensors.index.json").read_text())

@@ -8,6 +8,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from safetensors.torch import save_file
+from transformers.core_model_loading import revert_weight_conversion
 
 from common.data.chat_template import ChatTemplate
 from common.files import naming, sync_folder
@@ -45,8 +46,9 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
             with deepspeed.zero.GatheredParameters([tensors[name]]):  # of a buffer, which is whole: nothing
                 if ranks.is_main:
                     gathered[name] = tensors[name].detach().to("cpu", copy=True).contiguous()
+        gathered = revert_weight_conversion(model.lm, gathered)  # the names in the folder that rank 0 loaded it from
         path = temporary / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(names, path.name)
+        weight_map |= dict.fromkeys(gathered, path.name)
         ranks.once(lambda: _write_shard(gathered, path))
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     ranks.once(lambda: _finish_export(model.lm, template, source_folder, temporary, index))

@@ -19,7 +19,7 @@ from common.model.packed import PackedModel
 from common.ranks import Ranks
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
-MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+MODEL_FILES = [*TOKENIZER_FILES, "README.md", "model*.safetensors"]
 LOAD_GROUP_ELEMENTS = 250_000_000  # parameters that are whole on a device at once while the model loads
 NO_CODE = {"trust_remote_code": False}  # code in a folder never runs, and nobody is asked whether it may
 # Pattern of a config's numbers -> the value that changes nothing here, and what another one means.
@@ -38,7 +38,7 @@ def find_model(name_or_path: str, revision: str | None = None, files: list[str] 
             raise UserError(f"--model_revision {revision}: {name_or_path} is a folder here, which has no revisions")
         return name_or_path
     with as_user_error(f"{name_or_path}: no such folder here, and the hub did not give it"):
-        return snapshot_download(name_or_path, revision=revision, allow_patterns=files)
+        return snapshot_download(name_or_path, revision=revision, allow_patterns=files, ignore_patterns="*/*")
 
 
 def find_tokenizer(name_or_path: str) -> str:
