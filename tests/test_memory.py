@@ -15,11 +15,12 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from common.config import SFTConfig
 from common.failures import UserError
 from common.model.attention import attention_kwargs
-from common.model.load import parameter_counts
+from common.model.load import parameter_sizes
 from common.step.packing import pack
 from common.zero import memory
 from common.zero.checkpoint import RunState
-from common.zero.memory import Memory, Workload, choose, choose_micro_batch, choose_residency, estimated, workload_of
+from common.zero.memory import available_host_memory, choose_micro_batch, choose_residency, shape_of, workload_of
+from common.zero.plan import Card, Memory, Plan, Shape, Workload, choose, estimated, plan_run
 
 GB = 1e9
 NUMEL, LAYER_NUMEL = 8_030_261_248, 218_112_000
@@ -31,24 +32,36 @@ LLAMA_8B = models.make_config(
     num_key_value_heads=8,
     vocab_size=128256,
 )
-ZERO = {"stage": 3, "reduce_bucket_size": 2 * 10**8, "stage3_prefetch_bucket_size": 2 * 10**8}
-ON_2 = Memory("nothing", 8 * GB, 2 * GB, 18 * GB, 6 * NUMEL, per_token=0.6e6, per_token_and_layer=1e5)
-ANY = Workload(longest=4096, tokens_per_rank=42_000, budget=16384, is_settled=False, residency="")
+ZERO = {
+    "stage": 3,
+    "reduce_bucket_size": 2 * 10**8,
+    "stage3_prefetch_bucket_size": 2 * 10**8,
+    "sub_group_size": 10**8,
+}
+ON_2 = Memory("nothing", 1.0, 8 * GB, 2 * GB, 18 * GB, 6 * NUMEL, 0, per_token=0.6e6, per_token_and_layer=1e5)
+ANY = Workload(4096, tokens_per_rank=42_000, budget=16384, is_settled=False, residency="", longest_of_steps=(4096,))
+SHAPE_8B = shape_of(LLAMA_8B, SFTConfig(), True)
+CARD = Card(83.5 * GB, 120 * GB, host_link=45 * GB, flops=760e12)  # an 80 GB one
+PLAN_ON_2 = Plan(0.0, 0, 0, ON_2, SHAPE_8B, CARD)
 
 
-def estimate_8b(residency: str = "nothing", world_size: int = 2, **zero) -> Memory:
-    return estimated(LLAMA_8B, (NUMEL, LAYER_NUMEL), 2, world_size, residency, DeepSpeedZeroConfig(**ZERO | zero))
+def estimate_8b(residency: str = "nothing", world_size: int = 2, share: float = 1.0, **zero) -> Memory:
+    return estimated(SHAPE_8B, world_size, residency, share, DeepSpeedZeroConfig(**ZERO | zero))
+
+
+def choose_8b(room: float, workload: Workload, given: int | None = None) -> tuple:
+    return choose(ON_2, room, SHAPE_8B, CARD, workload, given)
 
 
 # ------------------------------------------------------------------ the choice
 
 
 def test_what_is_recomputed_and_how_large_micro_batches_are_follows_from_the_room():
-    _, budget, recomputing = choose(ON_2, 400 * GB, 32, ANY)
+    _, budget, recomputing = choose_8b(400 * GB, ANY)
     assert recomputing == 0 and 42_000 / budget <= 2
-    _, budget, recomputing = choose(ON_2, 34 * GB, 32, ANY)  # smaller micro-batches come before recomputation
+    _, budget, recomputing = choose_8b(34 * GB, ANY)  # smaller micro-batches come before recomputation
     assert recomputing == 0 and budget < 16384
-    _, budget, recomputing = choose(ON_2, 34 * GB, 32, ANY._replace(is_settled=True))
+    _, budget, recomputing = choose_8b(34 * GB, ANY._replace(is_settled=True))
     assert budget == 16384 and 0 < recomputing < 32
     assert ON_2.activations(budget, 32 - recomputing) <= 34 * GB < ON_2.activations(budget, 33 - recomputing)
 
@@ -57,7 +70,7 @@ def test_what_is_recomputed_and_how_large_micro_batches_are_follows_from_the_roo
 @pytest.mark.parametrize("longest", [500, 4096, 9000])
 @pytest.mark.parametrize("given", [None, 0, 10, 32])
 def test_what_is_chosen_fits_and_holds_the_longest_sample(room, longest, given):
-    cost, budget, recomputing = choose(ON_2, room * GB, 32, ANY._replace(longest=longest), given)
+    cost, budget, recomputing = choose_8b(room * GB, ANY._replace(longest=longest), given)
     assert budget >= longest and recomputing == (recomputing if given is None else given)
     if cost < np.inf:
         assert ON_2.activations(budget, 32 - recomputing) <= room * GB

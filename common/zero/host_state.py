@@ -27,7 +27,7 @@ def num_on_device(group_sizes: list[int], share: float) -> int:
     kept = 0
     for i, size in enumerate(group_sizes):
         kept += size
-        if kept > share * sum(group_sizes):
+        if kept > share * sum(group_sizes) + 0.5:
             return i
     return len(group_sizes)
 
@@ -102,6 +102,7 @@ class _Buffer:
     is_of_ring: bool = True
     usable: "torch.cuda.Event | None" = None  # once what used the memory before is done
     arrived: "torch.cuda.Event | None" = None
+    updated: "torch.cuda.Event | None" = None
 
 
 class Carrier:
@@ -120,7 +121,7 @@ class Carrier:
         self.waiting: deque[Chunk] = deque()  # of this step, not yet on their way
         self.brought: deque[_Buffer] = deque()
         self.idle: deque[_Buffer] = deque()
-        self.extra: deque[_Buffer] = deque()  # to be given up in the next forward pass
+        self.extra: deque[tuple[_Buffer, Chunk]] = deque()  # written back and given up in the next forward pass
 
     def add(self, group: int, state: tuple[torch.Tensor, ...], sizes: list[int]) -> None:
         """state: a group's master weights and moments, in host memory; sizes: of the shards in it. In order."""
@@ -170,29 +171,38 @@ class Carrier:
                 buffer.arrived.wait()
             on_device = [flat[: len(chunk.state[0])] for flat in buffer.tensor]
             yield chunk, on_device
-            updated = self._mark()
-            with torch.cuda.stream(self.outward):
-                if updated is not None:
-                    updated.wait()
-                for here, there in zip(chunk.state, on_device, strict=True):
-                    here.copy_(there, non_blocking=True)
-                buffer.usable = self._mark()
-            (self.idle if buffer.is_of_ring else self.extra).append(buffer)
+            buffer.updated = self._mark()
+            if buffer.is_of_ring:
+                self._write_back(buffer, chunk)
+                self.idle.append(buffer)
+            else:  # later: the ring's next chunk is not to wait for it
+                self.extra.append((buffer, chunk))
+
+    def _write_back(self, buffer: _Buffer, chunk: Chunk) -> None:
+        with torch.cuda.stream(self.outward):
+            if buffer.updated is not None:
+                buffer.updated.wait()
+            for here, there in zip(chunk.state, buffer.tensor, strict=True):
+                here.copy_(there[: len(here)], non_blocking=True)
+            buffer.usable = self._mark()
 
     def end_step(self) -> None:
         """The next step's chunks are not brought before this step's are written back."""
         if self.waiting or self.brought:
             return  # no update was made, and what has been brought is still right
+        for buffer, chunk in self.extra:
+            self._write_back(buffer, chunk)
         self.waiting.extend(chunk for chunks in self.by_group.values() for chunk in chunks)
         if self.inward is not None and self.outward is not None:
             self.inward.wait_stream(self.outward)
 
     def give_up(self) -> None:
         """Before a layer runs: frees what has been written back, and waits for it where memory is short."""
-        while self.extra and self.extra[0].usable is not None:
-            if not self.extra[0].usable.query() and self._has_room():
+        while self.extra and (written := self.extra[0][0].usable) is not None:
+            if not written.query() and self._has_room():
                 break
-            self.extra.popleft().usable.synchronize()
+            written.synchronize()
+            self.extra.popleft()
 
     def wait_until_written(self) -> None:
         """Until host memory holds what the last update made: before anybody reads it."""
