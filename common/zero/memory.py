@@ -39,7 +39,7 @@ def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state
     longest, budget, residency = int(lengths.max()), 0, ""
     if state.world_size == ranks.world_size:  # at another number of ranks nothing keeps a resume bitwise
         budget, residency = state.micro_batch_budget, state.residency
-    if config.max_tokens_per_micro_batch != "auto":
+    if not isinstance(config.max_tokens_per_micro_batch, str):  # auto
         budget = config.max_tokens_per_micro_batch
         if budget < longest:
             raise UserError(f"--max_tokens_per_micro_batch {budget} is less than the {longest} tokens of {longest_at}")
@@ -47,15 +47,17 @@ def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state
     tokens_per_rank = float(lengths.mean()) * config.global_batch_size / ranks.world_size
     # The largest of n drawn lengths is below their quantile q with probability q^n.
     quantiles = np.array([1, 3, 5, 7, 9, 11, 13, 15]) / 16
-    of_steps = np.quantile(lengths, quantiles ** (1 / config.global_batch_size), method="higher")
-    of_steps = tuple(int(tokens) for tokens in of_steps)
+    largest = np.quantile(lengths, quantiles ** (1 / config.global_batch_size), method="higher")
+    of_steps = tuple(int(tokens) for tokens in largest)
     return Workload(longest, tokens_per_rank, budget or default, budget > 0, residency, of_steps)
 
 
 def given_layers(config: TrainConfig, num_layers: int) -> int | None:
     """How many layers `--gradient_checkpointing` has recompute their activations; None for `auto`."""
     value = config.gradient_checkpointing
-    return None if value == "auto" else min({"none": 0, "full": num_layers}.get(value, value), num_layers)
+    if isinstance(value, str):
+        return {"auto": None, "none": 0, "full": num_layers}[value]
+    return min(value, num_layers)
 
 
 def shape_of(model_config, config: TrainConfig, is_compiled: bool) -> Shape:
@@ -74,7 +76,8 @@ def choose_residency(
     Raises UserError on a GPU where nothing fits, and for another version of DeepSpeed.
     """
     require_known_deepspeed()
-    allowed, share = RESIDENCY, ds_config.get("optimizer_state")
+    share = ds_config.get("optimizer_state")
+    allowed: tuple[str, ...] = RESIDENCY
     if "residency" in ds_config:
         allowed = (ds_config["residency"],)
     elif workload.residency:
@@ -150,7 +153,8 @@ def _card(ranks: Ranks) -> Card:
         return Card(min(ranks.gather(lambda: free)), np.inf, 1e10, 1e11)
     torch.distributed.barrier()  # the ranks of a host share its memory's bandwidth: they measure at the same time
     seen = ranks.gather(lambda: _measured(ranks.device, ranks.local_world_size))
-    return Card(*map(min, zip(*seen, strict=True)), spans_hosts=ranks.world_size > ranks.local_world_size)
+    free, host_free, link, flops = (min(values) for values in zip(*seen, strict=True))
+    return Card(free, host_free, link, flops, ranks.world_size > ranks.local_world_size)
 
 
 def _measured(device: torch.device, local_world_size: int) -> tuple[float, float, float, float]:

@@ -10,14 +10,15 @@ all        ResidentParameters, besides: parameters are gathered once a step, eac
 Methods that DeepSpeed calls are replaced, on one instance; what its step reads and writes, this rank's shards, stays
 the same. The step updates one group of parameters after another (`sub_group_size`): while one is updated the one before
 is gathered. All collectives go through DeepSpeed's communicator, and so run in the order in which they were started.
-On a GPU a step runs on a stream of its own: of parameters that are kept whole, a module of the next forward pass waits
-for its own only. Of groups whose state lies in host memory (common/zero/host_state.py) so may the rest be under way.
+Where parameters are kept whole a step runs on a stream of its own on a GPU, and a module of the next forward pass waits
+for its own parameters only, while groups whose state lies in host memory (common/zero/host_state.py) are under way.
 
 Undocumented names of engine.optimizer, DeepSpeed's ZeRO-3 optimizer  -> what DeepSpeed does: what is done here
   fp16_groups, fp16_partitioned_groups         -> parameters and their shards, by group: read
   fp16_partitioned_groups_flat                 -> the shards of each group, flat: read
   fp32_partitioned_groups_flat                 -> master weights of each group, flat: made here, read, updated
-  _create_fp32_partitions, initialize_optimizer_states -> makes them, and the optimizer's state: replaced by _OwnState's
+  _create_fp32_partitions, initialize_optimizer_states -> makes them, and gradients: replaced, moments are made too
+  defragment                                   -> makes shards one by way of host memory: replaced, stays on the device
   optimizer, sub_group_to_group_id             -> torch's AdamW, its group of options: moments set, updated
   averaged_gradients                           -> shards of the gradient, by group: read; set to those of the sums
   dp_process_group                             -> communicator of all ranks
@@ -37,12 +38,13 @@ Undocumented names of engine.optimizer, DeepSpeed's ZeRO-3 optimizer  -> what De
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
 from torch.distributed.distributed_c10d import _coalescing_manager  # one launch for a layer's collectives
 
@@ -102,39 +104,42 @@ def group_sizes(shard_sizes: list[int], sub_group_size: int) -> list[int]:
 
 @contextmanager
 def own_state(share_on_device: float, host: HostMemory | None) -> Iterator[None]:
-    """While an engine is made, its master weights and moments are made here, and the last groups' in `host`.
+    """While an engine is made, its master weights and moments are made here, and those of the last groups in `host`.
 
     DeepSpeed would make all of them on the device first. None: host memory is taken as it is needed.
     """
 
     def create(zero) -> None:
         sizes = [flat.numel() for flat in zero.fp16_partitioned_groups_flat]
-        zero.num_on_device = on_device = num_on_device(sizes, share_on_device)
-        memory = host or HostMemory(3 * sum(sizes[on_device:]), torch.device(zero.device))
+        zero.num_on_device = num_on_device(sizes, share_on_device)
+        memory = host or HostMemory(3 * sum(sizes[zero.num_on_device :]), torch.device(zero.device))
         memory.wait_until_pinned()
         for group, shards in enumerate(zero.fp16_partitioned_groups_flat):
-            flat = shards.to(zero.device, torch.float32) if group < on_device else memory.take(sizes[group])
-            if group >= on_device:
+            if group < zero.num_on_device:
+                flat = shards.to(zero.device, torch.float32)
+                moments = [torch.zeros_like(flat) for _ in range(2)]
+            else:
+                flat, *moments = (memory.take(sizes[group]) for _ in range(3))
                 flat.copy_(shards)
-            state = {"step": torch.zeros((), device=zero.device)}
-            for moment in ("exp_avg", "exp_avg_sq"):
-                is_here = group < on_device
-                state[moment] = torch.zeros_like(flat, requires_grad=False) if is_here else memory.take(sizes[group])
             flat.requires_grad = True
             zero.fp32_partitioned_groups_flat.append(flat)
-            zero.optimizer.state[flat] = state
+            step = torch.zeros((), device=zero.device)
+            zero.optimizer.state[flat] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
         for options in zero.optimizer.param_groups:
             options["params"] = []
 
-    names = "_create_fp32_partitions", "initialize_optimizer_states"
-    kept = [getattr(DeepSpeedZeroOptimizer_Stage3, name) for name in names]
-    for name, method in zip(names, (create, lambda zero: None), strict=True):
-        setattr(DeepSpeedZeroOptimizer_Stage3, name, method)
-    try:
+    def join(shards: list[torch.Tensor]) -> torch.Tensor:
+        joined = torch.cat([shard.flatten() for shard in shards])
+        for shard, there in zip(shards, joined.split([shard.numel() for shard in shards]), strict=True):
+            shard.data = there
+        return joined
+
+    with (
+        patch.object(stage3.DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", create),
+        patch.object(stage3.DeepSpeedZeroOptimizer_Stage3, "initialize_optimizer_states", lambda zero: None),
+        patch.object(stage3, "defragment", join),
+    ):
         yield
-    finally:
-        for name, method in zip(names, kept, strict=True):
-            setattr(DeepSpeedZeroOptimizer_Stage3, name, method)
 
 
 # ------------------------------------------------------------------ the update
@@ -210,14 +215,12 @@ class Update:
 
     def _step(self, *arguments, **options) -> None:
         self.carrier.bring()
-        if self.stream is None:
+        if self.stream is None or not self.keeps_weights:  # DeepSpeed gathers weights from the stream that is here
             self.take_step(*arguments, **options)
         else:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.take_step(*arguments, **options)
-            if not self.keeps_weights:
-                torch.cuda.current_stream().wait_stream(self.stream)
         self.carrier.end_step()
 
     @torch.no_grad()
@@ -227,11 +230,12 @@ class Update:
         state, options = zero.optimizer.state[flat], zero.optimizer.param_groups[zero.sub_group_to_group_id[group]]
         state["step"] += 1
         gradients, shards = self._gradients(group), self._shards(group)
+        chunks: Iterable[tuple[list[tuple[int, int, int]], list[torch.Tensor]]]
         if group in self.carrier.by_group:
             chunks = ((chunk.pieces, on_device) for chunk, on_device in self.carrier.carry(group))
         else:
             pieces = next(pieces_of([shard.numel() for shard in shards], flat.numel()))
-            chunks = iter([(pieces, [flat.detach(), state["exp_avg"], state["exp_avg_sq"]])])
+            chunks = [(pieces, [flat.detach(), state["exp_avg"], state["exp_avg_sq"]])]
         for pieces, flats in chunks:
             sizes = [end - start for _, start, end in pieces]
             weights, exp_avgs, exp_avg_sqs = (list(x.split(sizes)) for x in flats)
