@@ -19,7 +19,7 @@ from common.data.tokens import PreferencePair, SFTSample
 from common.failures import UserError
 from common.model.load import parameter_sizes
 from common.model.packed import model_inputs
-from common.ranks import Ranks, num_cpus
+from common.ranks import Ranks
 from common.step.packing import Document, pack, pair_documents, sft_documents
 from common.zero.checkpoint import RunState
 from common.zero.ds_config import RESIDENCY
@@ -203,7 +203,8 @@ def available_host_memory(root: Path = Path("/")) -> float:
 
 def reserve_host_memory(plan: Plan, ranks: Ranks) -> HostMemory:
     """Host memory for the state that does not lie on this rank's device; pinned beside what follows."""
-    return HostMemory(int(plan.memory.host) // 4, ranks.device, max(1, min(8, num_cpus() // ranks.local_world_size)))
+    num_threads = max(1, min(8, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+    return HostMemory(int(plan.memory.host) // 4, ranks.device, num_threads)
 
 
 # ------------------------------------------------------------------ dry runs
