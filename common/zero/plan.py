@@ -177,29 +177,25 @@ def choose(
     largest = max(LEAST_TRIED, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank)))
     of_micro_batch = MICRO_BATCH_TOKENS[memory.residency] * (BETWEEN_HOSTS if card.spans_hosts else 1)
 
+    def layers_of(tokens: float) -> int:
+        return memory.recomputing(tokens, room, layers) if given is None else given
+
     def of_step(budget: int) -> float:
-        micro_batches = (
-            tokens_per_rank / budget + 0.5
-        )  # a step takes half of one more than the quotient, as steps differ
+        micro_batches = tokens_per_rank / budget + 0.5  # half of one more than the quotient, as steps differ
         tokens = tokens_per_rank / micro_batches
-        recomputing = memory.recomputing(tokens, room, layers) if given is None else given
+        recomputing = layers_of(tokens)
         update = exposed_update(memory, room, shape, card, tokens) / seconds_per_token(shape, card)
         return tokens_per_rank * (1 + recomputing / layers / 3) + micro_batches * of_micro_batch + update
 
     def candidate(budget: int) -> tuple[float, int, int]:
         tokens = max(budget, workload.longest)
-        recomputing = memory.recomputing(tokens, room, layers) if given is None else given
-        if memory.activations(tokens, layers - recomputing) > room:
-            return np.inf, budget, recomputing
-        return (
-            float(np.mean([of_step(max(budget, longest)) for longest in workload.longest_of_steps])),
-            budget,
-            recomputing,
-        )
+        recomputing, cost = layers_of(tokens), np.inf
+        if memory.activations(tokens, layers - recomputing) <= room:
+            cost = float(np.mean([of_step(max(budget, longest)) for longest in workload.longest_of_steps]))
+        return cost, budget, recomputing
 
-    return min(
-        map(candidate, [workload.budget] if workload.is_settled else range(LEAST_TRIED, largest + 1, LEAST_TRIED))
-    )
+    budgets = [workload.budget] if workload.is_settled else range(LEAST_TRIED, largest + 1, LEAST_TRIED)
+    return min(map(candidate, budgets))
 
 
 def plan_run(

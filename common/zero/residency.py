@@ -129,9 +129,9 @@ def own_state(share_on_device: float, host: HostMemory | None) -> Iterator[None]
             options["params"] = []
 
     def join(shards: list[torch.Tensor]) -> torch.Tensor:
-        joined = torch.cat([shard.flatten() for shard in shards])
+        joined = shards[0].new_empty(sum(shard.numel() for shard in shards))
         for shard, there in zip(shards, joined.split([shard.numel() for shard in shards]), strict=True):
-            shard.data = there
+            shard.data = there.copy_(shard.data)
         return joined
 
     with (
@@ -263,13 +263,13 @@ class WholeGradients:
     """
 
     def __init__(self, engine, policy: nn.Module, update: Update):
-        self.zero, self.carrier, self.bucket_elements = (
-            engine.optimizer,
-            update.carrier,
-            engine.zero_reduce_bucket_size(),
-        )
+        self.zero, self.carrier = engine.optimizer, update.carrier
+        self.bucket_elements = engine.zero_reduce_bucket_size()
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.operation = dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM  # gloo only sums
+        self.zero.grad_partitions_flat_buffer.untyped_storage().resize_(0)
+        for bucket in self.zero.ipg_buckets.values():
+            bucket.buffer = None
         # [ranks, elements of a shard]: the flattened parameter, padded at the end with zeros, by owner
         self.sums = {
             param: torch.zeros(self.world_size, param.ds_tensor.numel(), dtype=torch.float32, device=engine.device)
@@ -295,9 +295,6 @@ class WholeGradients:
         self.zero.reduce_ready_partitions_and_remove_grads = self._take
         self.zero.independent_gradient_partition_epilogue = self._end_backward
         self.zero.step = self._step
-        self.zero.grad_partitions_flat_buffer.untyped_storage().resize_(0)
-        for bucket in self.zero.ipg_buckets.values():
-            bucket.buffer = None
 
     def _as_parameter(self, param: nn.Parameter) -> torch.Tensor:
         """The parameter's sum in the parameter's shape."""
