@@ -172,6 +172,10 @@ class Update:
         self.carrier = Carrier(engine.device)
         self.stream = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
         zero = self.zero
+        if keeps_gradients:  # before whole weights and sums take memory
+            zero.grad_partitions_flat_buffer.untyped_storage().resize_(0)
+            for bucket in zero.ipg_buckets.values():
+                bucket.buffer = None
         for group in range(zero.num_on_device, len(zero.fp16_groups)):
             flat = zero.fp32_partitioned_groups_flat[group]
             state = flat.detach(), zero.optimizer.state[flat]["exp_avg"], zero.optimizer.state[flat]["exp_avg_sq"]
@@ -267,9 +271,6 @@ class WholeGradients:
         self.bucket_elements = engine.zero_reduce_bucket_size()
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.operation = dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM  # gloo only sums
-        self.zero.grad_partitions_flat_buffer.untyped_storage().resize_(0)
-        for bucket in self.zero.ipg_buckets.values():
-            bucket.buffer = None
         # [ranks, elements of a shard]: the flattened parameter, padded at the end with zeros, by owner
         self.sums = {
             param: torch.zeros(self.world_size, param.ds_tensor.numel(), dtype=torch.float32, device=engine.device)
