@@ -43,7 +43,7 @@ from common.zero.engine import (
     require_finite_weights,
     set_learning_rate,
 )
-from common.zero.memory import choose_micro_batch, choose_residency, made_up_pair, workload_of
+from common.zero.memory import choose_micro_batch, choose_residency, made_up_pair, reserve_host_memory, workload_of
 
 
 @main_with_exit_codes
@@ -118,8 +118,9 @@ def main() -> None:
 
     # ------------------------------------------------------------------ model and engine
     ranks.say(f"loading {model_folder}")
+    host = reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
-    engine = build_engine(policy, config, ds_config)
+    engine = build_engine(policy, config, ds_config, host)
     verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()

@@ -31,7 +31,13 @@ from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_fini
 from common.zero import checkpoint
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import build_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
-from common.zero.memory import choose_micro_batch, choose_residency, made_up_conversation, workload_of
+from common.zero.memory import (
+    choose_micro_batch,
+    choose_residency,
+    made_up_conversation,
+    reserve_host_memory,
+    workload_of,
+)
 
 
 @main_with_exit_codes
@@ -77,8 +83,9 @@ def main() -> None:
 
     # ------------------------------------------------------------------ model and engine
     ranks.say(f"loading {model_folder}")
+    host = reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
-    engine = build_engine(policy, config, ds_config)
+    engine = build_engine(policy, config, ds_config, host)
     verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()

@@ -279,7 +279,7 @@ def test_code_in_a_folder_never_runs_and_nobody_is_asked(tmp_path, monkeypatch, 
         with contextlib.nullcontext() if is_known else pytest.raises(UserError, match="model"):
             load(str(folder))
     if is_known:
-        model.parameter_counts(model.load_config(str(folder)))
+        model.parameter_sizes(model.load_config(str(folder)))
         read(folder, model.load_config(str(folder)))
     assert not ran.exists()
 
@@ -348,9 +348,9 @@ def test_what_changes_nothing_here_is_accepted(make):
 
 def test_models_that_cannot_be_built_or_have_no_one_list_of_layers_are_refused_by_name():
     with pytest.raises(UserError, match="model type hrm_text is not supported"):
-        model.parameter_counts(config_of("hrm_text"))
+        model.parameter_sizes(config_of("hrm_text"))
     with pytest.raises(UserError, match="no model that transformers can build"):
-        model.parameter_counts(models.make_config(hidden_act="no_such_function"))
+        model.parameter_sizes(models.make_config(hidden_act="no_such_function"))
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", '{"model_type": "no_such_type"}', "[]"])

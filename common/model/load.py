@@ -130,15 +130,15 @@ def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
     ]
 
 
-def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
-    """Elements of all parameters and of one layer's, of the model that this config describes; tied ones count once."""
+def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int]:
+    """Elements of each parameter and of one layer's, of the model that this config describes; tied ones count once."""
     with as_user_error("config.json describes no model that transformers can build"):
         with torch.device("meta"):
             model = PackedModel(AutoModelForCausalLM.from_config(config, **NO_CODE))
         model.lm.tie_weights()
         layers = model.decoder_layers()
         of_layer = sum(p.numel() for layer in layers for p in layer.parameters()) // len(layers)
-    return sum(p.numel() for p in model.parameters()), of_layer
+    return [p.numel() for p in model.parameters()], of_layer
 
 
 def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig) -> None:
