@@ -219,6 +219,7 @@ def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb
     torch.manual_seed(0)
     host, carrier = host_state.HostMemory(3 * sum(sizes), device, 4), host_state.Carrier(device)
     host.wait_until_pinned()
+    address = host.unused.data_ptr()
     state = tuple(host.take(sum(sizes)) for _ in range(3))
     assert all(x.is_pinned() for x in state)
     state[0].copy_(torch.randn(sum(sizes)))
@@ -257,6 +258,7 @@ def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb
     carrier.wait_until_written()
     for here, there in zip(state, whole, strict=True):
         assert torch.equal(here, there.cpu())
+    torch.cuda.cudart().cudaHostUnregister(address)  # a run pins once; the next case may get the same addresses
 
 
 def test_a_cards_figures_are_measured(monkeypatch):
