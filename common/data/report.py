@@ -2,7 +2,7 @@
 
 import sys
 
-from common.data.cache import TokenDataset
+from common.data.dataset import TokenDataset
 
 
 def preview(ds: TokenDataset, index: int, tokenizer) -> str:

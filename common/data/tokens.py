@@ -1,4 +1,4 @@
-"""Rows -> conversations -> tokens: what a row may look like, which tokens are targets, what is dropped.
+"""Text -> tokens: which of them are targets, and what is dropped.
 
 A token is trained if it begins inside a trained span of the text (common/data/chat_template.py). So one that begins in
 the header and runs into the content (a newline of each merged into one token) is not. Nor is the token at position 0:
@@ -6,14 +6,13 @@ nothing predicts it. Samples and pairs are made so here, and whoever reads them 
 """
 
 import copy
-from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Encoding
 
-from common.data.chat_template import ChatTemplate, Dropped
-from common.failures import UserError
+from common.data.chat_template import ChatTemplate
+from common.data.conversations import Conversation, Dropped
 
 
 class SFTSample(NamedTuple):
@@ -38,80 +37,21 @@ class PreferencePair(NamedTuple):
     rejected_start: int
 
 
-# --------------------------------------------------------------------------------- rows to conversations
-# The forms of an SFT row: the columns that it needs, and its messages. The first form whose columns are there is taken.
-SFT_FORMS = {
-    ("messages",): lambda row: _messages(row, "messages"),
-    ("prompt", "completion"): lambda row: _messages(row, "prompt", "user") + _messages(row, "completion", "assistant"),
-}
-
-
-def sft_conversation(row: dict) -> tuple[str, list[dict]]:
-    """-> (form, messages). `prompt` and `completion` are each a text or a list of messages. Raises UserError."""
-    for columns, messages_of in SFT_FORMS.items():
-        if all(column in row for column in columns):
-            return "+".join(columns), messages_of(row)
-    raise UserError(f"SFT needs a column `messages`, or `prompt` and `completion`; this row has {list(row)}")
-
-
-def preference_conversations(row: dict) -> tuple[str, list[dict], list[dict]]:
-    """-> (form, chosen, rejected): two whole conversations with the same prompt, all messages but the last.
-
-    Forms: `chosen`+`rejected`, lists of messages; `prompt`+`chosen`+`rejected`, each a text or a list. Beside a
-    `prompt`, a list that begins with the assistant's message continues it; any other is the whole conversation.
-    Raises UserError.
-    """
-    if "chosen" not in row or "rejected" not in row:
-        raise UserError(f"DPO needs columns `chosen` and `rejected`; this row has {list(row)}")
-    prompt = None if row.get("prompt") is None else _messages(row, "prompt", "user")
-    form, sides = "chosen+rejected", []
-    for column in ("chosen", "rejected"):
-        side = _messages(row, column, None if prompt is None else "assistant")
-        if prompt is not None and side and side[0]["role"] == "assistant":
-            form, side = "prompt+chosen+rejected", prompt + side
-        sides.append(side)
-    for i, (one, other) in enumerate(zip_longest(sides[0][:-1], sides[1][:-1]), start=1):
-        if one != other:
-            raise UserError(f"the prompts of chosen and rejected differ, first at message {i}")
-    return form, *sides
-
-
-def _messages(row: dict, column: str, role: str | None = None) -> list[dict]:
-    """A column's list of messages, checked, contents as text; where `role` is given, a text is one such message."""
-    value = row[column]
-    if isinstance(value, str) and role is not None:
-        return [{"role": role, "content": value}]
-    messages = []
-    for i, message in enumerate(_checked(value, list, f"`{column}`"), start=1):
-        place = f"`{column}` message {i}"
-        _checked(message, dict, place)
-        _checked(message.get("role"), str, f"{place}: its role")
-        content = message.get("content")
-        if isinstance(content, list):
-            texts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else p for p in content]
-            content = "".join(_checked(text, str, f"{place}: each part of its content") for text in texts)
-        given = {key: item for key, item in message.items() if item is not None}
-        messages.append({**given, "content": _checked(content, str, f"{place}: its content")})
-    return messages
-
-
-def _checked(value, kind: type, place: str):
-    """The value, which must be of this kind. Raises UserError."""
-    if not isinstance(value, kind):
-        wanted = {list: "a list of messages", dict: "an object with a role and a content", str: "a text"}[kind]
-        raise UserError(f"{place} must be {wanted}, not {'null' if value is None else type(value).__name__}")
-    return value
-
-
 # --------------------------------------------------------------------------------- text to tokens
 # What the tokenizer raises for a lone surrogate, which JSON allows, and for megabytes of white space (no Exception).
 UNUSABLE = {"TypeError": "text is not valid Unicode", "PanicException": "the tokenizer fails on its text"}
 
 
 class Encoder:
-    """The bare fast tokenizer: the first max_seq_length tokens, no special tokens added, no padding, exact offsets."""
+    """The bare fast tokenizer: the first max_seq_length tokens, no special tokens added, no padding, exact offsets.
+
+    bos: the token that the tokenizer by itself puts before a text; "" if none.
+    """
 
     def __init__(self, tokenizer, max_seq_length: int):
+        begins_with_bos = tokenizer.backend_tokenizer.encode("a").ids[:1] == [tokenizer.bos_token_id]
+        self.bos = tokenizer.bos_token if begins_with_bos else ""
+        self.max_seq_length, self.num_ids = max_seq_length, max(tokenizer.get_vocab().values()) + 1
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self.backend.enable_truncation(max_seq_length)
         self.backend.no_padding()
@@ -129,22 +69,47 @@ class Encoder:
             return [Dropped(UNUSABLE[type(error).__name__])]
 
 
-def render_pair(chosen: list[dict], rejected: list[dict], template: ChatTemplate) -> tuple[str, str, str]:
-    """-> (prompt, chosen's completion, rejected's). Raises Dropped; UserError if the template makes two prompts."""
-    prompts, completions = [], []
-    for messages in (chosen, rejected):
-        if not messages or messages[-1]["role"] != "assistant":
-            raise Dropped("does not end with the assistant's message")
-        text, [(start, end)] = template.render(messages, only_last=True)
+def render_pair(chosen: Conversation, rejected: Conversation, template: ChatTemplate) -> tuple[str, str, str, set[str]]:
+    """-> (prompt, chosen's completion, rejected's, notes). Prompts are the same if the template renders them so. Raises
+    Dropped."""
+    prompts, completions, notes = [], [], set()
+    for conversation in (chosen, rejected):
+        text, spans, noted = template.render(conversation, only_last=True)
+        if not spans:
+            raise Dropped(noted[0] if noted else "the template does not show a completion")
+        start, end = spans[0]
         prompts.append(text[:start])
         completions.append(text[start:end])
+        notes |= {*noted}
     if prompts[0] != prompts[1]:
-        raise UserError(f"chat template {template.name!r} renders the prompts of chosen and rejected differently")
-    if not all(completion.removesuffix(template.closing).strip() for completion in completions):
-        raise Dropped("empty completion")
+        raise Dropped("the prompts of chosen and rejected differ")
     if completions[0] == completions[1]:
         raise Dropped("equal completions")
-    return prompts[0], *completions
+    if completions[0].split() == completions[1].split():
+        notes.add("chosen and rejected differ in white space only")
+    return prompts[0], *completions, notes
+
+
+def sample_of_ids(input_ids: list, labels: list | None, attention_mask: list | None, encoder: Encoder) -> tuple:
+    """-> (SFTSample, whether it was truncated), of a row that holds tokens. Those whose attention_mask is 0 are left
+    out; labels of -100 are not trained, without labels all are. Raises Dropped."""
+    ones = [1] * len(input_ids)
+    columns = [input_ids, input_ids if labels is None else labels, ones if attention_mask is None else attention_mask]
+    if any(len(column) != len(ones) or {*map(type, column)} != {int} for column in columns):
+        raise Dropped("input_ids, labels and attention_mask are not as many whole numbers")
+    ids, targets, mask = (np.array(column) for column in columns)
+    is_truncated = mask.astype(bool).sum() > encoder.max_seq_length
+    ids, targets = (column[mask != 0][: encoder.max_seq_length] for column in (ids, targets))
+    if ((ids < 0) | (ids >= encoder.num_ids)).any():
+        raise Dropped("input_ids that the tokenizer has no token for")
+    is_target = targets != -100
+    if (targets != ids)[is_target].any():
+        raise Dropped("labels that are neither -100 nor their input_ids")
+    is_target[:1] = False
+    edges = np.flatnonzero(np.diff(is_target, prepend=False, append=False))
+    if len(edges) == 0:
+        raise Dropped("no target token within max_seq_length")
+    return SFTSample(ids.astype(np.int32), edges.reshape(-1, 2).astype(np.int32)), is_truncated
 
 
 def sft_sample(encoding: Encoding, char_spans: list[tuple[int, int]]) -> SFTSample:
