@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -22,10 +21,12 @@ import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.config import SFTConfig
 from common.data import cache as token_cache
 from common.data import tokens as tokenization
 from common.data.cache import BlockTokenizer, TokenDataset, cache_key, prepare_tokens
 from common.data.chat_template import TULU, ChatTemplate, resolve_template
+from common.data.conversations import Conversation
 from common.data.report import data_table, preview
 from common.data.sources import load_source, parse_source
 from common.data.tokens import Encoder, preference_pair, render_pair, sft_sample
@@ -61,9 +62,14 @@ def write(file: Path, rows: list[dict]) -> Path:
     return file
 
 
-def prepare(data, cache, kind="sft", template=TEMPLATE) -> str:
+def prepare(data, cache, kind="sft", template=TEMPLATE, **flags) -> str:
     mixer = [str(data)] if isinstance(data, str | Path) else data
-    return prepare_tokens(kind, SimpleNamespace(dataset_mixer=mixer, max_seq_length=64, cache_dir=str(cache)), template)
+    flags = {"allow_dropped": True, "max_seq_length": 64, **flags}
+    return prepare_tokens(kind, SFTConfig(dataset_mixer=mixer, cache_dir=str(cache), **flags), template)
+
+
+def conversation(messages) -> Conversation:
+    return Conversation(messages, [message["role"] == "assistant" for message in messages])
 
 
 @pytest.fixture
@@ -94,7 +100,7 @@ def test_an_sft_cache_holds_every_kept_sample_in_order(tmp_path, monkeypatch):
     assert len(ds) == len(expected) and ds.kind == "sft" and ds.pair_lengths is None
     num_truncated = 0
     for i, (chat, place) in enumerate(expected):
-        text, spans = TEMPLATE.render(chat)
+        text, spans, _ = TEMPLATE.render(conversation(chat))
         whole = TOKENIZER(text, add_special_tokens=False)["input_ids"]
         sample = sft_sample(*Encoder(TOKENIZER, 64).encode([text]), spans)
         assert ds[i].input_ids.tolist() == whole[:64]
@@ -124,7 +130,7 @@ def test_a_dpo_cache_holds_every_kept_pair_in_order(tmp_path, monkeypatch):
     assert len(ds) == 38 and ds.kind == "dpo"
     assert ds.stats["dropped"] == {"equal completions": 1, "text is not valid Unicode": 1}
     for i, row in enumerate(kept):
-        prompt, *completions = render_pair(*PAIRS[row].values(), TEMPLATE)
+        prompt, *completions, _ = render_pair(*map(conversation, PAIRS[row].values()), TEMPLATE)
         encodings = Encoder(TOKENIZER, 64).encode([prompt + completion for completion in completions])
         pair = preference_pair(*encodings, len(prompt))
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
@@ -294,16 +300,17 @@ def test_a_torn_cache_is_refused_and_built_again(tmp_path, name, change):
     assert contents(path) == whole and left_in(tmp_path / "cache") == [path.name]
 
 
-GOOD = ROWS[0]
+GOOD, ANSWER = ROWS[0], CHATS[0][1]
 
 
 @pytest.mark.parametrize(
     "kind, rows, said",
     [
         ("sft", [GOOD, '{"messages": [{"role'], r"x\.jsonl:2: not valid JSON"),
-        ("sft", [GOOD, GOOD, {"text": "x"}], r"x\.jsonl:3: .*messages"),
+        ("sft", [GOOD, GOOD, "[1]"], r"x\.jsonl:3: .*object"),
+        ("sft", [GOOD, {"messages": [{**ANSWER, "weight": 0.5}]}], r"x\.jsonl:2: .*`weight`"),
         ("sft", [{"messages": [message("user", "x")]}] * 3, r"x\.jsonl: no row is left.*3 x no assistant message"),
-        ("dpo", [GOOD], r"x\.jsonl:1: .*chosen"),
+        ("dpo", [GOOD], r"x\.jsonl: no row is left.*messages"),
         ("sft", [], r"x\.jsonl"),
     ],
 )
@@ -386,8 +393,8 @@ def test_nothing_is_swept_up_while_somebody_builds_and_all_that_is_left_after(tm
 # prepare() builds the cache of x.jsonl in a folder.
 SCRIPT = """
 import os, pathlib, signal, sys, time
-from types import SimpleNamespace
 import tiny_tokenizer
+from common.config import SFTConfig
 from common.data import cache as token_cache
 from common.data.chat_template import resolve_template
 
@@ -396,7 +403,7 @@ token_cache.BLOCK_ROWS = 8
 tokenize = token_cache.BlockTokenizer.__call__
 
 def prepare():
-    config = SimpleNamespace(dataset_mixer=[folder + "/x.jsonl"], max_seq_length=64, cache_dir=folder + "/cache")
+    config = SFTConfig(dataset_mixer=[folder + "/x.jsonl"], max_seq_length=64, cache_dir=folder + "/cache")
     return token_cache.prepare_tokens("sft", config, resolve_template("tulu", tiny_tokenizer.tiny_tokenizer()))
 """
 

@@ -62,6 +62,8 @@ def build_tokens(kind: str, config, template: ChatTemplate) -> TokenDataset:
         print_line(f"{warning} can print the day's date; a run resumes only while {final} is there")
     if not template.closing:
         print_line(f"{warning} ends answers with no token: the model learns no end")
+    for line in template.warnings():
+        print_line(line)
     if ds := _finished(final):
         print_line(f"data: tokenized before, in {final}")
         return ds
@@ -185,7 +187,7 @@ def _stats(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path) -> di
         "tokens": int(samples["length"].sum()),
         "target_tokens": int(samples["num_targets"].sum()),
         "length_percentiles": {**percentiles, "max": int(samples["length"].max())},
-        "largest_id": int(np.memmap(folder / "tokens.bin", FILES["tokens.bin"], "r").max()),
+        "largest_token_id": int(np.memmap(folder / "tokens.bin", FILES["tokens.bin"], "r").max()),
     }
 
 
@@ -271,7 +273,7 @@ class BlockTokenizer:
         return [text], [(0, len(text))]
 
     def _count_what_is_not_shown(self, conversation: Conversation, place: str) -> None:
-        """Of roles by a rendering; of keys, tools and variables by whether the template's text names them."""
+        """Of roles by a rendering; of keys and variables by whether the template's text names them."""
         for message in conversation.messages:
             if not self.template.shows_role(message["role"]):
                 self.unrendered_roles.add(message["role"], place)
@@ -279,8 +281,6 @@ class BlockTokenizer:
                 for key, value in message.items():
                     if value is not None and key not in ("role", "content") and not self._names(key):
                         self.ignored.add(f"key {key!r} of messages", place)
-        if conversation.tools and not self._names("tools"):
-            self.ignored.add("column 'tools', which the chat template does not name", place)
         for name in conversation.variables:
             if not self._names(name):
                 self.ignored.add(f"{name!r} of chat_template_kwargs", place)

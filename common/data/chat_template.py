@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import jinja2
 
-from common.data.conversations import Conversation
+from common.data.conversations import Conversation, Dropped
 from common.failures import UserError, as_user_error, one_line
 
 # The reference run's template: <|role|>, a new line, the content (and EOS, if the assistant's), a new line except at
@@ -51,10 +51,6 @@ QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant"
 MARKED_ANSWER = {"role": "assistant", "content": MARKER}
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # what transformers takes a message's reasoning from
 RENDER_SECONDS, RENDER_BYTES = 20.0, 2 * 2**30  # that the rendering of one row may take
-
-
-class Dropped(Exception):
-    """A well-formed row that holds nothing to train on; its text is the reason it is counted under."""
 
 
 class Rendered(NamedTuple):

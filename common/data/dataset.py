@@ -60,11 +60,6 @@ class TokenDataset:
         """`file:row` of sample i, for messages."""
         return f"{self.stats['files'][self._samples['file'][i]]}:{self._samples['row'][i]}"
 
-    @property
-    def largest_id(self) -> int:
-        """The largest token id that occurs."""
-        return self.stats["largest_id"]
-
     def last_tokens(self) -> np.ndarray:
         """int32: the last token of each trained span; of a pair, of its chosen and its rejected side."""
         ends = self._ends

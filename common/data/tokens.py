@@ -76,7 +76,7 @@ def render_pair(chosen: Conversation, rejected: Conversation, template: ChatTemp
     for conversation in (chosen, rejected):
         text, spans, noted = template.render(conversation, only_last=True)
         if not spans:
-            raise Dropped(noted[0] if noted else "the template does not show a completion")
+            raise Dropped(noted[0].partition(": ")[0] if noted else "the template does not show a completion")
         start, end = spans[0]
         prompts.append(text[:start])
         completions.append(text[start:end])
