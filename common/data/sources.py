@@ -185,7 +185,7 @@ def _open_local(source: Source) -> tuple[dict, list[str], list[tuple]]:
         known_by = {"split": source.split} | ({"left_out": left_out} if left_out else {})
     digests, opened = [], []
     for name in names:
-        with as_user_error(name, OSError, ValueError, RuntimeError):
+        with as_user_error(name, OSError, ValueError, RuntimeError, csv.Error):
             content = Path(name).read_bytes()
             digests.append(hashlib.sha256(content).hexdigest())
             opened.append(_open_file(name, content))
