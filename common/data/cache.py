@@ -8,8 +8,9 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -20,7 +21,7 @@ import transformers
 from common.data import chat_template, conversations, sources, tokens
 from common.data.chat_template import ChatTemplate
 from common.data.conversations import Conversation, Dropped, preference_example, sft_example
-from common.data.dataset import FILES, TokenDataset, json_digest
+from common.data.dataset import FILES, TokenDataset, flattened, json_digest
 from common.data.report import data_table
 from common.data.sources import Rows, decode_row, load_source, parse_source
 from common.data.tokens import Encoder
@@ -73,7 +74,7 @@ def build_tokens(kind: str, config, template: ChatTemplate) -> TokenDataset:
     with locked(root / ".lock", lambda: print_line(f"data: another run is building in {root}; waiting for it")):
         if not _finished(final):  # it may have been built while this process waited
             _build(tokenize, all_rows, final)
-    for role, count in tokenize.unrendered_roles.counts.items():
+    for role, count in tokenize.counts["unrendered_roles"].items():
         print_line(f"{warning} leaves out messages of role {role!r}: {count:,} of them")
     return TokenDataset(final)
 
@@ -88,25 +89,24 @@ def too_much_dropped(ds: TokenDataset) -> str | None:
     return None
 
 
-def _reasons(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} x {reason}" for reason, count in counts.items())
+def _reasons(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} x {reason}" for reason, count in dropped.items())
 
 
 def block_tokenizer(kind: str, config, template: ChatTemplate) -> "BlockTokenizer":
     """The run's. Raises UserError for chat_template_kwargs that are no JSON object."""
-    variables = {}
-    if config.chat_template_kwargs is not None:
-        with as_user_error(f"--chat_template_kwargs {config.chat_template_kwargs!r}", ValueError, RecursionError):
-            variables = json.loads(config.chat_template_kwargs)
+    asked = config.chat_template_kwargs or "{}"
+    with as_user_error(f"--chat_template_kwargs {asked!r}: must be a JSON object", ValueError, RecursionError):
+        variables = json.loads(asked)
         if not isinstance(variables, dict):
-            raise UserError(f"--chat_template_kwargs {config.chat_template_kwargs!r} must be a JSON object")
+            raise ValueError(f"it is a {type(variables).__name__}")
     return BlockTokenizer(kind, template, Encoder(template.tokenizer, config.max_seq_length), variables)
 
 
 def cache_key(tokenize: "BlockTokenizer", all_rows: list[Rows]) -> str:
     """Digest, in hex, of all that the tokens and their rows' names depend on."""
     special_tokens = tokenize.template.tokenizer.special_tokens_map
-    code = [__file__, *(module.__file__ for module in (sources, conversations, chat_template, tokens))]
+    code = [__file__, *(str(module.__file__) for module in (sources, conversations, chat_template, tokens))]
     parts = {
         "kind": tokenize.kind,
         "sources": [rows.identity for rows in all_rows],
@@ -162,28 +162,25 @@ def _write_files(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path)
             num_files += len(rows.files)
     if (folder / "samples.bin").stat().st_size == 0:
         sources = ", ".join(rows.source.text for rows in all_rows)
-        raise UserError(f"{sources}: no row is left to train on ({_reasons(tokenize.dropped.counts)})")
+        raise UserError(f"{sources}: no row is left to train on ({_reasons(tokenize.counts['dropped'])})")
 
 
 def _stats(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path) -> dict:
     """What data_table shows and run_config.json records."""
     samples = np.fromfile(folder / "samples.bin", FILES["samples.bin"])
     percentiles = {f"p{q}": int(np.percentile(samples["length"], q)) for q in (5, 50, 95)}
-    first_files = np.cumsum([0, *(len(rows.files) for rows in all_rows)])
-    kept = np.histogram(samples["file"], first_files)[0].tolist()
-    dropped = [len(rows.indices) - count for rows, count in zip(all_rows, kept, strict=True)]
+    kept = np.histogram(samples["file"], np.cumsum([0, *(len(rows.files) for rows in all_rows)]))[0].tolist()
     for rows in all_rows:
         for column in rows.unread:
-            tokenize.ignored.add(f"column {column!r}", rows.source.path, len(rows.indices))
-    counted = ("formats", "dropped", "notes", "ignored", "unrendered_roles")
+            tokenize.count("ignored", f"column {column!r}", rows.source.path, len(rows.indices))
     return {
-        "sources": [{**rows.identity, "rows_dropped": n} for rows, n in zip(all_rows, dropped, strict=True)],
+        "sources": [{**r.identity, "rows_dropped": len(r.indices) - n} for r, n in zip(all_rows, kept, strict=True)],
         "files": [name for rows in all_rows for name in rows.files],
         "rows_read": sum(len(rows.indices) for rows in all_rows),
         "kept": len(samples),
         "truncated": int(samples["truncated"].sum()),
-        **{name: dict(getattr(tokenize, name).counts.most_common()) for name in counted},
-        "places": {key: place for name in counted for key, place in getattr(tokenize, name).places.items()},
+        **{name: dict(counter.most_common()) for name, counter in tokenize.counts.items()},
+        "places": tokenize.places,
         "tokens": int(samples["length"].sum()),
         "target_tokens": int(samples["num_targets"].sum()),
         "length_percentiles": {**percentiles, "max": int(samples["length"].max())},
@@ -191,33 +188,31 @@ def _stats(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path) -> di
     }
 
 
-class Tally:
-    """counts: how often each text was met; all after the first 50 count as one.  places: where it was met first."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.places: dict[str, str] = {}
-
-    def add(self, text: str, place: str, count: int = 1) -> None:
-        text = text[:120] if text in self.counts or len(self.counts) < 50 else "others"
-        self.counts[text] += count
-        self.places.setdefault(text, place)
+# Rows of each form; rows dropped for each reason; what of a row is not trained as it says; columns, and keys of
+# messages, that nothing acts on; messages of each role that the template does not show.
+COUNTED = ("formats", "dropped", "notes", "ignored", "unrendered_roles")
 
 
 class BlockTokenizer:
     """Tokenizes blocks of rows, and counts what it met.
 
-    formats: rows of each form.  unrendered_roles: messages of each role that the template does not show.  dropped: rows
-    dropped for each reason.  notes: what of a row is not trained as its row says.  ignored: columns, and keys of
-    messages, that nothing acts on.
+    counts: for each of COUNTED, how often each text was met.  places: where it was met first.
     variables: what the template sees beside the messages; a row's own chat_template_kwargs come before them.
     """
 
     def __init__(self, kind: str, template: ChatTemplate, encoder: Encoder, variables: dict | None = None):
         self.kind, self.template, self.encoder, self.variables = kind, template, encoder, variables or {}
-        self.formats, self.unrendered_roles, self.dropped = Tally(), Tally(), Tally()
-        self.notes, self.ignored = Tally(), Tally()
+        self.counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTED}
+        self.places: dict[str, dict[str, str]] = {name: {} for name in COUNTED}
         self._is_named: dict[str, bool] = {}
+
+    def count(self, name: str, text: str, place: str, number: int = 1) -> None:
+        """Of a kind only the first 50 texts are told apart."""
+        counter, text = self.counts[name], text[:120]
+        if text not in counter:
+            text = text if len(counter) < 50 else "others"
+            self.places[name].setdefault(text, place)
+        counter[text] += number
 
     def __call__(self, rows: Rows, block: np.ndarray, first_file: int = 0) -> Iterator[tuple]:
         """(tokens, marks, a SAMPLE) of each row of `block` that is kept; first_file is the number of rows.files[0].
@@ -226,86 +221,73 @@ class BlockTokenizer:
         with as_user_error(rows.source.path, OSError, ValueError):
             raw_rows = rows.read(block)
         for index, raw in zip(block.tolist(), raw_rows, strict=True):
-            place = rows.place(index)
-            with self._in_row(place):
-                rendered.append((index, place, *self._render(decode_row(raw), place)))
-        encodings = iter(self.encoder.encode([text for *_, texts, _ in rendered for text in texts]))
-        for index, place, texts, trained in rendered:
+            with self._in_row(rows.place(index)):
+                rendered.append((index, *self._render(decode_row(raw), rows.place(index))))
+        encodings = iter(self.encoder.encode([text for _, texts, _ in rendered for text in texts]))
+        for index, texts, sample_of in rendered:
             encoded = [next(encodings) for _ in texts]
-            with self._in_row(place):
-                ids, marks, num_targets, is_truncated = self._sample(encoded, trained)
+            with self._in_row(rows.place(index)):
+                is_truncated = False
+                for encoding in encoded:
+                    if isinstance(encoding, Dropped):
+                        raise encoding
+                    is_truncated |= bool(encoding.overflowing)
+                ids, marks, num_targets = flattened(sample_of(*encoded))
                 position = first_file + int(rows.file[index]), int(rows.numbers[index])
                 yield ids, marks, (len(ids), len(marks), num_targets, is_truncated, *position)
 
-    def _render(self, row: dict, place: str) -> tuple[list[str], list | int | dict]:
-        """The texts of a row, and what is trained of them, as sft_sample and preference_pair take it; of a row of
-        tokens no text, and its columns."""
-        is_sft = self.kind == "sft"
-        example = (sft_example if is_sft else preference_example)(row, self.variables)
-        self.formats.add(example.form, place)
+    def _render(self, row: dict, place: str) -> tuple[list[str], Callable]:
+        """The texts of a row, and what makes a sample of their encodings. Raises Dropped."""
+        example = (sft_example if self.kind == "sft" else preference_example)(row, self.variables)
+        self.count("formats", example.form, place)
         for column in row.keys() - {*example.columns}:
-            self.ignored.add(f"column {column!r}", place)
+            self.count("ignored", f"column {column!r}", place)
         if example.tokens is not None:
-            return [], example.tokens
+            return [], partial(tokens.sample_of_ids, self.encoder, **example.tokens)
         if example.text is not None:
             return self._whole_text(example.text)
         self._count_what_is_not_shown(example.conversations[0], place)
-        if is_sft:
-            text, spans, notes = self.template.render(*example.conversations)
-            notes = [*example.notes, *notes]
+        if self.kind == "sft":
+            text, spans, notes = self.template.render(example.conversations[0])
+            notes = example.notes + notes
             if not spans:
                 raise Dropped(notes[0].partition(": ")[0] if notes else "no assistant message")
-            texts, trained = [text], spans
+            texts = [text]
+            sample_of: Callable = partial(tokens.sft_sample, char_spans=spans)
         else:
-            prompt, *completions, notes = tokens.render_pair(*example.conversations, self.template)
-            texts, trained = [prompt + completion for completion in completions], len(prompt)
+            chosen, rejected = example.conversations
+            prompt, *completions, notes = tokens.render_pair(chosen, rejected, self.template)
+            texts = [prompt + completion for completion in completions]
+            sample_of = partial(tokens.preference_pair, prompt_chars=len(prompt))
         for note in notes:
             what, _, instance = note.partition(": ")
-            self.notes.add(what, f"{place}: {instance}" if instance else place)
-        return texts, trained
+            self.count("notes", what, f"{place}: {instance}" if instance else place)
+        return texts, sample_of
 
-    def _whole_text(self, text: str) -> tuple[list[str], list]:
+    def _whole_text(self, text: str) -> tuple[list[str], Callable]:
         """A text as the tokenizer begins one, and with an EOS at its end; trained whole."""
-        bos, eos = self.encoder.bos, self.template.tokenizer.eos_token
         if not text.strip():
             raise Dropped("empty text")
+        bos, eos = self.encoder.bos, self.template.tokenizer.eos_token
         text = f"{'' if text.startswith(bos) else bos}{text}{'' if text.endswith(eos) else eos}"
-        return [text], [(0, len(text))]
+        return [text], partial(tokens.sft_sample, char_spans=[(0, len(text))])
 
     def _count_what_is_not_shown(self, conversation: Conversation, place: str) -> None:
         """Of roles by a rendering; of keys and variables by whether the template's text names them."""
         for message in conversation.messages:
             if not self.template.shows_role(message["role"]):
-                self.unrendered_roles.add(message["role"], place)
-            if len(message) > 2:
-                for key, value in message.items():
-                    if value is not None and key not in ("role", "content") and not self._names(key):
-                        self.ignored.add(f"key {key!r} of messages", place)
+                self.count("unrendered_roles", message["role"], place)
+            for key in message.keys() - {"role", "content"}:
+                if message[key] is not None and not self._names(key):
+                    self.count("ignored", f"key {key!r} of messages", place)
         for name in conversation.variables:
             if not self._names(name):
-                self.ignored.add(f"{name!r} of chat_template_kwargs", place)
+                self.count("ignored", f"{name!r} of chat_template_kwargs", place)
 
     def _names(self, name: str) -> bool:
         if name not in self._is_named:
             self._is_named[name] = re.search(rf"\b{re.escape(name)}\b", self.template.jinja) is not None
         return self._is_named[name]
-
-    def _sample(self, encodings: list, trained: list | int | dict) -> tuple:
-        """(tokens, marks, number of targets, whether truncated) of one sample, as FILES hold them. Raises Dropped."""
-        for encoding in encodings:
-            if isinstance(encoding, Dropped):
-                raise encoding
-        is_truncated = any(encoding.overflowing for encoding in encodings)
-        if self.kind == "dpo":
-            *sides, start, other_start = tokens.preference_pair(*encodings, trained)
-            lengths = [len(ids) for ids in sides]
-            marks = [*lengths, start, other_start]
-            return np.concatenate(sides), marks, sum(lengths[1:]) - start - other_start, is_truncated
-        if isinstance(trained, dict):
-            (ids, spans), is_truncated = tokens.sample_of_ids(**trained, encoder=self.encoder)
-        else:
-            ids, spans = tokens.sft_sample(*encodings, trained)
-        return ids, spans.ravel(), (spans[:, 1] - spans[:, 0]).sum(), is_truncated
 
     @contextmanager
     def _in_row(self, place: str) -> Iterator[None]:
@@ -313,6 +295,6 @@ class BlockTokenizer:
         try:
             yield
         except Dropped as reason:
-            self.dropped.add(str(reason), place)
+            self.count("dropped", str(reason), place)
         except UserError as error:
             raise UserError(f"{place}: {error}") from error

@@ -98,7 +98,12 @@ def sft_example(row: dict, variables: dict) -> Example:
             return Example(form, columns + FOR_EVERY_FORM, notes, [conversation])
         if form == "text":
             return Example(form, columns, [], text=_checked(row["text"], str, "`text`"))
-        return Example(form, columns, [], tokens={name: row.get(name) for name in columns})
+        return Example(
+            form,
+            columns,
+            [],
+            tokens={name: _checked(row[name], list, f"`{name}`") if name in row else None for name in columns},
+        )
     raise Dropped(f"no form of SFT has the columns {', '.join(sorted(row))}")
 
 
@@ -150,7 +155,8 @@ def _turns_of_texts(chosen: str, rejected: str) -> list[list[dict]]:
 # --------------------------------------------------------------------------------- messages
 def _conversation(messages: list[dict], row: dict, variables: dict) -> tuple[Conversation, list[str]]:
     """The messages with what the row's other columns say; and notes."""
-    trained, notes = [], set()
+    trained: list[bool] = []
+    notes: list[str] = []
     for message in messages:
         weights = {name: message.pop(name) for name in WEIGHTS if name in message}
         is_trained = message["role"] == "assistant"
@@ -162,10 +168,10 @@ def _conversation(messages: list[dict], row: dict, variables: dict) -> tuple[Con
                     )
             if not all(weight is None or weight for weight in weights.values()):
                 is_trained = False
-                notes.add(NOT_TRAINED)
+                notes.append(NOT_TRAINED)
             elif _is_empty(message):
                 is_trained = False
-                notes.add(EMPTY)
+                notes.append(EMPTY)
         trained.append(is_trained)
     system = _checked(row.get("system", ""), str, "`system`")
     if system.strip() and [message.get("content") for message in messages if message["role"] == "system"] != [system]:
@@ -179,7 +185,7 @@ def _conversation(messages: list[dict], row: dict, variables: dict) -> tuple[Con
     if "chat_template_kwargs" in row:
         own = _parsed(row["chat_template_kwargs"], "`chat_template_kwargs`")
         variables = {**variables, **_checked(own, dict, "`chat_template_kwargs`")}
-    return Conversation(messages, trained, tools or None, variables), sorted(notes)
+    return Conversation(messages, trained, tools or None, variables), notes
 
 
 def _messages(row: dict, column: str, role: str | None = None) -> list[dict]:

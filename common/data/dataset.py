@@ -60,14 +60,28 @@ class TokenDataset:
         """`file:row` of sample i, for messages."""
         return f"{self.stats['files'][self._samples['file'][i]]}:{self._samples['row'][i]}"
 
+    def samples_of(self, place: str) -> list[int]:
+        """The samples that a row, `file:row`, has become: as many as its source takes it."""
+        name, _, row = place.rpartition(":")
+        files = [i for i, file in enumerate(self.stats["files"]) if file == name]
+        return np.flatnonzero(np.isin(self._samples["file"], files) & (self._samples["row"] == int(row))).tolist()
+
     def last_tokens(self) -> np.ndarray:
         """int32: the last token of each trained span; of a pair, of its chosen and its rejected side."""
-        ends = self._ends
-        if self.kind == "dpo":
-            sides = np.stack([ends - self.pair_lengths[:, 2], ends], axis=1)
-            return self._tokens[sides.ravel() - 1]
-        starts = np.repeat(ends - self.lengths, self._samples["num_marks"] // 2)
-        return self._tokens[starts + self._marks.reshape(-1, 2)[:, 1] - 1]
+        if self.pair_lengths is not None:
+            return self._tokens[np.concatenate([self._ends - self.pair_lengths[:, 2], self._ends]) - 1]
+        starts: np.ndarray = np.repeat(self._ends - self.lengths, self._samples["num_marks"] // 2)
+        return self._tokens[starts + self._marks[1::2] - 1]
+
+
+def flattened(sample: SFTSample | PreferencePair) -> tuple[np.ndarray, np.ndarray | list[int], int]:
+    """A sample as FILES hold it: tokens, marks, and the number of its targets."""
+    if isinstance(sample, SFTSample):
+        spans = sample.trained_spans
+        return sample.input_ids, spans.ravel(), int((spans[:, 1] - spans[:, 0]).sum())
+    *sides, start, other_start = sample
+    lengths = [len(ids) for ids in sides]
+    return np.concatenate(sides), [*lengths, start, other_start], sum(lengths[1:]) - start - other_start
 
 
 def json_digest(value) -> str:

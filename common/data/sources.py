@@ -53,7 +53,7 @@ def parse_source(text: str) -> Source:
     cuts = [match.start() for match in re.finditer("[@:=]|$", text)]
     ends = [cut for cut in cuts if cut and local_files(text[:cut])]
     ends = ends or [match.end() for match in LOCAL_FILE.finditer(text)]
-    path = text[: max(ends)] if ends else re.match(r"[^@:=]*", text)[0]
+    path = text[: max(ends or cuts[:1])]
     tail = TAIL.fullmatch(text[len(path) :])
     with as_user_error(f"dataset_mixer {text!r}", ValueError):
         if tail is None or not (ends or HUB_ID.fullmatch(path)) or (Path(path).is_file() and not _kind(path)):
@@ -146,13 +146,13 @@ def load_source(source: Source) -> Rows:
             known_by, *of_hub = _open_hub(source)
             names, opened = [source.path], [tuple(of_hub)]
         reads, numbers, unread = zip(*opened, strict=True)
-        file = np.repeat(np.arange(len(names)), [len(of_file) for of_file in numbers])
+        file: np.ndarray = np.repeat(np.arange(len(names)), [len(of_file) for of_file in numbers])
         indices = subset_indices(len(file), source.amount)
     starts = np.searchsorted(file, np.arange(len(names)))
 
     def read(wanted: np.ndarray) -> list:
         rows: list = [None] * len(wanted)
-        for i in np.unique(file[wanted]):
+        for i in np.unique(file[wanted]).tolist():
             positions = np.flatnonzero(file[wanted] == i)
             for position, row in zip(positions, reads[i](wanted[positions] - starts[i]), strict=True):
                 rows[position] = row
@@ -288,12 +288,12 @@ def _open_hub(source: Source) -> tuple[dict, Callable, np.ndarray, list[str]]:
     """Through `datasets`, at the commit that the revision names now (a whole commit hash is not looked up)."""
     from datasets import load_dataset
 
-    name, config = re.fullmatch(r"([^/]*(?:/[^/]*)?)/?(.*)", source.path).groups()
+    name, config = "/".join(source.path.split("/")[:2]), source.path.split("/")[2:]
     commit = source.revision
     with as_user_error(f"dataset_mixer {source.text!r}"):
         if not re.fullmatch(r"[0-9a-f]{40}", commit or ""):
             commit = _commit_of(name, source.revision)
-        dataset = load_dataset(name, config or None, revision=commit, split=source.split)
+        dataset = load_dataset(name, *config, revision=commit, split=source.split)
         if not all(commit in file["filename"] for file in dataset.cache_files):  # offline, the last one cached is given
             raise ValueError(f"the hub cannot be reached, and what was last cached is not commit {commit}")
     return {"revision": commit, "split": source.split}, *_arrow_rows(dataset)

@@ -69,47 +69,48 @@ class Encoder:
             return [Dropped(UNUSABLE[type(error).__name__])]
 
 
-def render_pair(chosen: Conversation, rejected: Conversation, template: ChatTemplate) -> tuple[str, str, str, set[str]]:
-    """-> (prompt, chosen's completion, rejected's, notes). Prompts are the same if the template renders them so. Raises
+def render_pair(
+    chosen: Conversation, rejected: Conversation, template: ChatTemplate
+) -> tuple[str, str, str, list[str]]:
+    """-> (prompt, chosen's completion, rejected's, notes). Prompts that the template renders alike are the same. Raises
     Dropped."""
-    prompts, completions, notes = [], [], set()
-    for conversation in (chosen, rejected):
-        text, spans, noted = template.render(conversation, only_last=True)
-        if not spans:
-            raise Dropped(noted[0].partition(": ")[0] if noted else "the template does not show a completion")
-        start, end = spans[0]
-        prompts.append(text[:start])
-        completions.append(text[start:end])
-        notes |= {*noted}
-    if prompts[0] != prompts[1]:
+    (prompt, completion, notes), (other_prompt, other, other_notes) = (
+        _render_side(conversation, template) for conversation in (chosen, rejected)
+    )
+    if prompt != other_prompt:
         raise Dropped("the prompts of chosen and rejected differ")
-    if completions[0] == completions[1]:
+    if completion == other:
         raise Dropped("equal completions")
-    if completions[0].split() == completions[1].split():
-        notes.add("chosen and rejected differ in white space only")
-    return prompts[0], *completions, notes
+    is_spacing = ["chosen and rejected differ in white space only"] * (completion.split() == other.split())
+    return prompt, completion, other, [*dict.fromkeys(notes + other_notes), *is_spacing]
 
 
-def sample_of_ids(input_ids: list, labels: list | None, attention_mask: list | None, encoder: Encoder) -> tuple:
-    """-> (SFTSample, whether it was truncated), of a row that holds tokens. Those whose attention_mask is 0 are left
-    out; labels of -100 are not trained, without labels all are. Raises Dropped."""
-    ones = [1] * len(input_ids)
-    columns = [input_ids, input_ids if labels is None else labels, ones if attention_mask is None else attention_mask]
-    if any(len(column) != len(ones) or {*map(type, column)} != {int} for column in columns):
+def _render_side(conversation: Conversation, template: ChatTemplate) -> tuple[str, str, list[str]]:
+    """-> (prompt, completion, notes)."""
+    text, spans, notes = template.render(conversation, only_last=True)
+    if not spans:
+        raise Dropped(notes[0].partition(": ")[0] if notes else "the template does not show a completion")
+    start, end = spans[0]
+    return text[:start], text[start:end], notes
+
+
+def sample_of_ids(encoder: Encoder, input_ids: list, labels: list | None, attention_mask: list | None) -> SFTSample:
+    """Of a row that holds tokens. Those whose attention_mask is 0 are left out; labels of -100 are not trained, without
+    labels all are. Raises Dropped."""
+    rows = [input_ids, input_ids if labels is None else labels]
+    rows.append([1] * len(input_ids) if attention_mask is None else attention_mask)
+    if any(len(row) != len(input_ids) or {*map(type, row)} != {int} for row in rows):
         raise Dropped("input_ids, labels and attention_mask are not as many whole numbers")
-    ids, targets, mask = (np.array(column) for column in columns)
-    is_truncated = mask.astype(bool).sum() > encoder.max_seq_length
-    ids, targets = (column[mask != 0][: encoder.max_seq_length] for column in (ids, targets))
-    if ((ids < 0) | (ids >= encoder.num_ids)).any():
-        raise Dropped("input_ids that the tokenizer has no token for")
+    ids, targets, mask = map(np.array, rows)
+    ids, targets = (row[mask != 0][: encoder.max_seq_length] for row in (ids, targets))
     is_target = targets != -100
-    if (targets != ids)[is_target].any():
-        raise Dropped("labels that are neither -100 nor their input_ids")
+    if ((ids < 0) | (ids >= encoder.num_ids)).any() or (targets != ids)[is_target].any():
+        raise Dropped("input_ids that the tokenizer has no token for, or labels that are neither -100 nor these")
     is_target[:1] = False
-    edges = np.flatnonzero(np.diff(is_target, prepend=False, append=False))
-    if len(edges) == 0:
+    spans = np.flatnonzero(np.diff(is_target, prepend=False, append=False)).reshape(-1, 2)
+    if len(spans) == 0:
         raise Dropped("no target token within max_seq_length")
-    return SFTSample(ids.astype(np.int32), edges.reshape(-1, 2).astype(np.int32)), is_truncated
+    return SFTSample(ids.astype(np.int32), spans.astype(np.int32))
 
 
 def sft_sample(encoding: Encoding, char_spans: list[tuple[int, int]]) -> SFTSample:
@@ -129,7 +130,7 @@ def preference_pair(chosen: Encoding, rejected: Encoding, prompt_chars: int) -> 
         if first >= len(encoding):
             raise Dropped("prompt fills max_seq_length")
         # The token before it may be the header's last and the content's first in one: not the prompt's alone.
-        is_merged = encoding.token_to_chars(first - 1)[1] > prompt_chars
+        is_merged = _chars(encoding, first - 1)[1] > prompt_chars
         sides.append(np.array(encoding.ids, np.int32))
         prompt_lengths.append(first - is_merged)
         scored_from.append(first)
@@ -144,10 +145,17 @@ def preference_pair(chosen: Encoding, rejected: Encoding, prompt_chars: int) -> 
 
 def _first_target(encoding: Encoding, char: int) -> int:
     """The first token from position 1 on that begins at this character or after it; len(encoding) or more if none."""
-    if len(encoding) == 0 or char >= encoding.token_to_chars(len(encoding) - 1)[1]:
+    if len(encoding) == 0 or char >= _chars(encoding, len(encoding) - 1)[1]:
         return max(1, len(encoding))
     while (token := encoding.char_to_token(char)) is None:  # a character that the tokenizer leaves out
         char += 1
-    while token < len(encoding) and encoding.token_to_chars(token)[0] < char:
+    while token < len(encoding) and _chars(encoding, token)[0] < char:
         token += 1
     return max(1, token)
+
+
+def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
+    """[start, end) characters of a token."""
+    chars = encoding.token_to_chars(token)
+    assert chars is not None  # of one text, without special tokens added, every token has some
+    return chars
