@@ -185,7 +185,13 @@ def test_preview_and_table_show_what_is_trained(tmp_path, monkeypatch):
         "<|user|>\nwhy 0?\n<|assistant|>\n[[so 0.<eos>]]"
     )
     table = data_table(ds)
-    counted = ("rows read +2", "kept +1", "dropped +1", "no assistant message +1; first .*x.jsonl:2", f"tokens +{ds.lengths[0]}")
+    counted = (
+        "rows read +2",
+        "kept +1",
+        "dropped +1",
+        "no assistant message +1; first .*x.jsonl:2",
+        f"tokens +{ds.lengths[0]}",
+    )
     for line in (*counted, f"target tokens +{ds.num_targets[0]}", "sha256 [0-9a-f]{64}"):
         assert re.search(line + "$", table, re.MULTILINE), (line, table)
     shown = preview(TokenDataset(prepare(write(tmp_path / "p.jsonl", [PAIRS[1]]), tmp_path, "dpo")), 0, TOKENIZER)

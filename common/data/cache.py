@@ -63,8 +63,6 @@ def build_tokens(kind: str, config, template: ChatTemplate) -> TokenDataset:
         print_line(f"{warning} can print the day's date; a run resumes only while {final} is there")
     if not template.closing:
         print_line(f"{warning} ends answers with no token: the model learns no end")
-    for line in template.warnings():
-        print_line(line)
     if ds := _finished(final):
         print_line(f"data: tokenized before, in {final}")
         return ds

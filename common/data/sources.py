@@ -140,28 +140,24 @@ def load_source(source: Source) -> Rows:
     """Opens one source, local files by reading them whole, so that their sha256 is that of the rows. Raises UserError,
     naming it, if it cannot be read or has not the rows asked for."""
     with as_user_error(source.path, OSError, ValueError, RuntimeError):
-        if source.is_local or _kind(source.path):
-            known_by, names, opened = _open_local(source)
-        else:
-            known_by, *of_hub = _open_hub(source)
-            names, opened = [source.path], [tuple(of_hub)]
-        reads, numbers, unread = zip(*opened, strict=True)
+        known_by, names, opened = (_open_local if source.is_local else _open_hub)(source)
+        numbers = [of_file for _, of_file, _ in opened]
         file: np.ndarray = np.repeat(np.arange(len(names)), [len(of_file) for of_file in numbers])
         indices = subset_indices(len(file), source.amount)
-    starts = np.searchsorted(file, np.arange(len(names)))
+    starts = [int(np.searchsorted(file, i)) for i in range(len(names))]
 
     def read(wanted: np.ndarray) -> list:
         rows: list = [None] * len(wanted)
-        for i in np.unique(file[wanted]).tolist():
+        for i in {*file[wanted].tolist()}:
             positions = np.flatnonzero(file[wanted] == i)
-            for position, row in zip(positions, reads[i](wanted[positions] - starts[i]), strict=True):
+            for position, row in zip(positions, opened[i][0](wanted[positions] - starts[i]), strict=True):
                 rows[position] = row
         return rows
 
     asked = {"asked_for": source.text, "path": source.path}
     identity = {**asked, **known_by, "num_rows": len(file), "rows_used": len(indices)}
-    columns = sorted({name for of_file in unread for name in of_file})
-    return Rows(source, identity, indices, read, names, file, np.concatenate(numbers), columns)
+    unread = sorted({name for _, _, columns in opened for name in columns})
+    return Rows(source, identity, indices, read, names, file, np.concatenate(numbers), unread)
 
 
 def decode_row(raw: bytes | dict) -> dict:
@@ -175,14 +171,14 @@ def decode_row(raw: bytes | dict) -> dict:
 
 # ------------------------------------------------------------- local
 def _open_local(source: Source) -> tuple[dict, list[str], list[tuple]]:
-    """What the contents are known by, the files' names, and what READERS gives for each."""
+    """What the contents are known by, the files' names, and for each Rows' read, numbers and unread."""
     names, known_by = local_files(source.path) or [source.path], {}
     if Path(source.path).is_dir():
         names = _files_of_folder(source)
-        there = [str(path) for path in Path(source.path).rglob("*") if _kind(str(path)) and path.is_file()]
-        others = {".json"} if any(name.endswith(".arrow") for name in names) else set()  # that save_to_disk writes
-        left_out = sorted(name for name in {*there} - {*names} if Path(name).suffix not in others)
-        known_by = {"split": source.split} | ({"left_out": left_out} if left_out else {})
+        there = {str(path) for path in Path(source.path).rglob("*") if _kind(str(path)) and path.is_file()}
+        if names[0].endswith(".arrow"):
+            there = {name for name in there if name.endswith(".arrow")}  # save_to_disk writes .json beside them
+        known_by = {"split": source.split, "left_out": sorted(there - {*names})}
     digests, opened = [], []
     for name in names:
         with as_user_error(name, OSError, ValueError, RuntimeError, csv.Error):
@@ -218,7 +214,7 @@ def _open_file(name: str, content: bytes) -> tuple:
     return READERS[kind["kind"]](content)
 
 
-# Each returns Rows' read and numbers, of one file, and the names of the columns left out.
+# Each returns Rows' read, numbers and unread, of one file.
 def _open_lines(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
     """JSON lines; blank ones are left out."""
     lines = content.split(b"\n")
@@ -228,23 +224,17 @@ def _open_lines(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
 
 def _open_json(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
     """A JSON array of objects; a .json file of JSON lines is read as such."""
-    if content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
-        if names := _names_of_one_object(content):
-            raise ValueError(f"holds one object, of {names[:5]}; it must hold an array of rows, or a row a line")
-        return _open_lines(content)
-    rows = json.loads(content)
-    if not isinstance(rows, list):
-        raise ValueError("must hold an array of objects, or an object a line")
-    return _listed(rows)
-
-
-def _names_of_one_object(content: bytes) -> list[str]:
-    """The names in it, where the whole content is one object that is no row on one line; else none."""
     try:
-        names = list(json.loads(content))
-    except ValueError:  # more than one
-        return []
-    return [] if {*names} & {*COLUMNS} and b"\n" not in content.strip() else names
+        rows = json.loads(content)
+    except ValueError:
+        if content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
+            raise
+        return _open_lines(content)  # more than one object
+    if isinstance(rows, dict) and {*rows} & {*COLUMNS} and b"\n" not in content.strip():
+        return _open_lines(content)
+    if not isinstance(rows, list):
+        raise ValueError(f"must hold an array of rows, or a row a line; it holds {str(rows)[:60]!r}")
+    return _listed(rows)
 
 
 def _open_csv(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
@@ -266,9 +256,9 @@ def _open_parquet(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
     from datasets import Dataset
 
     file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
-    names = file.schema_arrow.names
-    rows = Dataset(file.read([name for name in names if name in COLUMNS] or None))
-    return *_arrow_rows(rows)[:2], [name for name in names if name not in COLUMNS]
+    unread = [name for name in file.schema_arrow.names if name not in COLUMNS]
+    used = [name for name in file.schema_arrow.names if name in COLUMNS]
+    return *_arrow_rows(Dataset(file.read(used or None)))[:2], unread
 
 
 def _open_arrow(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
@@ -284,8 +274,8 @@ READERS = {**TEXTS, "parquet": _open_parquet, "arrow": _open_arrow}
 
 
 # ------------------------------------------------------------- hub
-def _open_hub(source: Source) -> tuple[dict, Callable, np.ndarray, list[str]]:
-    """Through `datasets`, at the commit that the revision names now (a whole commit hash is not looked up)."""
+def _open_hub(source: Source) -> tuple[dict, list[str], list[tuple]]:
+    """As _open_local, through `datasets`, at the commit that the revision names now; a commit hash is not looked up."""
     from datasets import load_dataset
 
     name, config = "/".join(source.path.split("/")[:2]), source.path.split("/")[2:]
@@ -296,7 +286,7 @@ def _open_hub(source: Source) -> tuple[dict, Callable, np.ndarray, list[str]]:
         dataset = load_dataset(name, *config, revision=commit, split=source.split)
         if not all(commit in file["filename"] for file in dataset.cache_files):  # offline, the last one cached is given
             raise ValueError(f"the hub cannot be reached, and what was last cached is not commit {commit}")
-    return {"revision": commit, "split": source.split}, *_arrow_rows(dataset)
+    return {"revision": commit, "split": source.split}, [source.path], [_arrow_rows(dataset)]
 
 
 def _commit_of(name: str, revision: str | None) -> str:
@@ -317,13 +307,12 @@ def _commit_of(name: str, revision: str | None) -> str:
 def _arrow_rows(dataset) -> tuple[Callable, np.ndarray, list[str]]:
     """Of a `datasets.Dataset`, only the columns that are used. Arrow gives each struct of a column every key that any
     of them has, with null where a row has none: such nulls are left out. What is stored as JSON text keeps its own."""
-    known = [name for name in dataset.column_names if name in COLUMNS]
-    unread = [name for name in dataset.column_names if known and name not in known]
-    dataset = dataset.select_columns(known or dataset.column_names).with_format("arrow")
-    features = dataset.features
+    used = [name for name in dataset.column_names if name in COLUMNS] or dataset.column_names
+    unread = [name for name in dataset.column_names if name not in used]
+    dataset = dataset.select_columns(used).with_format("arrow")
 
     def read(indices: np.ndarray) -> list[dict]:
-        return [_without_fillers(row, features) for row in dataset[indices.tolist()].to_pylist()]
+        return [_without_fillers(row, dataset.features) for row in dataset[indices.tolist()].to_pylist()]
 
     return read, np.arange(1, len(dataset) + 1), unread
 

@@ -81,7 +81,8 @@ def render_pair(
         raise Dropped("the prompts of chosen and rejected differ")
     if completion == other:
         raise Dropped("equal completions")
-    is_spacing = ["chosen and rejected differ in white space only"] * (completion.split() == other.split())
+    letters = ["".join(text.split()) for text in (completion, other)]
+    is_spacing = ["chosen and rejected differ in white space only"] * (letters[0] == letters[1])
     return prompt, completion, other, [*dict.fromkeys(notes + other_notes), *is_spacing]
 
 
