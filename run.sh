@@ -42,10 +42,8 @@ setup() {  # makes .venv with the first Python that is new enough; the stamp com
         echo "setting up .venv with $("$base" -V) (minutes; the downloads are the longest part)"
         rm -rf .venv
         "$base" -m venv .venv || fail 1 "$base cannot make a .venv (on Debian and Ubuntu: apt install python3-venv)"
-        torch=$(grep -oE '^torch==[^ #]+' requirements.txt || true)
-        if [[ -n $torch ]]; then
-            pip_install ${TORCH_INDEX_URL:+--no-deps --index-url "$TORCH_INDEX_URL"} "$torch"
-        fi
+        torch=$(grep -oE '^torch==[^ #]+' requirements.txt)
+        pip_install ${TORCH_INDEX_URL:+--no-deps --index-url "$TORCH_INDEX_URL"} "$torch"
         DS_BUILD_OPS=0 pip_install -r requirements.txt
         if [[ -z ${INSTALL_FLASH_ATTN:-} && $(compute_capability) == 9.* ]] &&
             [[ $("$python" -c 'import torch; print(torch.version.cuda)') == 13.* ]]; then

@@ -2,11 +2,10 @@
 
     deepspeed --num_gpus 8 train_dpo.py [--flag value ...]      # --help lists the flags
 
-Reads top to bottom: config and ranks, data, schedule, output folder, memory plan, reference, model and engine, loop,
-export.
+Reads top to bottom: config and ranks, data, schedule, folder, memory plan, reference, model and engine, loop, export.
 A step takes `global_batch_size` pairs over all ranks. Each rank packs its share into micro-batches: each is one
-sequence of whole pairs laid end to end, and no pair attends to another. With
-`share_prompt` a pair's prompt runs once for both of its answers.
+sequence of whole pairs laid end to end, and no pair attends to another. With `share_prompt` a pair's prompt runs once
+for both of its answers.
 """
 
 import gc
@@ -30,7 +29,7 @@ from common.run.metrics import StepMeter, StepTotals, progress_line
 from common.run.output_dir import claim, finish, open_output_dir, record_of, run_identity
 from common.run.reference import reference_pass
 from common.step.losses import SUMMED, check_first_step, preference_loss, preference_loss_and_sums
-from common.step.packing import MicroBatch, one_ahead, pack, packing_report, pair_documents, pair_length, plan_step
+from common.step.packing import MicroBatch, one_ahead, pack, packing_report, pair_documents, pair_lengths, plan_step
 from common.step.schedule import Schedule
 from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_finite
 from common.zero import checkpoint
@@ -66,7 +65,7 @@ def main() -> None:
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
     data = tokenized_data("dpo", config, template, ranks)
-    lengths = pair_length(*data.pair_lengths.T, config.share_prompt)  # int [pairs]: tokens of each in a micro-batch
+    lengths = pair_lengths(data.pair_lengths, config.share_prompt)  # int [pairs]: tokens of each in a micro-batch
     longest_side = int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max())
     load.check_supported(model_config, config.max_seq_length, longest_side, load.num_token_ids(tokenizer))
     if reference_folder is not None:
@@ -80,8 +79,8 @@ def main() -> None:
     ranks.say(schedule.report(f"DPO ({config.loss_type})", "pairs"))
     ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
     if config.share_prompt:
-        whole = pair_length(*data.pair_lengths.T, share_prompt=False)
-        ranks.say(f"shared prompts: {lengths.sum():,} tokens an epoch in place of {whole.sum():,}")
+        unshared = pair_lengths(data.pair_lengths, share_prompt=False).sum()
+        ranks.say(f"shared prompts: {lengths.sum():,} tokens an epoch in place of {unshared:,}")
 
     # ------------------------------------------------------------------ output folder
     # A finished run: None, and nothing is left to do. One cut short: its state, and its newest whole checkpoint to
@@ -102,13 +101,14 @@ def main() -> None:
     steps = range(min(schedule.last_step, schedule.steps_per_epoch))  # later epochs take the same pairs
     pairs = sorted({i for step in steps for i in schedule.samples(step)})
     # Log-probabilities of each pair's chosen and rejected under the reference; zeros for a loss that needs none.
-    reference_table, cached_in = np.zeros((len(data), 2), np.float32), None
+    reference_table: np.ndarray = np.zeros((len(data), 2), np.float32)
+    cached_in = None
     if reference_folder is not None:  # it is gone before the policy loads
         model = load.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
         with inference_engine(model, ds_config) as engine:
-            weights_digest = identity["ref_model_name_or_path (contents)"]
+            weights = identity["ref_model_name_or_path (contents)"]  # their digest
             reference_table, cached_in = reference_pass(
-                engine, data, pairs, weights_digest, config, kernel, workload.budget, ranks
+                engine, data, pairs, weights, config, kernel, workload.budget, ranks
             )
         del model, engine
 
@@ -127,11 +127,10 @@ def main() -> None:
     parameters = dict(policy.lm.named_parameters())
     # No weight has been updated, and no checkpoint loaded yet: here the policy still is the starting model.
     if preference.needs_reference and reference_folder is None:
-        weights_digest = identity["model_name_or_path (contents)"]
-        reference_table, cached_in = reference_pass(engine, data, pairs, weights_digest, config, kernel, budget, ranks)
+        weights = identity["model_name_or_path (contents)"]
+        reference_table, cached_in = reference_pass(engine, data, pairs, weights, config, kernel, budget, ranks)
     if resume_from is not None:
         checkpoint.load(engine, parameters, resume_from, state.step, ranks)
-        ranks.say(f"resuming after step {state.step} from {resume_from}")
 
     # ------------------------------------------------------------------ loop
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "reference_cache": cached_in}
@@ -167,18 +166,15 @@ def main() -> None:
                 num_scored = to_device(np.reshape(micro_batch.sequence_targets, (-1, 2)), ranks.device)  # tokens
                 loss, micro_batch_sums = preference_loss_and_sums(policy_logps, reference_logps, num_scored, config)
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-                engine.backward(
-                    loss * ranks.world_size / len(samples)
-                )  # loss: of its pairs; DeepSpeed averages over ranks
+                engine.backward(loss * ranks.world_size / len(samples))  # DeepSpeed averages gradients over ranks
                 losses[m] = loss.detach()
                 sums += micro_batch_sums
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
-        # From here on sums and counts are over all ranks; the votes say how many ranks were asked to stop.
-        *sums, num_tokens, squared_lengths, terminate, interrupt = ranks.sum(
-            [*sums.tolist(), num_tokens, squared_lengths, *stop_request.votes()]
-        )
-        means = {name: value / len(samples) for name, value in zip(SUMMED, sums, strict=True)}
+        # Over all ranks; the votes say how many ranks were asked to stop.
+        totals_and_votes = ranks.sum([*sums.tolist(), num_tokens, squared_lengths, *stop_request.votes()])
+        *all_sums, all_tokens, all_squared_lengths, terminate, interrupt = totals_and_votes
+        means = {name: value / len(samples) for name, value in zip(SUMMED, all_sums, strict=True)}
         train_loss = means.pop("train_loss")
         if not math.isfinite(train_loss):
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), lengths, data, ranks)
@@ -191,8 +187,8 @@ def main() -> None:
         # -------------------------------------------------------------- the step is done
 
         num_targets = int(data.num_targets[samples].sum())
-        state.finish_step(len(samples), int(num_tokens), num_targets)
-        totals = StepTotals(int(num_tokens), int(squared_lengths), num_targets, len(plan))
+        state.finish_step(len(samples), int(all_tokens), num_targets)
+        totals = StepTotals(int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
         step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm) | means
         if state.step % config.logging_steps == 0 or state.step == schedule.last_step:
@@ -203,8 +199,7 @@ def main() -> None:
         if stop_signal or state.step % schedule.save_every == 0:
             require_finite_weights(engine, state.step, ranks)
             metrics.flush_to_disk()
-            path = checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
-            ranks.say(f"checkpoint {path}")
+            checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
         if stop_signal:
             raise Stopped(stop_signal)
         meter.start()

@@ -48,8 +48,7 @@ def main() -> None:
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
     data = tokenized_data("sft", config, template, ranks)
-    longest = int(data.lengths.max())
-    load.check_supported(model_config, config.max_seq_length, longest, load.num_token_ids(tokenizer))
+    load.check_supported(model_config, config.max_seq_length, int(data.lengths.max()), load.num_token_ids(tokenizer))
     ranks.say(data_table(data))
     ranks.say(preview(data, 0, tokenizer))
 
@@ -87,7 +86,6 @@ def main() -> None:
     parameters = dict(policy.lm.named_parameters())
     if resume_from is not None:
         checkpoint.load(engine, parameters, resume_from, state.step, ranks)
-        ranks.say(f"resuming after step {state.step} from {resume_from}")
 
     # ------------------------------------------------------------------ loop
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel}
@@ -123,10 +121,9 @@ def main() -> None:
                 losses[m] = loss.detach()
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
-        # From here on sums and counts are over all ranks; the votes say how many ranks were asked to stop.
-        nll, num_tokens, squared_lengths, terminate, interrupt = ranks.sum(
-            [losses.sum().item(), num_tokens, squared_lengths, *stop_request.votes()]
-        )
+        # Over all ranks; the votes say how many ranks were asked to stop.
+        sums = ranks.sum([losses.sum().item(), num_tokens, squared_lengths, *stop_request.votes()])
+        nll, all_tokens, all_squared_lengths, terminate, interrupt = sums
         train_loss = nll / num_targets
         if not math.isfinite(train_loss):
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), data.lengths, data, ranks)
@@ -136,8 +133,8 @@ def main() -> None:
             raise not_finite(step + 1, "gradient norm", math.nan, plan, None, data.lengths, data, ranks)
         # -------------------------------------------------------------- the step is done
 
-        state.finish_step(len(samples), int(num_tokens), num_targets)
-        totals = StepTotals(int(num_tokens), int(squared_lengths), num_targets, len(plan))
+        state.finish_step(len(samples), int(all_tokens), num_targets)
+        totals = StepTotals(int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
         step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm)
         if state.step % config.logging_steps == 0 or state.step == schedule.last_step:
@@ -148,8 +145,7 @@ def main() -> None:
         if stop_signal or state.step % schedule.save_every == 0:
             require_finite_weights(engine, state.step, ranks)
             metrics.flush_to_disk()
-            path = checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
-            ranks.say(f"checkpoint {path}")
+            checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
         if stop_signal:
             raise Stopped(stop_signal)
         meter.start()

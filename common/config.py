@@ -1,12 +1,12 @@
 """Every setting of a run: one flat dataclass per script, one parser.
 
-The dataclass owns what is learned (model, data, lengths, batch, optimizer, schedule, loss);
-ds_configs/*.json owns how it is placed on devices. Values come from the defaults below, then from `--config FILE.yaml`,
-then from the command line, each overriding the one before. What depends on data or model is checked where it is read.
+The dataclass owns what is learned; ds_configs/*.json owns how it is placed on devices. Values come from the defaults
+below, then from `--config FILE.yaml`, then from the command line, each overriding the one before.
 """
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import difflib
 import math
@@ -24,20 +24,18 @@ def _field(default, help, choices=(), least=-math.inf, most=math.inf, below=math
     """One flag. Its type says whether it takes text, numbers, true and false, or none.
 
     choices: the texts that it takes, of an `int | str` beside numbers; (): any text.
-    least, most, below: the range of a number, which most belongs to and below does not.
-    identifies: whether a run with another value is another run. False: the value changes speed, logging or placement,
-    not the result. "contents": a digest of what it names counts, however it was spelled and wherever it lay.
+    least, most, below: the range of a number; most belongs to it, below does not.
+    identifies: whether a run with another value is another run; "contents": whether a digest of what it names does.
     is_path: a leading ~ is the home folder.
     """
     nature = {"help": help, "choices": choices, "least": least, "most": most, "below": below}
     nature |= {"identifies": identifies, "is_path": is_path}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=nature)
-    return dataclasses.field(default=default, metadata=nature)
+    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=nature)
 
 
-LR_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
-LR_SCHEDULERS += ("inverse_sqrt", "cosine_with_restarts", "polynomial")
+LR_SCHEDULERS = ["linear", "cosine", "constant", "constant_with_warmup"]
+LR_SCHEDULERS += ["inverse_sqrt", "cosine_with_restarts", "polynomial"]
+RECOMPUTED = ("auto", "none", "full")
 KERNELS = ("auto", "flash_attention_4", "flash_attention_2", "varlen", "sdpa")
 
 
@@ -91,9 +89,7 @@ class TrainConfig:
 
     # placement
     max_tokens_per_micro_batch: int | str = _field("auto", "per rank and pass", ("auto",), least=1, identifies=False)
-    gradient_checkpointing: int | str = _field(
-        "auto", "layers that recompute their activations", ("auto", "none", "full"), least=0, identifies=False
-    )
+    gradient_checkpointing: int | str = _field("auto", "layers recomputed", RECOMPUTED, least=0, identifies=False)
     compile_layers: bool | str = _field("auto", "torch.compile; auto = on a GPU", ("auto",), identifies=False)
     ds_config: str = _field("ds_configs/zero3.json", "how ZeRO-3 places the work", identifies=False, is_path=True)
 
@@ -162,8 +158,9 @@ def parse_config(cls: type, argv: list[str] | None = None):
 
     given = _parsed(parser, argv, {*defaults, "config", "local_rank"})
     if given.config is not None:
-        from_file = _parsed(parser, _yaml_words(given.config), {*defaults}, source=f"{given.config}: ")
-        given = _parsed(parser, argv, {*defaults, "config", "local_rank"}, below=from_file)
+        words = _yaml_words(given.config)
+        _parsed(parser, words, {*defaults}, source=f"{given.config}: ")
+        given = _parsed(parser, [*words, *argv], {*defaults, "config", "local_rank"})
     return cls(**{name: getattr(given, name) for name in defaults})
 
 
@@ -173,17 +170,14 @@ def _underscored(word: str) -> str:
     return f"--{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
-def _parsed(parser, words: list[str], known: set[str], source: str = "", below=None) -> argparse.Namespace:
-    """The values in words, and those of `below`, else the defaults, for what words do not name.
-
-    known: the names allowed; source: how the text of an error begins. Raises UserError.
-    """
+def _parsed(parser, words: list[str], known: set[str], source: str = "") -> argparse.Namespace:
+    """The values in words, else the defaults. known: the names allowed; source: how the text of an error begins."""
     flags = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
     near = {flag: difflib.get_close_matches(flag, known, 1, 0.5) or ["help"] for flag in flags if flag not in known}
     if near:
         raise UserError(source + " ".join(f"unknown flag --{flag}; did you mean --{n[0]}?" for flag, n in near.items()))
     try:
-        given, unknown = parser.parse_known_args(words, below)
+        given, unknown = parser.parse_known_args(words)
     except argparse.ArgumentError as e:
         raise UserError(f"{source}{e}") from None
     if unknown:
@@ -203,21 +197,16 @@ class _AsWritten(yaml.BaseLoader):
 
 def _yaml_words(path: str) -> list[str]:
     """A file's settings as words of a command line."""
-    with as_user_error(f"--config {path}", OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
+    words: list[str] = []
+    with as_user_error(f"--config {path}: must hold `name: value` lines"):
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _AsWritten) or {}
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: must hold `name: value` lines")
-    words = []
-    for name, value in content.items():
-        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+        for name, value in content.items():
+            words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return words
 
 
 def _reader(field: dataclasses.Field) -> tuple:
-    """The function from a word of a flag to its value, and in words what it takes: `auto or a whole number >= 1`.
-
-    The function raises argparse.ArgumentTypeError for any other word.
-    """
+    """The function from a word of a flag to its value, and in words what it takes: `auto or a whole number >= 1`."""
     kinds, nature, none = typing.get_args(field.type) or (field.type,), field.metadata, type(None)
     fixed = [*nature["choices"], *(bool in kinds) * (True, False), *(none in kinds) * (None,)]
     named = {_written(value): value for value in fixed}

@@ -24,6 +24,10 @@ class TrainingStopped(RuntimeError):
     EXIT_CODE = 3
 
 
+class ElsewhereError(RuntimeError):
+    """A bug on another rank, which shows its traceback."""
+
+
 def one_line(error: object) -> str:
     """An error's text as part of a line."""
     return " ".join(str(error).split())[:300]
@@ -39,20 +43,19 @@ def shown(text: object, most: int = 200) -> str:
 
 
 def explained(error: Exception) -> UserError | TrainingStopped | None:
-    """The one translation of a library's error into what a run says and exits with; None for a bug, which keeps its
-    traceback."""
+    """What a run says of a library's error and exits with; None for a bug, which keeps its traceback."""
     if isinstance(error, UserError | TrainingStopped):
         return error
     if is_out_of_memory(error):
+        what = one_line(error) or type(error).__name__
         return TrainingStopped(
-            f"out of memory outside a micro-batch ({one_line(error) or type(error).__name__}): the model and its "
-            f"optimizer need more devices, or a --ds_config that offloads"
+            f"out of memory outside a micro-batch ({what}): use more devices, or offload (--ds_config)"
         )
     refused = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives an OSError as text
     if refused or (isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError)):
         return TrainingStopped(
-            f"a file could not be read or written: {_reason(error, '')}; what was complete before stands: mend that "
-            f"(free disk space, if it is full) and run the same command"
+            f"a file could not be read or written: {_reason(error, '')}; what was complete before stands: mend "
+            f"that and run the same command"
         )
     return None
 
@@ -73,27 +76,21 @@ def as_user_error(what: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def _reason(error: Exception, said: str) -> str:
-    """What went wrong, with the file that an OSError names unless what was `said` names it; with the type of an error
-    whose text is no sentence of its own, as ValueError's is."""
-    if not getattr(error, "strerror", None):
+    """The text of an OSError, and its file unless `said` names it; of another error than ValueError, its type too."""
+    if not isinstance(error, OSError) or not error.strerror:
         return one_line(error) if type(error) is ValueError else f"{type(error).__name__}: {one_line(error)}"
     file = str(error.filename or "")
     return error.strerror if file in said or repr(file) in said else f"{one_line(file)}: {error.strerror}"
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of a device (torch.OutOfMemoryError, known by name, for torch is not imported here) or of the host, where torch's
-    allocator raises a bare RuntimeError."""
-    return (
-        type(error).__name__ == "OutOfMemoryError"
-        or isinstance(error, MemoryError)
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
+    """Of a device, or of the host, where torch's allocator raises a bare RuntimeError. torch is not imported here."""
+    is_hosts = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_hosts or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def print_line(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
-    """print, but no run ends for a line that nobody can read: once a terminal is closed, or the reader of a pipe has
-    ended, the stream (None: stdout) goes nowhere."""
+    """print; once nobody can read the stream (None: stdout), as of a closed terminal or pipe, it goes nowhere."""
     stream = stream or sys.stdout
     try:
         print(text, file=stream, end=end, flush=True)
@@ -105,8 +102,7 @@ def print_line(text: str, stream: TextIO | None = None, end: str = "\n") -> None
 def progress(
     what: str, total: int, unit: str, say: Callable[[str], None] = print_line, has_bar: bool = True
 ) -> Iterator:
-    """Gives advance(n): n more are done. Shown as a bar on a terminal, of the process that has_bar; else by say, a line
-    every PROGRESS_SECONDS."""
+    """Gives advance(n): n more are done. Shown as a bar on a terminal if has_bar, else by say, now and then."""
     from tqdm import tqdm
 
     done, said = 0, time.monotonic()

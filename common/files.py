@@ -29,10 +29,7 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """An exclusive lock on a file, made if need be; waiting() is called first if another process has it.
-
-    The kernel frees it when its process ends, however it ends.
-    """
+    """An exclusive lock on a file, made if need be, until its process ends; waiting() is called if another has it."""
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,8 +41,7 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError of a write or a flush names this file, as the system's own does only where a file is opened; one that
-    safetensors gives as text becomes one."""
+    """An OSError of a write or a flush names this file; one that safetensors gives as text becomes one."""
     try:
         yield
     except OSError as e:
@@ -59,15 +55,14 @@ def naming(path: Path) -> Iterator[None]:
 
 def write_file(path: Path, blocks: Iterable) -> dict:
     """Writes and flushes one file from blocks of bytes; its {"size": bytes, "digest": hex}."""
-    state, size = xxhash.xxh3_128(), 0
+    state = xxhash.xxh3_128()
     with naming(path), open(path, "wb") as file:
         for block in blocks:
             file.write(block)
             state.update(block)
-            size += memoryview(block).nbytes
         file.flush()
         os.fsync(file.fileno())
-    return {"size": size, "digest": state.hexdigest()}
+        return {"size": file.tell(), "digest": state.hexdigest()}
 
 
 def replace_file(path: Path, data: str | bytes) -> None:
@@ -90,13 +85,10 @@ def sync_folder(path: Path) -> None:
 
 def weights_digest(folder: str) -> str:
     """Of a model's safetensors files, by name, and its config.json: all that decides what its parameters are."""
-    index = Path(folder) / "model.safetensors.index.json"
+    index, names = Path(folder) / "model.safetensors.index.json", {"model.safetensors"}
     with as_user_error(f"model {folder}: its weights cannot be read"):
-        names = set()
-        if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if not names or (Path(folder) / "model.safetensors").is_file():
-            names.add("model.safetensors")
+        if index.is_file() and not (Path(folder) / "model.safetensors").is_file():  # as from_pretrained reads it
+            names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         files = ["config.json", *sorted(names)]
         with ThreadPoolExecutor(8) as threads:
             digests = list(threads.map(lambda name: file_digest(Path(folder) / name), files))

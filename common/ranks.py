@@ -1,7 +1,8 @@
 """The process group: which rank this is, and how ranks learn what one of them found out."""
 
+import errno
 import os
-import socket
+import stat
 import time
 import warnings
 from collections.abc import Callable
@@ -9,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from common.failures import UserError, as_user_error, explained, one_line, print_line
+from common.failures import ElsewhereError, as_user_error, explained, one_line, print_line
+from common.files import digest
 
 LONGEST_PAUSE = 0.5  # seconds between two looks at whether one rank's work is done
 
@@ -22,8 +25,8 @@ LONGEST_PAUSE = 0.5  # seconds between two looks at whether one rank's work is d
 class Ranks:
     """This process among the others: rank of world_size, local_rank of local_world_size on its node.
 
-    control: a gloo group of all ranks, in host memory. A rank that dies closes its connections, so the others notice at
-    once; one that hangs is noticed when the group's time-out, collective_timeout_minutes, has passed.
+    control: a gloo group of all ranks. A rank that dies closes its connections, which the others notice at once; one
+    that hangs they notice after collective_timeout_minutes.
     """
 
     rank: int
@@ -50,20 +53,18 @@ class Ranks:
 
     def gather(self, work: Callable[[], object]) -> list:
         """Runs `work` on every rank; every rank gets all results in rank order, or raises the first rank's error."""
-        result = error = failure = None
+        result, error, failure = None, None, None
         try:
             result = work()
         except Exception as e:  # whatever it is, the other ranks must not wait for this one
             error, known = e, explained(e)
-            failure = (type(known), str(known)) if known else (RuntimeError, f"rank {self.rank}: {one_line(repr(e))}")
+            failure = (type(known), str(known)) if known else (ElsewhereError, one_line(repr(e)))
         outcomes: list = [None] * self.world_size
         dist.all_gather_object(outcomes, (result, failure), group=self.control)
         for rank, (_, failure) in enumerate(outcomes):
             if failure is not None:
                 kind, text = failure
-                told = error if rank == self.rank else kind(text)
-                told.told_here = rank == self.rank
-                raise told
+                raise error if error and rank == self.rank else kind(text)
         return [result for result, _ in outcomes]
 
     def once(self, work: Callable[[], object]):
@@ -75,8 +76,7 @@ class Ranks:
         return self._while_others_wait(work, self.local_rank == 0)[self.rank - self.local_rank]
 
     def _while_others_wait(self, work: Callable[[], object], is_worker: bool) -> list:
-        """Work may take hours, and no rank waits longer than the time-out for another: a thread works, and the ranks
-        meet again and again until it is done."""
+        """No rank waits longer than the time-out: a thread works, and the ranks meet until it is done."""
         thread = ThreadPoolExecutor(1)
         future = thread.submit(work) if is_worker else None
         pause, busy = 0.001, torch.ones(1, dtype=torch.int32)
@@ -93,56 +93,76 @@ class Ranks:
         return self.gather(lambda: future.result() if future else None)
 
 
-def num_cpus() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+_store: dist.Store | None = None  # of the group that this process has joined
 
 
-def free_port() -> int:
-    """A port of this machine that nothing listens at."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def is_first_to_tell(text: str) -> bool:
+    """Whether no other rank has told this: what several ranks find out is told once. Before they are a group, the first
+    rank of each host tells."""
+    if _store is None:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return _store.add(f"told {digest(text.encode())}", 1) == 1
+    except dist.DistError:  # the store has gone with rank 0
+        return True
+
+
+def _find_store(world_size: int, is_one_host: bool, timeout: timedelta) -> dist.Store:
+    """Where the ranks of a launcher find each other's addresses. Raises UserError for a folder of somebody else's.
+
+    On one host a file that nobody else can read or write, so that nothing listens; across hosts torch's TCPStore, which
+    listens at MASTER_ADDR. The launcher is the parent of all ranks: its pid and the time of its start name the file.
+    """
+    if not is_one_host:
+        return next(dist.rendezvous("env://", timeout=timeout))[0]
+    folder = Path(os.environ.get("TMPDIR", "/tmp"), f"plaintune-{os.getuid()}")
+    with as_user_error(f"{folder}: must be a folder that is yours alone (mode 700)"):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if (found := folder.lstat()).st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    launcher = os.getppid() if world_size > 1 else os.getpid()
+    started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.FileStore(str(folder / f"{launcher}-{started}-{restarts}"), world_size)
+    store.set_timeout(timeout)
+    return store
 
 
 def start(timeout_minutes: float) -> Ranks:
     """Joins the process group that the launcher's environment names; without a launcher, a group of one."""
+    global _store
     import deepspeed
+    from deepspeed.comm.torch import TorchBackend
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
     for noise in (".*torch.distributed.*is deprecated.*", r"barrier\(\): using the device under current context.*"):
         warnings.filterwarnings("ignore", message=noise)
     if "RANK" not in os.environ:
-        alone = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-        os.environ.update(alone)
+        os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    if local_world_size == world_size:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host: nothing listens beyond it, no name is looked up
+    is_one_host = local_world_size == world_size
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if is_one_host else ():
+        os.environ.setdefault(name, "lo")  # nothing listens beyond the host, no name is looked up
     # Row lengths differ from micro-batch to micro-batch: segments that grow leave no holes between them.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            raise UserError(f"rank {rank} has no GPU of its own: {found} are visible here; start fewer processes")
         device, backend = torch.device("cuda", local_rank), "nccl"
-        torch.cuda.set_device(device)
+        with as_user_error(f"rank {rank} has no GPU of its own: start no more ranks than there are GPUs"):
+            torch.cuda.set_device(device)
     else:
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, num_cpus() // local_world_size))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
         # DeepSpeed's shared-memory collectives are compiled on first use; gloo is as fast here and needs no compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(minutes=timeout_minutes)
     os.environ["DEEPSPEED_TIMEOUT"] = str(timeout_minutes)
-    try:
-        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        with as_user_error(f"the {world_size} ranks did not come together at {address} in {timeout_minutes} minutes"):
-            dist.init_process_group(backend, timeout=timeout)
-    except UserError as e:
-        e.told_here = True
-        raise
-    deepspeed.init_distributed(dist_backend=backend, timeout=timeout)
+    with as_user_error(f"the {world_size} ranks did not come together in {timeout_minutes} minutes"):
+        _store = _find_store(world_size, is_one_host, timeout)
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=timeout)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
+    TorchBackend.new_group = lambda _, ranks: dist.new_group(ranks, timeout)  # DeepSpeed's has the backend's default
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(rank, world_size, local_rank, local_world_size, device, control)

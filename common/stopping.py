@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import math
 import os
 import signal
@@ -12,8 +13,8 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from common.failures import TrainingStopped, explained, one_line, print_line
-from common.ranks import Ranks
+from common.failures import ElsewhereError, TrainingStopped, explained, one_line, print_line
+from common.ranks import Ranks, is_first_to_tell
 
 SAME_REQUEST = 2.0  # seconds
 # What gloo says where a rank has ended or hangs.
@@ -35,20 +36,21 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training there is nothing to save
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="backslashreplace")  # a terminal need not be able to show every sample
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a terminal need not be able to show every sample
         code = 0
         try:
             main()
         except Stopped as e:
             code = 128 + e.signal_number
         except Exception as e:
-            known, rank = explained(e), os.environ.get("RANK", "0")
+            known = explained(e)
             code = known.EXIT_CODE if known else 1
+            told = text = f"error: {known}" if known else traceback.format_exc()
             if isinstance(e, dist.DistError) or any(sign in str(e) for sign in LOST_CONNECTION):
-                print_line(f"rank {rank}: another rank has ended or hangs: {one_line(e)}", sys.stderr)
-            # One rank tells: the one that an error is from, or rank 0 of what each rank has found out by itself.
-            elif getattr(e, "told_here", rank == "0" or known is not e):
-                print_line(f"error: {known}" if known else traceback.format_exc(), sys.stderr)
+                told, text = "a rank is lost", f"rank {os.environ['RANK']}: another has ended or hangs: {one_line(e)}"
+            if not isinstance(e, ElsewhereError) and is_first_to_tell(told):
+                print_line(text, sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             print_line("", stream, end="")
         if dist.is_initialized():
@@ -63,9 +65,9 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
 class StopRequest:
     """Remembers SIGTERM or SIGINT until the ranks agree on it at a step boundary.
 
-    Before training nothing is lost by stopping at once, so handlers are installed when the loop starts. A request that
-    repeats before it was answered, or within SAME_REQUEST seconds of that (a terminal's Ctrl-C arrives from the
-    terminal and again from the launcher), is the same request; a later one leaves at once.
+    Handlers are installed when the loop starts: before it nothing is lost by stopping at once. A request that repeats
+    before the answer, or within SAME_REQUEST seconds of it, is the same one: a terminal's Ctrl-C arrives from the
+    terminal and again from the launcher. A later one leaves at once.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -75,20 +77,16 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._receive)
         if "PLAINTUNE_RUN_SH" not in os.environ and {"CROSS_RANK", "TORCHELASTIC_RUN_ID"} & {*os.environ}:
-            ranks.say(
-                "note: this launcher, when it is asked to stop, gives the ranks 30 s, which may not do for a "
-                "checkpoint: the last periodic one stands then. `bash run.sh` waits for as long as it takes"
-            )
+            ranks.say("note: when asked to stop, this launcher gives a checkpoint 30 s; `bash run.sh` waits for it")
 
     def _receive(self, number: int, frame) -> None:
         if time.monotonic() > self.answered_at + SAME_REQUEST:
             os._exit(128 + number)
         self.signal_number = self.signal_number or number
-        if self.is_exporting:
-            self._answer_export_first()
+        self._answer_export_first()
 
     def _answer_export_first(self) -> None:
-        if self.answered_at == math.inf:
+        if self.is_exporting and self.signal_number and self.answered_at == math.inf:
             self.answered_at = time.monotonic()
             with contextlib.suppress(OSError):  # nobody may be there to read it
                 os.write(1, b"asked to stop: the steps are done; writing the model first; ask again to leave now\n")
@@ -96,8 +94,7 @@ class StopRequest:
     def finish_export_first(self) -> None:
         """From here on there is no step boundary to come: a request waits for the export, a second one does not."""
         self.is_exporting = True
-        if self.signal_number:  # it came after the ranks' last vote
-            self._answer_export_first()
+        self._answer_export_first()  # of a request after the ranks' last vote
 
     def votes(self) -> tuple[int, int]:
         """(1, 0) if this rank was asked by SIGTERM, (0, 1) if by SIGINT: ranks add them up and agree."""
@@ -117,20 +114,19 @@ def not_finite(
 ) -> TrainingStopped:
     """What to raise when a step's loss or gradient is NaN or infinite; nothing was updated. Collective.
 
-    micro_batches: this rank's, as indices of samples; losses: of each, None where the gradient alone is not finite, so
-    that none can be blamed; lengths: tokens of each sample; data: the TokenDataset.
+    micro_batches: this rank's, as indices of samples; losses: of each, None where the gradient alone is not finite;
+    lengths: tokens of each sample; data: the TokenDataset.
     """
-    mine = [
-        f"rank {ranks.rank}, micro-batch {m + 1} of {sum(int(lengths[i]) for i in members):,} tokens: "
-        + ", ".join(data.source_of(i) for i in members[:8])
-        + (f" and {len(members) - 8} more" if len(members) > 8 else "")
-        for m, members in enumerate(micro_batches)
-        if members and (losses is None or not math.isfinite(losses[m]))
-    ]
+    mine = []
+    for m, members in enumerate(micro_batches):
+        if members and (losses is None or not math.isfinite(losses[m])):
+            samples = [data.source_of(i) for i in members[:8]]
+            samples += [f"and {len(members) - 8} more"] * (len(members) > 8)
+            tokens = sum(int(lengths[i]) for i in members)
+            mine.append(f"rank {ranks.rank}, micro-batch {m + 1} of {tokens:,} tokens: {', '.join(samples)}")
     named = [place for places in ranks.gather(lambda: mine) for place in places]
-    more = f"; and {len(named) - 4} micro-batches more" if len(named) > 4 else ""
+    named[4:] = [f"and {len(named) - 4} micro-batches more"] * (len(named) > 4)
     return TrainingStopped(
-        f"step {step}: the {what} is {value} and nothing was updated ({'; '.join(named[:4])}{more}). Try a lower "
-        f"--learning_rate or, in bfloat16, --dtype float32, or look at those samples; if a checkpoint was written, it "
-        f"stands"
+        f"step {step}: the {what} is {value} and nothing was updated ({'; '.join(named)}). Try a lower --learning_rate "
+        f"or, in bfloat16, --dtype float32, or look at those samples; a checkpoint that was written stands"
     )

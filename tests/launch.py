@@ -93,7 +93,7 @@ class Run:
         environment = os.environ | ({} if on_gpu else CPU_ENVIRONMENT)
         environment["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
         sizes = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
-        sizes |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        environment["TMPDIR"] = str(self.logs)  # all runs have one parent, by which ranks find each other
         before = dict(os.environ)
         os.environ.update(environment)  # a fork server that is not running yet starts with this
         try:

@@ -292,15 +292,6 @@ def test_a_path_to_resume_from_is_a_checkpoint_of_this_folder(output_dir, tmp_pa
             find(output_dir, name)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", '{"files": 3}', '{"files": {"state.json": {}}}', "\udcff"])
-def test_a_manifest_that_is_none_of_ours_is_damage(output_dir, text):
-    folder = save(output_dir, 9)
-    (folder / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
-    (folder / "COMPLETE").write_text(files.digest((folder / "manifest.json").read_bytes()))
-    with pytest.raises(UserError, match=r"--resume .*manifest.json"):
-        find(output_dir, str(folder))
-
-
 # ------------------------------------------------------------------ disk
 
 

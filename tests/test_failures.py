@@ -88,7 +88,6 @@ def test_out_of_memory_advises_what_changes_something(tokens, budget, longest, a
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert str(error.value).startswith("step 7: out of memory") and advised in str(error.value)
     assert (f"on a micro-batch of {tokens:,} tokens (at most {budget:,})" in str(error.value)) == (tokens > 0)
-    assert error.value.told_here, "no other rank knows of it"
 
 
 def test_lines_that_nobody_reads_end_nothing():

@@ -16,7 +16,7 @@ from common.data.tokens import PreferencePair, SFTSample
 from common.model.attention import registered_name
 from common.model.logprobs import sequence_logps
 from common.model.packed import PackedModel, model_inputs
-from common.step.packing import one_ahead, pack, pair_documents, pair_length, plan_step, sft_documents
+from common.step.packing import one_ahead, pack, pair_documents, pair_lengths, plan_step, sft_documents
 
 CPU = torch.device("cpu")
 
@@ -100,7 +100,7 @@ def test_targets_of_a_pair_are_the_scored_tokens_of_both_completions(share):
     row = pack([pair_documents(pair, share)])
     assert row.target_ids.tolist() == [4, 5, 7, 8]
     assert row.sequence_targets == [2, 2]
-    assert row.num_tokens == len(row.input_ids) == pair_length(3, 2, 3, share) == (8 if share else 11)
+    assert row.num_tokens == len(row.input_ids) == pair_lengths(np.array([[3, 2, 3]]), share)[0] == (8 if share else 11)
     tokens = [1, 2, 3, 4, 5, 6, 7, 8] if share else [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8]
     assert row.input_ids.tolist() == tokens
     assert row.position_ids.tolist() == ([0, 1, 2, 3, 4, 3, 4, 5] if share else [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5])

@@ -100,5 +100,5 @@ def test_a_rank_that_is_lost_ends_the_others_with_one_line(how, culprit, end, le
     done = run_.wait(10)
     assert done.exit_codes[1 - culprit] == 1, done
     assert least < seconds < most
-    assert done.stderr.count(f"rank {1 - culprit}: another rank has ended or hangs") == 1
+    assert done.stderr.count(f"rank {1 - culprit}: another has ended or hangs") == 1
     assert "Traceback" not in done.stderr and "error: " not in done.stderr

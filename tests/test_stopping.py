@@ -86,7 +86,7 @@ def test_a_micro_batch_that_is_not_finite_is_named_by_its_samples():
     batches = [list(range(64)), [70]]
     error = str(not_finite(3, "loss", math.nan, batches, [math.nan, 1.0], [10] * 71, data, ALONE))
     assert "step 3: the loss is nan" in error and "micro-batch 1 of 640 tokens: chats.jsonl:0, " in error
-    assert "chats.jsonl:7 and 56 more" in error and "chats.jsonl:8" not in error and "chats.jsonl:70" not in error
+    assert "chats.jsonl:7, and 56 more" in error and "chats.jsonl:8" not in error and "chats.jsonl:70" not in error
     assert "--learning_rate" in error and "--dtype float32" in error
 
 

@@ -1,15 +1,14 @@
 """Attention over packed micro-batches: documents never see each other, nor do a pair's two branches.
 
-Each kernel is registered with transformers' AttentionInterface under a name of ours, without an entry
-for masks, so that models build none; what a kernel needs to know about the packing travels as keyword
-arguments through `model(**kwargs)` to every attention layer. What a kernel does not implement it refuses.
+Each kernel is registered with transformers' AttentionInterface under a name of ours, without an entry for masks, so
+that models build none. What a kernel needs to know about the packing travels as keyword arguments through
+`model(**kwargs)` to every attention layer. What a kernel does not implement it refuses.
 """
 
 import importlib
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -64,24 +63,23 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
     """What the attention layers need to know about one micro-batch, as the model's keyword arguments.
 
     sdpa: packed_mask bool [1, 1, T, T], True where row i attends to column j.
-    varlen kernels: packed_cu_seqlens_q, packed_cu_seqlens_k int32 [S], packed_max_seqlen int,
-    packed_key_index int64 [T_k] or None: a segment is a document, or a document's stem and chosen branch,
-    or its rejected branch alone, whose keys are the stem's and its own. A segment's last query is aligned
-    with its last key (bottom-right causal). S and packed_max_seqlen are rounded up (by empty segments at
-    the end), so that kernels see few different values. A run that shares prompts has an index in every row,
-    because None would be a case of its own to the compiler.
+    varlen kernels: packed_cu_seqlens_q, packed_cu_seqlens_k int32 [S], packed_max_seqlen int, packed_key_index int64
+    [T_k] or None. A segment is a document, or a document's stem and chosen branch, or its rejected branch alone, whose
+    keys are the stem's and its own. A segment's last query is aligned with its last key (bottom-right causal). S and
+    packed_max_seqlen are rounded up (S by empty segments at the end), so that kernels see few different values. A run
+    that shares prompts has an index in every row, because None would be a case of its own to the compiler.
     """
     if kernel == "sdpa":
-        document, branch = (to_device(array, device) for array in (micro_batch.document, micro_batch.branch))
-        return {"packed_mask": block_mask(document, branch)}
+        mask = block_mask(to_device(micro_batch.document, device), to_device(micro_batch.branch, device))
+        return {"packed_mask": mask}
     q_lengths, keys = [], []
-    is_chosen, is_rejected = micro_batch.branch == CHOSEN, micro_batch.branch == REJECTED
-    for d in range(int(micro_batch.document[-1]) + 1):
-        in_document = micro_batch.document == d
+    ends = np.flatnonzero(np.diff(micro_batch.document))  # the documents follow one another
+    for positions in np.split(np.arange(len(micro_batch.document)), ends + 1):
+        is_rejected, is_chosen = (micro_batch.branch[positions] == branch for branch in (REJECTED, CHOSEN))
         for is_query, is_key in ((~is_rejected, ~is_rejected), (is_rejected, ~is_chosen)):
-            if num_queries := int((in_document & is_query).sum()):
-                q_lengths.append(num_queries)
-                keys.append(np.flatnonzero(in_document & is_key))
+            if is_query.any():
+                q_lengths.append(int(is_query.sum()))
+                keys.append(positions[is_key])
     k_lengths = [len(positions) for positions in keys]
 
     def offsets(lengths: list[int]) -> torch.Tensor:
@@ -112,12 +110,8 @@ def block_mask(document: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
 
 def _refuse_unimplemented(module: torch.nn.Module, dropout: float, packing: torch.Tensor | None, kwargs: dict) -> None:
     """Raises UserError for arguments that change what attention computes and that no packed kernel implements, and
-    where `packing`, what keeps samples apart, has not come through the model.
-
-    A sliding window is compared with the samples' length before the model loads (common/model/load.py).
-    """
-    is_causal = kwargs.get("is_causal")
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    where `packing`, what keeps samples apart, has not come through the model. Windows are common/model/load.py's."""
+    is_causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
     names = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     names += ["dropout"] * bool(dropout) + ["attention that is not causal"] * (not is_causal)
     if names:
@@ -132,7 +126,7 @@ def _sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # with a mask, torch's fused CPU kernel takes only equal head counts
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=packed_mask, scale=scaling)
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=packed_mask, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -143,21 +137,18 @@ def _segments(module, query, key, value, dropout, kwargs):
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     if (index := kwargs["packed_key_index"]) is not None:
         key, value = key[index], value[index]
-    offsets = kwargs["packed_cu_seqlens_q"], kwargs["packed_cu_seqlens_k"]
-    return query, key, value, *offsets, kwargs["packed_max_seqlen"]
+    return query, key, value, kwargs["packed_cu_seqlens_q"], kwargs["packed_cu_seqlens_k"], kwargs["packed_max_seqlen"]
 
 
 def _varlen(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
-    """Torch's own variable-length flash attention; window (-1, 0) is causal."""
     from torch.nn.attention.varlen import varlen_attn
 
     *tensors, length = _segments(module, query, key, value, dropout, kwargs)
     gqa = {"enable_gqa": True} if _VARLEN_HAS_GQA_FLAG and query.shape[1] != key.shape[1] else {}
-    return varlen_attn(*tensors, length, length, scale=scaling, window_size=(-1, 0), **gqa)[None], None
+    return varlen_attn(*tensors, length, length, scale=scaling, window_size=(-1, 0), **gqa)[None], None  # causal
 
 
 def _flash_attention_2(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
-    """The flash-attn package."""
     from flash_attn import flash_attn_varlen_func
 
     *tensors, length = _segments(module, query, key, value, dropout, kwargs)
@@ -165,7 +156,6 @@ def _flash_attention_2(module, query, key, value, attention_mask=None, scaling=N
 
 
 def _flash_attention_4(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
-    """The flash-attn-4 package: kernels for Hopper and Blackwell, compiled when they first run."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _fa4_forward(*_segments(module, query, key, value, dropout, kwargs), scale)[0][None], None
 
@@ -183,8 +173,7 @@ def _fa4_forward(
     """[T, H, D] queries, [T_k, H_kv, D] keys and values -> (output [T, H, D], float32 log-sum-exp [H, T])."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    packing = _fa4_packing(offsets_q, offsets_k, max_length, scale)
-    out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **packing)
+    out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **_fa4_packing(offsets_q, offsets_k, max_length, scale))
     return out.contiguous(), lse.contiguous()
 
 
@@ -192,7 +181,7 @@ def _fa4_forward(
 def _fa4_backward(
     grad: Tensor, tensors: list[Tensor], lse: Tensor, offsets_q: Tensor, offsets_k: Tensor, length: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value. tensors: those three and the output."""
+    """Gradients of query, key and value. tensors: these three and the output."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
     grads = _flash_attn_bwd(*tensors, grad, lse, **_fa4_packing(offsets_q, offsets_k, length, scale))

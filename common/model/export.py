@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import deepspeed
+import torch
 from safetensors.torch import save_file
 
 from common.data.chat_template import ChatTemplate
@@ -22,43 +23,33 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
     """Writes what AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load; generate() stops where
     the template's answers end. An OSError is every rank's. Collective.
 
-    Parameters are gathered one at a time; rank 0 writes shards of at most 5 GB, buffers that a model folder holds with
-    the last one. Everything is written to a temporary folder first; the index, which makes the shards a model, is moved
-    last.
+    Parameters are gathered one at a time; rank 0 writes shards of at most 5 GB, buffers that a model folder holds among
+    them. Everything is written to a temporary folder first; the index, which makes the shards a model, is moved last.
     """
     model.finish_gathering()
-    temporary = Path(output_dir) / ".export"
-    ranks.once(lambda: _make_empty(temporary))
-    saved = model.lm.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.lm.named_buffers() if name in saved}
-    shards, size, total_size = [], 0, sum(buffer.nbytes for buffer in buffers.values())
-    for name, param in model.lm.named_parameters():
-        num_bytes = param.ds_numel * param.element_size()
-        if not shards or size + num_bytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = param
-        size += num_bytes
-        total_size += num_bytes
-    weight_map = {}
-    for i, shard in enumerate(shards):
-        tensors = {}
-        for name, param in shard.items():
-            with deepspeed.zero.GatheredParameters([param]):
+    temporary, saved = Path(output_dir) / ".export", model.lm.state_dict().keys()
+    tensors = dict(model.lm.named_parameters())
+    tensors |= {name: buffer for name, buffer in model.lm.named_buffers() if name in saved}
+    sizes = {name: getattr(t, "ds_numel", t.numel()) * t.element_size() for name, t in tensors.items()}  # bytes
+    shards: list[list[str]] = [[]]  # names
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    ranks.once(lambda: shutil.rmtree(temporary, ignore_errors=True))
+    ranks.once(temporary.mkdir)
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards):
+        gathered: dict[str, torch.Tensor] = {}
+        for name in names:
+            with deepspeed.zero.GatheredParameters([tensors[name]]):  # of a buffer, which is whole: nothing
                 if ranks.is_main:
-                    tensors[name] = param.detach().to("cpu", copy=True).contiguous()
-        if shard is shards[-1]:
-            tensors |= {name: buffer.to("cpu", copy=True) for name, buffer in buffers.items()}
+                    gathered[name] = tensors[name].detach().to("cpu", copy=True).contiguous()
         path = temporary / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(tensors, path.name)
-        ranks.once(lambda: _write_shard(tensors, path))
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        weight_map |= dict.fromkeys(names, path.name)
+        ranks.once(lambda: _write_shard(gathered, path))
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     ranks.once(lambda: _finish_export(model.lm, template, source_folder, temporary, index))
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
 
 
 def _write_shard(tensors: dict, path: Path) -> None:

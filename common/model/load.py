@@ -230,7 +230,7 @@ def _refuse_quantized(folder: Path) -> None:
 def _share_buffers(model: nn.Module, ranks: Ranks) -> None:
     """Puts rank 0's buffers, which no training changes, on every rank's device."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    values = [[buffer.cpu() for buffer in buffers.values()] if ranks.is_main else None]
+    values = [[buffer.cpu() for buffer in buffers.values()] if ranks.is_main else []]
     torch.distributed.broadcast_object_list(values, 0, device=ranks.device)
     for name, value in zip(buffers, values[0], strict=True):
         module, _, attribute = name.rpartition(".")

@@ -28,8 +28,7 @@ def _compiled(function: Callable) -> Callable:
     """function(logits [N, V], *rest [N]) compiled once for every N but 1, of which torch would make a case of its own.
 
     It would do so also of a slice that begins at 0, and of a gradient that a sum has expanded: the rest is copied. And
-    it would of an N that first equals V: N is marked, as a setting in common/model.py holds for the main thread alone
-    and a GPU's backward pass has its own.
+    of an N that first equals V: N is marked, for compile_layers' setting does not reach a GPU's backward thread.
     """
     compiled = torch.compile(function, dynamic=True)
 
@@ -48,10 +47,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
     """log softmax(h W^T + b)[target], row by row, without ever holding more than a chunk of logits.
 
     With z = h W^T + b and g the gradient of the rows' log-probabilities: dz = logits_gradient_(z, targets, lse, g),
-    dh = dz W, dW = sum over rows of dz^T h, db = sum over rows of dz. If one chunk holds all rows, z is kept for
-    the backward pass, which can then run once; else it is computed again.
-    Logits are computed in the weight's dtype, as transformers does, and reduced in float32; dW and db are
-    summed in float32. With weight_sum (common/zero/residency.py) dW is added to it and autograd gets none.
+    dh = dz W, dW = sum over rows of dz^T h, db = sum over rows of dz. If one chunk holds all rows, z is kept for the
+    backward pass, which can then run once; else it is computed again. Logits are computed in the weight's dtype, as
+    transformers does, and reduced in float32; dW and db are summed in float32. With weight_sum (see
+    common/zero/residency.py) dW is added to it and autograd gets none.
     """
 
     @staticmethod
@@ -70,10 +69,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def backward(ctx, grad_logps):
         hidden, weight, bias, targets, lse, kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        weight_sum = ctx.weight_sum
-        if weight_sum is None:
-            weight_sum = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        weight_sum = torch.zeros_like(weight, dtype=torch.float32) if ctx.weight_sum is None else ctx.weight_sum
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for i in range(0, len(hidden), ctx.chunk_rows):
             rows = slice(i, i + ctx.chunk_rows)
             logits = nn.functional.linear(hidden[rows], weight, bias) if kept is None else kept
@@ -83,12 +80,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=torch.float32)
             del logits
-        return (
-            grad_hidden,
-            weight_sum.to(weight.dtype) if ctx.weight_sum is None else None,
-            None if bias is None else grad_bias.to(bias.dtype),
-            *[None] * 5,
-        )
+        grad_weight = weight_sum.to(weight.dtype) if ctx.weight_sum is None else None
+        return grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(bias.dtype), *[None] * 5
 
 
 class LogProbHead(nn.Module):
@@ -115,9 +108,8 @@ class LogProbHead(nn.Module):
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         if targets is None:
             return nn.functional.linear(hidden, self.weight, self.bias)
-        return _ChunkedLogProbs.apply(
-            hidden, self.weight, self.bias, self.weight_sum, targets, self.chunk_rows, self.logps_of, self.gradient_of
-        )
+        arithmetic = self.chunk_rows, self.logps_of, self.gradient_of
+        return _ChunkedLogProbs.apply(hidden, self.weight, self.bias, self.weight_sum, targets, *arithmetic)
 
 
 def sequence_logps(logps: torch.Tensor, sequence_targets: list[int]) -> torch.Tensor:

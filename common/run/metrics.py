@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from common.failures import as_user_error, one_line, print_line
+from common.failures import as_user_error
 from common.files import naming, replace_file
 from common.ranks import Ranks
 from common.zero.checkpoint import RunState
@@ -56,9 +56,8 @@ class StepMeter:
     def __init__(self, lm: nn.Module, budget: int, num_samples: int, ranks: Ranks):
         embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
         self.num_parameters = sum(p.ds_numel for p in lm.parameters() if p is not embedding or p is head)
-        self.config, self.budget, self.num_samples = lm.config, budget, num_samples
-        self.world_size, self.device = ranks.world_size, ranks.device
-        self.peak_flops = device_peak_flops(self.device)
+        self.config, self.budget, self.num_samples, self.ranks = lm.config, budget, num_samples, ranks
+        self.peak_flops = device_peak_flops(ranks.device)
 
     def start(self) -> None:
         """Called when the wait for a step's micro-batches begins."""
@@ -69,7 +68,7 @@ class StepMeter:
     ) -> dict:
         """The step that is done, without what DPO adds."""
         seconds, num_tokens = time.perf_counter() - self.started, totals.num_tokens
-        per_device_tps = num_tokens / seconds / self.world_size
+        per_device_tps = num_tokens / seconds / self.ranks.world_size
         record = {
             "step": state.step,
             "epoch": state.samples / self.num_samples,
@@ -82,9 +81,9 @@ class StepMeter:
             "step_seconds": seconds,
             "tokens_per_second": num_tokens / seconds,
             "per_device_tps": per_device_tps,
-            "max_memory_gb": memory_gb(self.device),
+            "max_memory_gb": memory_gb(self.ranks.device),
             "micro_batches": totals.num_micro_batches,
-            "packing_efficiency": num_tokens / (totals.num_micro_batches * self.world_size * self.budget),
+            "packing_efficiency": num_tokens / (totals.num_micro_batches * self.ranks.world_size * self.budget),
         }
         if compiled := torch._dynamo.utils.counters["stats"]["unique_graphs"]:
             record["compiled_graphs"] = compiled  # since the start: growth after warm-up is lost time
@@ -159,15 +158,8 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def draw_curves(output_dir: str) -> None:
+def draw_curves(output_dir: Path) -> None:
     """curves.png from metrics.jsonl: loss, gradient norm, learning rate, speed, and the rewards of DPO."""
-    try:
-        _draw_curves(Path(output_dir))
-    except Exception as e:  # a picture is not worth a run that is done
-        print_line(f"warning: {output_dir}/curves.png was not drawn: {type(e).__name__}: {one_line(e)}")
-
-
-def _draw_curves(output_dir: Path) -> None:
     from matplotlib.figure import Figure
 
     records = read_metrics(output_dir / "metrics.jsonl")
@@ -177,15 +169,12 @@ def _draw_curves(output_dir: Path) -> None:
     if "rewards/accuracy" in records[0]:
         rewards = ["rewards/chosen", "rewards/rejected", "rewards/margin"]
         panels[2:] = [["rewards/accuracy"], rewards, ["logps/chosen", "logps/rejected"], ["learning_rate"]]
-    rows = len(panels) // 2
-    figure = Figure(figsize=(11, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(11, 1.6 * len(panels)), layout="constrained")
     steps = [record["step"] for record in records]
-    for axis, names in zip(figure.subplots(rows, 2).flat, panels, strict=True):
+    for axis, names in zip(figure.subplots(len(panels) // 2, 2).flat, panels, strict=True):
         for name in names:
             axis.plot(steps, [record.get(name, math.nan) for record in records], label=name, linewidth=1)
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
-    temporary = output_dir / ".curves.png"
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, output_dir / "curves.png")
+    figure.savefig(output_dir / "curves.png", dpi=110)

@@ -6,11 +6,12 @@ import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 from common.config import TrainConfig, identity_values
-from common.failures import UserError, as_user_error, print_line
+from common.failures import UserError, as_user_error, one_line, print_line
 from common.files import replace_file, weights_digest
 from common.ranks import Ranks
 from common.run.metrics import MetricsFile, draw_curves
@@ -21,20 +22,16 @@ from common.zero.checkpoint import RunState
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
 
 
-def run_identity(
-    config: TrainConfig, data_digest: str, template_digest: str, model_folder: str, reference_folder: str | None = None
-) -> dict:
+def run_identity(config: TrainConfig, data: str, template: str, model: str, reference: str | None = None) -> dict:
     """Every value that decides what is trained, by the name under which a user knows it.
 
-    The mixer and the template are represented by digests of what they were read as, the models by those of their
-    config.json and weights: an SFT folder that a new run has overwritten is another model. It reads the weights:
-    call it on one rank.
+    data, template: digests of what was read; model, reference: folders, of which the digests of config.json and weights
+    count, for a new run may overwrite an SFT folder. It reads the weights: call it on one rank.
     """
-    identity = identity_values(config)
-    identity |= {"dataset_mixer (contents)": data_digest, "chat_template (contents)": template_digest}
-    for name, folder in (("model_name_or_path", model_folder), ("ref_model_name_or_path", reference_folder)):
-        if folder is not None:
-            identity[f"{name} (contents)"] = weights_digest(folder)
+    identity = identity_values(config) | {"dataset_mixer (contents)": data, "chat_template (contents)": template}
+    identity["model_name_or_path (contents)"] = weights_digest(model)
+    if reference is not None:
+        identity["ref_model_name_or_path (contents)"] = weights_digest(reference)
     return identity
 
 
@@ -86,10 +83,8 @@ def _require_same_run(what: str, old: dict, new: dict, steps: int, last_step: in
     if steps > last_step and not differing:
         differing = [f"it is after step {steps}, past this run's last step, {last_step}"]
     if differing:
-        raise UserError(
-            f"{what} belongs to another run: {'; '.join(differing)}. Use the old values, another --output_dir, or "
-            f"--resume never to start over"
-        )
+        advice = "Use the old values, another --output_dir, or --resume never to start over"
+        raise UserError(f"{what} belongs to another run: {'; '.join(differing)}. {advice}")
 
 
 def _holds_model(output_dir: Path) -> bool:
@@ -101,13 +96,11 @@ def _holds_model(output_dir: Path) -> bool:
         return False
 
 
-_locks: dict[Path, object] = {}  # folder -> its locked file; the system lets go of them when this process ends
+_locks: list[TextIO] = []  # the system lets go of them when this process ends
 
 
 def _lock(output_dir: Path) -> None:
     """Raises UserError if another process writes in this folder now."""
-    if output_dir.resolve() in _locks:
-        return
     file = open(output_dir / ".lock", "w")  # a file opened for writing: network file systems lock no folder
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,7 +108,7 @@ def _lock(output_dir: Path) -> None:
         raise UserError(f"--output_dir {output_dir}: another run writes there now; name another folder") from None
     except OSError as e:
         print_line(f"warning: --output_dir {output_dir}: no lock keeps a second run out ({e.strerror})")
-    _locks[output_dir.resolve()] = file
+    _locks.append(file)
 
 
 # ---------------------------------------------------------------------- the run's record
@@ -173,7 +166,10 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
     }
 
     def write() -> None:
-        draw_curves(config.output_dir)
+        try:
+            draw_curves(Path(config.output_dir))
+        except Exception as e:  # a picture is not worth a run that is done
+            print_line(f"warning: {config.output_dir}/curves.png was not drawn: {type(e).__name__}: {one_line(e)}")
         replace_file(Path(config.output_dir) / "README.md", model_card(record["method"], config, table, result))
         write_run_config(config.output_dir, {**record, "result": result})
         if config.clean_checkpoints_at_end:

@@ -27,7 +27,7 @@ from common.model import attention, load, logprobs, packed
 from common.model.logprobs import sequence_logps
 from common.ranks import Ranks
 from common.step import packing
-from common.step.packing import MicroBatch, one_ahead, pack, pair_documents, pair_length, plan_step
+from common.step.packing import MicroBatch, one_ahead, pack, pair_documents, pair_lengths, plan_step
 from common.zero.engine import out_of_memory_explained
 
 PAIRS_PER_PART = 256
@@ -36,7 +36,7 @@ LIBRARIES = ("torch", "transformers", "flash-attn", "flash-attn-4")
 
 def reference_key(weights: str, data_digest: str, config: DPOConfig, kernel: str, device_type: str) -> str:
     """The cache's key, hex. weights: common.files.weights_digest of the reference model."""
-    code = [Path(module.__file__).read_bytes() for module in (attention, load, logprobs, packed, packing)]
+    code = [Path(str(m.__file__)).read_bytes() for m in (attention, load, logprobs, packed, packing)]
     versions = [next((d.version for d in distributions(name=name)), None) for name in LIBRARIES]
     parts = [weights, data_digest, config.dtype, kernel, config.share_prompt, device_type, versions]
     return digest(json.dumps([*parts, digest(b"".join([*code, Path(__file__).read_bytes()]))]).encode())
@@ -52,7 +52,7 @@ def reference_pass(
     """
     folder = Path(config.cache_dir) / "reference"
     folder /= reference_key(weights, data.digest, config, kernel, ranks.device.type)
-    logps = np.full((len(data), 2), np.nan, np.float32)
+    logps: np.ndarray = np.full((len(data), 2), np.nan, np.float32)
     for pairs, values in ranks.once(lambda: _read_parts(folder, config.cache_dir)):
         logps[pairs] = values
     missing = sorted(i for i in set(needed) if np.isnan(logps[i]).any())
@@ -66,25 +66,21 @@ def reference_pass(
             ranks.once(lambda: _write_part(folder, np.array(pairs), logps[pairs]))
             advance(len(pairs))
     if missing:  # the first part also compiles, so the last one's speed is told
-        tokens = sum(pair_length(*data.pair_lengths[i], config.share_prompt) for i in pairs)
-        speed = tokens / seconds / ranks.world_size
+        speed = pair_lengths(data.pair_lengths[pairs], config.share_prompt).sum() / seconds / ranks.world_size
         ranks.say(f"reference pass: {speed:,.0f} tokens/s a device (last {len(pairs)} pairs)")
     return logps, str(folder)
 
 
-def compute_logps(
-    engine, data, pairs: list[int], config: DPOConfig, kernel: str, budget: int, ranks: Ranks
-) -> np.ndarray:
-    """float32 [len(pairs), 2] under the engine's present weights, by all ranks together; every rank gets all."""
-    lengths = [pair_length(*data.pair_lengths[i], config.share_prompt) for i in pairs]
-    plan = plan_step(lengths, ranks.world_size, budget)[ranks.rank]
+def compute_logps(engine, data, pairs: list[int], config: DPOConfig, kernel: str, budget: int, ranks: Ranks):
+    """float32 array [len(pairs), 2] under the engine's present weights, by all ranks together; every rank gets all."""
+    lengths = pair_lengths(data.pair_lengths, config.share_prompt)
+    plan = plan_step(lengths[pairs].tolist(), ranks.world_size, budget)[ranks.rank]
     result = torch.zeros(len(pairs), 2, dtype=torch.float32, device=ranks.device)
 
     def prepared(m: int) -> MicroBatch:
         return pack([pair_documents(data[pairs[i]], config.share_prompt) for i in plan[m]], config.share_prompt)
 
-    longest = int(pair_length(*data.pair_lengths.T, config.share_prompt).max())
-    with torch.no_grad(), out_of_memory_explained("the reference pass", budget, longest) as size:
+    with torch.no_grad(), out_of_memory_explained("the reference pass", budget, int(lengths.max())) as size:
         for m, micro_batch in one_ahead(prepared, range(len(plan))):
             size.tokens = micro_batch.num_tokens
             values = engine(**packed.model_inputs(micro_batch, kernel, ranks.device))
@@ -102,12 +98,12 @@ def _read_parts(folder: Path, cache_dir: str) -> list[tuple[np.ndarray, np.ndarr
         for path in sorted(folder.glob("part_*.safetensors")):
             try:
                 with safe_open(path, framework="np") as file:
-                    pairs, values = file.get_tensor("pairs"), file.get_tensor("logps")
-                    expected = (file.metadata() or {}).get("digest")
+                    part = file.get_tensor("pairs"), file.get_tensor("logps")
+                    is_whole = file.metadata()["digest"] == digest(part[0].tobytes() + part[1].tobytes())
             except (FileNotFoundError, SafetensorError):
-                expected = None
-            if expected is not None and digest(pairs.tobytes() + values.tobytes()) == expected:
-                parts.append((pairs, values))
+                is_whole = False
+            if is_whole:
+                parts.append(part)
             else:
                 path.unlink(missing_ok=True)
     return parts

@@ -44,23 +44,22 @@ def simpo(chosen_logp: torch.Tensor, rejected_logp: torch.Tensor, config: DPOCon
 class PreferenceLoss:
     """function(chosen, rejected, config): float32 [P], [P] -> losses float32 [P].
 
-    first_step: the loss of a policy that equals its reference, None where the loss has no reference;
-    first_step_tolerance: further than this from it, step 1 stops the run (None: not checked).
+    first_step_tolerance: of a loss that is ln 2 for a policy that equals its reference: further than this from it,
+    step 1 stops the run (None: not checked).
     """
 
     function: Callable[[torch.Tensor, torch.Tensor, DPOConfig], torch.Tensor]
     needs_reference: bool
     averages_over_length: bool
     allows_label_smoothing: bool
-    first_step: Callable[[DPOConfig], float] | None
     first_step_tolerance: float | None
 
 
 LOSSES = {
-    "sigmoid": PreferenceLoss(logistic, True, False, True, lambda config: math.log(2), 0.01),
-    "dpo_norm": PreferenceLoss(logistic, True, True, True, lambda config: math.log(2), 0.01),
-    "ipo": PreferenceLoss(ipo, True, True, False, lambda config: 1 / (2 * config.beta) ** 2, None),
-    "simpo": PreferenceLoss(simpo, False, True, False, None, None),
+    "sigmoid": PreferenceLoss(logistic, True, False, True, 0.01),
+    "dpo_norm": PreferenceLoss(logistic, True, True, True, 0.01),
+    "ipo": PreferenceLoss(ipo, True, True, False, None),
+    "simpo": PreferenceLoss(simpo, False, True, False, None),
 }
 
 
@@ -68,9 +67,7 @@ def preference_loss(config: DPOConfig) -> PreferenceLoss:
     """The loss that the config names. Raises UserError for a setting that the loss does not define."""
     loss = LOSSES[config.loss_type]
     if config.label_smoothing and not loss.allows_label_smoothing:
-        raise UserError(
-            f"--label_smoothing {config.label_smoothing}: {config.loss_type} does not define it; set it to 0"
-        )
+        raise UserError(f"--label_smoothing {config.label_smoothing}: {config.loss_type} has none; set it to 0")
     if config.ref_model_name_or_path and not loss.needs_reference:
         raise UserError(f"--ref_model_name_or_path: {config.loss_type} has no reference model; leave it out")
     return loss
@@ -79,15 +76,8 @@ def preference_loss(config: DPOConfig) -> PreferenceLoss:
 BFLOAT16_ROUNDING = 2e-4  # error of a log-probability x over |x| between two ways to pack it; 6e-5 to 3e-4 were seen
 
 # What preference_loss_and_sums adds up over a step's pairs; divided by their number, the fields of metrics.jsonl.
-SUMMED = (
-    "train_loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margin",
-    "rewards/accuracy",
-    "logps/chosen",
-    "logps/rejected",
-)
+SUMMED = ["train_loss", "rewards/chosen", "rewards/rejected", "rewards/margin", "rewards/accuracy"]
+SUMMED += ["logps/chosen", "logps/rejected"]
 
 
 def preference_loss_and_sums(
@@ -121,14 +111,13 @@ def check_first_step(train_loss: float, means: dict[str, float], loss: Preferenc
     """
     if loss.first_step_tolerance is None:
         return
-    expected, tolerance = loss.first_step(config), loss.first_step_tolerance
+    expected, tolerance = math.log(2), loss.first_step_tolerance
     if config.dtype == "bfloat16":
         logps = abs(means["logps/chosen"]) + abs(means["logps/rejected"])
         tolerance += config.beta / 2 * BFLOAT16_ROUNDING * logps
     if abs(train_loss - expected) > tolerance:
         raise TrainingStopped(
-            f"step 1: the loss is {train_loss:.4f} and must be {expected:.4f} (within {tolerance:.2g}), for "
-            f"the policy still is its reference. The reference cache may not belong to these weights (delete "
-            f"{config.cache_dir}/reference), or the attention kernel may be wrong for packed pairs (try "
-            f"--attn_implementation sdpa)"
+            f"step 1: the loss is {train_loss:.4f} and must be {expected:.4f} (within {tolerance:.2g}), for the policy "
+            f"still is its reference. The reference cache may not belong to these weights (delete {config.cache_dir}"
+            f"/reference), or the attention kernel may be wrong for packed pairs (try --attn_implementation sdpa)"
         )

@@ -1,9 +1,9 @@
 """Packing: the samples of one optimizer step laid into micro-batches, and a micro-batch as tensors.
 
-A micro-batch is one row of T tokens without padding. Each sample in it is a *document*: it starts at
-position 0 and attends to nothing outside itself. A document may end in two *branches* after a shared
-stem (a preference pair: prompt, chosen, rejected); the branches do not see each other, and both
-continue the stem's positions. How that is enforced on a device is common/model/attention.py's.
+A micro-batch is one row of T tokens without padding. Each sample in it is a *document*: it starts at position 0 and
+attends to nothing outside itself. A document may end in two *branches* after a shared stem (a preference pair: prompt,
+chosen, rejected). The branches do not see each other, and both continue the stem's positions. How that is enforced on a
+device is common/model/attention.py's.
 """
 
 import heapq
@@ -22,13 +22,12 @@ STEM, CHOSEN, REJECTED = 0, 1, 2  # branch of a token; an ordinary sample is all
 def plan_step(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
     """Lays samples of `lengths` tokens into micro-batches of at most `budget` tokens.
 
-    Returns plan[rank][micro_batch] = positions in `lengths`. Every rank gets the same number of
-    micro-batches (some may be empty), the fewest for which longest-first assignment to the least loaded
-    micro-batch fits the budget; that rule also spreads the tokens evenly (Graham 1969, LPT).
-    The fullest micro-batches come first, so that too little memory shows at once, and the ranks' m-th
-    micro-batches are alike in size, so that ranks do not wait for one another.
+    Returns plan[rank][micro_batch] = positions in `lengths`. Every rank gets the same number of micro-batches (some may
+    be empty), the fewest for which longest-first assignment to the least loaded micro-batch fits the budget; that rule
+    also spreads the tokens evenly (Graham 1969, LPT). The fullest micro-batches come first, so that too little memory
+    shows at once, and the ranks' m-th micro-batches are alike in size, so that ranks do not wait for one another.
     """
-    assert max(lengths) <= budget, "samples longer than the budget are refused before training"
+    assert max(lengths) <= budget, "samples longer than the budget are refused before training"  # else: without end
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     num_micro_batches = -(-sum(lengths) // (num_ranks * budget))
     while True:
@@ -42,10 +41,10 @@ def plan_step(lengths: list[int], num_ranks: int, budget: int) -> list[list[list
 def one_ahead(prepared: Callable[[int], Any], steps: range) -> Iterator[tuple[int, Any]]:
     """(step, prepared(step)) of each step in order; a thread prepares the next one meanwhile, and never more."""
     with ThreadPoolExecutor(1) as thread:
-        ahead = thread.submit(prepared, steps[0]) if steps else None
-        for step in steps:
-            value = ahead.result()
-            ahead = thread.submit(prepared, step + steps.step) if step + steps.step in steps else None
+        ahead = [thread.submit(prepared, step) for step in steps[:1]]
+        for i, step in enumerate(steps):
+            value = ahead.pop().result()
+            ahead += [thread.submit(prepared, later) for later in steps[i + 1 : i + 2]]
             yield step, value
 
 
@@ -53,8 +52,8 @@ def packing_report(steps: list[list[int]], num_ranks: int, budget: int) -> str:
     """One line on how full the micro-batches of `steps` (the lengths of each step's samples) will be."""
     micro_batches = [len(plan_step(lengths, num_ranks, budget)[0]) for lengths in steps]
     used = sum(map(sum, steps)) / (sum(micro_batches) * num_ranks * budget)
-    mean = f"packing: {np.mean(micro_batches):.1f} micro-batches a step on each rank"
-    return f"{mean}, {used:.1%} of their {budget:,} tokens used (first {len(steps)} steps)"
+    mean, first = np.mean(micro_batches), f"(first {len(steps)} steps)"
+    return f"packing: {mean:.1f} micro-batches a step on each rank, {used:.1%} of their {budget:,} tokens used {first}"
 
 
 def _longest_first(order: list[int], lengths: list[int], num_bins: int) -> list[tuple[int, list[int]]]:
@@ -72,11 +71,11 @@ def _longest_first(order: list[int], lengths: list[int], num_bins: int) -> list[
 class Document:
     """One sample's place in a micro-batch, before it is laid out.
 
-    input_ids int [L]; stem: how many leading tokens are shared by both branches (L for a plain sample);
-    chosen: how many tokens the chosen branch has (0 for a plain sample), the rest being rejected;
-    target_rows int [N]: the token, counted from 0 at the document's start, whose hidden state predicts;
-    target_ids int [N]: what it has to predict; sequence_targets: how many of the N belong to each scored
-    sequence (a conversation is one; a document with branches has two: chosen, then rejected).
+    input_ids int [L]; stem: how many leading tokens are shared by both branches (L for a plain sample); chosen: how
+    many tokens the chosen branch has (0 for a plain sample), the rest being rejected; target_rows int [N]: the token,
+    counted from 0 at the document's start, whose hidden state predicts; target_ids int [N]: what it has to predict;
+    sequence_targets: how many of the N belong to each scored sequence (a conversation is one; a document with branches
+    has two: chosen, then rejected).
     """
 
     input_ids: np.ndarray
@@ -97,46 +96,38 @@ def sft_documents(sample: SFTSample) -> list[Document]:
     return [Document(ids, len(ids), 0, positions - 1, ids[positions], [len(positions)])]
 
 
-def pair_length(prompt: int, chosen: int, rejected: int, share_prompt: bool) -> int:
-    """Tokens that a preference pair takes in a micro-batch."""
-    return prompt + chosen + rejected if share_prompt else 2 * prompt + chosen + rejected
+def pair_lengths(parts: np.ndarray, share_prompt: bool) -> np.ndarray:
+    """int64 [P]: tokens that each pair takes in a micro-batch; parts int [P, 3]: of the prompt, chosen, rejected."""
+    return parts @ np.array([1 if share_prompt else 2, 1, 1])
 
 
 def pair_documents(pair: PreferencePair, share_prompt: bool) -> list[Document]:
     """A preference pair: one document with two branches, or one document for each side.
 
-    Only completion tokens, EOS included, are targets. The first token of a branch is predicted from
-    the last token of the prompt.
+    Only completion tokens, EOS included, are targets. The first of a branch is predicted from the prompt's last token.
     """
     prompt, num_chosen, documents = np.asarray(pair.prompt_ids), len(pair.chosen_ids), []
     for completion, start in ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start)):
-        scored = np.arange(start, len(completion))
-        tokens, rows = np.concatenate([prompt, completion]), len(prompt) + scored - 1
-        documents.append(Document(tokens, len(tokens), 0, rows, tokens[rows + 1], [len(scored)]))
+        tokens = np.concatenate([prompt, completion])
+        scored = np.arange(len(prompt) + start, len(tokens))
+        documents.append(Document(tokens, len(tokens), 0, scored - 1, tokens[scored], [len(scored)]))
     if not share_prompt:
         return documents
     chosen, rejected = documents
+    ids = np.concatenate([chosen.input_ids, pair.rejected_ids])
     rows = rejected.target_rows + num_chosen * (rejected.target_rows >= len(prompt))  # the last of the prompt stays
-    return [
-        Document(
-            np.concatenate([chosen.input_ids, pair.rejected_ids]),
-            len(prompt),
-            num_chosen,
-            np.concatenate([chosen.target_rows, rows]),
-            np.concatenate([chosen.target_ids, rejected.target_ids]),
-            chosen.sequence_targets + rejected.sequence_targets,
-        )
-    ]
+    rows, targets = np.concatenate([chosen.target_rows, rows]), np.concatenate([chosen.target_ids, rejected.target_ids])
+    return [Document(ids, len(prompt), num_chosen, rows, targets, chosen.sequence_targets + rejected.sequence_targets)]
 
 
 @dataclass
 class MicroBatch:
     """One packed row, in host memory.
 
-    input_ids, position_ids int64 [T]; document, branch int32 [T]: who may see whom;
-    target_rows, target_ids int64 [N], sequence after sequence; sequence_targets: how many belong to each
-    sequence, in the order in which the samples (and within a pair: chosen, rejected) were given;
-    shares_prompts: whether the run's documents end in branches, though this row may hold none.
+    input_ids, position_ids int64 [T]; document (0, 1, ... in order), branch int32 [T]: who may see whom; target_rows,
+    target_ids int64 [N], sequence after sequence; sequence_targets: how many belong to each sequence, in the order in
+    which the samples (and within a pair: chosen, rejected) were given; shares_prompts: whether the run's documents end
+    in branches, though this row may hold none; sum_squared_lengths: twice the causal attention area, in the large.
     """
 
     input_ids: np.ndarray
@@ -151,43 +142,32 @@ class MicroBatch:
     shares_prompts: bool
 
 
-def _attended(doc: Document) -> int:
-    """Twice the causal attention area, in the large: the squared length, without what the branches do not see."""
-    rejected = len(doc.input_ids) - doc.stem - doc.chosen
-    return len(doc.input_ids) ** 2 - 2 * doc.chosen * rejected
-
-
 def pack(samples: list[list[Document]], share_prompt: bool = False) -> MicroBatch:
     """Lays the documents of each sample one after another into one row.
 
-    With no samples the row is two tokens with no target: a rank that has nothing to do in a micro-batch
-    still takes part in every collective, by what was compiled for longer rows (a length of 1 is a case of its own).
+    With no samples the row is two tokens with no target: a rank that has nothing to do in a micro-batch still takes
+    part in every collective, by what was compiled for longer rows (a length of 1 is a case of its own).
     """
-    nothing = np.zeros(0, np.int64)
-    documents = [doc for sample in samples for doc in sample] or [Document(np.zeros(2), 2, 0, nothing, nothing, [])]
-    positions, branches = [], []
-    for doc in documents:
-        length, stem, chosen = len(doc.input_ids), doc.stem, doc.chosen
-        position, branch = np.arange(length), np.full(length, STEM, np.int32)
-        position[stem + chosen :] -= chosen
-        branch[stem : stem + chosen], branch[stem + chosen :] = CHOSEN, REJECTED
-        positions.append(position)
-        branches.append(branch)
-    lengths = [len(doc.input_ids) for doc in documents]
+    documents = [doc for sample in samples for doc in sample]
+    documents = documents or [Document(np.zeros(2), 2, 0, np.arange(0), np.arange(0), [])]
+    parts = [(doc.stem, doc.chosen, len(doc.input_ids) - doc.stem - doc.chosen) for doc in documents]
+    lengths = [sum(part) for part in parts]
     starts = np.cumsum([0, *lengths[:-1]])
+    # What the branches do not see of each other is left out.
+    squared_lengths = [n**2 - 2 * chosen * rejected for n, (_, chosen, rejected) in zip(lengths, parts, strict=True)]
 
     def joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
         return np.concatenate([*arrays]).astype(np.int64)
 
     return MicroBatch(
         input_ids=joined(doc.input_ids for doc in documents),
-        position_ids=joined(positions),
+        position_ids=joined(np.r_[0 : stem + chosen, stem : stem + rejected] for stem, chosen, rejected in parts),
         document=np.repeat(np.arange(len(documents), dtype=np.int32), lengths),
-        branch=np.concatenate(branches),
+        branch=np.repeat(np.array([STEM, CHOSEN, REJECTED] * len(parts), np.int32), np.ravel(parts)),
         target_rows=joined(doc.target_rows + start for doc, start in zip(documents, starts, strict=True)),
         target_ids=joined(doc.target_ids for doc in documents),
         sequence_targets=[n for doc in documents for n in doc.sequence_targets],
         num_tokens=sum(lengths) if samples else 0,
-        sum_squared_lengths=sum(map(_attended, documents)) if samples else 0,
+        sum_squared_lengths=sum(squared_lengths) if samples else 0,
         shares_prompts=share_prompt,
     )

@@ -18,11 +18,6 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
     return math.ceil(num_samples / global_batch_size)
 
 
-def total_steps(num_samples: int, global_batch_size: int, num_train_epochs: int, max_train_steps: int | None) -> int:
-    """Optimizer steps of the whole schedule; max_train_steps, if given, replaces the number of epochs."""
-    return max_train_steps or steps_per_epoch(num_samples, global_batch_size) * num_train_epochs
-
-
 @lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
     """int64 [num_samples]: the order in which epoch `epoch` (from 0) visits the kept samples."""
@@ -39,9 +34,8 @@ def step_samples(step: int, num_samples: int, global_batch_size: int, seed: int)
 def learning_rate_schedule(name: str, peak: float, num_steps: int, warmup_ratio: float) -> Callable[[int], float]:
     """The learning rate as a function of the step (from 0): what transformers.get_scheduler gives at that step.
 
-    Every schedule in config.LR_SCHEDULERS multiplies the peak by a function of the step alone; that function is
-    transformers' own, so the values are equal by construction. Raises UserError for a peak that the schedule does not
-    take, as polynomial, whose last rate is 1e-7.
+    Every schedule in config.LR_SCHEDULERS multiplies the peak by a function of the step alone, and that function is
+    transformers' own. Raises UserError for a peak that it does not take: polynomial ends at a rate of 1e-7.
     """
     optimizer, num_warmup_steps = torch.optim.SGD([torch.zeros(1)], lr=peak), int(num_steps * warmup_ratio)
     with as_user_error(f"--lr_scheduler_type {name} with --learning_rate {peak}", ValueError):
@@ -52,19 +46,18 @@ def learning_rate_schedule(name: str, peak: float, num_steps: int, warmup_ratio:
 class Schedule:
     """The steps of one run over num_samples kept samples (pairs). config: common.config.TrainConfig.
 
-    num_steps: of the whole schedule; last_step: after which this run ends; save_every: steps between two checkpoints;
-    samples(step), learning_rate(step): of optimizer step `step`, from 0.
+    num_steps: of the whole schedule, max_train_steps if given; last_step: after which this run ends; save_every: steps
+    between two checkpoints; samples(step), learning_rate(step): of optimizer step `step`, from 0.
     """
 
     def __init__(self, config, num_samples: int):
         self.num_samples, self.batch, self.seed = num_samples, config.global_batch_size, config.seed
-        self.num_steps = total_steps(num_samples, self.batch, config.num_train_epochs, config.max_train_steps)
-        self.last_step = min(self.num_steps, config.stop_after_steps or self.num_steps)
         self.steps_per_epoch = steps_per_epoch(num_samples, self.batch)
+        self.num_steps = config.max_train_steps or self.steps_per_epoch * config.num_train_epochs
+        self.last_step = min(self.num_steps, config.stop_after_steps or self.num_steps)
         self.save_every = self.steps_per_epoch if config.checkpointing_steps == "epoch" else config.checkpointing_steps
-        self.learning_rate = learning_rate_schedule(
-            config.lr_scheduler_type, config.learning_rate, self.num_steps, config.warmup_ratio
-        )
+        shape = self.num_steps, config.warmup_ratio
+        self.learning_rate = learning_rate_schedule(config.lr_scheduler_type, config.learning_rate, *shape)
 
     def samples(self, step: int) -> list[int]:
         return step_samples(step, self.num_samples, self.batch, self.seed)

@@ -2,10 +2,8 @@
 
     bash run.sh bench sft|dpo [N] [--shape llama-8b] [--steps 10] [--lengths tulu|full] [flags of the script]
 
-Writes a model folder with random weights and a data set with generated lengths, trains on them as `bash run.sh sft|dpo`
-does, and reads metrics.jsonl: medians over the steps after warm-up, of tokens/s/GPU, MFU (FLOPs as in
-common/run/metrics.py, recomputation not counted) and peak memory. Fails if a layer was compiled again after warm-up.
-Model, data and results go to output/bench; flags of the script that say otherwise are not heeded.
+Writes a model with random weights and data of generated lengths to output/bench, trains on them as `bash run.sh` does,
+and takes from metrics.jsonl medians over the steps after warm-up. Fails if a layer was compiled again after warm-up.
 """
 
 import argparse
@@ -15,14 +13,17 @@ import re
 import shutil
 import signal
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from common.failures import UserError, as_user_error, print_line
-from common.verbs.launch import exit_with, on_request_to_stop, split_number, start_run, visible_gpus
+from common.verbs.launch import exit_with, lines_of, on_request_to_stop, split_number, start_run, visible_gpus
 
-SHAPES = {  # hidden size, width of the MLP, layers, heads, key-value heads, vocabulary, tied embeddings
+SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+SIZES += ["vocab_size", "tie_word_embeddings"]
+SHAPES = {  # name -> SIZES
     "llama-8b": (4096, 14336, 32, 32, 8, 128256, False),
     "llama-8b-half": (4096, 14336, 16, 32, 8, 128256, False),  # fits one GPU: what one of two would hold of llama-8b
     "llama-3b": (3072, 8192, 28, 24, 8, 128256, True),
@@ -32,9 +33,7 @@ SHAPES = {  # hidden size, width of the MLP, layers, heads, key-value heads, voc
 NUM_WORDS = 1000
 WARMUP_STEPS = 4
 CPU_SCALE = 8  # a CPU gets lengths divided by this
-# A rank's samples of a step, on a GPU and on a CPU: at a mean of 660 tokens two GPUs take about 84,500 tokens a step,
-# and at the cap as many.
-SAMPLES_PER_RANK = {"tulu": (64, 16), "full": (10, 3)}
+SAMPLES_PER_RANK = {"tulu": (64, 16), "full": (10, 3)}  # of a step, on a GPU (about 42,000 tokens) and on a CPU
 
 
 def write_model(shape: str, folder: Path, device: str = "cpu") -> None:
@@ -43,11 +42,9 @@ def write_model(shape: str, folder: Path, device: str = "cpu") -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-    hidden, mlp, layers, heads, key_value_heads, vocabulary, is_tied = SHAPES[shape]
-    sizes = dict(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads)
-    sizes |= dict(num_key_value_heads=key_value_heads, vocab_size=vocabulary, tie_word_embeddings=is_tied)
-    sizes |= dict(max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=0)
-    config = LlamaConfig(**sizes, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    others: dict = dict(max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=0)
+    others["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
+    config = LlamaConfig(**dict(zip(SIZES, SHAPES[shape], strict=True)), **others)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -71,8 +68,8 @@ def generated_lengths(num: int, mean: float | None, cap: int, rng: np.random.Gen
 def write_data(method: str, lengths: str, num: int, path: Path, scale: int = CPU_SCALE) -> None:
     """num conversations (mean 660 tokens, cap 4096) or pairs (prompt and answers of mean 330, cap 2000), over scale."""
     rng = np.random.default_rng(0)
-    mean, cap = {"sft": (660, 4096), "dpo": (330, 1000)}[method]
-    mean, cap = None if lengths == "full" else mean / scale, cap // scale
+    full_mean, full_cap = {"sft": (660, 4096), "dpo": (330, 1000)}[method]
+    mean, cap = None if lengths == "full" else full_mean / scale, full_cap // scale
 
     def words(n: int) -> str:
         return " ".join(f"w{i}" for i in rng.integers(0, NUM_WORDS, n))
@@ -83,8 +80,8 @@ def write_data(method: str, lengths: str, num: int, path: Path, scale: int = CPU
     rows = []
     if method == "sft":
         for n in generated_lengths(num, mean, cap, rng):
-            prompt = max(1, int((n - 3) * rng.uniform(0.2, 0.6)))
-            rows.append({"messages": turns(words(prompt), words(max(1, n - 3 - prompt)))})
+            num_prompt = max(1, int((n - 3) * rng.uniform(0.2, 0.6)))
+            rows.append({"messages": turns(words(num_prompt), words(max(1, n - 3 - num_prompt)))})
     else:
         for p, c, r in zip(*(generated_lengths(num, mean, cap, rng) for _ in range(3)), strict=True):
             prompt = words(p)
@@ -101,7 +98,7 @@ def train(words: list[str], last_step: int) -> float | None:
         sys.exit(128 + number)
 
     on_request_to_stop(stop)
-    for line in run.stdout:
+    for line in lines_of(run):
         print_line(line, end="")
         if match := re.search(r"reference pass: ([0-9,]+) tokens/s", line):
             reference_speed = float(match[1].replace(",", ""))
@@ -117,7 +114,7 @@ def summary(records: list[dict]) -> dict:
     before, measured = records[WARMUP_STEPS - 1], records[WARMUP_STEPS:]
     samples = np.diff([record["samples"] for record in [before, *measured]])
     speeds = samples / [record["step_seconds"] for record in measured]
-    result = {"steps": len(measured), "tokens_per_step": records[-1]["total_tokens"] / len(records)}
+    result: dict = {"steps": len(measured), "tokens_per_step": records[-1]["total_tokens"] / len(records)}
     result["samples_per_second"] = float(np.median(speeds))
     for name in ("per_device_tps", "mfu", "step_seconds", "packing_efficiency"):
         values = [record[name] for record in measured if name in record]
@@ -128,7 +125,7 @@ def summary(records: list[dict]) -> dict:
 
 
 def main(method: str = "", *words: str) -> int:
-    """Measures, shows and writes the result; returns the exit code. Raises UserError for a mistake in the words."""
+    """Measures, shows and writes the result; returns the exit code. Raises UserError."""
     if {"-h", "--help"} & {method, *words}:
         print_line(f"{__doc__}\nShapes: {', '.join(SHAPES)}. Lengths: {', '.join(SAMPLES_PER_RANK)}.")
         return 0
@@ -147,21 +144,17 @@ def main(method: str = "", *words: str) -> int:
     samples = SAMPLES_PER_RANK[options.lengths][not on_gpu] * num_ranks
     if not (model / "tokenizer.json").is_file():  # in a process of its own, which leaves the GPU when it is done
         print_line(f"importing torch and transformers, to write a model of shape {options.shape} to {model}")
-        arguments = (options.shape, model, "cuda" if on_gpu else "cpu")
-        writer = multiprocessing.get_context("spawn").Process(target=write_model, args=arguments)
-        writer.start()
-        writer.join()
-        if writer.exitcode:
-            return 1
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as writer:
+            writer.submit(write_model, options.shape, model, "cuda" if on_gpu else "cpu").result()
     folder.mkdir(parents=True, exist_ok=True)
     write_data(method, options.lengths, 12 * samples, data, 1 if on_gpu else CPU_SCALE)
     shutil.rmtree(out, ignore_errors=True)
     own = f"--model_name_or_path {model} --dataset_mixer {data} --output_dir {out} --cache_dir {folder}/cache "
     own += f"--max_train_steps {steps} --stop_after_steps {steps} --logging_steps 1 --checkpointing_steps {10**9}"
-    words = [method, str(num_ranks), "--global_batch_size", str(samples), *passed, *own.split(), "--resume", "never"]
-    print_line(" ".join(["bash run.sh", *words]))
+    run = [method, str(num_ranks), "--global_batch_size", str(samples), *passed, *own.split(), "--resume", "never"]
+    print_line(" ".join(["bash run.sh", *run]))
     result = {"method": method, "shape": options.shape, "ranks": num_ranks, "lengths": options.lengths, "flags": passed}
-    result["reference_tokens_per_second_per_device"] = train(words, steps)
+    result["reference_tokens_per_second_per_device"] = train(run, steps)
     result |= summary([json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()])
     (folder / f"bench-{method}-{options.shape}.json").write_text(json.dumps(result, indent=2) + "\n")
     for name, value in result.items():

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
-from types import SimpleNamespace
 
+from common.config import DPOConfig
 from common.failures import TrainingStopped, one_line
 
 WINDOW = 10  # logged steps at either end of a history that are averaged
@@ -51,8 +51,7 @@ class Check:
 def judge_run(output_dir: Path, exit_code: int, output: str = "", floor: float = 0.0) -> list[Check]:
     """The verdict on the run that wrote output_dir; missing or torn files are a failed check, not an error.
 
-    output: what the run printed. floor: seconds; a step shorter than this is never called slow. For a model
-    so tiny that a hiccup of the machine is worth ten of its steps; 0 for real ones.
+    output: what the run printed. floor: seconds; a step shorter than this is never called slow, as of a tiny model.
     """
     from common.run.metrics import read_metrics  # here: it imports torch, which takes seconds
 
@@ -112,7 +111,7 @@ def _sft_checks(history: list[dict], _: dict) -> list[Check]:
 def _dpo_checks(history: list[dict], run_config: dict) -> list[Check]:
     from common.step.losses import LOSSES, check_first_step  # here: it imports torch, which takes seconds
 
-    config, step_1 = SimpleNamespace(**run_config["config"]), history[0]
+    config, step_1 = DPOConfig(**run_config["config"]), history[0]
     loss = LOSSES[config.loss_type]
     window, first, last, seen = _both_ends(history)
     is_logistic = loss.first_step_tolerance is not None

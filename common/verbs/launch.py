@@ -8,11 +8,10 @@ import ctypes
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
@@ -48,21 +47,20 @@ def split_number(words: list[str], default: int | None = None) -> tuple[int, lis
 
 def start(command: list[str], **options) -> subprocess.Popen:
     """Starts a command that gets SIGTERM if this process dies, in a session of its own, where no Ctrl-C reaches it."""
-    parent = os.getpid()
-
-    def follow_parent() -> None:
-        PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the line above
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    options |= dict(stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=follow_parent)
-    return subprocess.Popen(command, **options)
+    options |= dict(stdin=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(command, preexec_fn=lambda: PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM), **options)
 
 
 def start_run(words: list[str]) -> subprocess.Popen:
     """Starts `bash run.sh WORDS`, with WORDS = sft|dpo [N] [flags]; stdout gives the text of stdout and stderr."""
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
     return start([sys.executable, "-P", "-m", "common.verbs.launch", *words], **pipe)
+
+
+def lines_of(run: subprocess.Popen) -> Iterator[str]:
+    """What start_run's process prints, line by line, until it ends."""
+    assert run.stdout is not None
+    yield from run.stdout
 
 
 def on_request_to_stop(answer: Callable[[int], object]) -> None:
@@ -73,10 +71,10 @@ def on_request_to_stop(answer: Callable[[int], object]) -> None:
 
 
 def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> int:
-    """Runs `command` as num_ranks ranks until all have ended.
+    """Runs `command` as num_ranks ranks until all have ended; those that hang once another has failed are killed.
 
-    Returns the exit code of the rank that failed first, 128 + signal if a signal ended it. Of several at once it is the
-    highest: a rank whose peer has gone exits with 1. A rank that hangs once another has failed is killed.
+    Returns the exit code of the rank that failed first, 128 + signal if a signal ended it; of several at once the
+    highest: a rank whose peer has gone exits with 1.
     """
     requests: list[int] = []
     on_request_to_stop(requests.append)
@@ -112,11 +110,7 @@ def main(method: str, *words: str) -> int:
     num_ranks, flags = split_number([*words])
     sys.argv = [f"train_{method}.py", *flags]
     parse_config(SFTConfig if method == "sft" else DPOConfig)  # tells a mistake, answers --help, before any import
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = os.environ | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment["PYTHONSAFEPATH"] = "1"  # no module of the folder where the user stands comes before the project's
     environment["PYTHONPATH"] = f"{REPO}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
     environment["PLAINTUNE_RUN_SH"] = "1"  # tells the ranks that a stop waits for their checkpoint

@@ -19,7 +19,7 @@ from threading import Thread
 
 from common.failures import UserError, one_line, print_line
 from common.verbs.judge import ADVICE, Check, format_table, judge_answers, judge_run
-from common.verbs.launch import exit_with, on_request_to_stop, split_number, start_run, visible_gpus
+from common.verbs.launch import exit_with, lines_of, on_request_to_stop, split_number, start_run, visible_gpus
 from common.verbs.sanity_data import Question, read_answer, read_held_out, write_data, write_model
 
 SEED = 42
@@ -68,9 +68,8 @@ def sanity_of_embedded_default() -> int:
         verdict[method] = judge_run(OUTPUT / method, exit_code, output, SLOW_STEP_FLOOR)
         if exit_code:
             break
-        seen = "yes"
         try:
-            answers[method] = ask(OUTPUT / method, questions)
+            answers[method], seen = ask(OUTPUT / method, questions), "yes"
         except (OSError, ValueError, RuntimeError) as e:
             seen = one_line(e)
         verdict[method].append(Check("exported model loads", "by from_pretrained, every weight", seen, seen == "yes"))
@@ -88,11 +87,9 @@ def sanity_of_recipe(method: str, words: list[str]) -> int:
     started = time.perf_counter()
     num_ranks, flags = split_number(words, default=1)
     output_dir = Path(f"output/sanity-{method}")
-    if any(flag.replace("-", "_").startswith("__output_dir") for flag in flags):
-        raise UserError(f"--output_dir: sanity {method} writes to {output_dir}, which it wipes; leave it out")
     shutil.rmtree(output_dir, ignore_errors=True)
     output_dir.mkdir(parents=True)
-    first_steps = ["--stop_after_steps", "100", "--logging_steps", "1"]  # the user's own flags come later and win
+    first_steps = ["--stop_after_steps", "100", "--logging_steps", "1"]  # a flag that comes twice: the last one wins
     words = [method, str(num_ranks), *first_steps, *flags, "--output_dir", str(output_dir)]
     exit_code, output = train(words, output_dir / "sanity.log")
     if exit_code == UserError.EXIT_CODE:  # it has said what was wrong
@@ -102,15 +99,12 @@ def sanity_of_recipe(method: str, words: list[str]) -> int:
 
 
 def train(words: list[str], log: Path, every: float = 0.0) -> tuple[int, str]:
-    """Runs `bash run.sh WORDS`; returns its exit code and all that it printed, which goes to `log` too.
-
-    A request to stop is passed on to it. every: as of is_shown.
-    """
+    """Runs `bash run.sh WORDS`; returns its exit code and all that it printed, which `log` gets. every: of is_shown."""
     print_line(f"\n== {words[0].upper()} (everything it prints: {log})")
     run, lines = start_run(words), []
     on_request_to_stop(lambda number: run.send_signal(number) if run.poll() is None else sys.exit(128 + number))
     with open(log, "w", encoding="utf-8") as file:
-        for line in run.stdout:
+        for line in lines_of(run):
             lines.append(line)
             file.write(line)
             if is_shown(line, every):
@@ -128,10 +122,7 @@ def is_shown(line: str, every: float) -> bool:
 
 
 def ask(folder: Path, questions: list[Question]) -> list[str]:
-    """The greedy answer to each question of an exported model, through plain transformers.
-
-    Raises what from_pretrained raises, and ValueError if weights are missing or left over.
-    """
+    """An exported model's greedy answer to each question. Raises ValueError if weights are missing or left over."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -143,14 +134,11 @@ def ask(folder: Path, questions: list[Question]) -> list[str]:
     if any(report.values()):
         raise ValueError(f"weights do not fit: {report}")
     chats = [[{"role": "user", "content": question.prompt}] for question in questions]
-    prompts = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
-    )
-    ids, mask = prompts["input_ids"], prompts["attention_mask"]
-    outputs = model.generate(
-        ids, attention_mask=mask, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.pad_token_id
-    )
-    return tokenizer.batch_decode(outputs[:, ids.shape[1] :], skip_special_tokens=True)
+    form = dict(padding=True, return_dict=True, return_tensors="pt")
+    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **form)
+    end = dict(max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.pad_token_id)
+    outputs = model.generate(**prompts, do_sample=False, **end)
+    return tokenizer.batch_decode(outputs[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def score(questions: list[Question], texts: list[str]) -> tuple[float, float]:
@@ -171,10 +159,7 @@ def show_examples(questions: list[Question], answers: dict[str, list[str]]) -> N
 
 
 def conclude(verdict: dict[str, list[Check]], path: Path, seconds: float, exit_code: int) -> int:
-    """Prints the verdict, writes it to path as JSON, returns sanity's exit code.
-
-    verdict: checks by part. exit_code: of the last run, and sanity's own if that run was stopped on request.
-    """
+    """Prints the verdict (checks by part), writes it to path as JSON; sanity's exit code from that of the last run."""
     records = []
     for part, checks in verdict.items():
         print_line(f"\n== Verdict: {part.upper()}\n{format_table(checks)}")

@@ -1,13 +1,11 @@
 """The embedded default: a tiny model, its tokenizer and its data, generated from one seed.
 
-Nothing is downloaded. The tasks have checkable answers over the letters a to z (`reverse qfza` -> `azfq`), and every
-right answer can be given in two styles: `answer: azfq` (the CHOSEN one) or `azfq.` (the OTHER).
-
-Half of the SFT answers are in each style. The prompt's wording decides which, seven times out of ten: `please reverse
-qfza` is mostly answered in the chosen style, `reverse qfza` in the other. Were it a coin flip, greedy decoding would
-always take the style that is a hair more likely. The three in ten that go the other way teach both styles for both
-wordings, so that DPO has a preference to change rather than a new kind of answer to invent. In every preference pair
-both answers are right, and the chosen one is in the chosen style, whatever the wording.
+The tasks have checkable answers over the letters a to z (`reverse qfza` -> `azfq`), in two styles: `answer: azfq` (the
+CHOSEN one) or `azfq.` (the OTHER). Half of the SFT answers are in each. The prompt's wording decides which, seven times
+out of ten: `please reverse qfza` is mostly answered in the chosen style, `reverse qfza` in the other. (Of a coin flip,
+greedy decoding would always take the style that is a hair more likely.) The other three teach both styles for both
+wordings, for DPO to choose from. In every preference pair both answers are right, and the chosen one is in the chosen
+style.
 """
 
 import json
@@ -32,7 +30,11 @@ STYLE_FOLLOWS_WORDING = 0.7  # how often an SFT answer is in the style that its 
 EOS_TOKEN = "<|end_of_text|>"
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>"]
 HIDDEN, MLP, LAYERS = 128, 384, 2
-ATTENTION = {"q_proj": (HIDDEN, HIDDEN), "k_proj": (64, HIDDEN), "v_proj": (64, HIDDEN), "o_proj": (HIDDEN, HIDDEN)}
+LAYER: dict[str, tuple[int, ...]] = {  # shapes of a layer's weights
+    **{f"self_attn.{name}_proj": (64 if name in "kv" else HIDDEN, HIDDEN) for name in "qkvo"},
+    **{f"mlp.{name}_proj": (MLP, HIDDEN) for name in ("gate", "up")},
+    **{"mlp.down_proj": (HIDDEN, MLP), "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,)},
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,8 @@ def read_answer(text: str) -> tuple[str | None, bool]:
 
 def make_questions(num_questions: int, rng: random.Random) -> list[Question]:
     """Questions that differ in more than their wording; tasks in turn, the rest uniform."""
-    tasks, questions = list(TASKS), {}
+    tasks = list(TASKS)
+    questions: dict[tuple[str, str], Question] = {}
     while len(questions) < num_questions:
         task = tasks[len(questions) % len(tasks)]
         letters = "".join(rng.choices(LETTERS, k=rng.randint(3, 4)))
@@ -80,7 +83,7 @@ def write_data(folder: Path, seed: int, num_sft: int, num_preferences: int, num_
     """Writes sft.jsonl, preferences.jsonl and held_out.jsonl; no prompt occurs twice in all three."""
     rng = random.Random(seed)
     questions = make_questions(num_sft + num_preferences + num_held_out, rng)
-    rows = {"sft": [], "preferences": [], "held_out": []}
+    rows: dict[str, list[dict]] = {"sft": [], "preferences": [], "held_out": []}
     for i, question in enumerate(questions):
         chosen, other = (conversation(question, style) for style in (CHOSEN_STYLE, OTHER_STYLE))
         if i < num_sft:
@@ -92,8 +95,7 @@ def write_data(folder: Path, seed: int, num_sft: int, num_preferences: int, num_
             rows["held_out"].append(asdict(question))
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in rows.items():
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def read_held_out(folder: Path) -> list[Question]:
@@ -114,28 +116,20 @@ def make_tokenizer() -> Tokenizer:
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """Writes a Llama of 0.5M random float32 parameters and its tokenizer as a Hugging Face folder.
-
-    Without torch and transformers, whose import takes longer than all of this.
-    """
+    """Writes a Llama of 0.5M random float32 parameters and its tokenizer, without torch's and transformers' import."""
     tokenizer = make_tokenizer()
     vocabulary = tokenizer.get_vocab_size()
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama", dtype="float32", tie_word_embeddings=False)
     config |= dict(hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=4)
-    config |= dict(num_key_value_heads=2, max_position_embeddings=128, vocab_size=vocabulary)
-    config |= dict(bos_token_id=None, eos_token_id=tokenizer.token_to_id(EOS_TOKEN))
+    config |= dict(num_key_value_heads=2, max_position_embeddings=128, vocab_size=vocabulary, bos_token_id=None)
+    config["eos_token_id"] = tokenizer.token_to_id(EOS_TOKEN)
     shapes = {"model.embed_tokens": (vocabulary, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (vocabulary, HIDDEN)}
-    for i in range(LAYERS):
-        layer = f"model.layers.{i}"
-        shapes |= {f"{layer}.self_attn.{name}": shape for name, shape in ATTENTION.items()}
-        shapes |= {f"{layer}.mlp.{name}": (MLP, HIDDEN) for name in ("gate_proj", "up_proj")}
-        shapes |= {f"{layer}.mlp.down_proj": (HIDDEN, MLP), f"{layer}.input_layernorm": (HIDDEN,)}
-        shapes[f"{layer}.post_attention_layernorm"] = (HIDDEN,)
+    shapes |= {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in LAYER.items()}
     rng = np.random.RandomState(seed)
-    weights = {  # in the order of their names; norms are ones
-        f"{name}.weight": (rng.normal(0.0, 0.02, shape) if len(shape) == 2 else np.ones(shape)).astype(np.float32)
-        for name, shape in sorted(shapes.items())
-    }
+    weights: dict[str, np.ndarray] = {}  # in the order of their names; norms are ones
+    for name, shape in sorted(shapes.items()):
+        weight = rng.normal(0.0, 0.02, shape) if len(shape) == 2 else np.ones(shape)
+        weights[f"{name}.weight"] = weight.astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -7,11 +7,10 @@ checkpoints/step_00000500/
     manifest.json                 size and digest of each file above, shape of each parameter, world size
     COMPLETE                      the manifest's digest
 
-ZeRO-3 gives rank r of n the elements [r k, (r + 1) k) of a flattened parameter, k = ceil(numel / n). A file therefore
-says by its name alone which elements it holds, and another number of ranks reads the overlapping parts. The model's own
-weights are the master weights rounded to its dtype, so they are not stored: 12 bytes a parameter. DeepSpeed's own
-formats are not used: they take a second copy on disk and a conversion for another number of ranks, they are unpickled,
-and nothing says whether one is whole. Shards go through its documented safe_get_local_* and safe_set_local_*.
+ZeRO-3 gives rank r of n the elements [r k, (r + 1) k) of a flattened parameter, k = ceil(numel / n): a file's name says
+which elements it holds, and another number of ranks reads the overlapping parts. The model's own weights are the master
+weights rounded to its dtype, so they are not stored: 12 bytes a parameter. DeepSpeed's own formats are not used: they
+take a second copy on disk and a conversion for another number of ranks, and nothing says whether one is whole.
 
 A checkpoint is written to `.step_X.tmp`, every file and folder flushed to disk, and renamed; it is deleted by renaming
 it to `.step_X.old` first. Whatever a crash leaves behind begins with a dot and is removed by the next run. Else only
@@ -19,13 +18,13 @@ keep_last_n and `--resume never` delete checkpoints: one that a run could not re
 to `damaged_step_X` or `abandoned_step_X`, and never looks at again.
 """
 
+import functools
 import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -47,6 +46,7 @@ from common.zero import residency
 FOLDER = re.compile(r"step_(\d{8,})")
 SHARD_FILE_BYTES = 2**29  # of a file, about; a rank holds three of them in memory while it saves
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+Parameters = dict[str, torch.nn.Parameter]  # by name, under ZeRO-3
 
 
 @dataclass
@@ -71,7 +71,7 @@ class RunState:
 
 
 # ---------------------------------------------------------------------- writing
-def require_disk_space(parameters: dict[str, torch.nn.Parameter], output_dir: str, num_checkpoints: int) -> None:
+def require_disk_space(parameters: Parameters, output_dir: str, num_checkpoints: int) -> None:
     """Raises UserError if num_checkpoints checkpoints and the exported model do not fit where output_dir is.
 
     What its checkpoints take already counts as free, for new ones replace them; what was set aside does not.
@@ -81,16 +81,12 @@ def require_disk_space(parameters: dict[str, torch.nn.Parameter], output_dir: st
     replaced = [file for folder in _all(output_dir) for file in folder.rglob("*") if file.is_file()]
     free = shutil.disk_usage(output_dir).free + sum(file.stat().st_size for file in replaced)
     if needed > free:
-        raise UserError(
-            f"--output_dir {output_dir} needs {needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and the model, "
-            f"{free / 1e9:,.1f} GB are free; free some, or lower --keep_last_n_checkpoints"
-        )
+        sizes = f"{needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and the model, {free / 1e9:,.1f} GB are free"
+        raise UserError(f"--output_dir {output_dir} needs {sizes}; free some, or lower --keep_last_n_checkpoints")
 
 
-def save(
-    parameters: dict[str, torch.nn.Parameter], state: RunState, output_dir: str, keep_last_n: int, ranks: Ranks
-) -> Path:
-    """Writes the checkpoint of `state.step`, then deletes all but the newest keep_last_n, and returns its folder.
+def save(parameters: Parameters, state: RunState, output_dir: str, keep_last_n: int, ranks: Ranks) -> Path:
+    """Writes the checkpoint of `state.step`, says so, deletes all but the newest keep_last_n, and returns its folder.
 
     Collective. Where any rank cannot write, every rank raises its OSError, and older checkpoints are intact.
     """
@@ -118,36 +114,35 @@ def save(
     ranks.once(prepare)
     shards = ranks.gather(lambda: _write_shard(parameters, temporary, ranks))
     ranks.once(lambda: publish(shards))
+    ranks.say(f"checkpoint {path}")
     return path
 
 
-def _write_shard(parameters: dict[str, torch.nn.Parameter], folder: Path, ranks: Ranks) -> dict:
+def _write_shard(parameters: Parameters, folder: Path, ranks: Ranks) -> dict[str, dict]:
     """This rank's shard, in files of about SHARD_FILE_BYTES; their manifest entries by file name.
 
     Two files are on their way to the disk while the next one is copied from the device.
     """
-    tensors, size, written = {}, 0, {}
+    tensors: dict[str, torch.Tensor] = {}
+    written: dict[str, Future] = {}
     with ThreadPoolExecutor(2) as pool:
-
-        def flush() -> None:
-            for future in list(written.values())[:-1]:
-                future.result()
-            file = f"rank_{ranks.rank:05d}_of_{ranks.world_size:05d}.part_{len(written):03d}.safetensors"
-            written[file] = pool.submit(lambda full: write_file(folder / file, [safetensors.torch.save(full)]), tensors)
-
-        for name, param in parameters.items():
+        for i, (name, param) in enumerate(parameters.items(), start=1):
             start, end = shard_range(param.ds_numel, ranks.rank, ranks.world_size)
             for kind in KINDS:
                 is_master = kind == "master"
                 local = safe_get_local_fp32_param(param) if is_master else safe_get_local_optimizer_state(param, kind)
                 tensors[f"{kind}/{name}"] = local[: end - start].detach().to("cpu", copy=True)
-            size += 12 * (end - start)
-            if size >= SHARD_FILE_BYTES:
-                flush()
-                tensors, size = {}, 0
-        if tensors or not written:
-            flush()
+            if i == len(parameters) or sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_FILE_BYTES:
+                for future in [*written.values()][:-1]:
+                    future.result()
+                file = f"rank_{ranks.rank:05d}_of_{ranks.world_size:05d}.part_{len(written):03d}.safetensors"
+                written[file] = pool.submit(_write_tensors, folder / file, tensors)
+                tensors = {}
         return {file: future.result() for file, future in written.items()}
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict:
+    return write_file(path, [safetensors.torch.save(tensors)])
 
 
 def shard_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -195,7 +190,7 @@ def clear_after(output_dir: str, step: int, resume: str) -> None:
         name = f"{'damaged' if resume == 'auto' else 'abandoned'}_{path.name}"
         numbered = (path.with_name(f"{name}_{i}" if i > 1 else name) for i in itertools.count(1))
         aside = next(free for free in numbered if not free.exists())
-        print_line(f"{path} is now {aside.name}: this run continues after step {step}; delete it if nobody needs it")
+        print_line(f"{path} is now {aside.name}: this run continues after step {step}")
         os.rename(path, aside)
     for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -204,8 +199,8 @@ def clear_after(output_dir: str, step: int, resume: str) -> None:
 def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
     """The newest whole checkpoint, or the one that `resume` names; None to start from the beginning. Collective.
 
-    A torn or edited checkpoint is named and passed over. Raises UserError if there are checkpoints and none is whole,
-    for all ranks, and for one that was asked for by path and is not whole, or not of this folder.
+    A torn or edited checkpoint is named and passed over. Raises UserError if there are checkpoints and none is
+    whole for all ranks, and for one that was asked for by path and is not whole, or not of this folder.
     """
     if resume == "never":
         return None
@@ -223,10 +218,8 @@ def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
             raise UserError(f"--resume {resume}: {fault}")
         ranks.say(f"checkpoint {path} is not whole, passing it over: {fault}")
     if paths:
-        raise UserError(
-            f"--output_dir {output_dir}: none of its {len(paths)} checkpoints is whole; {path.name}: {fault}; mend "
-            f"them, or use --resume never to start over"
-        )
+        advice = f"{path.name}: {fault}; mend them, or use --resume never to start over"
+        raise UserError(f"--output_dir {output_dir}: none of its {len(paths)} checkpoints is whole; {advice}")
     return None
 
 
@@ -238,15 +231,13 @@ def _fault(path: Path, ranks: Ranks) -> str | None:
     try:
         with naming(path):
             manifest = (path / "manifest.json").read_bytes()
-            if (path / "COMPLETE").read_text() != digest(manifest):
+            if (path / "COMPLETE").read_bytes() != digest(manifest).encode():
                 return "manifest.json is not the one that COMPLETE names"
             for file, entry in sorted(json.loads(manifest)["files"].items())[ranks.rank :: ranks.world_size]:
                 if (path / file).stat().st_size != entry["size"] or file_digest(path / file) != entry["digest"]:
                     return f"{file} has been changed"
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as e:
+    except FileNotFoundError as e:
         return f"{Path(e.filename).name}: {e.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json or COMPLETE is not of this project"
     return None
 
 
@@ -260,14 +251,20 @@ def read_state(path: Path) -> RunState:
     return state
 
 
-def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, step: int, ranks: Ranks) -> None:
+def load(engine, parameters: Parameters, path: Path, step: int, ranks: Ranks) -> None:
     """Puts a verified checkpoint's master weights, moments and step into an engine of any world size. Collective."""
     manifest = json.loads((path / "manifest.json").read_text())
     if manifest["parameters"] != {name: list(p.ds_shape) for name, p in parameters.items()}:
         raise UserError(f"checkpoint {path} holds another model's parameters")
     residency.set_state(engine, step)
     writers = manifest["world_size"]
-    opened: dict[int, dict] = {}  # writer rank -> tensor name -> open file
+
+    @functools.cache
+    def open_shard(writer: int) -> dict:
+        """The open files of a rank's shard, by the names of the tensors in them."""
+        names = [file for file in sorted(manifest["files"]) if file.startswith(f"rank_{writer:05d}_")]
+        return {name: file for file in (safe_open(path / name, "pt") for name in names) for name in file.keys()}  # noqa: SIM118
+
     for name, param in parameters.items():
         start, end = shard_range(param.ds_numel, ranks.rank, ranks.world_size)
         for kind in KINDS:
@@ -276,18 +273,11 @@ def load(engine, parameters: dict[str, torch.nn.Parameter], path: Path, step: in
                 their_start, their_end = shard_range(param.ds_numel, writer, writers)
                 first, last = max(start, their_start), min(end, their_end)
                 if first < last:
-                    if writer not in opened:
-                        opened[writer] = _open_shard(path, manifest["files"], writer)
-                    source = opened[writer][f"{kind}/{name}"].get_slice(f"{kind}/{name}")
+                    source = open_shard(writer)[f"{kind}/{name}"].get_slice(f"{kind}/{name}")
                     local[first - start : last - start] = source[first - their_start : last - their_start]
             if kind == "master":
                 safe_set_local_fp32_param(param, local)
             else:
                 safe_set_local_optimizer_state(param, local, kind)
     residency.round_master_weights(engine)
-
-
-def _open_shard(path: Path, files: Iterable[str], writer: int) -> dict:
-    """The open files of a rank's shard, by the names of the tensors in them."""
-    opened = [safe_open(path / file, "pt") for file in sorted(files) if file.startswith(f"rank_{writer:05d}_")]
-    return {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+    ranks.say(f"resuming after step {step} from {path}")

@@ -88,6 +88,4 @@ def out_of_memory_explained(when: str, budget: int, longest: int):
             flags = [f"--max_tokens_per_micro_batch {smaller}"] if smaller < size.tokens else []
             flags += ["--gradient_checkpointing full"] if torch.is_grad_enabled() else []
             advice = ", ".join([*flags, "a lower --max_seq_length, or more devices"])
-        stopped = TrainingStopped(f"{when}: out of memory{what}. Try {advice}")
-        stopped.told_here = True  # the other ranks do not know of it
-        raise stopped from e
+        raise TrainingStopped(f"{when}: out of memory{what}. Try {advice}") from e
