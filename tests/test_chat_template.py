@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data.chat_template import Dropped, resolve_template
+from common.data.conversations import Conversation
 from common.failures import UserError
 
 TOKENIZER = tiny_tokenizer.tiny_tokenizer()
@@ -24,8 +25,12 @@ def templates(tmp_path_factory):
     return {"TULU": resolve_template("tulu", TOKENIZER), **own}
 
 
-def trained(template, messages) -> list[str]:
-    text, spans = template.render(messages)
+def rendered(template, messages, only_last=False, **more):
+    return template.render(Conversation(messages, [True] * len(messages), **more), only_last)
+
+
+def trained(template, messages, **more) -> list[str]:
+    text, spans, _ = rendered(template, messages, **more)
     return [text[start:end] for start, end in spans]
 
 
@@ -62,9 +67,7 @@ def qwen3(messages):
             continue
         is_last = i > last_user and i == len(messages) - 1
         answer = message["content"].split("</think>")[-1].lstrip("\n") + "<|im_end|>"
-        # What the model has to write after the generation prompt. Where none can be rendered before this message (it
-        # is the first, or the one before it is the assistant's too), all that precedes the content is its header.
-        yield ("<think>\n\n</think>\n\n" if is_last else ""), i > 0 and messages[i - 1]["role"] != "assistant"
+        yield ("<think>\n\n</think>\n\n" if is_last else ""), True  # the model has to write it, after its header
         yield answer, True
         yield "\n", False
 
@@ -149,11 +152,11 @@ def test_trained_text_is_every_assistant_content_and_what_closes_it(templates, n
     if name == "MISTRAL":
         for i, message in enumerate(messages):
             message["role"] = "assistant" if i % 2 else "user"
-    text, spans = templates[name].render(messages)
+    text, spans, _ = rendered(templates[name], messages)
     assert (text, spans) == reference(name, messages)
     assert text == TOKENIZER.apply_chat_template(messages, chat_template=templates[name].jinja, tokenize=False)
     if any(message["role"] == "assistant" for message in messages):
-        assert templates[name].render(messages, only_last=True) == (text, spans[-1:])
+        assert rendered(templates[name], messages, only_last=True)[:2] == (text, spans[-1:])
 
 
 def test_what_a_template_adds_to_a_turn_after_its_content_is_trained(tmp_path_factory):
@@ -194,7 +197,7 @@ def test_an_exported_tokenizer_renders_what_was_trained(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     exported = AutoTokenizer.from_pretrained(tmp_path)
     messages = [USER, ANSWER, USER, ANSWER]
-    assert exported.apply_chat_template(messages, tokenize=False) == template.render(messages)[0]
+    assert exported.apply_chat_template(messages, tokenize=False) == rendered(template, messages).text
     assert resolve_template("tokenizer", exported).digest == template.digest
 
 
@@ -205,12 +208,12 @@ def test_roles_that_are_not_shown_are_told(templates):
 
 def test_a_templates_own_refusal_is_told_from_its_failure(templates, tmp_path_factory):
     with pytest.raises(Dropped, match=r"refused by the chat template: .*alternate"):
-        templates["MISTRAL"].render([USER, USER])
+        rendered(templates["MISTRAL"], [USER, USER])
     failing = template_of(
         tmp_path_factory, "{% if messages|length > 2 %}{{ 1 / 0 }}{% endif %}" + tiny_tokenizer.CHATML
     )
-    with pytest.raises(UserError, match="ZeroDivisionError"):
-        failing.render([USER, ANSWER, USER])
+    with pytest.raises(Dropped, match="ZeroDivisionError"):
+        rendered(failing, [USER, ANSWER, USER])
 
 
 @pytest.mark.parametrize(
@@ -250,5 +253,5 @@ def test_a_turn_that_cannot_be_told_from_the_rest_is_refused(tmp_path_factory):
 {%- if not loop.last %}{{ messages|length }}{% endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<assistant>' }}{% endif %}""",
     )
-    with pytest.raises(UserError, match="message 2"):
-        changing.render([USER, {"role": "assistant", "content": "a long answer"}, USER, ANSWER])
+    with pytest.raises(Dropped, match="cannot be told"):
+        rendered(changing, [USER, {"role": "assistant", "content": "a long answer"}, USER, ANSWER])
