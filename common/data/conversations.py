@@ -14,3 +14,7 @@ class Conversation(NamedTuple):
     trained: list[bool]
     tools: list | None = None
     variables: dict = {}  # noqa: RUF012  (never changed)
+
+
+class Dropped(Exception):
+    """A well-formed row that holds nothing to train on; its text is the reason it is counted under."""
