@@ -182,10 +182,12 @@ def test_what_a_template_adds_to_a_turn_after_its_content_is_trained(tmp_path_fa
     assert trained(seldom, [USER, ANSWER, call]) == ["so.<|im_end|>", called]
 
 
-def test_a_template_that_fails_on_the_marker_only_still_serves(tmp_path_factory):
+def test_a_row_whose_text_changes_with_any_mark_is_dropped(tmp_path_factory):
     refusal = "{% if messages|length == 4 and messages[1].content != 'so.' %}{{ raise_exception('so!') }}{% endif %}"
     picky = template_of(tmp_path_factory, tiny_tokenizer.CHATML + refusal)
-    assert trained(picky, [USER, ANSWER, USER, ANSWER]) == ["so.<|im_end|>"] * 2
+    with pytest.raises(Dropped, match="cannot be told"):
+        rendered(picky, [USER, ANSWER, USER, ANSWER])
+    assert trained(picky, [USER, ANSWER]) == ["so.<|im_end|>"]
 
 
 def test_an_exported_tokenizer_renders_what_was_trained(tmp_path):

@@ -10,12 +10,13 @@ that of `messages[:i]` ends; else after the header of other answers. It ends wit
 a special token; else where `messages[:i + 1]` ends. A row for which none of that holds is dropped.
 """
 
+import copy
 import hashlib
 import json
 import re
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -43,6 +44,7 @@ MARK = re.compile(f"([{BEGIN}{END}])([0-9]+){STOP}")
 MARKER = BEGIN + END  # stands for a whole content
 QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
 MARKED_ANSWER = {"role": "assistant", "content": MARKER}
+TOOL = {"type": "function", "function": {"name": "look", "description": "looks", "parameters": {}}}
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # where transformers takes a message's reasoning from
 RENDER_SECONDS, RENDER_BYTES = 20.0, 2 * 2**30  # that the rendering of one row may take
 
@@ -88,7 +90,7 @@ class ChatTemplate:
         self._frames: dict[str, Frame] = {}
         with as_user_error(f"chat template {name!r} for a question and an answer", Dropped), bounded():
             self.closing = self.frame({}).closing
-            self._shows_tools = self.attempt([QUESTION], tools=[_tool({})]) != self.attempt([QUESTION])
+            self._shows_tools = self.attempt([QUESTION], tools=[TOOL]) != self.attempt([QUESTION])
             self._arguments_as = self._form_of_arguments()
 
     def apply(self, messages: list[dict], add_generation_prompt: bool = False, **options) -> str:
@@ -157,27 +159,28 @@ class ChatTemplate:
         return self._frames[key]
 
     def _with_arguments(self, message: dict) -> dict:
-        """The message, with its calls' arguments as the template wants them. Raises Dropped for text that is no object."""
-
-        def wanted(function: dict) -> dict:
+        """The message, with its calls' arguments as the template wants them. Raises Dropped for bad text."""
+        if not message.get("tool_calls"):
+            return message
+        message = copy.deepcopy(message)
+        for call in message["tool_calls"]:
+            function = call.get("function") or call
             arguments = function.get("arguments")
             if self._arguments_as == "object" and isinstance(arguments, str):
                 with suppress(ValueError):
-                    arguments = json.loads(arguments)
-                if not isinstance(arguments, dict):
+                    function["arguments"] = json.loads(arguments)
+                if not isinstance(function["arguments"], dict):
                     raise Dropped("tool calls whose arguments are no JSON object")
             elif self._arguments_as == "text" and isinstance(arguments, dict):
-                arguments = json.dumps(arguments, ensure_ascii=False)
-            return {**function, "arguments": arguments} if "arguments" in function else function
-
-        return _with_functions(message, wanted)
+                function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+        return message
 
     def _form_of_arguments(self) -> str:
         """As what the template shows a call's arguments well: "object", "text", or "either"."""
         texts = []
         for arguments in ({"key0": "value0"}, '{"key0": "value0"}'):
-            function = {"name": "look", "arguments": arguments}
-            calling = {"role": "assistant", "content": "", "tool_calls": [{**_tool(function), "id": "call00000"}]}
+            call = {"type": "function", "id": "call00000", "function": {"name": "look", "arguments": arguments}}
+            calling = {"role": "assistant", "content": "", "tool_calls": [call]}
             result = {"role": "tool", "name": "look", "tool_call_id": "call00000", "content": "seen"}
             shown = (self.attempt([QUESTION, *rest]) for rest in ([calling], [calling, result, ANSWER]))
             texts.append(next((text for text in shown if text and "value0" in text), ""))
@@ -198,17 +201,6 @@ class ChatTemplate:
             texts = [self.attempt([message, QUESTION]), self.attempt([QUESTION, ANSWER, message])]
             self._shows_role[role] = any(text is None or MARKER in text for text in texts)
         return self._shows_role[role]
-
-
-def _tool(function: dict) -> dict:
-    return {"type": "function", "function": function or {"name": "look", "description": "looks", "parameters": {}}}
-
-
-def _with_functions(message: dict, change: Callable[[dict], dict]) -> dict:
-    """The message, with the name and arguments of each call changed."""
-    calls = message.get("tool_calls") or []
-    calls = [{**call, "function": change(call["function"])} if call.get("function") else change(call) for call in calls]
-    return {**message, "tool_calls": calls} if calls else message
 
 
 @contextmanager
@@ -233,30 +225,37 @@ def bounded() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, limit)
 
 
-def _marked(message: dict, leaves: list[str], has_blank: bool) -> dict:
-    """A copy with marks in its content, its reasoning, and the names and arguments of its calls; the kind of each goes
-    to `leaves`. Marks lie inside a text's outer white space, which templates strip."""
+def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
+    """A copy with marks around its content, reasoning, and the names and arguments of its calls, inside the white space
+    that templates strip. An assistant's are numbered, and their kinds appended to `kinds`; others have number 0.
+    has_blank: whether a blank content has marks too, where there are no calls."""
+    calls, is_assistant = message.get("tool_calls"), message["role"] == "assistant"
 
-    def mark(value, kind: str, even_blank: bool = False):
+    def put(text: str, kind: str, even_blank: bool = False) -> str:
+        content, before = text.strip(), text[: len(text) - len(text.lstrip())]
+        if not content and not even_blank:
+            return text
+        number = len(kinds) if is_assistant else 0
+        kinds.extend([kind] * is_assistant)
+        return f"{before}{BEGIN}{number}{STOP}{content}{END}{number}{STOP}{text[len(before) + len(content) :]}"
+
+    def in_calls(value, is_shown: bool = False):
         if isinstance(value, dict):
-            return {mark(key, kind): mark(item, kind) for key, item in value.items()}
+            items = ((key, in_calls(item, is_shown or key in ("name", "arguments"))) for key, item in value.items())
+            return {put(key, "call") if is_shown else key: item for key, item in items}
         if isinstance(value, list):
-            return [mark(item, kind) for item in value]
-        if not isinstance(value, str) or not (value.strip() or even_blank):
-            return value
-        leaves.append(kind)
-        number, content = f"{len(leaves) - 1}{STOP}", value.strip()
-        before, _, after = value.partition(content) if content else (value, "", "")
-        return f"{before}{BEGIN}{number}{content}{END}{number}{after}"
+            return [in_calls(item, is_shown) for item in value]
+        return put(value, "call") if is_shown and isinstance(value, str) else value
 
-    marked = {k: mark(v, "reasoning") if k in REASONING_KEYS else v for k, v in message.items()}
+    marked = message | {
+        k: put(v, "reasoning") for k, v in message.items() if k in REASONING_KEYS and isinstance(v, str)
+    }
     if isinstance(message.get("content"), str):
-        pieces = re.split("(</?think>)", message["content"])
-        for k in range(0, len(pieces), 2):
-            kind = "reasoning" if pieces[k + 1 : k + 2] == ["</think>"] else "content"
-            pieces[k] = mark(pieces[k], kind, has_blank and not message.get("tool_calls") and k == len(pieces) - 1)
-        marked["content"] = "".join(pieces)
-    return _with_functions(marked, lambda f: f | {k: mark(f[k], "call") for k in ("name", "arguments") if k in f})
+        thought, closing, answer = message["content"].rpartition("</think>")
+        before, opening, thought = thought.rpartition("<think>")
+        answer = put(answer, "content", has_blank and not calls)
+        marked["content"] = f"{before}{opening}{put(thought, 'reasoning')}{closing}{answer}"
+    return {**marked, "tool_calls": in_calls(calls)} if calls else marked
 
 
 def _without_marks(marked: str) -> tuple[str, list[tuple[int, int, bool]]]:
@@ -272,22 +271,22 @@ class _Layout:
     """Where the turns of one conversation lie in its text. notes: Rendered's."""
 
     def __init__(self, template: ChatTemplate, messages: list[dict], text: str, options: dict, frame: Frame):
-        self.template, self.plain, self.text, self.options, self.frame = template, messages, text, options, frame
+        self.template, self.text, self.options, self.frame = template, text, options, frame
         self.notes: list[str] = []
         self.headers = [header for header in (frame.prompt, *frame.headers) if header and header.strip()]
         for every in (True, False):  # else what the assistant's messages show, where they are not blank
-            kinds: list[str] = []
-            owners: list[int] = []
-            self.marked, self.kinds = [], kinds
+            kinds, owners, self.marked = ["other"], [-1], []
             for i, message in enumerate(messages):
-                is_marked = every or message["role"] == "assistant"
-                self.marked.append(_marked(message, self.kinds, every) if is_marked else message)
-                owners += [i] * (len(self.kinds) - len(owners))
+                self.marked.append(
+                    _marked(message, kinds, every) if every or message["role"] == "assistant" else message
+                )
+                owners += [i] * (len(kinds) - len(owners))
             unmarked, self.marks = _without_marks(template.attempt(self.marked, **options) or "")
             if unmarked == text:
                 break
         else:
-            owners, self.marks = [], []
+            raise Dropped("where the messages lie in the template's text cannot be told")
+        self.kinds = kinds
         self.leaves: dict[int, list[int]] = {}  # message -> numbers of its marks
         for leaf, i in enumerate(owners):
             self.leaves.setdefault(i, []).append(leaf)
@@ -307,8 +306,6 @@ class _Layout:
         if not all(shown["call"]):
             self.notes.append("tool calls that the template does not show: turn not trained")
             return []
-        if i not in self.leaves:
-            return [self._unmarked_span(i)]
         if i not in self.runs:
             self.notes.append("assistant turns that the template does not show")
             return []
@@ -336,59 +333,45 @@ class _Layout:
         find = region.rfind if is_begin else region.find  # behind the header only white space, or some of the content
         if prompt and prompt.strip() and prompt in region:
             return begin + find(prompt) + len(prompt)
-        if i > 0 and prompt is not None and (offset := self._offset(i, first - 1, region, True)) is not None:
-            return begin + offset
-        header = next((header for header in self.headers if header in region), "")
-        self.notes.append(f"answers after {header!r}, where the generation prompt is {prompt or ''!r}")
-        if not header and not is_begin:
+        offset = self._offset(i, first - 1, region, True) if prompt is not None else None
+        if offset is None:
+            header = next((header for header in self.headers if header in region), "")
+            self.notes.append(f"answers after {header!r}, where the generation prompt is {prompt or ''!r}")
+            offset = find(header) + len(header) if header else self._offset(i, first - 1, region)
+        if offset is None:
             raise Dropped("where an assistant's turn begins in the template's text cannot be told")
-        return begin + find(header) + len(header) if header else end
+        return begin + offset
 
     def _end(self, i: int, last: int) -> int:
         """Where the turn ends whose last mark is number `last`."""
         (end, _, is_begin), closing = self.marks[last], self.frame.closing
         after = self.text[end : self.marks[last + 1][0] if last + 1 < len(self.marks) else None]
-        if not is_begin and closing and closing in after:
-            return end + after.index(closing) + len(closing)
-        if not is_begin and closing and (special := self.template.special.search(after)):
-            return end + special.end()
-        offset = self._offset(i + 1, last, after)
-        if is_begin or offset is None:
+        special = self.template.special.search(after)
+        offset = after.index(closing) + len(closing) if closing and closing in after else None
+        if offset is None and not (closing and special):
+            offset = self._offset(i + 1, last, after)
+        if offset is None and special:
+            offset = special.end()
+        if offset is None or is_begin:
             raise Dropped("where an assistant's turn ends in the template's text cannot be told")
-        return end + offset
+        return end + (len(after[:offset].rstrip()) if closing else offset)
 
     def _offset(self, num_messages: int, k: int, region: str, is_prompt: bool = False) -> int | None:
         """How much of `region`, the text behind mark k, the first messages render to; None if it begins otherwise.
         Rendered once for each region; numbers in it, and names with digits, do not count."""
         rests, key = self.template.rests, (is_prompt, self.frame, re.sub(r"\w*\d\w*", "0", region))
         if key not in rests or not region.endswith(rests[key] or ""):
-            rests[key] = None
-            text = self.template.attempt(self.marked[:num_messages], is_prompt, **self.options)
+            text = (
+                self.template.attempt(self.marked[:num_messages], is_prompt, **self.options) if num_messages else None
+            )
             printed, marks = _without_marks(text or "")
             tail = printed[marks[-1][0] if marks else 0 :]
-            if not is_prompt:
-                tail = tail.rstrip() if self.frame.closing else tail.removesuffix(self.frame.after_last)
+            tail = tail if is_prompt else tail.removesuffix(self.frame.after_last)
             ends_there = (marks[-1][1:] if marks else ()) == (self.marks[k][1:] if k >= 0 else ())
-            if (
-                text is not None
-                and ends_there
-                and region.startswith(tail)
-                and (tail or is_prompt or not self.frame.closing)
-            ):
-                rests[key] = region[len(tail) :]
+            is_beginning = text is not None and ends_there and region.startswith(tail)
+            rests[key] = region[len(tail) :] if is_beginning else None
         rest = rests[key]
         return None if rest is None else len(region) - len(rest)
-
-    def _unmarked_span(self, i: int) -> tuple[int, int]:
-        """[start, end) of a message without marks: what renders before it, and up to it, must begin the whole text."""
-        begin = self.template.attempt(self.plain[:i], True, **self.options) if i else None
-        until = self.template.attempt(self.plain[: i + 1], **self.options)
-        calls = [(call.get("function") or call).get("name") for call in self.plain[i].get("tool_calls") or []]
-        if begin and until and self.text.startswith(begin) and begin.endswith(self.frame.prompt or ""):
-            end = len(until.removesuffix(self.frame.after_last))
-            if self.text.startswith(until[:end]) and all(name in until[len(begin) :] for name in calls):
-                return len(begin), end
-        raise Dropped("where an assistant's turn lies in the template's text cannot be told")
 
 
 def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
