@@ -251,6 +251,8 @@ def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
     }
     if isinstance(message.get("content"), str):
         thought, closing, answer = message["content"].rpartition("</think>")
+        if not answer.strip():  # no answer after the reasoning: all of it is content
+            thought, closing, answer = "", "", message["content"]
         before, opening, thought = thought.rpartition("<think>")
         answer = put(answer, "content", has_blank and not calls)
         marked["content"] = f"{before}{opening}{put(thought, 'reasoning')}{closing}{answer}"
