@@ -45,15 +45,6 @@ def prepare_tokens(kind: str, config, template: ChatTemplate) -> str:
     Of several processes one builds, the others wait for it. Raises UserError, with file and row, for data that cannot
     be used, and leaves nothing of it in cache_dir; and, once it is built, if more than a tenth of a source is dropped.
     """
-    ds = build_tokens(kind, config, template)
-    if (lost := too_much_dropped(ds)) and not config.allow_dropped:
-        print_line(data_table(ds))
-        raise UserError(lost)
-    return str(ds.folder)
-
-
-def build_tokens(kind: str, config, template: ChatTemplate) -> TokenDataset:
-    """As prepare_tokens, however much is dropped."""
     all_rows = [load_source(parse_source(text)) for text in config.dataset_mixer]
     tokenize = block_tokenizer(kind, config, template)
     root = Path(config.cache_dir) / "tokens"
@@ -65,26 +56,29 @@ def build_tokens(kind: str, config, template: ChatTemplate) -> TokenDataset:
         print_line(f"{warning} ends answers with no token: the model learns no end")
     if ds := _finished(final):
         print_line(f"data: tokenized before, in {final}")
-        return ds
-    with as_user_error(f"cache_dir {config.cache_dir}", OSError):
-        root.mkdir(parents=True, exist_ok=True)
-        (root / ".lock").touch()
-    with locked(root / ".lock", lambda: print_line(f"data: another run is building in {root}; waiting for it")):
-        if not _finished(final):  # it may have been built while this process waited
-            _build(tokenize, all_rows, final)
-    for role, count in tokenize.counts["unrendered_roles"].items():
-        print_line(f"{warning} leaves out messages of role {role!r}: {count:,} of them")
-    return TokenDataset(final)
+    else:
+        with as_user_error(f"cache_dir {config.cache_dir}", OSError):
+            root.mkdir(parents=True, exist_ok=True)
+            (root / ".lock").touch()
+        with locked(root / ".lock", lambda: print_line(f"data: another run is building in {root}; waiting for it")):
+            if not _finished(final):  # it may have been built while this process waited
+                _build(tokenize, all_rows, final)
+        ds = TokenDataset(final)
+        for role, count in tokenize.counts["unrendered_roles"].items():
+            print_line(f"{warning} leaves out messages of role {role!r}: {count:,} of them")
+    if not config.allow_dropped:
+        refuse_if_too_much_is_dropped(ds)
+    return str(final)
 
 
-def too_much_dropped(ds: TokenDataset) -> str | None:
-    """What to say if more than a tenth of a source's rows is dropped."""
+def refuse_if_too_much_is_dropped(ds: TokenDataset) -> None:
+    """Raises UserError, after the table, if more than a tenth of a source's rows is dropped."""
     for source in ds.stats["sources"]:
         if source["rows_dropped"] * 10 > source["rows_used"]:
+            print_line(data_table(ds))
             lost = f"{source['rows_dropped']:,} of {source['rows_used']:,} rows are dropped, more than a tenth"
             reasons = _reasons(ds.stats["dropped"])
-            return f"{source['asked_for']}: {lost} ({reasons}); --allow_dropped true trains on the rest"
-    return None
+            raise UserError(f"{source['asked_for']}: {lost} ({reasons}); --allow_dropped true trains on the rest")
 
 
 def _reasons(dropped: dict[str, int]) -> str:
@@ -242,8 +236,10 @@ class BlockTokenizer:
             self.count("ignored", f"column {column!r}", place)
         if example.tokens is not None:
             return [], partial(tokens.sample_of_ids, self.encoder, **example.tokens)
-        if example.text is not None:
-            return self._whole_text(example.text)
+        if example.text is not None:  # begun as the tokenizer begins a text, with an EOS at its end; trained whole
+            text, bos, eos = example.text, self.encoder.bos, self.template.tokenizer.eos_token
+            text = f"{'' if text.startswith(bos) else bos}{text}{'' if text.endswith(eos) else eos}"
+            return [text], partial(tokens.sft_sample, char_spans=[(0, len(text))])
         self._count_what_is_not_shown(example.conversations[0], place)
         if self.kind == "sft":
             text, spans, notes = self.template.render(example.conversations[0])
@@ -261,14 +257,6 @@ class BlockTokenizer:
             what, _, instance = note.partition(": ")
             self.count("notes", what, f"{place}: {instance}" if instance else place)
         return texts, sample_of
-
-    def _whole_text(self, text: str) -> tuple[list[str], Callable]:
-        """A text as the tokenizer begins one, and with an EOS at its end; trained whole."""
-        if not text.strip():
-            raise Dropped("empty text")
-        bos, eos = self.encoder.bos, self.template.tokenizer.eos_token
-        text = f"{'' if text.startswith(bos) else bos}{text}{'' if text.endswith(eos) else eos}"
-        return [text], partial(tokens.sft_sample, char_spans=[(0, len(text))])
 
     def _count_what_is_not_shown(self, conversation: Conversation, place: str) -> None:
         """Of roles by a rendering; of keys and variables by whether the template's text names them."""

@@ -38,8 +38,8 @@ TULU = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
 
-# A mark is BEGIN or END, a number, STOP: private-use characters, unchanged by strip, split and tojson.
-BEGIN, END, STOP = "\ue0f1", "\ue0f2", "\ue0f3"
+# A mark is BEGIN or END, a number, STOP: signs that no data holds, unchanged by strip, split, tojson and repr.
+BEGIN, END, STOP = "\U000101d0", "\U000101d1", "\U000101d2"
 MARK = re.compile(f"([{BEGIN}{END}])([0-9]+){STOP}")
 MARKER = BEGIN + END  # stands for a whole content
 QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
@@ -82,10 +82,9 @@ class ChatTemplate:
         """Raises UserError if it does not compile, cannot render a question and an answer, or hides the answer."""
         self.name, self.jinja, self.tokenizer = name, jinja, tokenizer
         self.digest = hashlib.sha256(jinja.encode()).hexdigest()
-        self.special = re.compile(
-            "|".join(map(re.escape, sorted(tokenizer.added_tokens_encoder, reverse=True))) or "$^"
-        )
-        self.rests: dict[tuple, str | None] = {}  # of _Layout._offset
+        special = "|".join(map(re.escape, sorted(tokenizer.added_tokens_encoder, reverse=True)))
+        self.special = re.compile(rf"\s*({special or '$^'})")
+        self.rests: dict[tuple, str] = {}  # of _Layout._offset
         self._shows_role: dict[str, bool] = {"user": True, "assistant": True}
         self._frames: dict[str, Frame] = {}
         with as_user_error(f"chat template {name!r} for a question and an answer", Dropped), bounded():
@@ -252,6 +251,8 @@ def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
     }
     if isinstance(message.get("content"), str):
         thought, closing, answer = message["content"].rpartition("</think>")
+        if not answer.strip():  # no answer after the reasoning: all of it is content
+            thought, closing, answer = "", "", message["content"]
         before, opening, thought = thought.rpartition("<think>")
         answer = put(answer, "content", has_blank and not calls)
         marked["content"] = f"{before}{opening}{put(thought, 'reasoning')}{closing}{answer}"
@@ -273,6 +274,7 @@ class _Layout:
     def __init__(self, template: ChatTemplate, messages: list[dict], text: str, options: dict, frame: Frame):
         self.template, self.text, self.options, self.frame = template, text, options, frame
         self.notes: list[str] = []
+        self.failed: set[tuple] = set()
         self.headers = [header for header in (frame.prompt, *frame.headers) if header and header.strip()]
         for every in (True, False):  # else what the assistant's messages show, where they are not blank
             kinds, owners, self.marked = ["other"], [-1], []
@@ -346,11 +348,10 @@ class _Layout:
         """Where the turn ends whose last mark is number `last`."""
         (end, _, is_begin), closing = self.marks[last], self.frame.closing
         after = self.text[end : self.marks[last + 1][0] if last + 1 < len(self.marks) else None]
-        special = self.template.special.search(after)
         offset = after.index(closing) + len(closing) if closing and closing in after else None
-        if offset is None and not (closing and special):
+        if offset is None:
             offset = self._offset(i + 1, last, after)
-        if offset is None and special:
+        if offset is None and (special := self.template.special.match(after)):
             offset = special.end()
         if offset is None or is_begin:
             raise Dropped("where an assistant's turn ends in the template's text cannot be told")
@@ -360,18 +361,22 @@ class _Layout:
         """How much of `region`, the text behind mark k, the first messages render to; None if it begins otherwise.
         Rendered once for each region; numbers in it, and names with digits, do not count."""
         rests, key = self.template.rests, (is_prompt, self.frame, re.sub(r"\w*\d\w*", "0", region))
-        if key not in rests or not region.endswith(rests[key] or ""):
+        if key not in self.failed and not (key in rests and region.endswith(rests[key])):
             text = (
                 self.template.attempt(self.marked[:num_messages], is_prompt, **self.options) if num_messages else None
             )
-            printed, marks = _without_marks(text or "")
+            if text is None:
+                return None
+            printed, marks = _without_marks(text)
             tail = printed[marks[-1][0] if marks else 0 :]
             tail = tail if is_prompt else tail.removesuffix(self.frame.after_last)
-            ends_there = (marks[-1][1:] if marks else ()) == (self.marks[k][1:] if k >= 0 else ())
-            is_beginning = text is not None and ends_there and region.startswith(tail)
-            rests[key] = region[len(tail) :] if is_beginning else None
-        rest = rests[key]
-        return None if rest is None else len(region) - len(rest)
+            if region.startswith(tail) and [m[1:] for m in marks[-1:]] == [
+                m[1:] for m in self.marks[max(k, 0) : k + 1]
+            ]:
+                rests[key] = region[len(tail) :]
+            else:
+                self.failed.add(key)
+        return None if key in self.failed else len(region) - len(rests[key])
 
 
 def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:

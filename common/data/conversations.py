@@ -96,7 +96,9 @@ def sft_example(row: dict, variables: dict) -> Example:
             conversation, notes = _conversation(messages_of(row), row, variables)
             return Example(form, columns + FOR_EVERY_FORM, notes, [conversation])
         if form == "text":
-            return Example(form, columns, [], text=_checked(row["text"], str, "`text`"))
+            if not _checked(row["text"], str, "`text`").strip():
+                raise Dropped("empty text")
+            return Example(form, columns, [], text=row["text"])
         for name in columns:
             _checked(row.get(name, []), list, f"`{name}`")
         return Example(form, columns, [], tokens={name: row.get(name) for name in columns})

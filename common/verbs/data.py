@@ -8,12 +8,13 @@ not trained, why. Exits with 2 where a run would for its data.
 """
 
 import argparse
+import dataclasses
 import os
 
 import numpy as np
 
 from common.config import DPOConfig, SFTConfig, TrainConfig, parse_config
-from common.data.cache import block_tokenizer, build_tokens, too_much_dropped
+from common.data.cache import block_tokenizer, prepare_tokens, refuse_if_too_much_is_dropped
 from common.data.chat_template import ChatTemplate, resolve_template
 from common.data.dataset import TokenDataset
 from common.data.report import data_table, preview, quality_report
@@ -37,7 +38,7 @@ def main(*argv: str) -> int:
         raise UserError(str(error)) from None
     config = parse_config(SFTConfig if method == ("sft",) else DPOConfig, flags)
     template = _template(config)
-    ds = build_tokens(method[0], config, template)
+    ds = TokenDataset(prepare_tokens(method[0], dataclasses.replace(config, allow_dropped=True), template))
     print_line(data_table(ds))
     print_line(quality_report(ds, template.end_ids()))
     for place in own.row:
@@ -45,8 +46,8 @@ def main(*argv: str) -> int:
     if not own.row:
         for i in np.unique(np.linspace(0, len(ds) - 1, max(0, min(own.show, len(ds)))).astype(int)).tolist():
             print_line("\n" + preview(ds, i, template.tokenizer))
-    if (lost := too_much_dropped(ds)) and not config.allow_dropped:
-        raise UserError(lost)
+    if not config.allow_dropped:
+        refuse_if_too_much_is_dropped(ds)
     return 0
 
 
