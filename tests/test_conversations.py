@@ -125,6 +125,7 @@ def test_a_call_is_kept_as_it_is_with_any_content(content, arguments):
     found = sft({"messages": [USER, {**calls, **content}]})
     text = {name: value for name, value in content.items() if value is not None}
     assert found == Conversation([USER, {**calls, **text}], [False, True])
+    assert sft({"messages": [USER, {**calls, "tool_calls": json.dumps(calls["tool_calls"]), **content}]}) == found
     said = {"from": "function_call", "value": json.dumps({"name": "w", "arguments": {"a": 1}})}
     call = {"type": "function", "function": {"name": "w", "arguments": {"a": 1}}}
     assert sft({"conversations": [said]}).messages == [{"role": "assistant", "tool_calls": [call]}]
@@ -191,6 +192,8 @@ LOOK = "\n\nHuman: why?\n\nAssistant: "
         (sft_example, {"prompt": 1, "completion": "x"}, "`prompt`"),
         (sft_example, {"instruction": "x", "output": {"a": 1}}, "`output`"),
         (sft_example, {"text": 3}, "`text`.*int"),
+        (sft_example, {"messages": [{**ANSWER, "tool_calls": "w()"}]}, "tool_calls.*JSON"),
+        (sft_example, {"messages": [{**ANSWER, "tool_calls": ["w"]}]}, "tool_calls.*str"),
         (sft_example, {"messages": [USER, ANSWER], "tools": "w()"}, "tools.*JSON"),
         (sft_example, {"messages": [USER, ANSWER], "tools": [3]}, "tools.*int"),
         (sft_example, {"messages": [USER, ANSWER], "chat_template_kwargs": "[]"}, "chat_template_kwargs.*list"),

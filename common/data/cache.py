@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 import transformers
 
-from common.data import chat_template, conversations, sources, tokens
+from common.data import chat_template, conversations, dataset, sources, tokens
 from common.data.chat_template import ChatTemplate
 from common.data.conversations import Conversation, Dropped, preference_example, sft_example
 from common.data.dataset import FILES, TokenDataset, flattened, json_digest
@@ -66,19 +66,20 @@ def prepare_tokens(kind: str, config, template: ChatTemplate) -> str:
         ds = TokenDataset(final)
         for role, count in tokenize.counts["unrendered_roles"].items():
             print_line(f"{warning} leaves out messages of role {role!r}: {count:,} of them")
-    if not config.allow_dropped:
-        refuse_if_too_much_is_dropped(ds)
+    if (lost := too_much_dropped(ds)) and not config.allow_dropped:
+        print_line(data_table(ds))
+        raise UserError(lost)
     return str(final)
 
 
-def refuse_if_too_much_is_dropped(ds: TokenDataset) -> None:
-    """Raises UserError, after the table, if more than a tenth of a source's rows is dropped."""
+def too_much_dropped(ds: TokenDataset) -> str | None:
+    """What to say if more than a tenth of a source's rows is dropped."""
     for source in ds.stats["sources"]:
         if source["rows_dropped"] * 10 > source["rows_used"]:
-            print_line(data_table(ds))
             lost = f"{source['rows_dropped']:,} of {source['rows_used']:,} rows are dropped, more than a tenth"
             reasons = _reasons(ds.stats["dropped"])
-            raise UserError(f"{source['asked_for']}: {lost} ({reasons}); --allow_dropped true trains on the rest")
+            return f"{source['asked_for']}: {lost} ({reasons}); --allow_dropped true trains on the rest"
+    return None
 
 
 def _reasons(dropped: dict[str, int]) -> str:
@@ -98,13 +99,14 @@ def block_tokenizer(kind: str, config, template: ChatTemplate) -> "BlockTokenize
 def cache_key(tokenize: "BlockTokenizer", all_rows: list[Rows]) -> str:
     """Digest, in hex, of all that the tokens and their rows' names depend on."""
     special_tokens = tokenize.template.tokenizer.special_tokens_map
-    code = [__file__, *(str(module.__file__) for module in (sources, conversations, chat_template, tokens))]
+    modules = (sources, conversations, chat_template, tokens, dataset)
+    code = [__file__, *(str(module.__file__) for module in modules)]
     parts = {
         "kind": tokenize.kind,
         "sources": [rows.identity for rows in all_rows],
         "template": tokenize.template.digest,
         "variables": tokenize.variables,
-        "tokenizer": tokenize.encoder.backend.to_str(),  # max_seq_length is in it
+        "tokenizer": [tokenize.encoder.backend.to_str(), tokenize.encoder.bos],  # max_seq_length is in it
         "special_tokens": {name: str(token) for name, token in special_tokens.items()},
         "code": [file_digest(Path(path)) for path in code],
         "versions": [module.__version__ for module in (np, jinja2, tokenizers, transformers)],

@@ -177,7 +177,7 @@ def _conversation(messages: list[dict], row: dict, variables: dict) -> tuple[Con
     if tools not in NO_CALLS:
         tools = [_parsed(tool, "`tools`") for tool in (tools if isinstance(tools, list) else [tools])]
         tools = [_checked(tool, dict, "each of `tools`") for tool in tools]
-    if "chat_template_kwargs" in row:
+    if row.get("chat_template_kwargs"):
         own = _parsed(row["chat_template_kwargs"], "`chat_template_kwargs`")
         variables = {**variables, **_checked(own, dict, "`chat_template_kwargs`")}
     return Conversation(messages, trained, tools or None, variables), notes
@@ -197,8 +197,10 @@ def _messages(row: dict, column: str, role: str | None = None) -> list[dict]:
             message = {"role": message.pop("from"), "content": message.pop("value", None), **message}
         speaker = _checked(message.get("role"), str, f"the role of {place}")
         message["role"] = ROLES.get(speaker, speaker)
-        if message.get("tool_calls", 0) in NO_CALLS:
-            del message["tool_calls"]
+        calls = _parsed(message.pop("tool_calls", None) or None, f"the tool_calls of {place}")
+        if calls not in NO_CALLS:
+            calls = _checked(calls, list, f"the tool_calls of {place}")
+            message["tool_calls"] = [_checked(call, dict, f"each of the tool_calls of {place}") for call in calls]
         if speaker == "function_call":
             call = _checked(_parsed(message.pop("content", None), "a function_call"), dict, "a function_call")
             message |= {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}

@@ -297,9 +297,8 @@ def _commit_of(name: str, revision: str | None) -> str:
     try:
         return HfApi().dataset_info(name, revision=revision).sha
     except Exception as error:
-        cached = sorted({path.name for path in Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).glob("*/*/*")})
-        if commits := [commit for commit in cached if re.fullmatch(r"[0-9a-f]{40}", commit)]:
-            known = " or ".join(f"{name}@{commit}" for commit in commits)
+        cached = Path(config.HF_DATASETS_CACHE, name.replace("/", "___")).glob("*/*/" + 40 * "[0-9a-f]")
+        if known := " or ".join(sorted({f"{name}@{folder.name}" for folder in cached})):
             raise ValueError(f"{type(error).__name__}; cached here, and read without the hub: {known}") from error
         raise
 

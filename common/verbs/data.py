@@ -14,7 +14,7 @@ import os
 import numpy as np
 
 from common.config import DPOConfig, SFTConfig, TrainConfig, parse_config
-from common.data.cache import block_tokenizer, prepare_tokens, refuse_if_too_much_is_dropped
+from common.data.cache import block_tokenizer, prepare_tokens, too_much_dropped
 from common.data.chat_template import ChatTemplate, resolve_template
 from common.data.dataset import TokenDataset
 from common.data.report import data_table, preview, quality_report
@@ -46,8 +46,8 @@ def main(*argv: str) -> int:
     if not own.row:
         for i in np.unique(np.linspace(0, len(ds) - 1, max(0, min(own.show, len(ds)))).astype(int)).tolist():
             print_line("\n" + preview(ds, i, template.tokenizer))
-    if not config.allow_dropped:
-        refuse_if_too_much_is_dropped(ds)
+    if (lost := too_much_dropped(ds)) and not config.allow_dropped:
+        raise UserError(lost)
     return 0
 
 
