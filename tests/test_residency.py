@@ -11,7 +11,7 @@ from torch import nn
 
 from common import ranks as distributed
 from common.config import SFTConfig
-from common.data.cache import SFTSample
+from common.data.tokens import SFTSample
 from common.failures import UserError
 from common.model import load as model
 from common.model import packed
