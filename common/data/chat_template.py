@@ -251,7 +251,7 @@ def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
     }
     if isinstance(message.get("content"), str):
         thought, closing, answer = message["content"].rpartition("</think>")
-        if not answer.strip() and not has_blank:
+        if not is_assistant or not (answer.strip() or has_blank):
             thought, closing, answer = "", "", message["content"]
         before, opening, thought = thought.rpartition("<think>")
         answer = put(answer, "content", has_blank and not calls)
