@@ -16,6 +16,7 @@ import json
 import re
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -114,7 +115,7 @@ class ChatTemplate:
 
     def render(self, conversation: Conversation, only_last: bool = False) -> Rendered:
         """The text of a conversation, and what of it is trained: a span for each assistant turn that may be and that is
-        shown (two where the template ends it twice); with only_last, at most one, the last turn's. Raises Dropped."""
+        shown; with only_last, of the last turn alone. Raises Dropped."""
         if not conversation.messages:
             return Rendered("", [], [])
         options = {"tools": conversation.tools, **conversation.variables}
@@ -131,7 +132,7 @@ class ChatTemplate:
             spans = [span for i in turns if conversation.trained[i] for span in layout.spans(i)]
         if conversation.tools and not self._shows_tools:
             layout.notes.append("tools that the template does not show")
-        return Rendered(text, [(spans[0][0], spans[-1][1])] if only_last and spans else spans, layout.notes)
+        return Rendered(text, spans, layout.notes)
 
     def frame(self, variables: dict) -> Frame:
         """What is printed around an answer, with these variables of the template. Raises Dropped."""
@@ -204,24 +205,26 @@ class ChatTemplate:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """In it, Python raises TimeoutError after RENDER_SECONDS, and MemoryError where RENDER_BYTES more than now would be
-    mapped: a template is a program of the user's, which may never end. In the main thread only."""
+    """In it, Python raises TimeoutError after RENDER_SECONDS (in the main thread), and MemoryError where RENDER_BYTES
+    more than now would be mapped: a template is a program of the user's, which may never end."""
 
     def stop(*_):
         raise TimeoutError
 
-    limit = resource.getrlimit(resource.RLIMIT_AS)
+    is_main, limit = threading.current_thread() is threading.main_thread(), resource.getrlimit(resource.RLIMIT_AS)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    handler = signal.signal(signal.SIGALRM, stop)
+    handler = signal.signal(signal.SIGALRM, stop) if is_main else None
     try:
-        if limit[0] == resource.RLIM_INFINITY:
+        if is_main and limit[0] == resource.RLIM_INFINITY:
             resource.setrlimit(resource.RLIMIT_AS, (mapped + RENDER_BYTES, limit[1]))
-        signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS, 1)  # and again, should one be swallowed
+        if is_main:
+            signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS, 1)  # and again, should one be swallowed
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        resource.setrlimit(resource.RLIMIT_AS, limit)
+        if is_main:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+            resource.setrlimit(resource.RLIMIT_AS, limit)
 
 
 def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
@@ -316,17 +319,7 @@ class _Layout:
         if not all(shown["content"]):
             self.notes.append("content that the template leaves out")
         first, last = self.runs[i]
-        spans, start, closing = [], self._start(i, first), self.frame.closing
-        for (position, _, is_begin), (next_position, *_) in zip(
-            self.marks[first:last], self.marks[first + 1 :], strict=False
-        ):
-            gap = self.text[position:next_position]
-            if closing and closing in gap and not is_begin:  # an end; is it followed by another beginning?
-                end = gap.index(closing) + len(closing)
-                if begins := [gap.index(header, end) + len(header) for header in self.headers if header in gap[end:]]:
-                    spans.append((start, position + end))
-                    start = position + begins[0]
-        return [*spans, (start, self._end(i, last))]
+        return [(self._start(i, first), self._end(i, last))]
 
     def _start(self, i: int, first: int) -> int:
         """Where the turn begins whose first mark is number `first`."""
@@ -338,8 +331,10 @@ class _Layout:
         offset = self._offset(i, first - 1, region, True) if prompt is not None else None
         if offset is None:
             header = next((header for header in self.headers if header in region), "")
-            self.notes.append(f"answers after {header!r}, where the generation prompt is {prompt or ''!r}")
+            if header or prompt:
+                self.notes.append(f"answers after {header!r}, where the generation prompt is {prompt or ''!r}")
             offset = find(header) + len(header) if header else self._offset(i, first - 1, region)
+        offset = 0 if offset is None and not region.strip() else offset
         if offset is None:
             raise Dropped("where an assistant's turn begins in the template's text cannot be told")
         return begin + offset
