@@ -426,6 +426,19 @@ def test_auto_is_the_tokenizers_own_template_or_tulu_and_a_byte_order_mark_is_no
     assert resolve_template(str(tmp_path / "chat.jinja"), own).digest == resolve_template("tokenizer", own).digest
 
 
+def test_of_two_own_templates_the_one_for_tools_serves_rows_with_tools():
+    """As transformers chooses. The one for tools cannot do without."""
+    needs_tools = "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}" + tiny_tokenizer.CHATML + "\n"
+    own = {"default": "\n" + tiny_tokenizer.LLAMA3, "tool_use": needs_tools}
+    tokenizer = tiny_tokenizer.tiny_tokenizer(chat_template=own)
+    template = resolve_template("auto", tokenizer)
+    for tools in (None, [TOOL]):
+        expected = tokenizer.apply_chat_template([USER, ANSWER], tools=tools, tokenize=False)
+        text, spans, _ = rendered(template, [USER, ANSWER], tools=tools)
+        assert text == expected
+        assert [text[start:end] for start, end in spans] == ["so.<|im_end|>" if tools else "so.<|eot_id|>"]
+
+
 def test_an_exported_tokenizer_renders_what_was_trained(tmp_path):
     from transformers import AutoTokenizer
 
