@@ -43,15 +43,6 @@ def one_line(error: object) -> str:
     return shown(" ".join(str(error).split())[:300])
 
 
-def shown(text: object, most: int = 200) -> str:
-    """What comes from data, as a line for a terminal: characters that do not print (control characters, halves of
-    surrogate pairs, new lines) as escapes, and of more than `most` characters the beginning and the end."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    if len(line) <= most:
-        return line
-    return f"{line[: most // 2]} [{len(line) - most:,} more characters] {line[len(line) - most // 2 :]}"
-
-
 def explained(error: Exception) -> UserError | TrainingStopped | None:
     """What a run says of a library's error and exits with; None for a bug, which keeps its traceback."""
     if isinstance(error, UserError | TrainingStopped):
