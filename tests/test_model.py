@@ -418,6 +418,16 @@ def test_what_could_not_be_exported_after_training_is_refused_before_it(tmp_path
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_tokenizer_that_the_exported_folder_would_overrule_is_refused_before_training(tmp_path):
+    """Alone in its folder it is used as it is; beside a Qwen2's config.json transformers rebuilds it."""
+    models.make_config("qwen2").save_pretrained(tmp_path / "model")
+    tiny_tokenizer.tiny_tokenizer("llama3").save_pretrained(tmp_path / "tokenizer")
+    template = resolve_template("tulu", model.load_tokenizer(str(tmp_path / "tokenizer")))
+    with pytest.raises(UserError, match="read back") as error:
+        export.rehearse_export(model.load_config(str(tmp_path / "model")), template, str(tmp_path / "model"))
+    assert str(tmp_path / "model") in str(error.value) and "\n" not in str(error.value)
+
+
 def test_what_surprises_a_models_user_is_said_and_nothing_else(tmp_path):
     """Each thing alone, then none."""
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import PretrainedConfig
 
 from common.data.chat_template import ChatTemplate
-from common.failures import as_user_error
+from common.failures import UserError, as_user_error
 from common.files import naming, sync_folder
 from common.model.load import SAMPLES, generation_config, load_config, load_tokenizer
 from common.model.packed import PackedModel
@@ -61,13 +61,15 @@ def rehearse_export(config: PretrainedConfig, template: ChatTemplate, source_fol
     what = f"model {source_folder}: its settings and tokenizer cannot be written and read back"
     with tempfile.TemporaryDirectory() as folder, as_user_error(what):
         _write_settings(config, template, source_folder, Path(folder))
-        load_config(folder)
-        tokenizer = load_tokenizer(folder)
+        try:
+            load_config(folder)
+            tokenizer = load_tokenizer(folder)
+        except UserError as error:
+            raise ValueError(str(error)) from error
         for text in SAMPLES:
-            if tokenizer.encode(text) != template.tokenizer.encode(text):
-                raise ValueError(
-                    f"{text!r} becomes {tokenizer.tokenize(text)}, not {template.tokenizer.tokenize(text)}"
-                )
+            before, after = template.tokenizer.tokenize(text), tokenizer.tokenize(text)
+            if before != after:
+                raise ValueError(f"{text!r} becomes {after}, not {before}")
 
 
 def _write_settings(config: PretrainedConfig, template: ChatTemplate, source_folder: str, folder: Path) -> None:

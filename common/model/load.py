@@ -83,7 +83,7 @@ def warnings(template: ChatTemplate, config: PretrainedConfig, longest: int) -> 
         lines.append("it differs from the tokenizer's own, and is exported in its place")
     if bos and tokenizer.encode("a")[0] == tokenizer.bos_token_id and not start.startswith(bos):
         lines.append(f"its texts begin with {start[:20]!r}; the tokenizer puts {bos} in front of other texts")
-    if len(closing) > 1 and not {*tokenizer.convert_tokens_to_ids(closing)} & {*template.end_ids()}:
+    if closing and not {*tokenizer.convert_tokens_to_ids(closing)} & {*template.end_ids()}:
         lines.append(f"it ends answers with {closing}, ordinary tokens, at which generation does not stop")
     if longest > positions:
         lines.append(f"the longest sample has {longest:,} tokens, the model's max_position_embeddings is {positions:,}")
