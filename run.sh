@@ -16,6 +16,7 @@ usage: bash run.sh VERB [...]
   sanity sft|dpo [N] [flags]  the real recipe for 100 steps on N GPUs (default 1), judged; output/sanity-sft or -dpo
   sft|dpo [N] [flags]       the full recipe on N GPUs (default: all; without a GPU: 2 CPU processes)
   push OUTPUT_DIR [flags]   upload a finished run's model to the hub, again if need be (--hub_model_id, --hub_overwrite, ...)
+  data sft|dpo [flags]      what would be trained, and what not, without training (--show 5, --row FILE:ROW)
   bench sft|dpo [N] [flags] throughput of a named shape with random weights (--shape llama-8b --steps 10 --lengths tulu|full)
   test [pytest flags]       the test suite; without flags, on a machine with a GPU, also what needs one
   setup                     make .venv from requirements.txt (the other verbs do it when needed)
@@ -96,7 +97,7 @@ main() {
         setup) setup ;;
         test) tests "${@:2}" ;;
         sft | dpo) verb launch "$@" ;;
-        sanity | bench | push) verb "$@" ;;
+        sanity | bench | data | push) verb "$@" ;;
         help | -h | --help) usage ;;
         *)
             [[ $# == 0 ]] || echo "error: \`$1\` is not a verb" >&2

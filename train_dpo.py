@@ -21,7 +21,7 @@ from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel, to_device
-from common.model.export import export_model
+from common.model.export import export_model, rehearse_export
 from common.model.logprobs import sequence_logps
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
@@ -70,11 +70,12 @@ def main() -> None:
     assert data.pair_lengths is not None  # as of all preferences
     lengths = pair_lengths(data.pair_lengths, config.share_prompt)  # int [pairs]: tokens of each in a micro-batch
     longest_side = int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max())
-    load.check_supported(model_config, config.max_seq_length, longest_side, load.num_token_ids(tokenizer))
+    load.check_supported(model_config, config.max_seq_length, longest_side, data.stats["largest_token_id"] + 1)
     if reference_folder is not None:
-        load.check_supported(reference_config, config.max_seq_length, longest_side, load.num_token_ids(tokenizer))
+        load.check_supported(reference_config, config.max_seq_length, longest_side, data.stats["largest_token_id"] + 1)
         load.check_same_vocabulary(model_config, reference_config)
-    ranks.say(data_table(data))
+    ranks.say("\n".join([data_table(data), *load.warnings(template, model_config, longest_side)]))
+    ranks.once(lambda: rehearse_export(model_config, template, model_folder))
     ranks.say(preview(data, 0, tokenizer))
 
     # ------------------------------------------------------------------ schedule

@@ -18,7 +18,7 @@ from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel
-from common.model.export import export_model
+from common.model.export import export_model, rehearse_export
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
 from common.run.agreement import agreed_identity
@@ -56,8 +56,10 @@ def main() -> None:
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
     data = tokenized_data("sft", config, template, ranks)
-    load.check_supported(model_config, config.max_seq_length, int(data.lengths.max()), load.num_token_ids(tokenizer))
-    ranks.say(data_table(data))
+    longest = int(data.lengths.max())
+    load.check_supported(model_config, config.max_seq_length, longest, data.stats["largest_token_id"] + 1)
+    ranks.say("\n".join([data_table(data), *load.warnings(template, model_config, longest)]))
+    ranks.once(lambda: rehearse_export(model_config, template, model_folder))
     ranks.say(preview(data, 0, tokenizer))
 
     # ------------------------------------------------------------------ schedule

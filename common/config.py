@@ -53,7 +53,9 @@ class TrainConfig:
     # data
     dataset_mixer: list[str] = _field([], "SOURCE[@REVISION][:SPLIT][=AMOUNT]", identifies="contents", is_path=True)
     max_seq_length: int = _field(4096, "a sample (DPO: prompt plus completion) keeps its first so many tokens", least=2)
-    chat_template: str = _field("tulu", "built-in, .jinja file or `tokenizer`", identifies="contents", is_path=True)
+    chat_template: str = _field("auto", "auto, tokenizer, tulu or a .jinja file", identifies="contents", is_path=True)
+    chat_template_kwargs: str | None = _field(None, "JSON object of names that the template sees")
+    allow_dropped: bool = _field(False, "train although over a tenth of a source is dropped", identifies=False)
     cache_dir: str = _field("~/.cache/plaintune", "token and reference caches", identifies=False, is_path=True)
 
     # batch

@@ -76,7 +76,7 @@ def write_file(path: Path, blocks: Iterable) -> dict:
 def replace_file(path: Path, data: str | bytes) -> None:
     """Writes a whole file in one step: whoever reads it finds the old contents or the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # in a shared folder others may write it too
-    write_file(temporary, [data.encode() if isinstance(data, str) else data])
+    write_file(temporary, [data.encode(errors="backslashreplace") if isinstance(data, str) else data])
     os.replace(temporary, path)
     sync_folder(path.parent)
 

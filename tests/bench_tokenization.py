@@ -50,7 +50,7 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     template, encoder = resolve_template("tulu", tokenizer), Encoder(tokenizer, 1_000_000)  # nothing is cut off
     conversations = generated_rows(options.rows)
-    texts = [template.render(row["messages"])[0] for row in conversations]
+    texts = [template.apply(row["messages"]) for row in conversations]
     blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, options.rows, BLOCK_ROWS)]
 
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
@@ -63,7 +63,7 @@ def main():
 
         def ours() -> int:
             tokenize = BlockTokenizer("sft", template, encoder)
-            return sum(len(ids) for block in blocks for ids, *_ in tokenize(0, rows, rows.indices[block]))
+            return sum(len(ids) for block in blocks for ids, *_ in tokenize(rows, rows.indices[block]))
 
         wall, cpu, num_tokens = {bare: [], ours: []}, {bare: [], ours: []}, {}
         for i in range(options.rounds + 1):  # the first warms up

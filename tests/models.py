@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -67,6 +67,7 @@ LLAMA3_VOCABULARY = {  # of a model small in all but its rows
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of about VOCAB tokens; id 0 is <eos>."""
     tokenizer = Tokenizer(tokenizer_models.BPE())
+    tokenizer.normalizer = normalizers.NFC()  # as transformers makes it in a folder of a Qwen2
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

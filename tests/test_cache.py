@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -21,11 +20,14 @@ import pytest
 import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
+from common.config import SFTConfig
 from common.data import cache as token_cache
 from common.data import tokens as tokenization
 from common.data.cache import BlockTokenizer, TokenDataset, cache_key, prepare_tokens
 from common.data.chat_template import TULU, ChatTemplate, resolve_template
+from common.data.conversations import Conversation
 from common.data.report import data_table, preview
 from common.data.sources import load_source, parse_source
 from common.data.tokens import Encoder, preference_pair, render_pair, sft_sample
@@ -50,6 +52,7 @@ PAIRS = [
     for i in range(40)
 ]
 ROWS = [{"messages": chat} for chat in CHATS]
+ANSWER = CHATS[0][1]
 
 
 TOKENIZER = tiny_tokenizer.tiny_tokenizer()
@@ -61,9 +64,14 @@ def write(file: Path, rows: list[dict]) -> Path:
     return file
 
 
-def prepare(data, cache, kind="sft", template=TEMPLATE) -> str:
+def prepare(data, cache, kind="sft", template=TEMPLATE, **flags) -> str:
     mixer = [str(data)] if isinstance(data, str | Path) else data
-    return prepare_tokens(kind, SimpleNamespace(dataset_mixer=mixer, max_seq_length=64, cache_dir=str(cache)), template)
+    flags = {"allow_dropped": True, "max_seq_length": 64, **flags}
+    return prepare_tokens(kind, SFTConfig(dataset_mixer=mixer, cache_dir=str(cache), **flags), template)
+
+
+def conversation(messages) -> Conversation:
+    return Conversation(messages, [message["role"] == "assistant" for message in messages])
 
 
 @pytest.fixture
@@ -94,7 +102,7 @@ def test_an_sft_cache_holds_every_kept_sample_in_order(tmp_path, monkeypatch):
     assert len(ds) == len(expected) and ds.kind == "sft" and ds.pair_lengths is None
     num_truncated = 0
     for i, (chat, place) in enumerate(expected):
-        text, spans = TEMPLATE.render(chat)
+        text, spans, _ = TEMPLATE.render(conversation(chat))
         whole = TOKENIZER(text, add_special_tokens=False)["input_ids"]
         sample = sft_sample(*Encoder(TOKENIZER, 64).encode([text]), spans)
         assert ds[i].input_ids.tolist() == whole[:64]
@@ -124,7 +132,7 @@ def test_a_dpo_cache_holds_every_kept_pair_in_order(tmp_path, monkeypatch):
     assert len(ds) == 38 and ds.kind == "dpo"
     assert ds.stats["dropped"] == {"equal completions": 1, "text is not valid Unicode": 1}
     for i, row in enumerate(kept):
-        prompt, *completions = render_pair(*PAIRS[row].values(), TEMPLATE)
+        prompt, *completions, _ = render_pair(*map(conversation, PAIRS[row].values()), TEMPLATE)
         encodings = Encoder(TOKENIZER, 64).encode([prompt + completion for completion in completions])
         pair = preference_pair(*encodings, len(prompt))
         for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
@@ -177,13 +185,162 @@ def test_preview_and_table_show_what_is_trained(tmp_path, monkeypatch):
         "<|user|>\nwhy 0?\n<|assistant|>\n[[so 0.<eos>]]"
     )
     table = data_table(ds)
-    counted = ("rows read +2", "kept +1", "dropped +1", "no assistant message +1", f"tokens +{ds.lengths[0]}")
+    counted = (
+        "rows read +2",
+        "kept +1",
+        "dropped +1",
+        "no assistant message +1; first .*x.jsonl:2",
+        f"tokens +{ds.lengths[0]}",
+    )
     for line in (*counted, f"target tokens +{ds.num_targets[0]}", "sha256 [0-9a-f]{64}"):
         assert re.search(line + "$", table, re.MULTILINE), (line, table)
     shown = preview(TokenDataset(prepare(write(tmp_path / "p.jsonl", [PAIRS[1]]), tmp_path, "dpo")), 0, TOKENIZER)
     assert shown.endswith("<|assistant\n--- chosen:\n|>\n[[so 1.so 1.<eos>]]\n--- rejected:\n|>\n\n\n[[no.<eos>]]")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert "\033[32mso 0.<eos>\033[0m" in preview(ds, 0, TOKENIZER)
+
+
+NAMED = "{% for m in messages %}{{ m.role + m.name + style + m.content + eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "row, jinja, ignored",
+    [
+        ({**ROWS[0], "score": 3, "labels": None}, TULU, {"column 'score'", "column 'labels'"}),
+        ({**ROWS[0], "tools": [], "system": "be", "prompt": "x"}, TULU, {"column 'prompt'"}),
+        (
+            {"prompt": "x", "completion": "y", "messages": None, "text": "z"},
+            TULU,
+            {"column 'messages'", "column 'text'"},
+        ),
+        ({"messages": [{**ANSWER, "loss_weight": 0.3, "name": "x"}]}, TULU, {"key 'loss_weight'", "key 'name'"}),
+        ({"messages": [{**ANSWER, "loss_weight": 0.3, "name": "x"}]}, NAMED, {"key 'loss_weight'"}),
+        ({"messages": [{**ANSWER, "name": None, "weight": 1}]}, TULU, set()),
+        ({**ROWS[0], "chat_template_kwargs": {"style": "a"}}, TULU, {"'style' of chat"}),
+    ],
+)
+def test_what_nothing_acts_on_is_named_with_its_place(tmp_path, row, jinja, ignored):
+    template = ChatTemplate("odd", jinja.replace("+ m.name + style", "~ m.name ~ style"), TOKENIZER)
+    data = write(tmp_path / "x.jsonl", [{**row, "id": 1}] * 3)
+    ds = TokenDataset(prepare(data, tmp_path, template=template))
+    names = {*ignored, "column 'id'"}
+    assert len(ds.stats["ignored"]) == len(names)
+    table = data_table(ds)
+    for name in names:
+        assert re.search(rf"^  {name}.* 3; first {data}:1$", table, re.MULTILINE), (name, table)
+
+
+def test_columns_that_are_not_even_read_are_named(tmp_path):
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{**row, "score": 1.0} for row in ROWS]), tmp_path / "x.parquet"
+    )
+    assert TokenDataset(prepare(tmp_path / "x.parquet", tmp_path)).stats["ignored"] == {"column 'score'": 40}
+
+
+ODD = {"messages": [{"role": "user", "content": 3}]}
+
+
+@pytest.mark.parametrize("num_odd", [0, 3, 4, 5, 20])
+def test_a_source_that_loses_more_than_a_tenth_of_its_rows_stops_a_run(tmp_path, said, num_odd):
+    """With the table, each time; not the other sources of a run, and not with --allow_dropped."""
+    odd = write(tmp_path / "odd.jsonl", [ODD] * num_odd + ROWS[num_odd:])
+    good = write(tmp_path / "good.jsonl", ROWS * 10)
+    mixer = [str(good), str(odd)]
+    for _ in range(2):
+        if num_odd <= 4:
+            prepare(mixer, tmp_path, allow_dropped=False)
+        else:
+            with pytest.raises(UserError, match=rf"odd\.jsonl: {num_odd} of 40 .*allow_dropped"):
+                prepare(mixer, tmp_path, allow_dropped=False)
+            assert re.search(rf"the content of .* {num_odd}; first {odd}:1$", said[-1], re.MULTILINE)
+    ds = TokenDataset(prepare(mixer, tmp_path))
+    assert [source["rows_dropped"] for source in ds.stats["sources"]] == [0, num_odd] and len(ds) == 440 - num_odd
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=st.text(st.sampled_from("ab c\n"), min_size=1, max_size=90), has_eos=st.booleans(), adds_bos=st.booleans())
+def test_a_text_is_trained_whole_up_to_an_eos(tmp_path_factory, text, has_eos, adds_bos):
+    """Begun as the tokenizer begins a text."""
+    tokenizer = tiny_tokenizer.tiny_tokenizer()
+    if adds_bos:
+        bos = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+        tokenizer.backend_tokenizer.post_processor = bos
+    folder = tmp_path_factory.mktemp("text")
+    data = write(folder / "x.jsonl", [{"text": text + "<eos>" * has_eos}, {"text": "so."}])
+    ds = TokenDataset(prepare(data, folder, template=resolve_template("tulu", tokenizer)))
+    if text.strip():
+        expected = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        assert ds[0].input_ids.tolist() == expected[:64]
+        assert ds[0].trained_spans.tolist() == [[1, len(expected[:64])]]
+    else:
+        assert has_eos == (len(ds) == 2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    ids=st.lists(st.integers(0, 9), min_size=2, max_size=80),
+    trained=st.none() | st.lists(st.booleans(), min_size=80, max_size=80),
+    before=st.integers(0, 3),
+    after=st.integers(0, 3),
+)
+def test_tokens_are_trained_where_their_labels_say_so(tmp_path_factory, ids, trained, before, after):
+    """And padding is left out."""
+    columns = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+    if trained:
+        columns["labels"] = [token if is_trained else -100 for token, is_trained in zip(ids, trained, strict=False)]
+    pad = {"input_ids": [0], "attention_mask": [0], "labels": [-100]}
+    row = {name: pad[name] * before + column + pad[name] * after for name, column in columns.items()}
+    folder = tmp_path_factory.mktemp("ids")
+    ds = TokenDataset(prepare(write(folder / "x.jsonl", [{"text": "so."}, row]), folder))
+    targets = {i for i in range(1, min(64, len(ids))) if not trained or trained[i]}
+    assert len(ds) == 1 + bool(targets)
+    if targets:
+        assert ds[1].input_ids.tolist() == ids[:64]
+        assert {i for start, end in ds[1].trained_spans for i in range(start, end)} == targets
+        assert ds.stats["largest_token_id"] == max(*ds[0].input_ids, *ids[:64])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input_ids": [1, 2, 10**6]},
+        {"input_ids": [1, -2, 3]},
+        {"input_ids": [1, 2.5]},
+        {"input_ids": [1, "2"]},
+        {"input_ids": [[1, 2], [3]]},
+        {"input_ids": 7},
+        {"input_ids": []},
+        {"input_ids": [1, 2, 3], "labels": [1, 2]},
+        {"input_ids": [1, 2, 3], "labels": [2, 3, 4]},
+        {"input_ids": [1, 2, 3], "labels": [1, -100, -100]},
+        {"input_ids": [1, 2, 3], "attention_mask": [1, 0, 0]},
+    ],
+)
+def test_tokens_that_cannot_be_used_are_dropped(tmp_path, row):
+    ds = TokenDataset(prepare(write(tmp_path / "x.jsonl", [{"text": "so."}, row]), tmp_path))
+    assert len(ds) == 1 and sum(ds.stats["dropped"].values()) == 1
+
+
+def test_the_runs_chat_template_kwargs_reach_the_template_and_key_the_cache(tmp_path):
+    template = ChatTemplate("odd", TULU.replace("'<|user|>\\n'", "'<|user|>' + style|default('') + '\\n'"), TOKENIZER)
+    data = write(tmp_path / "x.jsonl", [*ROWS, {**ROWS[0], "chat_template_kwargs": {"style": "b"}}])
+    plain, styled = (
+        TokenDataset(prepare(data, tmp_path, template=template, chat_template_kwargs=kwargs))
+        for kwargs in (None, '{"style": "a"}')
+    )
+    assert plain.folder != styled.folder
+    for ds, style in ((plain, ""), (styled, "a")):
+        for i, own in ((0, style), (40, "b")):
+            assert TOKENIZER.decode(ds[i].input_ids).startswith(f"<|user|>{own}\nwhy")
+    for wrong in ("[1]", "{style: a}"):
+        with pytest.raises(UserError, match="--chat_template_kwargs"):
+            prepare(data, tmp_path, template=template, chat_template_kwargs=wrong)
+
+
+def test_a_row_that_is_taken_twice_is_trained_twice(tmp_path):
+    ds = TokenDataset(prepare(f"{write(tmp_path / 'x.jsonl', ROWS)}=250%", tmp_path))
+    assert len(ds) == 100 and ds.source_of(0) == ds.source_of(40) == f"{tmp_path}/x.jsonl:1"
+    assert [i for i in ds.samples_of(f"{tmp_path}/x.jsonl:1") if i < 80] == [0, 40]
 
 
 # --- what changes its key
@@ -301,9 +458,10 @@ GOOD = ROWS[0]
     "kind, rows, said",
     [
         ("sft", [GOOD, '{"messages": [{"role'], r"x\.jsonl:2: not valid JSON"),
-        ("sft", [GOOD, GOOD, {"text": "x"}], r"x\.jsonl:3: .*messages"),
+        ("sft", [GOOD, GOOD, "[1]"], r"x\.jsonl:3: .*object"),
+        ("sft", [GOOD, {"messages": [{**ANSWER, "weight": 0.5}]}], r"x\.jsonl:2: .*`weight`"),
         ("sft", [{"messages": [message("user", "x")]}] * 3, r"x\.jsonl: no row is left.*3 x no assistant message"),
-        ("dpo", [GOOD], r"x\.jsonl:1: .*chosen"),
+        ("dpo", [GOOD], r"x\.jsonl: no row is left.*messages"),
         ("sft", [], r"x\.jsonl"),
     ],
 )
@@ -386,8 +544,8 @@ def test_nothing_is_swept_up_while_somebody_builds_and_all_that_is_left_after(tm
 # prepare() builds the cache of x.jsonl in a folder.
 SCRIPT = """
 import os, pathlib, signal, sys, time
-from types import SimpleNamespace
 import tiny_tokenizer
+from common.config import SFTConfig
 from common.data import cache as token_cache
 from common.data.chat_template import resolve_template
 
@@ -396,7 +554,7 @@ token_cache.BLOCK_ROWS = 8
 tokenize = token_cache.BlockTokenizer.__call__
 
 def prepare():
-    config = SimpleNamespace(dataset_mixer=[folder + "/x.jsonl"], max_seq_length=64, cache_dir=folder + "/cache")
+    config = SFTConfig(dataset_mixer=[folder + "/x.jsonl"], max_seq_length=64, cache_dir=folder + "/cache")
     return token_cache.prepare_tokens("sft", config, resolve_template("tulu", tiny_tokenizer.tiny_tokenizer()))
 """
 

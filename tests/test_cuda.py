@@ -13,7 +13,7 @@ import test_residency
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from common.data.cache import PreferencePair, SFTSample
+from common.data.tokens import PreferencePair, SFTSample
 from common.model import attention, summing
 from common.model.packed import PackedModel, model_inputs
 from common.model.summing import SummingEmbedding, SummingLinear

@@ -127,8 +127,8 @@ def test_rows_come_from_the_commit_that_is_recorded(tmp_path):
     questions = ["org/data@v1", "org/data=25%", "org/data@main:train", "org/data:test", "org/none"]
     with loopback_hub.serving(Hub("datasets").add("org/data", files, REVISIONS)) as hub:
         (tagged, part, whole, no_split, no_such), _ = loopback_hub.ask(ASK_ROWS, questions, hub, tmp_path)
-        (pinned, other), _ = loopback_hub.ask(
-            ASK_ROWS, [f"org/data@{NEWEST}=3", f"org/data@{TAGGED}"], hub, tmp_path, HF_HUB_OFFLINE="1"
+        (pinned, other, by_name), _ = loopback_hub.ask(
+            ASK_ROWS, [f"org/data@{NEWEST}=3", f"org/data@{TAGGED}", "org/data"], hub, tmp_path, HF_HUB_OFFLINE="1"
         )
     indices = np.random.RandomState(42).choice(20, size=5, replace=False).tolist()
     messages = [{"messages": ROWS[i]["messages"]} for i in indices]
@@ -139,6 +139,21 @@ def test_rows_come_from_the_commit_that_is_recorded(tmp_path):
     assert "org/none" in no_such and "\n" not in no_such
     assert pinned[0] == part[0]
     assert f"not commit {TAGGED}" in other  # `datasets` gives the commit that it cached last
+    assert f"org/data@{NEWEST}" in by_name and f"org/data@{TAGGED}" in by_name and "\n" not in by_name
+
+
+def test_a_config_is_named_after_the_set_and_one_that_is_missing_with_the_others(tmp_path):
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("fr", "en-v1.0"))
+    files = {f"{name}.jsonl": json.dumps({"text": name}).encode() + b"\n" for name in ("fr", "en-v1.0")}
+    files["README.md"] = f"---\nconfigs:\n{configs}---\n".encode()
+    questions = ["org/data/fr", "org/data/en-v1.0@v1:train=100%", "org/data", "org/data/de"]
+    with loopback_hub.serving(Hub("datasets").add("org/data", {NEWEST: files, TAGGED: files}, REVISIONS)) as hub:
+        (first, second, none, other), _ = loopback_hub.ask(ASK_ROWS, questions, hub, tmp_path)
+        (pinned,), _ = loopback_hub.ask(ASK_ROWS, [f"org/data/fr@{NEWEST}"], hub, tmp_path, HF_HUB_OFFLINE="1")
+    assert first == pinned == [{"revision": NEWEST, "split": "train"}, [0], [{"text": "fr"}]]
+    assert second == [{"revision": TAGGED, "split": "train"}, [0], [{"text": "en-v1.0"}]]
+    for message in (none, other):
+        assert "fr" in message and "en-v1.0" in message and "\n" not in message
 
 
 # ------------------------------------------------------------------ what goes out

@@ -15,17 +15,18 @@ import launch
 import models
 import pytest
 import reference
+import tiny_tokenizer
 import torch
 from faults import Crash, Disk
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from tokenizers import models as models_of_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common import files
 from common import ranks as distributed
 from common.config import SFTConfig
-from common.data.chat_template import TULU, ChatTemplate
+from common.data.chat_template import TULU, ChatTemplate, resolve_template
 from common.failures import UserError
 from common.model import export, packed
 from common.model import load as model
@@ -395,12 +396,72 @@ def test_a_folder_without_a_tokenizer_that_can_end_answers_is_refused(tmp_path, 
     assert str(tmp_path) in str(error.value)
 
 
-def test_ids_that_a_tokenizer_leaves_out_count():
-    backend = Tokenizer(models_of_tokenizers.WordLevel({"<eos>": 0, "a": 1, "b": 9}, unk_token="a"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
-    assert len(tokenizer) == 3 and model.num_token_ids(tokenizer) == 10
-    with pytest.raises(UserError, match=r"embedding only 5 rows"):
-        model.check_supported(models.make_config(vocab_size=5), 8, 8, model.num_token_ids(tokenizer))
+@pytest.mark.parametrize(
+    "model_type, written",
+    [("qwen2", "PreTrainedTokenizerFast"), ("llama", "GPT2Tokenizer"), ("llama", "PreTrainedTokenizerFast")],
+)
+@pytest.mark.parametrize("words", ["llama3", "gpt2"])
+def test_a_tokenizer_encodes_as_its_file_does_or_is_refused(tmp_path, model_type, written, words):
+    """transformers rebuilds the tokenizer of some classes and model types with their own way of splitting words."""
+    tiny_tokenizer.tiny_tokenizer(words).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": written}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    file = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = "".join(tiny_tokenizer.TEXTS) + "It's 123456 o'clock  \n\n 'LL\n"
+    try:
+        tokenizer = model.load_tokenizer(str(tmp_path))
+    except UserError as error:
+        made = AutoTokenizer.from_pretrained(tmp_path)
+        assert made.encode(text, add_special_tokens=False) != file.encode(text, add_special_tokens=False).ids
+        assert str(tmp_path) in str(error) and "tokenizer.json" in str(error) and "\n" not in str(error)
+    else:
+        assert tokenizer.encode(text, add_special_tokens=False) == file.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": False, "temperature": 0.5}, {"do_sample": False, "top_p": 0.9}, {}])
+def test_what_could_not_be_exported_after_training_is_refused_before_it(tmp_path, settings):
+    models.make_config().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    config, template = model.load_config(str(tmp_path)), resolve_template("tulu", tiny_tokenizer.tiny_tokenizer())
+    if not settings:
+        return export.rehearse_export(config, template, str(tmp_path))
+    with pytest.raises(UserError, match="cannot be written") as error:
+        export.rehearse_export(config, template, str(tmp_path))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_the_exported_folder_would_overrule_is_refused_before_training(tmp_path):
+    """Alone in its folder it is used as it is; beside a Qwen2's config.json transformers rebuilds it."""
+    models.make_config("qwen2").save_pretrained(tmp_path / "model")
+    tiny_tokenizer.tiny_tokenizer("llama3").save_pretrained(tmp_path / "tokenizer")
+    template = resolve_template("tulu", model.load_tokenizer(str(tmp_path / "tokenizer")))
+    with pytest.raises(UserError, match="read back") as error:
+        export.rehearse_export(model.load_config(str(tmp_path / "model")), template, str(tmp_path / "model"))
+    assert str(tmp_path / "model") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_surprises_a_models_user_is_said_and_nothing_else(tmp_path):
+    """Each thing alone, then none."""
+
+    def said(jinja: str, own: str | None = None, longest: int = 8, adds_bos: bool = False) -> list[str]:
+        tokenizer = tiny_tokenizer.tiny_tokenizer(chat_template=own)
+        if adds_bos:
+            special = [("<bos>", tokenizer.bos_token_id)]
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", "<bos> $A $B", special)
+        (tmp_path / "chat.jinja").write_text(jinja)
+        template = resolve_template(str(tmp_path / "chat.jinja"), tokenizer)
+        return model.warnings(template, models.make_config(max_position_embeddings=64), longest)
+
+    chatml, llama3 = tiny_tokenizer.CHATML, tiny_tokenizer.LLAMA3
+    assert said(chatml) == said(chatml, own=chatml) == said(llama3, adds_bos=True) == said(chatml, longest=64) == []
+    for lines, named in [
+        (said(chatml, own=llama3), "the tokenizer's own"),
+        (said(chatml, adds_bos=True), "<bos>"),
+        (said(chatml.replace("<|im_end|>", "</answer>")), "answer"),
+        (said(chatml, longest=65), "65 tokens"),
+    ]:
+        assert len(lines) == 1 and named in lines[0] and "chat.jinja" in lines[0] and "\n" not in lines[0]
 
 
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen", "flash_attention_2", "flash_attention_4"])

@@ -13,7 +13,7 @@ from torch import nn
 
 from common import ranks as distributed
 from common.config import SFTConfig
-from common.data.cache import SFTSample
+from common.data.tokens import SFTSample
 from common.model import load as model
 from common.model import packed
 from common.model.summing import SummingEmbedding, SummingLinear, add_product

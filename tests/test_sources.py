@@ -1,6 +1,9 @@
 """Which rows `dataset_mixer` takes, and what it refuses.   pytest tests/test_sources.py"""
 
+import csv
+import gzip
 import hashlib
+import io
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -9,7 +12,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data.sources import decode_row, load_source, parse_source, subset_indices
@@ -24,6 +27,7 @@ from common.failures import UserError
         ("org/data@v1.0:test=500", "org/data", "v1.0", "test", "500"),
         ("org/data@refs/pr/1=.5%", "org/data", "refs/pr/1", "train", ".5%"),
         ("squad:validation", "squad", None, "validation", None),
+        ("org/data/fr.v-2@v1:test=3", "org/data/fr.v-2", "v1", "test", "3"),
     ],
 )
 def test_hub_sources_parse(text, path, revision, split, amount):
@@ -31,7 +35,11 @@ def test_hub_sources_parse(text, path, revision, split, amount):
     assert (source.path, source.revision, source.split, source.amount) == (path, revision, split, amount)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a@b.jsonl", "a:b=10%.jsonl", "a.json=3.parquet", "a.jsonl=5.json"])
+NOT_UTF8 = "a\udcff=1%.jsonl"  # a byte that is no UTF-8, as Python has it
+LOCAL_NAMES = ["a.jsonl", "a@b.jsonl", "a:b=10%.jsonl", "a.json=3.parquet", "a.jsonl=5.json", "a.csv", "a.jsonl.gz"]
+
+
+@pytest.mark.parametrize("name", [*LOCAL_NAMES, NOT_UTF8])
 @pytest.mark.parametrize("amount", [None, "10%", "7"])
 def test_a_local_path_may_hold_the_separators(tmp_path, name, amount):
     (tmp_path / name).write_text("{}")
@@ -54,8 +62,9 @@ def test_the_longest_path_that_exists_is_meant(tmp_path):
         ("org/data=1.0", ["=100%", "=1%"]),
         ("org/data=2.5", ["=2 (rows)", "=2.5%"]),
         *((f"org/data={amount}", [f"={amount}"]) for amount in ("ten", "", "-5", "1e3")),
-        *((text, [text]) for text in ("./data.csv", "org/data@:train", "rows.jsonl:test", "rows.jsonl@main", __file__)),
-        ("a/b/c", ["SOURCE"]),
+        *((text, [text]) for text in ("./data.txt", "org/data@:train", "rows.jsonl:test", "rows.jsonl@main", __file__)),
+        ("a/b/c/d", ["SOURCE"]),
+        ("./*.none", ["SOURCE"]),
         ("", ["SOURCE"]),
     ],
 )
@@ -85,6 +94,16 @@ def test_subset_size_is_exact_and_rows_are_distinct(num_rows, hundredths):
         assert len(indices) == int(size) == len(set(indices.tolist())) and indices.max() < num_rows
 
 
+@given(num_rows=st.integers(1, 300), percent=st.integers(1, 700))
+def test_more_than_all_rows_are_whole_rounds_and_a_subset(num_rows, percent):
+    times, rest = divmod(percent, 100)
+    expected = [*range(num_rows)] * times
+    if num_rows * rest // 100:
+        expected += subset_indices(num_rows, f"{rest}%").tolist()
+    if expected:
+        assert subset_indices(num_rows, f"{percent}%").tolist() == expected
+
+
 def test_29_percent_of_100_rows_is_29():
     assert len(subset_indices(100, "29%")) == 29  # 100 * 0.29 is 28.999999999999996
 
@@ -94,21 +113,45 @@ def test_all_rows_keep_the_files_order(amount):
     assert subset_indices(7, amount).tolist() == list(range(7))
 
 
-ROWS = [{"messages": [{"role": "user", "content": f"ü{i}"}], "other": i} for i in range(20)]
+ROWS = [{"prompt": f'ü{i},\n"', "completion": "None" if i else "", "other": i} for i in range(20)]
+MESSAGES = [{"messages": [{"role": "user", "content": f"ü{i}"}], "other": i} for i in range(20)]
+SUFFIXES = ["jsonl", "json", "parquet", "csv", "arrow", "file.arrow", "jsonl.gz", "jsonl.zst", "json.gz", "csv.zst"]
 
 
-def write(folder: Path, suffix: str) -> Path:
-    file = folder / f"rows.{suffix}"
-    if suffix == "parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), file, row_group_size=3)
-    elif suffix == "json":
-        file.write_text(json.dumps(ROWS, indent=2, ensure_ascii=False))
+def write(folder: Path, suffix: str, rows=ROWS, name="rows") -> Path:
+    file = folder / f"{name}.{suffix}"
+    kind, _, packed = suffix.partition(".")
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=3)
+    elif suffix.endswith("arrow"):
+        table = pyarrow.Table.from_pylist(rows)
+        opened = pyarrow.ipc.new_file if kind == "file" else pyarrow.ipc.new_stream
+        with opened(str(file), table.schema) as writer:
+            writer.write_table(table, max_chunksize=3)
     else:
-        file.write_text("\n".join(json.dumps(row) for row in ROWS))
+        text = io.StringIO(newline="")
+        if kind == "csv":
+            writer = csv.DictWriter(text, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            text.write(json.dumps(rows, indent=2) if kind == "json" else "\n".join(map(json.dumps, rows)))
+        content = text.getvalue().encode()
+        if packed:
+            codec = {"gz": "gzip", "zst": "zstd"}[packed]
+            with pyarrow.CompressedOutputStream(str(file), codec) as out:
+                out.write(content)
+        else:
+            file.write_bytes(content)
     return file
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def decoded(rows) -> list[dict]:
+    """The rows taken, without the column that nothing uses."""
+    return [{k: v for k, v in decode_row(raw).items() if k != "other"} for raw in rows.read(rows.indices)]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_local_format_gives_the_same_subset(tmp_path, suffix):
     file = write(tmp_path, suffix)
     rows = load_source(parse_source(f"{file}=25%"))
@@ -116,9 +159,99 @@ def test_every_local_format_gives_the_same_subset(tmp_path, suffix):
     asked = {"asked_for": f"{file}=25%", "path": str(file)}
     assert rows.identity == {**asked, "sha256": digest, "num_rows": 20, "rows_used": 5}
     expected = np.random.RandomState(42).choice(20, size=5, replace=False)
-    got = [decode_row(raw) for raw in rows.read(rows.indices)]
-    assert [row["messages"] for row in got] == [ROWS[i]["messages"] for i in expected]
-    assert rows.numbers[rows.indices].tolist() == [i + 1 for i in expected]
+    assert decoded(rows) == [{k: v for k, v in ROWS[i].items() if k != "other"} for i in expected]
+    assert [rows.place(i) for i in rows.indices] == [f"{file}:{i + 1}" for i in expected]
+    assert rows.unread == (["other"] if suffix.endswith(("parquet", "arrow")) else [])
+
+
+def saved(rows: list[dict]):
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
+def test_a_folder_or_glob_is_its_files_in_the_order_of_their_names(tmp_path):
+    """Told by contents and names; what is of another split, or of none, is named."""
+    parts = {
+        "test.jsonl": MESSAGES[16:],
+        "train-1.jsonl": MESSAGES[:7],
+        "train-2.jsonl.gz": MESSAGES[7:9],
+        "train-3.jsonl.zst": MESSAGES[9:16],
+    }
+    for file, rows in parts.items():
+        name, _, suffix = file.partition(".")
+        write(tmp_path, suffix, rows, name)
+    write(tmp_path, "csv", ROWS, "loose")
+    train = ["train-1.jsonl", "train-2.jsonl.gz", "train-3.jsonl.zst"]
+    for asked, taken, rows in (
+        (f"{tmp_path}", train, MESSAGES[:16]),
+        (f"{tmp_path}:test", ["test.jsonl"], MESSAGES[16:]),
+        (f"{tmp_path}/t*", ["test.jsonl", *train], MESSAGES[16:] + MESSAGES[:16]),
+    ):
+        found = load_source(parse_source(asked))
+        assert decoded(found) == [{"messages": row["messages"]} for row in rows]
+        assert found.files == [f"{tmp_path}/{name}" for name in taken]
+        left_out = [] if "*" in asked else sorted({*parts, "loose.csv"} - {*taken})
+        assert found.identity.get("left_out", []) == [f"{tmp_path}/{name}" for name in left_out]
+    some = load_source(parse_source(f"{tmp_path}/train*=50%"))
+    assert len(decoded(some)) == 8
+    assert [some.place(i) for i in (6, 7, 9)] == [f"{tmp_path}/{train[i]}:{n}" for i, n in ((0, 7), (1, 1), (2, 1))]
+    before = load_source(parse_source(str(tmp_path))).identity["sha256"]
+    write(tmp_path, "jsonl.gz", MESSAGES[7:8], "train-2")
+    assert load_source(parse_source(str(tmp_path))).identity["sha256"] != before
+    with pytest.raises(UserError, match=r"valid.*train"):
+        load_source(parse_source(f"{tmp_path}:valid"))
+
+
+def test_what_save_to_disk_writes_is_read(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    Dataset.from_list(MESSAGES).save_to_disk(tmp_path / "one", num_shards=3)
+    parts = {"train": Dataset.from_list(MESSAGES[:4]), "test": Dataset.from_list(MESSAGES[4:])}
+    DatasetDict(parts).save_to_disk(tmp_path / "two")
+    rows = [{"messages": row["messages"]} for row in MESSAGES]
+    for asked, expected, left_out in (
+        ("one", rows, []),
+        ("two", rows[:4], ["test"]),
+        ("two:test", rows[4:], ["train"]),
+    ):
+        found = load_source(parse_source(f"{tmp_path}/{asked}"))
+        assert decoded(found) == expected
+        others = [f"{tmp_path}/two/{split}/data-00000-of-00001.arrow" for split in left_out]
+        assert found.identity.get("left_out", []) == others
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.sampled_from(["", "a", "null"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=5,
+)
+CALLS = st.dictionaries(st.sampled_from("abc"), st.sampled_from(["x", ""]), min_size=1).map(
+    lambda arguments: {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arguments": arguments}}]}
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(chats=st.lists(st.lists(CALLS, min_size=1, max_size=3), min_size=1, max_size=4))
+def test_arrows_filler_nulls_are_no_part_of_a_row(tmp_path_factory, chats):
+    """The structs of one column have all keys that any of them has."""
+    rows = [{"messages": chat} for chat in chats]
+    folder = tmp_path_factory.mktemp("nulls")
+    for suffix in ("jsonl", "parquet", "arrow"):
+        assert decoded(load_source(parse_source(str(write(folder, suffix, rows))))) == rows
+
+
+@settings(max_examples=40, deadline=None)
+@given(values=st.lists(JSON_VALUES, min_size=1, max_size=4))
+def test_a_null_that_json_itself_holds_is_kept(tmp_path_factory, values):
+    """Also where `datasets` keeps objects of mixed kinds as JSON text."""
+    from datasets import Dataset, Features, Json, List
+
+    rows = [{"messages": [{"role": "user", "content": value}]} for value in values]
+    folder = tmp_path_factory.mktemp("own")
+    assert decoded(load_source(parse_source(str(write(folder, "jsonl", rows))))) == rows
+    Dataset.from_list(rows, features=Features({"messages": List(Json())})).to_parquet(folder / "rows.parquet")
+    assert decoded(load_source(parse_source(f"{folder}/rows.parquet"))) == rows
 
 
 def test_json_lines_in_a_json_file_and_blank_lines_keep_their_line_numbers(tmp_path):
@@ -135,7 +268,18 @@ def test_json_lines_in_a_json_file_and_blank_lines_keep_their_line_numbers(tmp_p
         ("few.jsonl", b"{}\n" * 300, "=500", "500 of 300"),
         ("few.jsonl", b"{}\n" * 50, "=1%", "none"),
         ("few.jsonl", b"{}\n", "=0", "none"),
-        ("few.jsonl", b"{}\n", "=200%", "more"),
+        ("few.jsonl", b"{}\n", "=2", "more"),
+        ("wide.jsonl", "{}\n{}".encode("utf-16"), "", "UTF-16"),
+        ("wide.json", "[{}]".encode("utf-16-le"), "", "UTF-16"),
+        ("wide.csv", "text\na".encode("utf-32"), "", "UTF-16"),
+        ("one.json", b'{"data": [{"messages": []}]}', "", "array of rows"),
+        ("one.json", b'{\n"messages": []\n}', "", "array of rows"),
+        ("cut.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-3], "", "Truncated"),
+        ("no.csv.zst", b"text\na", "", "no.csv.zst"),
+        ("wide.csv", b"text,prompt\na,b,c\n", "", "row 1"),
+        ("short.csv", b"text,prompt\na,b\nc\n", "", "row 2"),
+        ("torn.csv", b'text,prompt\na,"b', "", "torn.csv"),
+        ("no.arrow", b"ARROW1 nothing", "", "no.arrow"),
         ("absent.jsonl", None, "=10%", "No such file"),
         ("empty.jsonl", b"", "", "holds no rows"),
         ("empty.json", b"[]", "", "holds no rows"),

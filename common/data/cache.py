@@ -1,14 +1,16 @@
-"""The token cache: a data set tokenized once, keyed by all that its tokens depend on, memory-mapped by every rank.
+"""The token cache: a data set tokenized once, keyed by all that its tokens depend on (dataset.py: how it is read).
 
 A finished cache is a folder `<kind>-<key>` of three flat files and a manifest. It is built in another folder and
 renamed, by one process at a time, and used only if every digest in the manifest holds; else it is built again.
 """
 
 import json
+import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -16,63 +18,17 @@ import numpy as np
 import tokenizers
 import transformers
 
-from common.data import chat_template, sources, tokens
-from common.data.chat_template import ChatTemplate, Dropped
+from common.data import chat_template, conversations, dataset, sources, tokens
+from common.data.chat_template import ChatTemplate
+from common.data.conversations import Conversation, Dropped, preference_example, sft_example
+from common.data.dataset import FILES, TokenDataset, flattened, json_digest
+from common.data.report import data_table
 from common.data.sources import Rows, decode_row, load_source, parse_source
-from common.data.tokens import Encoder, PreferencePair, SFTSample
-from common.failures import UserError, as_user_error, print_line, progress
-from common.files import digest, file_digest, locked, naming
+from common.data.tokens import Encoder
+from common.failures import UserError, as_user_error, one_line, print_line, progress
+from common.files import file_digest, locked, naming
 
 BLOCK_ROWS = 512  # rows that are rendered and then encoded together, by the tokenizer's threads
-
-# What the files hold. tokens and marks lie end to end, sample after sample. marks of a conversation: its trained spans;
-# of a pair: tokens of the prompt, of the rest of chosen, of the rest of rejected, chosen_start, rejected_start.
-SAMPLE = [(name, np.int64) for name in ("length", "num_marks", "num_targets", "truncated", "source", "row")]
-FILES = {"tokens.bin": np.int32, "marks.bin": np.int32, "samples.bin": np.dtype(SAMPLE)}
-
-
-class TokenDataset:
-    """A finished token cache, memory-mapped: indexing takes no memory, opening 24 bytes a sample.
-
-    kind: "sft" or "dpo".  digest: hex, of all files, wherever they were read from.  stats: what `_stats` returned.
-    lengths: int32 [n], tokens of each sample (of a pair: its prompt once, and both completions).
-    num_targets: int32 [n], its target tokens (of a pair: the scored tokens of both sides).
-    pair_lengths: DPO only, int32 [n, 3], tokens of the prompt, the rest of chosen, the rest of rejected.
-    ds[i]: SFTSample or PreferencePair, read-only views.
-    """
-
-    def __init__(self, folder: str | Path):
-        """Reads and checks every byte once. Raises UserError if one is not what was written."""
-        try:
-            manifest = json.loads((Path(folder) / "manifest.json").read_bytes())
-            digests = {name: file_digest(Path(folder) / name) for name in FILES}
-            is_whole = manifest.pop("digest") == _json_digest(manifest) and manifest["files"] == digests
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            is_whole = False
-        if not is_whole:
-            raise UserError(f"token cache {folder} is not what was written; run again, and it is rebuilt")
-        self.kind, self.stats, self.digest = manifest["kind"], manifest["stats"], _json_digest(digests)
-        self._tokens, self._marks, self._samples = (
-            np.asarray(np.memmap(Path(folder) / name, dtype, "r")) for name, dtype in FILES.items()
-        )
-        self.lengths, self.num_targets = (self._samples[name].astype(np.int32) for name in ("length", "num_targets"))
-        self.pair_lengths = self._marks.reshape(-1, 5)[:, :3] if self.kind == "dpo" else None
-        self._ends, self._mark_ends = (np.cumsum(self._samples[name]) for name in ("length", "num_marks"))
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, i: int) -> SFTSample | PreferencePair:
-        ids = self._tokens[self._ends[i] - self.lengths[i] : self._ends[i]]
-        marks = self._marks[self._mark_ends[i] - self._samples["num_marks"][i] : self._mark_ends[i]]
-        if self.kind == "sft":
-            return SFTSample(ids, marks.reshape(-1, 2))
-        prompt, chosen, _, *starts = marks.tolist()
-        return PreferencePair(*np.split(ids, [prompt, prompt + chosen]), *starts)
-
-    def source_of(self, i: int) -> str:
-        """`file:row` of sample i, for messages."""
-        return f"{self.stats['sources'][self._samples['source'][i]]['path']}:{self._samples['row'][i]}"
 
 
 def tokenized_data(kind: str, config, template: ChatTemplate, ranks) -> TokenDataset:
@@ -84,12 +40,13 @@ def tokenized_data(kind: str, config, template: ChatTemplate, ranks) -> TokenDat
 def prepare_tokens(kind: str, config, template: ChatTemplate) -> str:
     """The path of the finished cache of a run's data, built if it is not there yet.
 
-    kind: "sft" or "dpo".  config: common.config.TrainConfig; its dataset_mixer, max_seq_length and cache_dir count.
+    kind: "sft" or "dpo".  config: common.config.TrainConfig; its dataset_mixer, max_seq_length, chat_template_kwargs,
+    allow_dropped and cache_dir count.
     Of several processes one builds, the others wait for it. Raises UserError, with file and row, for data that cannot
-    be used, and leaves nothing of it in cache_dir.
+    be used, and leaves nothing of it in cache_dir; and, once it is built, if more than a tenth of a source is dropped.
     """
     all_rows = [load_source(parse_source(text)) for text in config.dataset_mixer]
-    tokenize = BlockTokenizer(kind, template, Encoder(template.tokenizer, config.max_seq_length))
+    tokenize = block_tokenizer(kind, config, template)
     root = Path(config.cache_dir) / "tokens"
     final = root / f"{kind}-{cache_key(tokenize, all_rows)}"
     warning = f"warning: chat template {template.name!r}"
@@ -97,42 +54,71 @@ def prepare_tokens(kind: str, config, template: ChatTemplate) -> str:
         print_line(f"{warning} can print the day's date; a run resumes only while {final} is there")
     if not template.closing:
         print_line(f"{warning} ends answers with no token: the model learns no end")
-    if _is_whole(final):
+    if ds := _finished(final):
         print_line(f"data: tokenized before, in {final}")
-        return str(final)
-    with as_user_error(f"cache_dir {config.cache_dir}", OSError):
-        root.mkdir(parents=True, exist_ok=True)
-        (root / ".lock").touch()
-    with locked(root / ".lock", lambda: print_line(f"data: another run is building in {root}; waiting for it")):
-        if not _is_whole(final):  # it may have been built while this process waited
-            _build(tokenize, all_rows, final)
-    for role, count in tokenize.unrendered_roles.items():
-        print_line(f"{warning} leaves out messages of role {role!r}: {count:,} of them")
+    else:
+        with as_user_error(f"cache_dir {config.cache_dir}", OSError):
+            root.mkdir(parents=True, exist_ok=True)
+            (root / ".lock").touch()
+        with locked(root / ".lock", lambda: print_line(f"data: another run is building in {root}; waiting for it")):
+            if not _finished(final):  # it may have been built while this process waited
+                _build(tokenize, all_rows, final)
+        ds = TokenDataset(final)
+        for role, count in tokenize.counts["unrendered_roles"].items():
+            print_line(f"{warning} leaves out messages of role {role!r}: {count:,} of them")
+    if (lost := too_much_dropped(ds)) and not config.allow_dropped:
+        print_line(data_table(ds))
+        raise UserError(lost)
     return str(final)
+
+
+def too_much_dropped(ds: TokenDataset) -> str | None:
+    """What to say if more than a tenth of a source's rows is dropped."""
+    for source in ds.stats["sources"]:
+        if source["rows_dropped"] * 10 > source["rows_used"]:
+            lost = f"{source['rows_dropped']:,} of {source['rows_used']:,} rows are dropped, more than a tenth"
+            reasons = _reasons(ds.stats["dropped"])
+            return f"{source['asked_for']}: {lost} ({reasons}); --allow_dropped true trains on the rest"
+    return None
+
+
+def _reasons(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} x {one_line(reason)}" for reason, count in dropped.items())
+
+
+def block_tokenizer(kind: str, config, template: ChatTemplate) -> "BlockTokenizer":
+    """The run's. Raises UserError for chat_template_kwargs that are no JSON object."""
+    asked = config.chat_template_kwargs or "{}"
+    with as_user_error(f"--chat_template_kwargs {asked!r}: must be a JSON object", ValueError, RecursionError):
+        variables = json.loads(asked)
+        if not isinstance(variables, dict):
+            raise ValueError(f"it is a {type(variables).__name__}")
+    return BlockTokenizer(kind, template, Encoder(template.tokenizer, config.max_seq_length), variables)
 
 
 def cache_key(tokenize: "BlockTokenizer", all_rows: list[Rows]) -> str:
     """Digest, in hex, of all that the tokens and their rows' names depend on."""
     special_tokens = tokenize.template.tokenizer.special_tokens_map
-    code = [__file__, *(module.__file__ for module in (sources, chat_template, tokens))]
+    modules = (sources, conversations, chat_template, tokens, dataset)
+    code = [__file__, *(str(module.__file__) for module in modules)]
     parts = {
         "kind": tokenize.kind,
         "sources": [rows.identity for rows in all_rows],
         "template": tokenize.template.digest,
-        "tokenizer": tokenize.encoder.backend.to_str(),  # max_seq_length is in it
+        "variables": tokenize.variables,
+        "tokenizer": [tokenize.encoder.backend.to_str(), tokenize.encoder.bos],  # max_seq_length is in it
         "special_tokens": {name: str(token) for name, token in special_tokens.items()},
         "code": [file_digest(Path(path)) for path in code],
         "versions": [module.__version__ for module in (np, jinja2, tokenizers, transformers)],
     }
-    return _json_digest(parts)
+    return json_digest(parts)
 
 
-def _is_whole(folder: Path) -> bool:
+def _finished(folder: Path) -> TokenDataset | None:
     try:
-        TokenDataset(folder)
+        return TokenDataset(folder)
     except UserError:
-        return False
-    return True
+        return None
 
 
 def _build(tokenize: "BlockTokenizer", all_rows: list[Rows], final: Path) -> None:
@@ -144,7 +130,7 @@ def _build(tokenize: "BlockTokenizer", all_rows: list[Rows], final: Path) -> Non
         _write_files(tokenize, all_rows, folder)
         stats, digests = _stats(tokenize, all_rows, folder), {name: file_digest(folder / name) for name in FILES}
         manifest = {"kind": tokenize.kind, "stats": stats, "files": digests}
-        (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": _json_digest(manifest)}, indent=1))
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": json_digest(manifest)}, indent=1))
         shutil.rmtree(final, ignore_errors=True)  # what is there is not what was written
         folder.rename(final)
     finally:
@@ -159,85 +145,137 @@ def _write_files(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path)
         stack.enter_context(naming(folder))
         files = [stack.enter_context(open(folder / name, "wb")) for name in FILES]
         advance = stack.enter_context(progress("tokenizing", num_rows, "rows"))
-        for source, rows in enumerate(all_rows):
+        num_files = 0
+        for rows in all_rows:
             for start in range(0, len(rows.indices), BLOCK_ROWS):
                 block = rows.indices[start : start + BLOCK_ROWS]
-                for sample in tokenize(source, rows, block):
+                for sample in tokenize(rows, block, num_files):
                     for file, values, dtype in zip(files, sample, FILES.values(), strict=True):
                         file.write(np.array(values, dtype).tobytes())
                 advance(len(block))
+            num_files += len(rows.files)
     if (folder / "samples.bin").stat().st_size == 0:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in tokenize.dropped.items())
-        raise UserError(f"{', '.join(rows.source.text for rows in all_rows)}: no row is left to train on ({reasons})")
+        sources = ", ".join(rows.source.text for rows in all_rows)
+        raise UserError(f"{sources}: no row is left to train on ({_reasons(tokenize.counts['dropped'])})")
 
 
 def _stats(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path) -> dict:
     """What data_table shows and run_config.json records."""
     samples = np.fromfile(folder / "samples.bin", FILES["samples.bin"])
     percentiles = {f"p{q}": int(np.percentile(samples["length"], q)) for q in (5, 50, 95)}
+    kept = np.histogram(samples["file"], np.cumsum([0, *(len(rows.files) for rows in all_rows)]))[0].tolist()
+    for rows in all_rows:
+        for column in rows.unread:
+            tokenize.count("ignored", f"column {column!r}", rows.source.path, len(rows.indices))
     return {
-        "sources": [rows.identity for rows in all_rows],
-        "formats": dict(tokenize.forms.most_common()),
+        "sources": [{**r.identity, "rows_dropped": len(r.indices) - n} for r, n in zip(all_rows, kept, strict=True)],
+        "files": [name for rows in all_rows for name in rows.files],
         "rows_read": sum(len(rows.indices) for rows in all_rows),
         "kept": len(samples),
         "truncated": int(samples["truncated"].sum()),
-        "dropped": dict(tokenize.dropped.most_common()),
-        "unrendered_roles": dict(tokenize.unrendered_roles.most_common()),
+        **{name: dict(counter.most_common()) for name, counter in tokenize.counts.items()},
+        "places": tokenize.places,
         "tokens": int(samples["length"].sum()),
         "target_tokens": int(samples["num_targets"].sum()),
         "length_percentiles": {**percentiles, "max": int(samples["length"].max())},
+        "largest_token_id": int(np.memmap(folder / "tokens.bin", FILES["tokens.bin"], "r").max()),
     }
 
 
+# Rows of each form; rows dropped for each reason; what of a row is not trained as it says; columns, and keys of
+# messages, that nothing acts on; messages of each role that the template does not show.
+COUNTED = ("formats", "dropped", "notes", "ignored", "unrendered_roles")
+
+
 class BlockTokenizer:
-    """Tokenizes blocks of rows, and counts what it met: rows of each form, messages of each role that the template does
-    not show, rows dropped for each reason."""
+    """Tokenizes blocks of rows, and counts what it met.
 
-    def __init__(self, kind: str, template: ChatTemplate, encoder: Encoder):
-        self.kind, self.template, self.encoder = kind, template, encoder
-        self.forms, self.unrendered_roles, self.dropped = Counter(), Counter(), Counter()
+    counts: for each of COUNTED, how often each text was met.  places: where it was met first.
+    variables: what the template sees beside the messages; a row's own chat_template_kwargs come before them.
+    """
 
-    def __call__(self, source: int, rows: Rows, block: np.ndarray) -> Iterator[tuple]:
-        """(tokens, marks, a SAMPLE) of each row of `block` that is kept; the rows are those of source number `source`.
+    def __init__(self, kind: str, template: ChatTemplate, encoder: Encoder, variables: dict | None = None):
+        self.kind, self.template, self.encoder, self.variables = kind, template, encoder, variables or {}
+        self.counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTED}
+        self.places: dict[str, dict[str, str]] = {name: {} for name in COUNTED}
+        self._is_named: dict[str, bool] = {}
+
+    def count(self, name: str, text: str, place: str, number: int = 1) -> None:
+        """Of a kind only the first 50 texts are told apart."""
+        counter, text = self.counts[name], text[:120]
+        if text not in counter:
+            text = text if len(counter) < 50 else "others"
+            self.places[name].setdefault(text, place)
+        counter[text] += number
+
+    def __call__(self, rows: Rows, block: np.ndarray, first_file: int = 0) -> Iterator[tuple]:
+        """(tokens, marks, a SAMPLE) of each row of `block` that is kept; first_file is the number of rows.files[0].
         Raises UserError naming file and row."""
         rendered = []
         with as_user_error(rows.source.path, OSError, ValueError):
             raw_rows = rows.read(block)
-        for number, raw in zip(rows.numbers[block].tolist(), raw_rows, strict=True):
-            with self._in_row(f"{rows.source.path}:{number}"):
-                rendered.append((number, *self._render(decode_row(raw))))
+        for index, raw in zip(block.tolist(), raw_rows, strict=True):
+            with self._in_row(rows.place(index)):
+                rendered.append((index, *self._render(decode_row(raw), rows.place(index))))
         encodings = iter(self.encoder.encode([text for _, texts, _ in rendered for text in texts]))
-        for number, texts, trained in rendered:
+        for index, texts, sample_of in rendered:
             encoded = [next(encodings) for _ in texts]
-            with self._in_row(f"{rows.source.path}:{number}"):
-                ids, marks, num_targets = self._sample(encoded, trained)
-                truncated = any(encoding.overflowing for encoding in encoded)
-                yield ids, marks, (len(ids), len(marks), num_targets, truncated, source, number)
+            with self._in_row(rows.place(index)):
+                is_truncated = False
+                for encoding in encoded:
+                    if isinstance(encoding, Dropped):
+                        raise encoding
+                    is_truncated |= bool(encoding.overflowing)
+                ids, marks, num_targets = flattened(sample_of(*encoded))
+                position = first_file + int(rows.file[index]), int(rows.numbers[index])
+                yield ids, marks, (len(ids), len(marks), num_targets, is_truncated, *position)
 
-    def _render(self, row: dict) -> tuple[list[str], list | int]:
-        """The texts of a row, and what is trained of them, as sft_sample and preference_pair take it."""
-        is_sft = self.kind == "sft"
-        form, *conversations = (tokens.sft_conversation if is_sft else tokens.preference_conversations)(row)
-        self.forms[form] += 1
-        roles = [message["role"] for message in conversations[0]]
-        self.unrendered_roles.update(role for role in roles if not self.template.shows_role(role))
-        if is_sft:
-            text, spans = self.template.render(*conversations)
-            return [text], spans
-        prompt, *completions = tokens.render_pair(*conversations, self.template)
-        return [prompt + completion for completion in completions], len(prompt)
-
-    def _sample(self, encodings: list, trained: list | int) -> tuple[np.ndarray, list | np.ndarray, int]:
-        """(tokens, marks, number of targets) of one sample, as FILES hold them. Raises Dropped."""
-        for encoding in encodings:
-            if isinstance(encoding, Dropped):
-                raise encoding
+    def _render(self, row: dict, place: str) -> tuple[list[str], Callable]:
+        """The texts of a row, and what makes a sample of their encodings. Raises Dropped."""
+        example = (sft_example if self.kind == "sft" else preference_example)(row, self.variables)
+        self.count("formats", example.form, place)
+        for column in row.keys() - {*example.columns}:
+            self.count("ignored", f"column {column!r}", place)
+        if example.tokens is not None:
+            return [], partial(tokens.sample_of_ids, self.encoder, **example.tokens)
+        if example.text is not None:  # begun as the tokenizer begins a text, with an EOS at its end; trained whole
+            text, bos, eos = example.text, self.encoder.bos, self.template.tokenizer.eos_token
+            text = f"{'' if text.startswith(bos) else bos}{text}{'' if text.endswith(eos) else eos}"
+            return [text], partial(tokens.sft_sample, char_spans=[(0, len(text))])
+        self._count_what_is_not_shown(example.conversations[0], place)
         if self.kind == "sft":
-            ids, spans = tokens.sft_sample(*encodings, trained)
-            return ids, spans.ravel(), (spans[:, 1] - spans[:, 0]).sum()
-        *sides, start, other_start = tokens.preference_pair(*encodings, trained)
-        lengths = [len(ids) for ids in sides]
-        return np.concatenate(sides), [*lengths, start, other_start], sum(lengths[1:]) - start - other_start
+            text, spans, notes = self.template.render(example.conversations[0])
+            notes = example.notes + notes
+            if not spans:
+                raise Dropped(notes[0].partition(": ")[0] if notes else "no assistant message")
+            texts = [text]
+            sample_of: Callable = partial(tokens.sft_sample, char_spans=spans)
+        else:
+            chosen, rejected = example.conversations
+            prompt, *completions, notes = tokens.render_pair(chosen, rejected, self.template)
+            texts = [prompt + completion for completion in completions]
+            sample_of = partial(tokens.preference_pair, prompt_chars=len(prompt))
+        for note in notes:
+            what, _, instance = note.partition(": ")
+            self.count("notes", what, f"{place}: {instance}" if instance else place)
+        return texts, sample_of
+
+    def _count_what_is_not_shown(self, conversation: Conversation, place: str) -> None:
+        """Of roles by a rendering; of keys and variables by whether the template's text names them."""
+        for message in conversation.messages:
+            if not self.template.shows_role(message["role"]):
+                self.count("unrendered_roles", message["role"], place)
+            for key in message.keys() - {"role", "content"}:
+                if message[key] is not None and not self._names(key):
+                    self.count("ignored", f"key {key!r} of messages", place)
+        for name in conversation.variables:
+            if not self._names(name):
+                self.count("ignored", f"{name!r} of chat_template_kwargs", place)
+
+    def _names(self, name: str) -> bool:
+        if name not in self._is_named:
+            self._is_named[name] = re.search(rf"\b{re.escape(name)}\b", self.template.jinja) is not None
+        return self._is_named[name]
 
     @contextmanager
     def _in_row(self, place: str) -> Iterator[None]:
@@ -245,10 +283,6 @@ class BlockTokenizer:
         try:
             yield
         except Dropped as reason:
-            self.dropped[str(reason)[:120]] += 1
+            self.count("dropped", str(reason), place)
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
-
-
-def _json_digest(value) -> str:
-    return digest(json.dumps(value, sort_keys=True).encode())

@@ -1,26 +1,30 @@
 """Chat templates: what text a conversation becomes, and which characters of it are trained.
 
-One rule for all templates. The text is what transformers renders for the whole conversation. Of it, each assistant
-turn is trained from where its generation prompt ends (where there is none, its header) to the end of what closes the
-turn: the content and the token that stops generation. Headers are not trained, nor white space after that token.
-Where a turn lies is found by rendering, never by searching for its content:
-
-1. A marker for every content shows what the template prints around contents. If that and the contents make up the
-   whole text, an assistant's content between the generation prompt and the closing token is a turn. Nearly always
-   this is all.
-2. Else `messages[:i]` with the generation prompt, and `messages[:i + 1]`, must render to beginnings of the whole
-   text: their lengths are where turn i begins and ends (a template that writes more than the content into a turn).
-3. Where one of them does not, a marker for content i alone must leave the text before and after it as it is, and
-   bounds the content (a template that drops the reasoning of earlier turns; a conversation the assistant opens).
-4. Where even that does not hold, the row is refused.
+The text is what transformers renders for the whole conversation. Of it, each assistant turn is trained from where its
+generation prompt ends (where there is none, its header) to the end of what closes it: content, reasoning and calls as
+the template shows them, and the token that stops generation, without white space after it. A turn is found by
+rendering, never by searching for its content. The conversation is rendered again with marks around each content,
+reasoning, name and argument; if the text without the marks is the same, then between the marks of two messages lies
+only what the template prints. There a turn begins where the generation prompt ends that follows a question; else where
+that of `messages[:i]` ends; else after the header of other answers. It ends with what closes other answers; else with
+a special token; else where `messages[:i + 1]` ends. A row for which none of that holds is dropped.
 """
 
+import copy
 import hashlib
+import json
 import re
+import resource
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 
+from common.data.conversations import Conversation, Dropped
 from common.failures import UserError, as_user_error, one_line
 
 # The reference run's template: <|role|>, a new line, the content (and EOS, if the assistant's), a new line except at
@@ -35,146 +39,355 @@ TULU = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
 
-MARKER = "\ue0f1\ue0f2"  # stands for a content; private-use characters, unchanged by strip, split or tojson
+# A mark is BEGIN or END, a number, STOP: signs that no data holds, unchanged by strip, split, tojson and repr.
+BEGIN, END, STOP = "\U000101d0", "\U000101d1", "\U000101d2"
+MARK = re.compile(f"([{BEGIN}{END}])([0-9]+){STOP}")
+MARKER = BEGIN + END  # stands for a whole content
 QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
 MARKED_ANSWER = {"role": "assistant", "content": MARKER}
+TOOL = {"type": "function", "function": {"name": "look", "description": "looks", "parameters": {}}}
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # where transformers takes a message's reasoning from
+RENDER_SECONDS, RENDER_BYTES = 20.0, 2 * 2**30  # that the rendering of one row may take
 
 
-class Dropped(Exception):
-    """A well-formed row that holds nothing to train on; its text is the reason it is counted under."""
+class Rendered(NamedTuple):
+    """text: of the whole conversation.  spans: [start, end) characters that are trained, in order.  notes: what is not
+    trained or not shown, once for each turn."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    notes: list[str]
+
+
+class Frame(NamedTuple):
+    """What a template prints around an answer.
+
+    prompt: the generation prompt; None where a header is printed only together with the answer.  headers: what precedes
+    an answer within a conversation, and the last one.  closing: what closes an answer, without white space; "" if
+    nothing does, and without an EOS that only the end of a text has (Phi-3).  after_last: what follows it at the end.
+    """
+
+    prompt: str | None
+    headers: tuple[str, ...]
+    closing: str
+    after_last: str
 
 
 class ChatTemplate:
     """A chat template, with the tokenizer whose special tokens it prints.
 
-    name: as asked for.  jinja: its text.  digest: sha256 of that text.
-    closing: what closes an assistant turn, without the white space after it; "" if nothing does. Where the template
-    prints EOS once, at the end of the text (Phi-3), closing is what comes before.
+    name: as asked for.  jinja: its text.  digest: sha256 of that text.  closing: Frame's.
     """
 
     def __init__(self, name: str, jinja: str, tokenizer):
         """Raises UserError if it does not compile, cannot render a question and an answer, or hides the answer."""
         self.name, self.jinja, self.tokenizer = name, jinja, tokenizer
         self.digest = hashlib.sha256(jinja.encode()).hexdigest()
-        self._shows_role, self._printed = {"user": True, "assistant": True}, {}
-        with as_user_error(f"chat template {name!r} for a question and an answer", Dropped):
-            answered = self.apply([QUESTION, MARKED_ANSWER])
-            asked, prompted = self.apply([QUESTION]), self.apply([QUESTION], add_generation_prompt=True)
-        if answered.count(MARKER) != 1:
-            raise UserError(f"chat template {name!r} does not show the assistant's content exactly once")
-        header, tail = answered.split(MARKER)
-        if not prompted.startswith(asked):
-            asked = asked.removesuffix(tokenizer.eos_token)  # of templates that end every text with it
-        self.closing = self._tail_of_every_answer(tail, tokenizer.eos_token).rstrip()
-        self._after_last = tail[len(self.closing) :]
-        # What opens an answer; None where a header does that is printed only together with the answer.
-        self._generation_prompt = prompted[len(asked) :] if prompted.startswith(asked) else None
-        if prompted == asked and header.rstrip() != asked.rstrip():
-            self._generation_prompt = None
+        special = "|".join(map(re.escape, sorted(tokenizer.added_tokens_encoder, reverse=True)))
+        self.special = re.compile(rf"\s*({special or '$^'})")
+        self.rests: dict[tuple, str] = {}  # of _Layout._offset
+        self._shows_role: dict[str, bool] = {"user": True, "assistant": True}
+        self._frames: dict[str, Frame] = {}
+        with as_user_error(f"chat template {name!r} for a question and an answer", Dropped), bounded():
+            self.closing = self.frame({}).closing
+            self._shows_tools = self.attempt([QUESTION], tools=[TOOL]) != self.attempt([QUESTION])
+            self._arguments_as = self._form_of_arguments()
 
-    def _tail_of_every_answer(self, tail: str, eos: str) -> str:
-        """What follows the last answer, without an EOS that earlier ones do not have."""
-        before_eos = tail.rstrip().removesuffix(eos)
-        if not before_eos.strip() or before_eos == tail.rstrip():
-            return tail
+    def apply(self, messages: list[dict], add_generation_prompt: bool = False, **options) -> str:
+        """transformers' own rendering; options: tools, and variables of the template. Raises Dropped where the template
+        refuses the conversation, by its `raise_exception`, or fails on it; UserError if it takes too much."""
+        options |= {"chat_template": self.jinja, "tokenize": False, "add_generation_prompt": add_generation_prompt}
         try:
-            after = self.apply([QUESTION, MARKED_ANSWER, QUESTION, ANSWER]).partition(MARKER)[2]
-        except (Dropped, UserError):
-            return tail
-        return before_eos if after.startswith(before_eos) and not after.startswith(tail.rstrip()) else tail
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except (TimeoutError, MemoryError) as error:
+            limits = f"{RENDER_SECONDS:g} seconds or {RENDER_BYTES / 2**30:g} GiB"
+            raise UserError(f"chat template {self.name!r} takes more than {limits} for one conversation") from error
+        except Exception as error:
+            is_refusal = type(error) is jinja2.TemplateError  # what raise_exception raises
+            what = "refused by the chat template" if is_refusal else f"the chat template fails: {type(error).__name__}"
+            raise Dropped(f"{what}: {one_line(error)}") from error
+
+    def attempt(self, messages: list[dict], add_generation_prompt: bool = False, **options) -> str | None:
+        """As apply; None where that raises Dropped."""
+        with suppress(Dropped):
+            return self.apply(messages, add_generation_prompt, **options)
+        return None
+
+    def render(self, conversation: Conversation, only_last: bool = False) -> Rendered:
+        """The text of a conversation, and what of it is trained: a span for each assistant turn that may be and that is
+        shown; with only_last, of the last turn alone. Raises Dropped."""
+        if not conversation.messages:
+            return Rendered("", [], [])
+        options = {"tools": conversation.tools, **conversation.variables}
+        with bounded():
+            messages = [self._with_arguments(message) for message in conversation.messages]
+            text = self.attempt(messages, **options)
+            if text is None:  # many templates add to a content that is not there
+                messages = [m if m.get("content") is not None else {**m, "content": ""} for m in messages]
+                text = self.apply(messages, **options)
+            turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            frame = self.frame(conversation.variables, bool(conversation.tools))
+            layout = _Layout(self, messages, text, options, frame)
+            asked_for = turns[-1:] if only_last else turns
+            spans = [span for i in asked_for if conversation.trained[i] for span in layout.spans(i)]
+        if conversation.tools and not self._shows_tools:
+            layout.notes.append("tools that the template does not show")
+        return Rendered(text, spans, layout.notes)
+
+    def frame(self, variables: dict, has_tools: bool = False) -> Frame:
+        """What is printed around an answer, with these variables of the template. Raises Dropped."""
+        if has_tools:
+            with suppress(Dropped):
+                return self.frame({**variables, "tools": [TOOL]})
+        key = json.dumps(variables, sort_keys=True, default=str)
+        if key not in self._frames:
+            eos, answered = self.tokenizer.eos_token, self.apply([QUESTION, MARKED_ANSWER], **variables)
+            asked, prompted = self.apply([QUESTION], **variables), self.apply([QUESTION], True, **variables)
+            within = self.attempt([QUESTION, MARKED_ANSWER, QUESTION, ANSWER], **variables) or answered
+            if answered.count(MARKER) != 1:
+                raise Dropped("it does not show the assistant's content exactly once")
+            (header, tail), (header_within, _, after) = answered.split(MARKER), within.partition(MARKER)
+            if not prompted.startswith(asked):
+                asked = asked.removesuffix(eos)  # of templates that end every text with it
+            closing = tail.rstrip()
+            before_eos = closing.removesuffix(eos).rstrip()
+            if before_eos and after.startswith(before_eos) and not after.startswith(closing):
+                closing = before_eos
+            is_header = prompted == asked and header.rstrip() != asked.rstrip()
+            prompt = prompted[len(asked) :] if prompted.startswith(asked) and not is_header else None
+            headers = tuple(h.removeprefix(asked) for h in (header_within, header) if h.startswith(asked))
+            if len(self._frames) > 1000:  # variables that differ in each row
+                self._frames.clear()
+            self._frames[key] = Frame(prompt, headers, closing, tail[len(closing) :])
+        return self._frames[key]
+
+    def _with_arguments(self, message: dict) -> dict:
+        """The message, with its calls' arguments as the template wants them. Raises Dropped for bad text."""
+        if not message.get("tool_calls"):
+            return message
+        message = copy.deepcopy(message)
+        for call in message["tool_calls"]:
+            function = call.get("function") or call
+            arguments = function.get("arguments")
+            if self._arguments_as == "object" and isinstance(arguments, str):
+                with suppress(ValueError):
+                    function["arguments"] = json.loads(arguments)
+                if not isinstance(function["arguments"], dict):
+                    raise Dropped("tool calls whose arguments are no JSON object")
+            elif self._arguments_as == "text" and isinstance(arguments, dict):
+                function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+        return message
+
+    def _form_of_arguments(self) -> str:
+        """As what the template shows a call's arguments well: "object", "text", or "either"."""
+        texts = []
+        for arguments in ({"key0": "value0"}, '{"key0": "value0"}'):
+            call = {"type": "function", "id": "call00000", "function": {"name": "look", "arguments": arguments}}
+            calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+            result = {"role": "tool", "name": "look", "tool_call_id": "call00000", "content": "seen"}
+            shown = (self.attempt([QUESTION, *rest]) for rest in ([calling], [calling, result, ANSWER]))
+            texts.append(next((text for text in shown if text and "value0" in text), ""))
+        if not texts[0] or "{'key0'" in texts[0]:  # as Python writes it
+            return "text" if texts[1] else "either"
+        return "object" if not texts[1] or '\\"key0' in texts[1] else "either"  # a text in quotation marks
 
     def end_ids(self) -> list[int]:
-        """The tokens that end an answer: EOS, and what closes a turn, if that is one token."""
+        """The tokens that end an answer: EOS, and the last of what closes a turn, if special or the only one."""
         closing = self.tokenizer.encode(self.closing, add_special_tokens=False)
-        return sorted({self.tokenizer.eos_token_id, *(closing if len(closing) == 1 else ())})
-
-    def apply(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """transformers' own rendering. Raises Dropped where the template itself refuses the conversation, by its
-        `raise_exception`; UserError for any other failure: a template is a program of the user's."""
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.jinja, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:
-            if type(error) is jinja2.TemplateError:  # what raise_exception raises
-                raise Dropped(f"refused by the chat template: {one_line(error)}") from error
-            raise UserError(f"chat template {self.name!r}: {type(error).__name__}: {one_line(error)}") from error
-
-    def render(self, messages: list[dict], only_last: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """The text of a conversation, and the [start, end) characters of it that are trained: a span for each assistant
-        message, in order; with only_last, the last of them alone. Raises Dropped, or UserError where a turn's place in
-        the text cannot be told."""
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        text = self.apply(messages) if messages else ""
-        plain = self._plain_spans(messages, text) if turns else {}
-        return text, [plain.get(i) or self._span(messages, i, text) for i in turns[-1 if only_last else 0 :]]
-
-    def _plain_spans(self, messages: list[dict], text: str) -> dict[int, tuple[int, int]]:
-        """[start, end) of those assistant messages that step 1 of the module's docstring bounds, by their index."""
-        printed = self._printed_around(messages)
-        numbers, spans, position = list(map(int, printed[1::2])), {}, 0
-        printed[1::2] = [messages[i]["content"] for i in numbers]
-        if "".join(printed) != text or not self._generation_prompt or not self.closing:
-            return {}
-        for i, before, content, after in zip(numbers, printed[::2], printed[1::2], printed[2::2], strict=False):
-            start = position + len(before)
-            position = start + len(content)
-            is_whole = before.endswith(self._generation_prompt) and after.startswith(self.closing)
-            if messages[i]["role"] == "assistant" and is_whole:
-                spans[i] = start, position + len(self.closing)
-        return spans
-
-    def _printed_around(self, messages: list[dict]) -> list[str]:
-        """What is printed around the contents: [text, index of the message whose content follows, text, ..., text].
-        It depends on the contents for no template that step 1 is for, so each order of roles is rendered once."""
-        roles = tuple(message["role"] for message in messages) if all(len(m) == 2 for m in messages) else None
-        if roles is None or roles not in self._printed:  # None: messages that hold more, rendered every time
-            marked = [{**message, "content": f"{MARKER}{i}{MARKER}"} for i, message in enumerate(messages)]
-            try:
-                self._printed[roles] = re.split(f"{MARKER}([0-9]+){MARKER}", self.apply(marked))
-            except (UserError, Dropped):  # for a content that is a marker
-                self._printed[roles] = []
-        return list(self._printed[roles])
-
-    def _span(self, messages: list[dict], i: int, text: str) -> tuple[int, int]:
-        """[start, end) of assistant message i in the text of all messages: steps 2 to 4 of the module's docstring."""
-        start = end = None
-        if i > 0 and self._generation_prompt is not None:
-            prompt = self.apply(messages[:i], add_generation_prompt=True)
-            if text.startswith(prompt) and prompt.endswith(self._generation_prompt):
-                start = len(prompt)
-        until = (text if i == len(messages) - 1 else self.apply(messages[: i + 1])).removesuffix(self._after_last)
-        if text.startswith(until):
-            end = len(until)
-        if start is not None and end is not None:
-            return start, end
-        marked = self.apply([*messages[:i], {**messages[i], "content": MARKER}, *messages[i + 1 :]])
-        before, _, after = marked.partition(MARKER)
-        content_end = len(text) - len(after)
-        exact = marked.count(MARKER) == 1 and text.startswith(before) and text.endswith(after)
-        if not exact or len(before) > content_end or (end is None and not after.startswith(self.closing)):
-            what = f"chat template {self.name!r}: its text of message {i + 1} (assistant) cannot be told from the rest"
-            raise UserError(f"{what}; use another chat_template or leave the row out")
-        start = len(before) if start is None else min(start, len(before))
-        return start, content_end + len(self.closing) if end is None else end
+        is_end = len(closing) == 1 or (closing and closing[-1] in self.tokenizer.added_tokens_decoder)
+        return sorted({self.tokenizer.eos_token_id, *(closing[-1:] if is_end else ())})
 
     def shows_role(self, role: str) -> bool:
         """Whether messages of this role show their content. One that is refused counts: its rows will say so."""
         if role not in self._shows_role:
             message = {"role": role, "content": MARKER}
-            try:
-                texts = [self.apply([message, QUESTION]), self.apply([QUESTION, ANSWER, message])]
-                self._shows_role[role] = any(MARKER in text for text in texts)
-            except (UserError, Dropped):
-                self._shows_role[role] = True
+            with bounded():
+                texts = [self.attempt([message, QUESTION]), self.attempt([QUESTION, ANSWER, message])]
+            self._shows_role[role] = any(text is None or MARKER in text for text in texts)
         return self._shows_role[role]
 
 
+@contextmanager
+def bounded() -> Iterator[None]:
+    """In it, Python raises TimeoutError after RENDER_SECONDS (in the main thread), and MemoryError where RENDER_BYTES
+    more than now would be mapped: a template is a program of the user's, which may never end."""
+
+    def stop(*_):
+        raise TimeoutError
+
+    is_main, limit = threading.current_thread() is threading.main_thread(), resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    handler = signal.signal(signal.SIGALRM, stop) if is_main else None
+    try:
+        if is_main and limit[0] == resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_AS, (mapped + RENDER_BYTES, limit[1]))
+        if is_main:
+            signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS, 1)  # and again, should one be swallowed
+        yield
+    finally:
+        if is_main:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+            resource.setrlimit(resource.RLIMIT_AS, limit)
+
+
+def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
+    """A copy with marks around its content, reasoning, and the names and arguments of its calls, inside the white space
+    that templates strip. An assistant's are numbered, and their kinds appended to `kinds`; others have number 0.
+    has_blank: whether a blank content has marks too, where there are no calls."""
+    calls, is_assistant = message.get("tool_calls"), message["role"] == "assistant"
+
+    def put(text: str, kind: str, even_blank: bool = False) -> str:
+        content, before = text.strip(), text[: len(text) - len(text.lstrip())]
+        if not content and not even_blank:
+            return text
+        number = len(kinds) if is_assistant else 0
+        kinds.extend([kind] * is_assistant)
+        return f"{before}{BEGIN}{number}{STOP}{content}{END}{number}{STOP}{text[len(before) + len(content) :]}"
+
+    def in_calls(value, is_shown: bool = False):
+        if isinstance(value, dict):
+            items = ((key, in_calls(item, is_shown or key in ("name", "arguments"))) for key, item in value.items())
+            return {put(key, "call") if is_shown else key: item for key, item in items}
+        if isinstance(value, list):
+            return [in_calls(item, is_shown) for item in value]
+        return put(value, "call") if is_shown and isinstance(value, str) else value
+
+    reasoning = {key: message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)}
+    marked = message | {key: put(text, "reasoning") for key, text in reasoning.items()}
+    if isinstance(message.get("content"), str):
+        thought, closing, answer = message["content"].rpartition("</think>")
+        if not is_assistant or not (answer.strip() or thought.strip() or has_blank):
+            thought, closing, answer = "", "", message["content"]
+        before, opening, thought = thought.rpartition("<think>")
+        answer = put(answer, "content", has_blank and not calls)
+        marked["content"] = f"{before}{opening}{put(thought, 'reasoning')}{closing}{answer}"
+    return {**marked, "tool_calls": in_calls(calls)} if calls else marked
+
+
+def _without_marks(marked: str) -> tuple[str, list[tuple[int, int, bool]]]:
+    """The text without marks, and of each: where in it, its number, whether it is a BEGIN."""
+    pieces, marks, position = MARK.split(marked), [], 0
+    for piece, sign, number in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=False):
+        position += len(piece)
+        marks.append((position, int(number), sign == BEGIN))
+    return "".join(pieces[::3]), marks
+
+
+class _Layout:
+    """Where the turns of one conversation lie in its text. notes: Rendered's."""
+
+    def __init__(self, template: ChatTemplate, messages: list[dict], text: str, options: dict, frame: Frame):
+        self.template, self.text, self.options, self.frame = template, text, options, frame
+        self.notes: list[str] = []
+        self.failed: set[tuple] = set()
+        self.headers = [header for header in (frame.prompt, *frame.headers) if header and header.strip()]
+        for every in (True, False):  # else what the assistant's messages show, where they are not blank
+            kinds, owners, self.marked = ["other"], [-1], []
+            for i, message in enumerate(messages):
+                is_marked = every or message["role"] == "assistant"
+                self.marked.append(_marked(message, kinds, every) if is_marked else message)
+                owners += [i] * (len(kinds) - len(owners))
+            unmarked, self.marks = _without_marks(template.attempt(self.marked, **options) or "")
+            if unmarked == text:
+                break
+        else:
+            raise Dropped("where the messages lie in the template's text cannot be told")
+        self.kinds = kinds
+        self.leaves: dict[int, list[int]] = {}  # message -> numbers of its marks
+        for leaf, i in enumerate(owners):
+            self.leaves.setdefault(i, []).append(leaf)
+        self.runs: dict[int, tuple[int, int]] = {}  # message -> its first and last mark, before what is shown again
+        self.met: set[tuple[int, bool]] = set()
+        for k, (_, leaf, is_begin) in enumerate(self.marks):
+            first, last = self.runs.get(owners[leaf], (k, k))
+            if (leaf, is_begin) not in self.met and last >= k - 1:
+                self.runs[owners[leaf]] = first, k
+            self.met.add((leaf, is_begin))
+
+    def spans(self, i: int) -> list[tuple[int, int]]:
+        """What is trained of assistant message i; nothing where the template does not show it. Raises Dropped."""
+        shown: dict[str, list[bool]] = {"call": [], "reasoning": [], "content": []}
+        for leaf in self.leaves.get(i, []):
+            shown[self.kinds[leaf]].append({(leaf, True), (leaf, False)} <= self.met)
+        if not all(shown["call"]):
+            self.notes.append("tool calls that the template does not show: turn not trained")
+            return []
+        if i not in self.runs:
+            self.notes.append("assistant turns that the template does not show")
+            return []
+        if shown["reasoning"] and not any(shown["reasoning"]):
+            self.notes.append("reasoning that the template leaves out")
+        if not all(shown["content"]):
+            self.notes.append("content that the template leaves out")
+        first, last = self.runs[i]
+        return [(self._start(i, first), self._end(i, last))]
+
+    def _start(self, i: int, first: int) -> int:
+        """Where the turn begins whose first mark is number `first`."""
+        begin, (end, _, is_begin) = self.marks[first - 1][0] if first else 0, self.marks[first]
+        region, prompt = self.text[begin:end], self.frame.prompt
+        find = region.rfind if is_begin else region.find  # behind the header only white space, or some of the content
+        if prompt and prompt.strip() and prompt in region:
+            return begin + find(prompt) + len(prompt)
+        offset = self._offset(i, first - 1, region, True) if prompt is not None else None
+        if offset is None:
+            header = next((header for header in self.headers if header in region), "")
+            if header or prompt:
+                self.notes.append(f"answers after {header!r}, where the generation prompt is {prompt or ''!r}")
+            offset = find(header) + len(header) if header else self._offset(i, first - 1, region)
+        offset = 0 if offset is None and not region.strip() else offset
+        if offset is None:
+            raise Dropped("where an assistant's turn begins in the template's text cannot be told")
+        return begin + offset
+
+    def _end(self, i: int, last: int) -> int:
+        """Where the turn ends whose last mark is number `last`."""
+        (end, _, is_begin), closing = self.marks[last], self.frame.closing
+        after = self.text[end : self.marks[last + 1][0] if last + 1 < len(self.marks) else None]
+        offset = after.index(closing) + len(closing) if closing and closing in after else None
+        if offset is None:
+            offset = self._offset(i + 1, last, after)
+        if offset is None and (special := self.template.special.match(after)):
+            offset = special.end()
+        if offset is None or is_begin:
+            raise Dropped("where an assistant's turn ends in the template's text cannot be told")
+        return end + (len(after[:offset].rstrip()) if closing else offset)
+
+    def _offset(self, num_messages: int, k: int, region: str, is_prompt: bool = False) -> int | None:
+        """How much of `region`, the text behind mark k, the first messages render to; None if it begins otherwise.
+        Rendered once for each region; numbers in it, and names with digits, do not count."""
+        rests, key = self.template.rests, (is_prompt, self.frame, re.sub(r"\w*\d\w*", "0", region))
+        if key not in self.failed and not (key in rests and region.endswith(rests[key])):
+            shorter = self.marked[:num_messages]
+            text = self.template.attempt(shorter, is_prompt, **self.options) if shorter else None
+            if text is None:
+                return None
+            printed, marks = _without_marks(text)
+            tail = printed[marks[-1][0] if marks else 0 :]
+            tail = tail if is_prompt else tail.removesuffix(self.frame.after_last)
+            is_same_mark = [mark[1:] for mark in marks[-1:]] == [mark[1:] for mark in self.marks[max(k, 0) : k + 1]]
+            if not is_same_mark or not region.startswith(tail):
+                self.failed.add(key)
+                return None
+            if len(rests) > 1000:  # regions that hold some of the data
+                rests.clear()
+            rests[key] = region[len(tail) :]
+        return None if key in self.failed else len(region) - len(rests[key])
+
+
 def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
-    """`tulu`, `tokenizer` (the tokenizer's own), or the path of a .jinja file. Raises UserError."""
+    """`tulu`, `tokenizer` (the tokenizer's own), `auto` (its own where it has one, else tulu), or the path of a .jinja
+    file. Raises UserError."""
+    if name_or_path == "auto":
+        name_or_path = "tokenizer" if tokenizer.chat_template else "tulu"
     with as_user_error(f"chat_template {name_or_path!r} is not tulu, nor a tokenizer's only one, nor a .jinja file"):
-        if name_or_path == "tokenizer":
+        own = tokenizer.chat_template
+        if name_or_path == "tokenizer" and isinstance(own, dict) and {"default", "tool_use"} <= own.keys():
+            with_tools, without = (own[name].removesuffix("\n") for name in ("tool_use", "default"))
+            jinja = "{% if tools %}" + with_tools + "{% else %}" + without + "{% endif %}"  # as transformers chooses
+        elif name_or_path == "tokenizer":
             jinja = tokenizer.get_chat_template()
         else:
-            jinja = TULU if name_or_path == "tulu" else Path(name_or_path).read_text(encoding="utf-8")
+            jinja = TULU if name_or_path == "tulu" else Path(name_or_path).read_text(encoding="utf-8-sig")
     return ChatTemplate(name_or_path, jinja, tokenizer)

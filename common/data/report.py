@@ -2,41 +2,68 @@
 
 import sys
 
-from common.data.cache import TokenDataset
+import numpy as np
+
+from common.data.dataset import TokenDataset
+from common.data.tokens import SFTSample
+from common.failures import one_line, shown
+from common.files import digest
+
+MOST_CHARACTERS = 2000  # of a piece of a sample that is shown
+MOST_TURNS = 20  # of a sample
+BARS = 10
 
 
 def preview(ds: TokenDataset, index: int, tokenizer) -> str:
     """Sample `index` as text, its target tokens (of a pair: its scored ones) green, or in [[ ]] without a terminal."""
     mark = "\033[32m{}\033[0m" if sys.stdout.isatty() else "[[{}]]"
 
-    def show(ids, spans):
-        pieces, done = [], 0
-        for start, end in spans:
-            pieces += [tokenizer.decode(ids[done:start]), mark.format(tokenizer.decode(ids[start:end]))]
-            done = end
-        return "".join([*pieces, tokenizer.decode(ids[done:])])
+    def text(ids) -> str:
+        return shown(tokenizer.decode(ids), MOST_CHARACTERS)
 
-    sample, title = ds[index], f"sample {index} ({ds.source_of(index)})"
-    if ds.kind == "sft":
-        return f"{title}:\n{show(sample.input_ids, sample.trained_spans.tolist())}"
-    chosen = show(sample.chosen_ids, [(sample.chosen_start, len(sample.chosen_ids))])
-    rejected = show(sample.rejected_ids, [(sample.rejected_start, len(sample.rejected_ids))])
-    return f"{title}:\n{tokenizer.decode(sample.prompt_ids)}\n--- chosen:\n{chosen}\n--- rejected:\n{rejected}"
+    def marked(ids, spans) -> str:
+        pieces, done = [], 0
+        for start, end in spans[:MOST_TURNS]:
+            pieces += [text(ids[done:start]), mark.format(text(ids[start:end]))]
+            done = end
+        rest = f"\n[{len(spans) - MOST_TURNS:,} more turns]" if len(spans) > MOST_TURNS else text(ids[done:])
+        return "".join([*pieces, rest])
+
+    sample, title = ds[index], f"sample {index} ({one_line(ds.source_of(index))})"
+    if isinstance(sample, SFTSample):
+        return f"{title}:\n{marked(sample.input_ids, sample.trained_spans.tolist())}"
+    chosen = marked(sample.chosen_ids, [(sample.chosen_start, len(sample.chosen_ids))])
+    rejected = marked(sample.rejected_ids, [(sample.rejected_start, len(sample.rejected_ids))])
+    return f"{title}:\n{text(sample.prompt_ids)}\n--- chosen:\n{chosen}\n--- rejected:\n{rejected}"
 
 
 def data_table(ds: TokenDataset) -> str:
     """The stats, a line each: name, value."""
     stats, lines = ds.stats, []
+
+    def counted(name: str, title: str) -> None:
+        for what, count in stats[name].items():
+            lines.append(
+                (f"  {title.format(one_line(what))}", f"{count:,}; first {one_line(stats['places'][name][what])}")
+            )
+
     for source in stats["sources"]:
         known_by = ", ".join(f"{name} {source[name]}" for name in ("revision", "split", "sha256") if name in source)
-        lines.append((source["asked_for"], f"{source['rows_used']:,} of {source['num_rows']:,} rows; {known_by}"))
+        rows = f"{source['rows_used']:,} of {source['num_rows']:,} rows, {source['rows_dropped']:,} dropped"
+        lines.append((one_line(source["asked_for"]), f"{rows}; {known_by}"))
+        lines += [("  file left out", one_line(name)) for name in source.get("left_out", [])[:5]]
+    forms = ", ".join(f"{form} ({count:,} rows)" for form, count in stats["formats"].items())
     lines += [
-        ("format", ", ".join(f"{form} ({count:,} rows)" for form, count in stats["formats"].items())),
+        ("format", forms),
         *((name.replace("_", " "), f"{stats[name]:,}") for name in ("rows_read", "kept", "truncated")),
         ("dropped", f"{sum(stats['dropped'].values()):,}"),
     ]
-    lines += [(f"  {reason}", f"{count:,}") for reason, count in stats["dropped"].items()]
-    lines += [(f"  messages of role {role!r} left out", f"{n:,}") for role, n in stats["unrendered_roles"].items()]
+    counted("dropped", "{}")
+    for name, title in (("notes", "not trained as its row says"), ("ignored", "nothing acts on")):
+        if stats[name]:
+            lines.append((title, ""))
+            counted(name, "{}")
+    counted("unrendered_roles", "messages of role '{}' left out")
     once = "" if ds.pair_lengths is None else ", a pair's prompt once"
     lines += [
         ("tokens" + once, f"{stats['tokens']:,}"),
@@ -44,4 +71,28 @@ def data_table(ds: TokenDataset) -> str:
         ("length" + once, ", ".join(f"{name} {value:,}" for name, value in stats["length_percentiles"].items())),
     ]
     width = min(40, max(len(name) for name, _ in lines))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
+
+
+def quality_report(ds: TokenDataset, end_ids: list[int]) -> str:
+    """Lengths in BARS bars, exact duplicates, samples cut off, answers without an end. end_ids: tokens that end one."""
+    edges = np.unique(np.linspace(0, int(ds.lengths.max()) + 1, BARS + 1).astype(int))
+    counts = np.histogram(ds.lengths, edges)[0]
+    lines = ["lengths, in tokens:"]
+    for start, end, count in zip(edges[:-1], edges[1:] - 1, counts, strict=True):
+        lines.append(f"  {start:>8,} to {end:>8,}  {count:>10,}  {'#' * -(-40 * int(count) // int(counts.max()))}")
+    lines.append(f"truncated: {ds.stats['truncated']:,} of {len(ds):,}, {ds.stats['truncated'] / len(ds):.1%}")
+    first: dict[str, str] = {}
+    repeated = []
+    for i in range(len(ds)):
+        known = digest(b"".join(np.asarray(part).tobytes() + b"|" for part in ds[i]))
+        if (place := first.setdefault(known, ds.source_of(i))) != ds.source_of(i):
+            repeated.append(f"{ds.source_of(i)} is {place}")
+    lines.append(f"exact duplicates of another row: {len(repeated):,}{_first(repeated)}")
+    endless = np.flatnonzero(~np.isin(ds.last_tokens(), end_ids))
+    lines.append(f"answers without an end token (of {len(ds.last_tokens()):,}): {len(endless):,}")
+    return "\n".join(lines)
+
+
+def _first(examples: list[str]) -> str:
+    return f"; first {one_line(examples[0])}" if examples else ""

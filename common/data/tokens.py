@@ -1,4 +1,4 @@
-"""Rows -> conversations -> tokens: what a row may look like, which tokens are targets, what is dropped.
+"""Text -> tokens: which of them are targets, and what is dropped.
 
 A token is trained if it begins inside a trained span of the text (common/data/chat_template.py). So one that begins in
 the header and runs into the content (a newline of each merged into one token) is not. Nor is the token at position 0:
@@ -6,14 +6,13 @@ nothing predicts it. Samples and pairs are made so here, and whoever reads them 
 """
 
 import copy
-from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Encoding
 
-from common.data.chat_template import ChatTemplate, Dropped
-from common.failures import UserError
+from common.data.chat_template import ChatTemplate
+from common.data.conversations import Conversation, Dropped
 
 
 class SFTSample(NamedTuple):
@@ -38,80 +37,21 @@ class PreferencePair(NamedTuple):
     rejected_start: int
 
 
-# --------------------------------------------------------------------------------- rows to conversations
-# The forms of an SFT row: the columns that it needs, and its messages. The first form whose columns are there is taken.
-SFT_FORMS = {
-    ("messages",): lambda row: _messages(row, "messages"),
-    ("prompt", "completion"): lambda row: _messages(row, "prompt", "user") + _messages(row, "completion", "assistant"),
-}
-
-
-def sft_conversation(row: dict) -> tuple[str, list[dict]]:
-    """-> (form, messages). `prompt` and `completion` are each a text or a list of messages. Raises UserError."""
-    for columns, messages_of in SFT_FORMS.items():
-        if all(column in row for column in columns):
-            return "+".join(columns), messages_of(row)
-    raise UserError(f"SFT needs a column `messages`, or `prompt` and `completion`; this row has {list(row)}")
-
-
-def preference_conversations(row: dict) -> tuple[str, list[dict], list[dict]]:
-    """-> (form, chosen, rejected): two whole conversations with the same prompt, all messages but the last.
-
-    Forms: `chosen`+`rejected`, lists of messages; `prompt`+`chosen`+`rejected`, each a text or a list. Beside a
-    `prompt`, a list that begins with the assistant's message continues it; any other is the whole conversation.
-    Raises UserError.
-    """
-    if "chosen" not in row or "rejected" not in row:
-        raise UserError(f"DPO needs columns `chosen` and `rejected`; this row has {list(row)}")
-    prompt = None if row.get("prompt") is None else _messages(row, "prompt", "user")
-    form, sides = "chosen+rejected", []
-    for column in ("chosen", "rejected"):
-        side = _messages(row, column, None if prompt is None else "assistant")
-        if prompt is not None and side and side[0]["role"] == "assistant":
-            form, side = "prompt+chosen+rejected", prompt + side
-        sides.append(side)
-    for i, (one, other) in enumerate(zip_longest(sides[0][:-1], sides[1][:-1]), start=1):
-        if one != other:
-            raise UserError(f"the prompts of chosen and rejected differ, first at message {i}")
-    return form, *sides
-
-
-def _messages(row: dict, column: str, role: str | None = None) -> list[dict]:
-    """A column's list of messages, checked, contents as text; where `role` is given, a text is one such message."""
-    value = row[column]
-    if isinstance(value, str) and role is not None:
-        return [{"role": role, "content": value}]
-    messages = []
-    for i, message in enumerate(_checked(value, list, f"`{column}`"), start=1):
-        place = f"`{column}` message {i}"
-        _checked(message, dict, place)
-        _checked(message.get("role"), str, f"{place}: its role")
-        content = message.get("content")
-        if isinstance(content, list):
-            texts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else p for p in content]
-            content = "".join(_checked(text, str, f"{place}: each part of its content") for text in texts)
-        given = {key: item for key, item in message.items() if item is not None}
-        messages.append({**given, "content": _checked(content, str, f"{place}: its content")})
-    return messages
-
-
-def _checked(value, kind: type, place: str):
-    """The value, which must be of this kind. Raises UserError."""
-    if not isinstance(value, kind):
-        wanted = {list: "a list of messages", dict: "an object with a role and a content", str: "a text"}[kind]
-        raise UserError(f"{place} must be {wanted}, not {'null' if value is None else type(value).__name__}")
-    return value
-
-
 # --------------------------------------------------------------------------------- text to tokens
 # What the tokenizer raises for a lone surrogate, which JSON allows, and for megabytes of white space (no Exception).
 UNUSABLE = {"TypeError": "text is not valid Unicode", "PanicException": "the tokenizer fails on its text"}
 
 
 class Encoder:
-    """The bare fast tokenizer: the first max_seq_length tokens, no special tokens added, no padding, exact offsets."""
+    """The bare fast tokenizer: the first max_seq_length tokens, no special tokens added, no padding, exact offsets.
+
+    bos: the token that the tokenizer by itself puts before a text; "" if none.
+    """
 
     def __init__(self, tokenizer, max_seq_length: int):
+        begins_with_bos = tokenizer.backend_tokenizer.encode("a").ids[:1] == [tokenizer.bos_token_id]
+        self.bos = tokenizer.bos_token if begins_with_bos else ""
+        self.max_seq_length, self.num_ids = max_seq_length, max(tokenizer.get_vocab().values()) + 1
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
         self.backend.enable_truncation(max_seq_length)
         self.backend.no_padding()
@@ -129,22 +69,49 @@ class Encoder:
             return [Dropped(UNUSABLE[type(error).__name__])]
 
 
-def render_pair(chosen: list[dict], rejected: list[dict], template: ChatTemplate) -> tuple[str, str, str]:
-    """-> (prompt, chosen's completion, rejected's). Raises Dropped; UserError if the template makes two prompts."""
-    prompts, completions = [], []
-    for messages in (chosen, rejected):
-        if not messages or messages[-1]["role"] != "assistant":
-            raise Dropped("does not end with the assistant's message")
-        text, [(start, end)] = template.render(messages, only_last=True)
-        prompts.append(text[:start])
-        completions.append(text[start:end])
-    if prompts[0] != prompts[1]:
-        raise UserError(f"chat template {template.name!r} renders the prompts of chosen and rejected differently")
-    if not all(completion.removesuffix(template.closing).strip() for completion in completions):
-        raise Dropped("empty completion")
-    if completions[0] == completions[1]:
+def render_pair(
+    chosen: Conversation, rejected: Conversation, template: ChatTemplate
+) -> tuple[str, str, str, list[str]]:
+    """-> (prompt, chosen's completion, rejected's, notes). Prompts that the template renders alike are the same. Raises
+    Dropped."""
+    (prompt, completion, notes), (other_prompt, other, other_notes) = (
+        _render_side(conversation, template) for conversation in (chosen, rejected)
+    )
+    if prompt != other_prompt:
+        raise Dropped("the prompts of chosen and rejected differ")
+    if completion == other:
         raise Dropped("equal completions")
-    return prompts[0], *completions
+    letters = ["".join(text.split()) for text in (completion, other)]
+    is_spacing = ["chosen and rejected differ in white space only"] * (letters[0] == letters[1])
+    return prompt, completion, other, [*dict.fromkeys(notes + other_notes), *is_spacing]
+
+
+def _render_side(conversation: Conversation, template: ChatTemplate) -> tuple[str, str, list[str]]:
+    """-> (prompt, completion, notes)."""
+    text, spans, notes = template.render(conversation, only_last=True)
+    if not spans:
+        raise Dropped(notes[0].partition(": ")[0] if notes else "the template does not show a completion")
+    start, end = spans[0]
+    return text[:start], text[start:end], notes
+
+
+def sample_of_ids(encoder: Encoder, input_ids: list, labels: list | None, attention_mask: list | None) -> SFTSample:
+    """Of a row that holds tokens. Those whose attention_mask is 0 are left out; labels of -100 are not trained, without
+    labels all are. Raises Dropped."""
+    rows = [input_ids, input_ids if labels is None else labels]
+    rows.append([1] * len(input_ids) if attention_mask is None else attention_mask)
+    if any(len(row) != len(input_ids) or {*map(type, row)} != {int} for row in rows):
+        raise Dropped("input_ids, labels and attention_mask are not as many whole numbers")
+    ids, targets, mask = map(np.array, rows)
+    ids, targets = (row[mask != 0][: encoder.max_seq_length] for row in (ids, targets))
+    is_target = targets != -100
+    if ((ids < 0) | (ids >= encoder.num_ids)).any() or (targets != ids)[is_target].any():
+        raise Dropped("input_ids that the tokenizer has no token for, or labels that are neither -100 nor these")
+    is_target[:1] = False
+    spans = np.flatnonzero(np.diff(is_target, prepend=False, append=False)).reshape(-1, 2)
+    if len(spans) == 0:
+        raise Dropped("no target token within max_seq_length")
+    return SFTSample(ids.astype(np.int32), spans.astype(np.int32))
 
 
 def sft_sample(encoding: Encoding, char_spans: list[tuple[int, int]]) -> SFTSample:
@@ -164,7 +131,7 @@ def preference_pair(chosen: Encoding, rejected: Encoding, prompt_chars: int) -> 
         if first >= len(encoding):
             raise Dropped("prompt fills max_seq_length")
         # The token before it may be the header's last and the content's first in one: not the prompt's alone.
-        is_merged = encoding.token_to_chars(first - 1)[1] > prompt_chars
+        is_merged = _chars(encoding, first - 1)[1] > prompt_chars
         sides.append(np.array(encoding.ids, np.int32))
         prompt_lengths.append(first - is_merged)
         scored_from.append(first)
@@ -179,10 +146,17 @@ def preference_pair(chosen: Encoding, rejected: Encoding, prompt_chars: int) -> 
 
 def _first_target(encoding: Encoding, char: int) -> int:
     """The first token from position 1 on that begins at this character or after it; len(encoding) or more if none."""
-    if len(encoding) == 0 or char >= encoding.token_to_chars(len(encoding) - 1)[1]:
+    if len(encoding) == 0 or char >= _chars(encoding, len(encoding) - 1)[1]:
         return max(1, len(encoding))
     while (token := encoding.char_to_token(char)) is None:  # a character that the tokenizer leaves out
         char += 1
-    while token < len(encoding) and encoding.token_to_chars(token)[0] < char:
+    while token < len(encoding) and _chars(encoding, token)[0] < char:
         token += 1
     return max(1, token)
+
+
+def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
+    """[start, end) characters of a token."""
+    chars = encoding.token_to_chars(token)
+    assert chars is not None  # of one text, without special tokens added, every token has some
+    return chars

@@ -3,16 +3,19 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import deepspeed
 import torch
 from safetensors.torch import save_file
+from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.data.chat_template import ChatTemplate
+from common.failures import UserError, as_user_error
 from common.files import naming, sync_folder
-from common.model.load import generation_config
+from common.model.load import SAMPLES, generation_config, load_config, load_tokenizer
 from common.model.packed import PackedModel
 from common.ranks import Ranks
 
@@ -54,6 +57,31 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
     ranks.once(lambda: _finish_export(model.lm, template, source_folder, temporary, index))
 
 
+def rehearse_export(config: PretrainedConfig, template: ChatTemplate, source_folder: str) -> None:
+    """Writes all that an export holds but the weights to a temporary folder, and reads it back: what fails then would
+    have failed after the last step. Raises UserError."""
+    what = f"model {source_folder}: its settings and tokenizer cannot be written and read back"
+    with tempfile.TemporaryDirectory() as folder, as_user_error(what):
+        _write_settings(config, template, source_folder, Path(folder))
+        try:
+            load_config(folder)
+            tokenizer = load_tokenizer(folder)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        for text in SAMPLES:
+            before, after = template.tokenizer.tokenize(text), tokenizer.tokenize(text)
+            if before != after:
+                raise ValueError(f"{text!r} becomes {after}, not {before}")
+
+
+def _write_settings(config: PretrainedConfig, template: ChatTemplate, source_folder: str, folder: Path) -> None:
+    config = type(config).from_dict(config.to_dict())
+    config.save_pretrained(folder)
+    generation_config(source_folder, config, template.end_ids()).save_pretrained(folder)
+    template.tokenizer.chat_template = template.jinja
+    template.tokenizer.save_pretrained(folder)
+
+
 def _write_shard(tensors: dict, path: Path) -> None:
     with naming(path):
         save_file(tensors, path, {"format": "pt"})
@@ -62,12 +90,8 @@ def _write_shard(tensors: dict, path: Path) -> None:
 def _finish_export(lm, template: ChatTemplate, source_folder: str, temporary: Path, index: dict) -> None:
     """Writes all but the weights, and moves everything to the folder above. What goes there is the model that its index
     names; whatever else lies there stays."""
-    config, target = type(lm.config).from_dict(lm.config.to_dict()), temporary.parent
-    config.architectures = [type(lm).__name__]
-    config.save_pretrained(temporary)
-    generation_config(source_folder, config, template.end_ids()).save_pretrained(temporary)
-    template.tokenizer.chat_template = template.jinja
-    template.tokenizer.save_pretrained(temporary)
+    target, lm.config.architectures = temporary.parent, [type(lm).__name__]
+    _write_settings(lm.config, template, source_folder, temporary)
     (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if (target / INDEX).is_file():
         replaced = json.loads((target / INDEX).read_text(encoding="utf-8"))["weight_map"].values()

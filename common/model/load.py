@@ -8,11 +8,13 @@ import deepspeed
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
+from common.data.chat_template import QUESTION, ChatTemplate
 from common.failures import UserError, as_user_error
 from common.model.attention import registered_name
 from common.model.packed import PackedModel
@@ -21,6 +23,14 @@ from common.ranks import Ranks
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
 MODEL_FILES = [*TOKENIZER_FILES, "README.md", "model*.safetensors"]
 LOAD_GROUP_ELEMENTS = 250_000_000  # parameters that are whole on a device at once while the model loads
+# Texts that the ways of splitting words differ on.
+SAMPLES = (
+    "It's 12345 o'clock, I'LL pay $3.50!",
+    "  two\n\n \tlines  ",
+    "naïve e\u0301té 漢字 🙂",
+    "x=[1,2];y_2",
+    "<|a|>\n b",
+)
 NO_CODE = {"trust_remote_code": False}  # code in a folder never runs, and nobody is asked whether it may
 # Pattern of a config's numbers -> the value that changes nothing here, and what another one means.
 REFUSED_NUMBERS = {
@@ -47,17 +57,37 @@ def find_tokenizer(name_or_path: str) -> str:
 
 
 def load_tokenizer(folder: str):
-    """The fast tokenizer of a folder. Raises UserError if there is none or it has no end-of-sequence token."""
+    """The fast tokenizer of a folder. Raises UserError if there is none, if it has no end-of-sequence token, or if it
+    encodes otherwise than the folder's tokenizer.json, which transformers overrules for some classes."""
+    file = Path(folder) / "tokenizer.json"
     with as_user_error(f"tokenizer {folder}: cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        stored = Tokenizer.from_file(str(file)) if file.is_file() else tokenizer.backend_tokenizer
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {folder}: needs a tokenizer.json, and an eos_token, which ends answers")
+    for text in SAMPLES:
+        both = (tokenizer.backend_tokenizer, stored)
+        made, of_file = (one.encode(text, add_special_tokens=False).tokens for one in both)
+        if made != of_file:
+            seen = f"{text!r} becomes {made} by {type(tokenizer).__name__}, and {of_file} by tokenizer.json"
+            raise UserError(f"tokenizer {folder}: transformers does not use its tokenizer.json: {seen}")
     return tokenizer
 
 
-def num_token_ids(tokenizer) -> int:
-    """The tokenizer's largest id + 1, which is more than len(tokenizer) where ids are left out."""
-    return max(tokenizer.get_vocab().values()) + 1
+def warnings(template: ChatTemplate, config: PretrainedConfig, longest: int) -> list[str]:
+    """What may surprise whoever uses the model; a line each.  longest: tokens of the longest sample."""
+    tokenizer, lines, start = template.tokenizer, [], template.apply([QUESTION])
+    own, bos, closing = tokenizer.chat_template, tokenizer.bos_token, tokenizer.tokenize(template.closing)
+    positions = getattr(config, "max_position_embeddings", None) or longest
+    if own and own != template.jinja:
+        lines.append("it differs from the tokenizer's own, and is exported in its place")
+    if bos and tokenizer.encode("a")[0] == tokenizer.bos_token_id and not start.startswith(bos):
+        lines.append(f"its texts begin with {start[:20]!r}; the tokenizer puts {bos} in front of other texts")
+    if closing and not {*tokenizer.convert_tokens_to_ids(closing)} & {*template.end_ids()}:
+        lines.append(f"it ends answers with {closing}, ordinary tokens, at which generation does not stop")
+    if longest > positions:
+        lines.append(f"the longest sample has {longest:,} tokens, the model's max_position_embeddings is {positions:,}")
+    return [f"warning: chat template {template.name!r}: {line}" for line in lines]
 
 
 def load_config(folder: str) -> PretrainedConfig:
@@ -84,7 +114,7 @@ def generation_config(folder: str, config: PretrainedConfig, end_ids: list[int])
 def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int, vocab_needed: int) -> None:
     """Refuses by name what packed training would compute wrongly (INTERFACE: "Only what the code handles is trained").
 
-    longest: tokens of the longest sample; vocab_needed: the tokenizer's largest id + 1. Raises UserError.
+    longest: tokens of the longest sample; vocab_needed: the largest token id of the data + 1. Raises UserError.
     """
     values, model_class = config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
@@ -115,8 +145,8 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
         if is_refused:
             raise UserError(f"model type {config.model_type} {reason}: packed training would compute it wrongly")
     if config.vocab_size < vocab_needed:
-        sizes = f"{vocab_needed} tokens, the model's embedding only {config.vocab_size} rows"
-        raise UserError(f"the tokenizer has {sizes}; use the model's own tokenizer")
+        sizes = f"token {vocab_needed - 1}, the model's embedding only {config.vocab_size} rows"
+        raise UserError(f"the data has {sizes}; use the model's own tokenizer")
 
 
 def _refused_numbers(values: dict) -> list[tuple[bool, str]]:

@@ -12,7 +12,7 @@ from torch._inductor import config as inductor_config
 from torch.fx.experimental import _config as fx_config
 from torch.utils.checkpoint import checkpoint
 
-from common.data.cache import SFTSample
+from common.data.tokens import SFTSample
 from common.failures import UserError
 from common.model.attention import attention_kwargs, registered_name, to_device
 from common.model.logprobs import LogProbHead

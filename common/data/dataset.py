@@ -1,0 +1,94 @@
+"""A finished token cache, as every rank reads it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from common.data.tokens import PreferencePair, SFTSample
+from common.failures import UserError
+from common.files import digest, file_digest
+
+# What the files hold. tokens and marks lie end to end, sample after sample. marks of a conversation: its trained spans;
+# of a pair: tokens of the prompt, of the rest of chosen, of the rest of rejected, chosen_start, rejected_start.
+SAMPLE = [(name, np.int64) for name in ("length", "num_marks", "num_targets", "truncated", "file", "row")]
+FILES = {"tokens.bin": np.int32, "marks.bin": np.int32, "samples.bin": np.dtype(SAMPLE)}
+
+
+class TokenDataset:
+    """A finished token cache, memory-mapped: indexing takes no memory, opening 24 bytes a sample.
+
+    folder: where it lies.  kind: "sft" or "dpo".  digest: hex, of all files, wherever they were read from.
+    stats: what cache.py's `_stats` returned.
+    lengths: int32 [n], tokens of each sample (of a pair: its prompt once, and both completions).
+    num_targets: int32 [n], its target tokens (of a pair: the scored tokens of both sides).
+    pair_lengths: DPO only, int32 [n, 3], tokens of the prompt, the rest of chosen, the rest of rejected.
+    ds[i]: SFTSample or PreferencePair, read-only views.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Reads and checks every byte once. Raises UserError if one is not what was written."""
+        try:
+            manifest = json.loads((Path(folder) / "manifest.json").read_bytes())
+            digests = {name: file_digest(Path(folder) / name) for name in FILES}
+            is_whole = manifest.pop("digest") == json_digest(manifest) and manifest["files"] == digests
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            is_whole = False
+        if not is_whole:
+            raise UserError(f"token cache {folder} is not what was written; run again, and it is rebuilt")
+        self.folder = Path(folder)
+        self.kind, self.stats, self.digest = manifest["kind"], manifest["stats"], json_digest(digests)
+        self._tokens, self._marks, self._samples = (
+            np.asarray(np.memmap(Path(folder) / name, dtype, "r")) for name, dtype in FILES.items()
+        )
+        self.lengths, self.num_targets = (self._samples[name].astype(np.int32) for name in ("length", "num_targets"))
+        self.pair_lengths = self._marks.reshape(-1, 5)[:, :3] if self.kind == "dpo" else None
+        self._ends, self._mark_ends = (np.cumsum(self._samples[name]) for name in ("length", "num_marks"))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> SFTSample | PreferencePair:
+        ids = self._tokens[self._ends[i] - self.lengths[i] : self._ends[i]]
+        marks = self._marks[self._mark_ends[i] - self._samples["num_marks"][i] : self._mark_ends[i]]
+        if self.kind == "sft":
+            return SFTSample(ids, marks.reshape(-1, 2))
+        prompt, chosen, _, *starts = marks.tolist()
+        return PreferencePair(*np.split(ids, [prompt, prompt + chosen]), *starts)
+
+    def source_of(self, i: int) -> str:
+        """`file:row` of sample i, for messages."""
+        return f"{self.stats['files'][self._samples['file'][i]]}:{self._samples['row'][i]}"
+
+    def longest_side(self) -> int:
+        """Tokens of the longest sample; of a pair, its prompt and its longer completion."""
+        if self.pair_lengths is None:
+            return int(self.lengths.max())
+        return int((self.pair_lengths[:, 0] + self.pair_lengths[:, 1:].max(1)).max())
+
+    def samples_of(self, place: str) -> list[int]:
+        """The samples that a row, `file:row`, has become: as many as its source takes it."""
+        name, _, row = place.rpartition(":")
+        files = [i for i, file in enumerate(self.stats["files"]) if file == name]
+        return np.flatnonzero(np.isin(self._samples["file"], files) & (self._samples["row"] == int(row))).tolist()
+
+    def last_tokens(self) -> np.ndarray:
+        """int32: the last token of each trained span; of a pair, of its chosen and its rejected side."""
+        if self.pair_lengths is not None:
+            return self._tokens[np.concatenate([self._ends - self.pair_lengths[:, 2], self._ends]) - 1]
+        starts: np.ndarray = np.repeat(self._ends - self.lengths, self._samples["num_marks"] // 2)
+        return self._tokens[starts + self._marks[1::2] - 1]
+
+
+def flattened(sample: SFTSample | PreferencePair) -> tuple[np.ndarray, np.ndarray | list[int], int]:
+    """A sample as FILES hold it: tokens, marks, and the number of its targets."""
+    if isinstance(sample, SFTSample):
+        spans = sample.trained_spans
+        return sample.input_ids, spans.ravel(), int((spans[:, 1] - spans[:, 0]).sum())
+    *sides, start, other_start = sample
+    lengths = [len(ids) for ids in sides]
+    return np.concatenate(sides), [*lengths, start, other_start], sum(lengths[1:]) - start - other_start
+
+
+def json_digest(value) -> str:
+    return digest(json.dumps(value, sort_keys=True).encode())

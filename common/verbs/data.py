@@ -1,0 +1,81 @@
+"""What would be trained, without training: no GPU, no weights, one process.
+
+    bash run.sh data sft|dpo [flags of the script] [--show 5] [--row FILE:ROW ...]
+
+Prints the table of rows read, dropped and ignored, the lengths, duplicates, and samples with their trained tokens
+marked: `--show` of them, spread over the data, or the rows that `--row` names, as messages name them; of a row that is
+not trained, why. Exits with 2 where a run would for its data.
+"""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+
+from common.config import DPOConfig, SFTConfig, TrainConfig, parse_config
+from common.data.cache import block_tokenizer, prepare_tokens, too_much_dropped
+from common.data.chat_template import ChatTemplate, resolve_template
+from common.data.dataset import TokenDataset
+from common.data.report import data_table, preview, quality_report
+from common.data.sources import load_source, parse_source
+from common.failures import UserError, one_line, print_line
+from common.verbs.launch import exit_with
+
+
+def main(*argv: str) -> int:
+    """Returns the exit code. Raises UserError for a mistake in argv, and for data that a run would refuse."""
+    method, words = argv[:1], argv[1:]
+    if method not in (("sft",), ("dpo",)):
+        print_line(__doc__ or "")
+        raise UserError("write: bash run.sh data sft|dpo [flags]")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--show", type=int, default=5)
+    parser.add_argument("--row", nargs="+", default=[])
+    try:
+        own, flags = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    config = parse_config(SFTConfig if method == ("sft",) else DPOConfig, flags)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # common.model imports DeepSpeed, which looks for a GPU
+    from common.model import load
+
+    folder = load.find_model(config.model_name_or_path, config.model_revision, load.TOKENIZER_FILES)
+    tokenizer = load.load_tokenizer(load.find_tokenizer(config.tokenizer_name_or_path or folder))
+    template = resolve_template(config.chat_template, tokenizer)
+    ds = TokenDataset(prepare_tokens(method[0], dataclasses.replace(config, allow_dropped=True), template))
+    print_line(data_table(ds))
+    print_line(quality_report(ds, template.end_ids()))
+    if (Path(folder) / "config.json").is_file():
+        for line in load.warnings(template, load.load_config(folder), ds.longest_side()):
+            print_line(line)
+    for place in own.row:
+        print_line("\n" + _row(place, ds, config, template))
+    if not own.row:
+        for i in np.unique(np.linspace(0, len(ds) - 1, max(0, min(own.show, len(ds)))).astype(int)).tolist():
+            print_line("\n" + preview(ds, i, template.tokenizer))
+    if (lost := too_much_dropped(ds)) and not config.allow_dropped:
+        raise UserError(lost)
+    return 0
+
+
+def _row(place: str, ds: TokenDataset, config: TrainConfig, template: ChatTemplate) -> str:
+    """What became of the row `file:row`. Raises UserError if there is none."""
+    name, _, number = place.rpartition(":")
+    if number.isdecimal():
+        if samples := ds.samples_of(place):
+            return preview(ds, samples[0], template.tokenizer)
+        for rows in (load_source(parse_source(text)) for text in config.dataset_mixer):
+            in_file = [i for i, file in enumerate(rows.files) if file == name]
+            found = np.flatnonzero(np.isin(rows.file, in_file) & (rows.numbers == int(number)))
+            tokenize = block_tokenizer(ds.kind, config, template)
+            if len(found):
+                kept = [*tokenize(rows, found)]
+                reasons = [f"not one of the {len(rows.indices):,} rows taken"] if kept else tokenize.counts["dropped"]
+                return f"{one_line(place)}: not trained: {', '.join(reasons)}"
+    raise UserError(f"--row {place}: no such row; write FILE:ROW, as the samples' titles do")
+
+
+if __name__ == "__main__":
+    exit_with(main)
