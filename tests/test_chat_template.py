@@ -1,6 +1,7 @@
 """What each template renders and which characters of it are trained.   pytest tests/test_chat_template.py"""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_tokenizer
