@@ -10,7 +10,6 @@ import shlex
 import time
 from pathlib import Path
 
-from httpx2 import TransportError
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import enable_progress_bars
@@ -79,9 +78,8 @@ def upload(config: TrainConfig) -> str:
         for seconds in COMMIT_RETRIES:
             try:
                 return commit()
-            except (HfHubHTTPError, TransportError) as e:  # a commit is the one request that is not sent again
-                status = e.response.status_code if isinstance(e, HfHubHTTPError) else 500
-                if status < 500 and status != 429:
+            except Exception as e:  # a commit is the one request that the client does not send again
+                if isinstance(e, HfHubHTTPError) and e.response.status_code < 500 and e.response.status_code != 429:
                     raise
             time.sleep(seconds)
         return commit()
