@@ -3,9 +3,9 @@
     deepspeed --num_gpus 8 train_dpo.py [--flag value ...]      # --help lists the flags
 
 Reads top to bottom: config and ranks, data, schedule, folder, memory plan, reference, model and engine, loop, export.
-A step takes `global_batch_size` pairs over all ranks. Each rank packs its share into micro-batches: each is one
-sequence of whole pairs laid end to end, and no pair attends to another. With `share_prompt` a pair's prompt runs once
-for both of its answers.
+The reference is computed by the policy itself, before its first update, unless it is a model of its own. A step takes
+`global_batch_size` pairs over all ranks. Each rank packs its share into micro-batches: each is one sequence of whole
+pairs laid end to end, and no pair attends to another. With `share_prompt` a pair's prompt runs once for both answers.
 """
 
 import gc
@@ -50,7 +50,7 @@ from common.zero.memory import choose_micro_batch, choose_residency, made_up_pai
 def main() -> None:
     # ------------------------------------------------------------------ config and ranks
     config = parse_config(DPOConfig)
-    preference = preference_loss(config)  # what is known of the loss: does it need a reference, ...
+    preference = preference_loss(config)  # what the loss needs; settings that it has not are refused
     ds_config = deepspeed_config(config)
     ranks = start(config.collective_timeout_minutes)
     dtype = getattr(torch, config.dtype)
@@ -67,7 +67,7 @@ def main() -> None:
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
     data = tokenized_data("dpo", config, template, ranks)
-    assert data.pair_lengths is not None  # as of all preferences
+    assert data.pair_lengths is not None  # every data set of preferences has them
     lengths = pair_lengths(data.pair_lengths, config.share_prompt)  # int [pairs]: tokens of each in a micro-batch
     longest_side = int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max())
     load.check_supported(model_config, config.max_seq_length, longest_side, data.stats["largest_token_id"] + 1)
@@ -87,8 +87,8 @@ def main() -> None:
         ranks.say(f"shared prompts: {lengths.sum():,} tokens an epoch in place of {unshared:,}")
 
     # ------------------------------------------------------------------ output folder
-    # A finished run: None, and nothing is left to do. One cut short: its state, and its newest whole checkpoint to
-    # resume from. A new one: state.step == 0 and no checkpoint. A folder that holds another run is refused.
+    # `claim` returns None for a finished run; for one that was cut short its state and the checkpoint to resume from;
+    # for a new one a state with step == 0 and no checkpoint. It refuses a folder that holds another run.
     folders = tokenizer_folder, model_folder, reference_folder
     identity = agreed_identity(config, ds_config, (data.digest, template.digest), folders, ranks)
     claimed = claim(config, identity, schedule.last_step, ranks)
@@ -97,10 +97,12 @@ def main() -> None:
     state, resume_from = claimed
 
     # ------------------------------------------------------------------ memory plan
-    # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A resumed run starts
-    # from the one, and the size of micro-batches, that its state names.
+    # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A run resumed on as
+    # many ranks keeps its micro-batch size and its way to sum gradients, unless a flag or the ds_config says otherwise.
     workload = workload_of(config, lengths, data.source_of(int(lengths.argmax())), state, ranks)
-    ds_config, estimate = choose_residency(ds_config, config, model_config, workload, ranks)
+    ds_config, estimate = choose_residency(
+        ds_config, config, model_config, workload, ranks
+    )  # estimate: bytes on a rank
 
     # ------------------------------------------------------------------ reference, if it is a model of its own
     steps = range(min(schedule.last_step, schedule.steps_per_epoch))  # later epochs take the same pairs
@@ -111,9 +113,9 @@ def main() -> None:
     if reference_folder is not None:  # it is gone before the policy loads
         model = load.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
         with inference_engine(model, ds_config) as engine:
-            weights = identity["ref_model_name_or_path (contents)"]  # their digest
+            weights_digest = identity["ref_model_name_or_path (contents)"]
             reference_table, cached_in = reference_pass(
-                engine, data, pairs, weights, config, kernel, workload.budget, ranks
+                engine, data, pairs, weights_digest, config, kernel, workload.budget, ranks
             )
         del model, engine
 
@@ -126,15 +128,16 @@ def main() -> None:
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
     made_up = partial(made_up_pair, share_prompt=config.share_prompt)
+    # Dry runs on made-up pairs, of which it also follows how many layers recompute their activations.
     budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up, ranks)  # tokens
     state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
-    first = [lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
-    ranks.say(packing_report(first, ranks.world_size, budget))
-    parameters = dict(policy.lm.named_parameters())
+    first_steps = [lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
+    ranks.say(packing_report(first_steps, ranks.world_size, budget))
+    parameters = dict(policy.lm.named_parameters())  # lm: transformers' model
     # No weight has been updated, and no checkpoint loaded yet: here the policy still is the starting model.
     if preference.needs_reference and reference_folder is None:
-        weights = identity["model_name_or_path (contents)"]
-        reference_table, cached_in = reference_pass(engine, data, pairs, weights, config, kernel, budget, ranks)
+        weights_digest = identity["model_name_or_path (contents)"]
+        reference_table, cached_in = reference_pass(engine, data, pairs, weights_digest, config, kernel, budget, ranks)
     if resume_from is not None:
         checkpoint.load(engine, parameters, resume_from, state.step, ranks)
 
@@ -152,13 +155,13 @@ def main() -> None:
         positions = plan_step(lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
         plan = [[samples[i] for i in members] for members in positions]
         pairs_of = [[pair_documents(data[i], config.share_prompt) for i in members] for members in plan]
-        return samples, plan, [pack(pairs, config.share_prompt) for pairs in pairs_of]
+        return samples, plan, [pack(documents, config.share_prompt) for documents in pairs_of]
 
     gc.collect()
     gc.freeze()  # what lives until the end is not searched for garbage again
     meter.start()
     for step, (samples, plan, micro_batches) in one_ahead(prepared, range(state.step, schedule.last_step)):
-        ranks.step = step + 1
+        ranks.step = step + 1  # for what is said of a rank that hangs
         # -------------------------------------------------------------- the recipe's step
         set_learning_rate(engine, schedule.learning_rate(step))
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)

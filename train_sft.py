@@ -68,9 +68,9 @@ def main() -> None:
     ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
 
     # ------------------------------------------------------------------ output folder
-    # A finished run: None, and nothing is left to do. One cut short: its state, and its newest whole checkpoint to
-    # resume from. A new one: state.step == 0 and no checkpoint. A folder that holds another run is refused.
-    folders = tokenizer_folder, model_folder, None
+    # `claim` returns None for a finished run; for one that was cut short its state and the checkpoint to resume from;
+    # for a new one a state with step == 0 and no checkpoint. It refuses a folder that holds another run.
+    folders = tokenizer_folder, model_folder, None  # no reference model
     identity = agreed_identity(config, ds_config, (data.digest, template.digest), folders, ranks)
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
@@ -78,10 +78,12 @@ def main() -> None:
     state, resume_from = claimed
 
     # ------------------------------------------------------------------ memory plan
-    # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A resumed run starts
-    # from the one, and the size of micro-batches, that its state names.
+    # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A run resumed on as
+    # many ranks keeps its micro-batch size and its way to sum gradients, unless a flag or the ds_config says otherwise.
     workload = workload_of(config, data.lengths, data.source_of(int(data.lengths.argmax())), state, ranks)
-    ds_config, estimate = choose_residency(ds_config, config, model_config, workload, ranks)
+    ds_config, estimate = choose_residency(
+        ds_config, config, model_config, workload, ranks
+    )  # estimate: bytes on a rank
 
     # ------------------------------------------------------------------ model and engine
     ranks.say(f"loading {model_folder}")
@@ -91,11 +93,12 @@ def main() -> None:
     verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
+    # Dry runs on made-up samples, of which it also follows how many layers recompute their activations.
     budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up_conversation, ranks)  # tokens
     state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
-    first = [data.lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
-    ranks.say(packing_report(first, ranks.world_size, budget))
-    parameters = dict(policy.lm.named_parameters())
+    first_steps = [data.lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
+    ranks.say(packing_report(first_steps, ranks.world_size, budget))
+    parameters = dict(policy.lm.named_parameters())  # lm: transformers' model
     if resume_from is not None:
         checkpoint.load(engine, parameters, resume_from, state.step, ranks)
 
@@ -118,7 +121,7 @@ def main() -> None:
     gc.freeze()  # what lives until the end is not searched for garbage again
     meter.start()
     for step, (samples, plan, micro_batches) in one_ahead(prepared, range(state.step, schedule.last_step)):
-        ranks.step = step + 1
+        ranks.step = step + 1  # for what is said of a rank that hangs
         # -------------------------------------------------------------- the recipe's step
         num_targets = int(data.num_targets[samples].sum())  # of the whole step: all ranks, all micro-batches
         set_learning_rate(engine, schedule.learning_rate(step))
