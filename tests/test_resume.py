@@ -476,7 +476,7 @@ def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
     text = log.read_text()
-    assert text.index("note: this launcher") < text.index("\nstep 1/")
+    assert text.index("this launcher gives a checkpoint 30 s") < text.index("\nstep 1/")
     assert "Traceback" not in text
     assert checkpoints(output_dir)[-1] == steps_run(text)[-1]
 

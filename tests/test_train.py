@@ -234,7 +234,7 @@ ONE_PAIR = models.preferences(1)[0]
 OTHER_PROMPT = ONE_PAIR | {"rejected": [{"role": "user", "content": "so"}, *ONE_PAIR["rejected"][1:]]}
 # (method, ranks, folder -> the flags that differ, what the line must name): one for each room that finds any
 MISTAKES = [
-    ("sft", 2, lambda t: {"dataset_mixer": written(t / "wrong.jsonl", {"text": ""})}, ["wrong.jsonl:1", "messages"]),
+    ("sft", 2, lambda t: {"dataset_mixer": written(t / "wrong.jsonl", {"text": ""})}, ["wrong.jsonl"]),
     ("sft", 1, lambda t: {"model_name_or_path": t / "absent"}, ["absent"]),
     ("sft", 1, lambda t: {"model_name_or_path": without_weights(t / "m", vocab_size=100)}, ["100 rows"]),
     ("sft", 1, lambda t: {"ds_config": written(t / "d.json", {"gradient_clipping": 1.0})}, ["d.json"]),
@@ -242,7 +242,12 @@ MISTAKES = [
     ("sft", 1, lambda t: {"model_name_or_path": without_weights(t / "m")}, ["model.safetensors"]),
     ("sft", 1, lambda t: {"resume": t}, ["--resume"]),
     ("sft", 1, lambda t: {"output_dir": written(t / "file", {})}, ["--output_dir"]),
-    ("dpo", 1, lambda t: {"dataset_mixer": written(t / "rows.jsonl", ONE_PAIR, OTHER_PROMPT)}, ["rows.jsonl:2"]),
+    (
+        "dpo",
+        1,
+        lambda t: {"dataset_mixer": written(t / "rows.jsonl", ONE_PAIR, OTHER_PROMPT)},
+        ["rows.jsonl", "--allow_dropped"],
+    ),
     ("dpo", 2, lambda t: {"label_smoothing": 0.1, "loss_type": "ipo"}, ["--label_smoothing", "ipo"]),
     ("dpo", 1, lambda t: {"max_tokens_per_micro_batch": 60}, ["60", "--max_tokens_per_micro_batch", ".jsonl:"]),
     ("dpo", 1, lambda t: {"ref_model_name_or_path": models.make_model(t / "m", vocab_size=400)}, ["--ref_model_name"]),
