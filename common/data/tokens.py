@@ -53,14 +53,18 @@ class Encoder:
         self.bos = tokenizer.bos_token if begins_with_bos else ""
         self.max_seq_length, self.num_ids = max_seq_length, max(tokenizer.get_vocab().values()) + 1
         self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        self.backend.enable_truncation(max_seq_length)
+        self.backend.enable_truncation(max_seq_length + 1)  # one more, to know of texts that are cut
         self.backend.no_padding()
         self.backend.post_processor = None  # some trim white space off the offsets
 
     def encode(self, texts: list[str]) -> list[Encoding | Dropped]:
-        """Each text's encoding, or why it has none; in parallel, by the tokenizer's own threads."""
+        """Each text's encoding, `overflowing` if it was cut, or why it has none; in parallel, by the tokenizer's own
+        threads."""
         try:
-            return self.backend.encode_batch(texts, add_special_tokens=False)
+            encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+            for encoding in encodings:
+                encoding.truncate(self.max_seq_length)  # whose overflow some versions do not tell by themselves
+            return encodings
         except BaseException as error:
             if type(error).__name__ not in UNUSABLE:
                 raise
