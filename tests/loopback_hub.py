@@ -54,7 +54,7 @@ class Hub:
         self.faults: list[Fault] = []
 
     def add(self, name: str, files: dict, revisions: dict, private: bool = False) -> "Hub":
-        self.files[name], self.revisions[name], self.private[name] = files, revisions, private
+        self.files[name], self.revisions[name], self.private[name] = dict(files), dict(revisions), private
         return self
 
     def newest(self, name: str) -> dict[str, bytes]:

@@ -396,7 +396,7 @@ def test_a_card_tells_the_hub_its_base_data_and_license_and_a_reader_how_to_talk
     assert (repeated.model_revision, repeated.learning_rate, repeated.seed) == (TAGGED, 3e-6, 42)
     for told in (
         "`<eos>` (0), token (300)",
-        "`tulu`",
+        "--chat_template auto",
         "| train_loss | 0.25 |",
         "7 of 9",
         "4 x GPU (80 GB",

@@ -68,11 +68,12 @@ def _how_to_talk(config: TrainConfig, folder: Path) -> str:
     added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     texts = {token["id"]: f"`{token['content']}`" for token in added}
     stops = ", ".join(f"{texts.get(i, 'token')} ({i})" for i in (ends if isinstance(ends, list) else [ends]))
+    template = f"the chat template of the training (`--chat_template {config.chat_template}`)"
     return (
         f"```python\nfrom transformers import pipeline\n\n"
         f'pipe = pipeline("text-generation", "{config.hub_model_id or folder.resolve().name}")\n'
         f'print(pipe([{{"role": "user", "content": "What is a cloud?"}}], max_new_tokens=200))\n```\n\n'
-        f"Its tokenizer has the chat template of the training, `{config.chat_template}`. Answers end with {stops}."
+        f"Its tokenizer has {template}. Answers end with {stops}."
     )
 
 
