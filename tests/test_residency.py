@@ -172,6 +172,16 @@ def make_engine(folder: str, residency: str, ranks: distributed.Ranks, share: fl
     return policy, build_engine(policy, config, ds_config)
 
 
+def backward_passes(engine, ranks: distributed.Ranks):
+    """Those of a step of PLANS on this rank; yields after each."""
+    plan = PLANS[ranks.world_size][ranks.rank]
+    for m, members in enumerate(plan):
+        row = pack([sft_documents(SFTSample(np.array(SAMPLES[i]), np.array([[1, len(SAMPLES[i])]]))) for i in members])
+        engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
+        engine.backward(-engine(**packed.model_inputs(row, "sdpa", ranks.device)).sum() * ranks.world_size)
+        yield
+
+
 def run_micro_batches(
     folder: str, residency: str, functional: bool = False, in_a_row: bool = False, share: float = 1.0
 ) -> list[dict]:
@@ -202,13 +212,7 @@ def run_micro_batches(
     names = {param: name for name, param in parameters.items()}
     seen = []
     for step in range(2):
-        plan = PLANS[ranks.world_size][ranks.rank]
-        for m, members in enumerate(plan):
-            row = pack(
-                [sft_documents(SFTSample(np.array(SAMPLES[i]), np.array([[1, len(SAMPLES[i])]]))) for i in members]
-            )
-            engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-            engine.backward(-engine(**packed.model_inputs(row, "sdpa", ranks.device)).sum() * ranks.world_size)
+        for _ in backward_passes(engine, ranks):
             assert all(param.grad is None for param in parameters.values())
         zero = engine.optimizer
         parts = {
@@ -334,13 +338,8 @@ def save_and_go_on(folder: str, out: str, resume: bool, residency: str, share: f
     if resume:
         checkpoint.load(engine, parameters, path, 1, ranks)
     for step in range(int(resume), 2):
-        plan = PLANS[ranks.world_size][ranks.rank]
-        for m, members in enumerate(plan):
-            row = pack(
-                [sft_documents(SFTSample(np.array(SAMPLES[i]), np.array([[1, len(SAMPLES[i])]]))) for i in members]
-            )
-            engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-            engine.backward(-engine(**packed.model_inputs(row, "sdpa", ranks.device)).sum() * ranks.world_size)
+        for _ in backward_passes(engine, ranks):
+            pass
         engine.step()
         if step == 0:
             checkpoint.save(parameters, checkpoint.RunState(step=1, world_size=ranks.world_size), out, 9, ranks)
