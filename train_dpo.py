@@ -25,8 +25,9 @@ from common.model.export import export_model
 from common.model.logprobs import sequence_logps
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
+from common.run.agreement import agreed_identity
 from common.run.metrics import StepMeter, StepTotals, progress_line
-from common.run.output_dir import claim, finish, open_output_dir, record_of, run_identity
+from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.run.reference import reference_pass
 from common.step.losses import SUMMED, check_first_step, preference_loss, preference_loss_and_sums
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, pair_documents, pair_lengths, plan_step
@@ -65,6 +66,7 @@ def main() -> None:
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
     data = tokenized_data("dpo", config, template, ranks)
+    assert data.pair_lengths is not None  # as of all preferences
     lengths = pair_lengths(data.pair_lengths, config.share_prompt)  # int [pairs]: tokens of each in a micro-batch
     longest_side = int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max())
     load.check_supported(model_config, config.max_seq_length, longest_side, load.num_token_ids(tokenizer))
@@ -85,7 +87,8 @@ def main() -> None:
     # ------------------------------------------------------------------ output folder
     # A finished run: None, and nothing is left to do. One cut short: its state, and its newest whole checkpoint to
     # resume from. A new one: state.step == 0 and no checkpoint. A folder that holds another run is refused.
-    identity = ranks.once(lambda: run_identity(config, data.digest, template.digest, model_folder, reference_folder))
+    folders = tokenizer_folder, model_folder, reference_folder
+    identity = agreed_identity(config, ds_config, data.digest, template.digest, *folders, ranks)
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
         return
@@ -152,6 +155,7 @@ def main() -> None:
     gc.freeze()  # what lives until the end is not searched for garbage again
     meter.start()
     for step, (samples, plan, micro_batches) in one_ahead(prepared, range(state.step, schedule.last_step)):
+        ranks.step = step + 1
         # -------------------------------------------------------------- the recipe's step
         set_learning_rate(engine, schedule.learning_rate(step))
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)

@@ -21,8 +21,9 @@ from common.model.attention import resolve_kernel
 from common.model.export import export_model
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
+from common.run.agreement import agreed_identity
 from common.run.metrics import StepMeter, StepTotals, progress_line
-from common.run.output_dir import claim, finish, open_output_dir, record_of, run_identity
+from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
 from common.step.schedule import Schedule
 from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_finite
@@ -60,7 +61,8 @@ def main() -> None:
     # ------------------------------------------------------------------ output folder
     # A finished run: None, and nothing is left to do. One cut short: its state, and its newest whole checkpoint to
     # resume from. A new one: state.step == 0 and no checkpoint. A folder that holds another run is refused.
-    identity = ranks.once(lambda: run_identity(config, data.digest, template.digest, model_folder))
+    folders = tokenizer_folder, model_folder, None
+    identity = agreed_identity(config, ds_config, data.digest, template.digest, *folders, ranks)
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
         return
@@ -106,6 +108,7 @@ def main() -> None:
     gc.freeze()  # what lives until the end is not searched for garbage again
     meter.start()
     for step, (samples, plan, micro_batches) in one_ahead(prepared, range(state.step, schedule.last_step)):
+        ranks.step = step + 1
         # -------------------------------------------------------------- the recipe's step
         num_targets = int(data.num_targets[samples].sum())  # of the whole step: all ranks, all micro-batches
         set_learning_rate(engine, schedule.learning_rate(step))

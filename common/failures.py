@@ -16,21 +16,31 @@ class UserError(ValueError):
     """A mistake in what was asked for, found before any training: one line that says what, where and what to do."""
 
     EXIT_CODE = 2
+    is_told = False  # whether another rank, whose error it is, tells it
 
 
 class TrainingStopped(RuntimeError):
     """Training stopped itself (numbers that are not finite, no memory, a full disk): where, and what to try."""
 
     EXIT_CODE = 3
+    is_told = False
 
 
 class ElsewhereError(RuntimeError):
     """A bug on another rank, which shows its traceback."""
 
+    is_told = True
+
+
+def shown(text: str, longest: int = 2000) -> str:
+    """Text of a file, fit for a terminal: control characters but newline and tab as `\\x1b`, and cut to a length."""
+    cut = text if len(text) <= longest else f"{text[:longest]} ... ({len(text) - longest:,} characters more)"
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in cut)
+
 
 def one_line(error: object) -> str:
     """An error's text as part of a line."""
-    return " ".join(str(error).split())[:300]
+    return shown(" ".join(str(error).split())[:300])
 
 
 def shown(text: object, most: int = 200) -> str:

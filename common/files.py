@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +26,13 @@ def file_digest(path: Path) -> str:
         while block := file.read(2**24):
             state.update(block)
     return state.hexdigest()
+
+
+def unique_names(pairs: list[tuple[str, object]]) -> dict:
+    """json.loads' object_pairs_hook for which a name that comes twice is a ValueError."""
+    if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+        raise ValueError(f"`{twice[0]}` comes twice")
+    return dict(pairs)
 
 
 @contextmanager

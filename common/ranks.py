@@ -1,32 +1,41 @@
-"""The process group: which rank this is, and how ranks learn what one of them found out."""
+"""The process group: which rank this is, what ranks learn of each other, and how one that hangs is noticed."""
 
 import errno
+import itertools
 import os
 import stat
+import sys
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from common.failures import ElsewhereError, as_user_error, explained, one_line, print_line
+from common.failures import ElsewhereError, UserError, as_user_error, explained, one_line, print_line
 from common.files import digest
 
 LONGEST_PAUSE = 0.5  # seconds between two looks at whether one rank's work is done
+LONGEST_SILENCE = 30.0  # seconds between two signs of life of a rank that is well
+PATIENCE = 0.9  # of the time-out: a rank that has been silent for so long is lost
+PROJECT = str(Path(__file__).resolve().parents[1])
+OURS = (f"{PROJECT}/common/", f"{PROJECT}/train_")
 
 
 @dataclass
 class Ranks:
     """This process among the others: rank of world_size, local_rank of local_world_size on its node.
 
-    control: a gloo group of all ranks. A rank that dies closes its connections, which the others notice at once; one
-    that hangs they notice after collective_timeout_minutes.
+    control: a gloo group of all ranks. A rank that dies closes its connections, which the others notice at once.
+    store: where a thread of each rank says again and again what the rank does. A rank that is stopped falls silent, and
+    before collective_timeout_minutes are over the others name it and end.
     """
 
     rank: int
@@ -35,6 +44,10 @@ class Ranks:
     local_world_size: int
     device: torch.device
     control: dist.ProcessGroup
+    store: dist.Store
+    step: int = 0  # that this rank is in, which the loop sets; 0: before the first
+    seen: dict[int, tuple[float, str]] = field(default_factory=dict)  # rank -> (when it said something new, that)
+    has_left: threading.Event = field(default_factory=threading.Event)
 
     @property
     def is_main(self) -> bool:
@@ -63,8 +76,12 @@ class Ranks:
         dist.all_gather_object(outcomes, (result, failure), group=self.control)
         for rank, (_, failure) in enumerate(outcomes):
             if failure is not None:
+                if error and rank == self.rank:
+                    raise error
                 kind, text = failure
-                raise error if error and rank == self.rank else kind(text)
+                elsewhere = kind(text)
+                elsewhere.is_told = True
+                raise elsewhere
         return [result for result, _ in outcomes]
 
     def once(self, work: Callable[[], object]):
@@ -92,19 +109,80 @@ class Ranks:
         thread.shutdown(wait=False)
         return self.gather(lambda: future.result() if future else None)
 
+    # ------------------------------------------------------------------ a rank that is lost
+    @property
+    def when(self) -> str:
+        return f"in step {self.step}" if self.step else "before the first step"
 
-_store: dist.Store | None = None  # of the group that this process has joined
+    def look(self, tick: int) -> None:
+        """Says what this rank does, and reads what the others say. tick: another one each time."""
+        now = time.monotonic()
+        try:
+            self.store.set(f"rank {self.rank}", f"{tick} {self.when}, {_place()}")
+            for rank in range(self.world_size):
+                is_there = self.store.check([f"rank {rank}"])
+                text = self.store.get(f"rank {rank}").decode() if is_there else "0 nowhere"
+                if self.seen.get(rank, (now, ""))[1] != text:
+                    self.seen[rank] = (now, text)
+        except dist.DistError:  # across hosts rank 0 holds the store: nothing is known of the others
+            self.seen |= {rank: (now, text) for rank, (_, text) in self.seen.items() if rank > 0}
+
+    def last_seen(self, ranks: list[int]) -> str:
+        """What these ranks last said that they do; at most four of them."""
+        texts = [f"rank {rank} was last seen {self.seen[rank][1].partition(' ')[2]}" for rank in ranks[:4]]
+        return "; ".join(texts + [f"and {len(ranks) - 4} ranks more"] * (len(ranks) > 4))
+
+    def watch(self, limit: float) -> None:
+        """Ends this process, with a line from one rank, once another has been silent for `limit` seconds."""
+        for tick in itertools.count(1):
+            self.look(tick)
+            silent = [rank for rank, (when, _) in self.seen.items() if time.monotonic() - when > limit]
+            if silent:
+                if self.rank == min({*range(self.world_size)} - {*silent}):
+                    told = f"no sign of life for {limit / 60:.2g} minutes: {self.last_seen(silent)}"
+                    print_line(f"rank {self.rank}, {self.when}: {told}", sys.stderr)
+                os._exit(1)  # the main thread waits for a rank that does not come
+            if self.has_left.wait(min(LONGEST_SILENCE, limit / 20)):
+                return
+
+
+def _place() -> str:
+    """`file, line N: code` of the line of this project, outside this file, that the main thread is in."""
+    frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
+    ours = [frame for frame in frames if frame.filename.startswith(OURS) and frame.filename != __file__]
+    frame = (ours or frames)[-1]
+    return f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
+
+
+# ---------------------------------------------------------------------- joining and leaving
+_joined: Ranks | None = None  # the group that this process is in
 
 
 def is_first_to_tell(text: str) -> bool:
-    """Whether no other rank has told this: what several ranks find out is told once. Before they are a group, the first
+    """Whether no other rank has told this: what several ranks find out is told once. Before they have joined, the first
     rank of each host tells."""
-    if _store is None:
+    if _joined is None:
         return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        return _store.add(f"told {digest(text.encode())}", 1) == 1
+        return _joined.store.add(f"told {digest(text.encode())}", 1) == 1
     except dist.DistError:  # the store has gone with rank 0
         return True
+
+
+def lost(error: str) -> str:
+    """What to say of an error that comes of another rank's end: where this rank is, and where the others were."""
+    if _joined is None:
+        return error
+    _joined.look(-1)
+    others = _joined.last_seen([rank for rank in _joined.seen if rank != _joined.rank])
+    return f"rank {_joined.rank}, {_joined.when}: another rank has ended or hangs: {error}; {others}"
+
+
+def leave() -> None:
+    """Leaves the group. Each rank has to do so: one that is gone without it is lost for the others."""
+    if _joined is not None:
+        _joined.has_left.set()
+    dist.destroy_process_group()
 
 
 def _find_store(world_size: int, is_one_host: bool, timeout: timedelta) -> dist.Store:
@@ -123,14 +201,15 @@ def _find_store(world_size: int, is_one_host: bool, timeout: timedelta) -> dist.
     launcher = os.getppid() if world_size > 1 else os.getpid()
     started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.FileStore(str(folder / f"{launcher}-{started}-{restarts}"), world_size)
-    store.set_timeout(timeout)
-    return store
+    return dist.FileStore(str(folder / f"{launcher}-{started}-{restarts}"), world_size)
 
 
 def start(timeout_minutes: float) -> Ranks:
-    """Joins the process group that the launcher's environment names; without a launcher, a group of one."""
-    global _store
+    """Joins the process group that the launcher's environment names; without a launcher, a group of one.
+
+    timeout_minutes: no rank waits longer for another, in whatever group.
+    """
+    global _joined
     import deepspeed
     from deepspeed.comm.torch import TorchBackend
     from deepspeed.utils import logger
@@ -159,10 +238,20 @@ def start(timeout_minutes: float) -> Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(minutes=timeout_minutes)
     os.environ["DEEPSPEED_TIMEOUT"] = str(timeout_minutes)
-    with as_user_error(f"the {world_size} ranks did not come together in {timeout_minutes} minutes"):
-        _store = _find_store(world_size, is_one_host, timeout)
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size, timeout=timeout)
+    store = _find_store(world_size, is_one_host, timeout)
+    store.set_timeout(timeout)
+    store.set(f"rank {rank}", "0 before the first step, joining the others")
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    except dist.DistError as e:
+        missing = [rank for rank in range(world_size) if not store.check([f"rank {rank}"])]
+        raise UserError(f"ranks {missing} did not come in {timeout_minutes} minutes: {one_line(e)}") from e
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
     TorchBackend.new_group = lambda _, ranks: dist.new_group(ranks, timeout)  # DeepSpeed's has the backend's default
     control = dist.new_group(backend="gloo", timeout=timeout)
-    return Ranks(rank, world_size, local_rank, local_world_size, device, control)
+    own_store = store.clone()  # a thread of its own waits in it, for seconds at most
+    own_store.set_timeout(timedelta(seconds=10))
+    _joined = Ranks(rank, world_size, local_rank, local_world_size, device, control, own_store)
+    if world_size > 1:
+        threading.Thread(target=_joined.watch, args=[PATIENCE * 60 * timeout_minutes], daemon=True).start()
+    return _joined

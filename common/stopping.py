@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from common.failures import ElsewhereError, TrainingStopped, explained, one_line, print_line
-from common.ranks import Ranks, is_first_to_tell
+from common.failures import TrainingStopped, explained, one_line, print_line, shown
+from common.ranks import Ranks, is_first_to_tell, leave, lost
 
 SAME_REQUEST = 2.0  # seconds
 # What gloo says where a rank has ended or hangs.
@@ -46,17 +46,17 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
         except Exception as e:
             known = explained(e)
             code = known.EXIT_CODE if known else 1
-            told = text = f"error: {known}" if known else traceback.format_exc()
+            told = text = f"error: {shown(str(known))}" if known else traceback.format_exc()
             if isinstance(e, dist.DistError) or any(sign in str(e) for sign in LOST_CONNECTION):
-                told, text = "a rank is lost", f"rank {os.environ['RANK']}: another has ended or hangs: {one_line(e)}"
-            if not isinstance(e, ElsewhereError) and is_first_to_tell(told):
+                told, text = "a rank is lost", lost(one_line(e))
+            if not getattr(e, "is_told", False) and is_first_to_tell(told):
                 print_line(text, sys.stderr)
         for stream in (sys.stdout, sys.stderr):
             print_line("", stream, end="")
         if dist.is_initialized():
             if code:
                 os._exit(code)  # the other ranks may sit in a collective: no clean-up can wait for them
-            dist.destroy_process_group()
+            leave()
         raise SystemExit(code)
 
     return run

@@ -67,8 +67,7 @@ class Disk:
         path, undo = Path(str(args[0])), None
         if name in ("rename", "replace"):
             target = Path(args[1])
-            assert path.parent == target.parent
-            if not target.exists():
+            if path.parent == target.parent and not target.exists():  # lose_power knows no move between folders
                 undo = lambda folder: self.real["rename"](folder / target.name, folder / path.name)  # noqa: E731
         elif name == "mkdir":
             undo = lambda folder: self.real["rmdir"](folder / path.name)  # noqa: E731

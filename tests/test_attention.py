@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, DiffLlamaConfig, LlamaConfig
 
 from common.failures import UserError
@@ -153,13 +154,11 @@ def flash_attn(monkeypatch):
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         return attention_by_definition(q, k, v, cu_q, cu_k, scale)[0]
 
-    for name, contents in {
-        "flash_attn": {"flash_attn_varlen_func": flash_attn_varlen_func},
-        "flash_attn.cute": {},
-        "flash_attn.cute.interface": {"_flash_attn_fwd": forward, "_flash_attn_bwd": backward},
-    }.items():
+    interface = {"_flash_attn_fwd": forward, "_flash_attn_bwd": backward}
+    contents = {"flash_attn": {"flash_attn_varlen_func": flash_attn_varlen_func}, "flash_attn.cute": {}}
+    for name, functions in (contents | {"flash_attn.cute.interface": interface}).items():
         module = types.ModuleType(name)
-        vars(module).update(contents)
+        vars(module).update(functions)
         monkeypatch.setitem(sys.modules, name, module)
 
 
@@ -179,39 +178,32 @@ def test_variable_length_kernels_are_told_what_the_block_mask_says(flash_attn, k
         torch.testing.assert_close(seen, expected)
 
 
-@pytest.mark.parametrize("kernel", ["flash_attention_4", "sdpa"])
-def test_layers_compile_without_breaks_and_once_for_rows_of_every_length(flash_attn, kernel):
+def test_layers_compile_without_breaks_and_once_for_rows_of_every_length():
     """A row of pairs and one of plain samples are warm-up; the last rows have one target, and none, on a rank without
-    samples."""
+    samples. flash_attention_4: tests/test_compile.py."""
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    model = tiny_model(kernel)
-    results = {False: [], True: []}
-    for compiled in (False, True):
-        if compiled:
+    counters.clear()
+    model, graphs = tiny_model("sdpa"), []
+    rows = [row_of(shapes, True) for shapes in (ROWS[3], ROWS[1], [(9, 0, 0), (4, 3, 2)], [(8, 0, 0)], [(2, 0, 0)])]
+    results = [[], []]
+    for is_compiled, values in enumerate(results):
+        if is_compiled:
             model.compile_layers()
-        for i, shapes in enumerate((ROWS[3], ROWS[1], [(9, 0, 0), (4, 3, 2)], [(3, 0, 0), (8, 0, 0)], [(2, 0, 0)], [])):
-            if i == 2:
-                warm = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            row = row_of(shapes, has_targets=True) if shapes else pack([])
-            logps = model(**model_inputs(row, kernel, CPU))
+        for row in [*rows, pack([])]:
+            logps = model(**model_inputs(row, "sdpa", CPU))
             logps.sum().backward()
-            results[compiled] += [logps.detach(), *(p.grad for p in model.parameters())]
+            values += [logps.detach(), *(p.grad for p in model.parameters())]
             model.zero_grad(set_to_none=True)
-    torch.testing.assert_close(results[True], results[False])
-    assert 0 < warm == torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert not torch._dynamo.utils.counters["graph_break"]
+            graphs.append(counters["stats"]["unique_graphs"])
+    torch.testing.assert_close(*results)
+    assert 0 < graphs[-5] == graphs[-1] and not counters["graph_break"]
 
 
 def test_compiled_layers_take_no_number_as_a_tensor(flash_attn, monkeypatch):
     """On a GPU that would be one on the CPU, for which C++ is compiled before the first step, for minutes."""
     torch._dynamo.reset()
     inputs = []
-
-    def seen(graph, example_inputs):
-        inputs.extend(x for x in example_inputs if isinstance(x, torch.Tensor))
-        return graph
-
+    seen = lambda graph, given: (inputs.extend(x for x in given if isinstance(x, torch.Tensor)), graph)[1]  # noqa: E731
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=seen))
     model = tiny_model("flash_attention_4")
     model.compile_layers()
@@ -224,7 +216,7 @@ def test_layers_that_differ_in_a_number_are_all_compiled(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    model = tiny_model("sdpa", DiffLlamaConfig, num_layers=12)
+    model = tiny_model("sdpa", DiffLlamaConfig, num_layers=10)
     model.compile_layers()
     model(**model_inputs(row_of(ROWS[3], has_targets=True), "sdpa", CPU)).sum().backward()
 
@@ -252,12 +244,8 @@ def test_kernels_refuse_what_they_do_not_compute(flash_attn, kernel, arguments):
         attend(kernel, x, x, x, **kwargs)
 
 
-@pytest.mark.parametrize("kernel", attention.KERNELS)
-def test_a_model_takes_every_kernel_as_it_is(kernel):
-    assert tiny_model(kernel).lm.config._attn_implementation == registered_name(kernel)
-
-
 FLASH_4, FLASH_2 = attention.KERNELS["flash_attention_4"], attention.KERNELS["flash_attention_2"]
+ON_GPU = {*attention.KERNELS} - {"sdpa"}
 
 
 @pytest.mark.parametrize(
@@ -267,7 +255,6 @@ FLASH_4, FLASH_2 = attention.KERNELS["flash_attention_4"], attention.KERNELS["fl
         ((FLASH_4, FLASH_2), 8, "flash_attention_2", ("flash_attention_4",)),
         ((FLASH_2,), 9, "flash_attention_2", ("flash_attention_4",)),
         ((FLASH_4,), 12, "varlen", ("flash_attention_4", "flash_attention_2")),
-        ((), 9, "varlen", ("flash_attention_4", "flash_attention_2")),
     ],
 )
 def test_auto_is_the_first_kernel_that_runs_here_and_a_kernel_that_does_not_is_refused(
@@ -280,7 +267,7 @@ def test_auto_is_the_first_kernel_that_runs_here_and_a_kernel_that_does_not_is_r
     cases = [(name, "cuda", torch.bfloat16) for name in refused]
     for device, dtype in (("cpu", torch.bfloat16), ("cuda", torch.float32)):
         assert resolve_kernel("auto", device, dtype) == "sdpa"
-        cases += [(name, device, dtype) for name in attention.KERNELS if name != "sdpa"]
+        cases += [(name, device, dtype) for name in ON_GPU]
     for case in cases:
-        with pytest.raises(UserError, match=f"--attn_implementation {case[0]}: .*; use auto"):
+        with pytest.raises(UserError, match=f"--attn_implementation {case[0]}"):
             resolve_kernel(*case)

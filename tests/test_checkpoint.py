@@ -44,17 +44,17 @@ class Slice:
         return 2
 
 
-@pytest.fixture
-def output_dir(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(checkpoint, "SHARD_FILE_BYTES", 150)  # several files a rank
-    patch_engine(monkeypatch)
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # thousands of them; faults.Disk knows which were asked for
-    return tmp_path / "run"
-
-
 def patch_engine(monkeypatch):
     monkeypatch.setattr(checkpoint, "safe_get_local_fp32_param", lambda p: p.local["master"])
     monkeypatch.setattr(checkpoint, "safe_get_local_optimizer_state", lambda p, kind: p.local[kind])
+
+
+@pytest.fixture
+def output_dir(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(checkpoint, "SHARD_FILE_BYTES", 150)  # several files a rank
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # thousands of them; faults.Disk knows which were asked for
+    patch_engine(monkeypatch)
+    return tmp_path / "run"
 
 
 def parameters(step: int) -> dict:
@@ -123,14 +123,10 @@ def test_whatever_file_operation_fails_a_resume_finds_the_old_or_the_new_whole_c
     found_steps = []
     for n in range(1, 1000):
         shutil.rmtree(output_dir, ignore_errors=True)
-        with pytest.MonkeyPatch.context() as patch:
-            patch_engine(patch)
-            save(output_dir, 8, keep)
-            save(output_dir, 9, keep)
-        patch = pytest.MonkeyPatch()
-        ended = None
+        save(output_dir, 8, keep)
+        save(output_dir, 9, keep)
+        patch, ended = pytest.MonkeyPatch(), None
         with Disk(patch, [checkpoint, files], n, "full" if how == "full" else "crash") as disk:
-            patch_engine(patch)
             try:
                 save(output_dir, 10, keep)
             except (Crash, OSError) as e:
@@ -140,19 +136,17 @@ def test_whatever_file_operation_fails_a_resume_finds_the_old_or_the_new_whole_c
             assert ended.errno == errno.ENOSPC and explained(ended).EXIT_CODE == 3
         if how == "power loss" and ended:
             disk.lose_power(output_dir)
-        with pytest.MonkeyPatch.context() as patch:
-            patch_engine(patch)
-            found, _ = find(output_dir)
-            assert found is not None, f"operation {n}: nothing to resume from"
-            step = int(found.name[5:])
-            assert step in (9, 10)
-            assert_holds(found, step)
-            found_steps.append(step)
-            checkpoint.clear_after(str(output_dir), step, "auto")  # as a run that continues from there
-            assert all(name.startswith("step_") for name in names(output_dir)), "nothing to set aside nor half-written"
-            save(output_dir, 11, keep)
-            assert find(output_dir)[0].name == "step_00000011"
-            assert all(find(output_dir, str(output_dir / "checkpoints" / name))[0] for name in names(output_dir))
+        found, _ = find(output_dir)
+        assert found is not None, f"operation {n}: nothing to resume from"
+        step = int(found.name[5:])
+        assert step in (9, 10)
+        assert_holds(found, step)
+        found_steps.append(step)
+        checkpoint.clear_after(str(output_dir), step, "auto")  # as a run that continues from there
+        assert all(name.startswith("step_") for name in names(output_dir)), "nothing to set aside nor half-written"
+        save(output_dir, 11, keep)
+        assert find(output_dir)[0].name == "step_00000011"
+        assert all(find(output_dir, str(output_dir / "checkpoints" / name))[0] for name in names(output_dir))
         if disk.count < n:
             break
     assert n > 25, "a save has more file operations than that"
@@ -160,7 +154,7 @@ def test_whatever_file_operation_fails_a_resume_finds_the_old_or_the_new_whole_c
     assert {*found_steps} == {9, 10}
 
 
-def test_a_folder_that_was_deleted_or_renamed_is_not_made_again(output_dir):
+def test_a_folder_that_was_renamed_is_not_made_again(output_dir):
     save(output_dir, 9)
     output_dir.rename(output_dir.with_name("elsewhere"))
     with pytest.raises(OSError, match=r"\.step_00000010\.tmp"):
@@ -168,18 +162,17 @@ def test_a_folder_that_was_deleted_or_renamed_is_not_made_again(output_dir):
     assert not output_dir.exists()
 
 
-def test_replace_file_leaves_the_old_text_or_the_new(tmp_path):
+@pytest.mark.parametrize("how", ["crash", "power loss"])
+def test_replace_file_leaves_the_old_text_or_the_new(tmp_path, how):
     path = tmp_path / "run_config.json"
     for n in range(1, 20):
-        for how in ("crash", "power loss"):
-            path.write_text("old " * 100)
-            with Disk(pytest.MonkeyPatch(), [checkpoint, files], n) as disk, contextlib.suppress(Crash):
-                files.replace_file(path, "new " * 100)
-            if how == "power loss":
-                disk.lose_power(tmp_path)
-            assert path.read_text() in ("old " * 100, "new " * 100)
-    assert disk.count < n
-    assert path.read_text() == "new " * 100
+        path.write_text("old " * 100)
+        with Disk(pytest.MonkeyPatch(), [checkpoint, files], n) as disk, contextlib.suppress(Crash):
+            files.replace_file(path, "new " * 100)
+        if how == "power loss":
+            disk.lose_power(tmp_path)
+        assert path.read_text() in ("old " * 100, "new " * 100)
+    assert disk.count < n and path.read_text() == "new " * 100
 
 
 # ------------------------------------------------------------------ damage
@@ -189,12 +182,16 @@ def damage(path: Path, how: str, rng: random.Random):
     data = path.read_bytes()
     place, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
     flipped = data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :]
-    path.write_bytes({"flip": flipped, "cut": data[:place], "grow": data + b"\0", "remove": b""}[how])
-    if how == "remove":
-        path.unlink()
+    path.unlink()
+    if how == "pipe":
+        os.mkfifo(path)
+    elif how == "device":
+        path.symlink_to("/dev/zero")
+    elif how != "remove":
+        path.write_bytes({"flip": flipped, "cut": data[:place], "grow": data + b"\0"}[how])
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "grow", "remove"])
+@pytest.mark.parametrize("how", ["flip", "cut", "grow", "remove", "pipe", "device"])
 def test_damage_to_any_file_is_said_and_the_checkpoint_before_is_used(output_dir, tmp_path, how):
     rng = random.Random(0)
     before, newest = save(output_dir, 9), save(output_dir, 10)
@@ -212,16 +209,14 @@ def test_damage_to_any_file_is_said_and_the_checkpoint_before_is_used(output_dir
                 find(output_dir, str(newest))
 
 
-@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES, errno.ESTALE])
+@pytest.mark.parametrize("error", [errno.EIO, errno.EACCES])
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(output_dir, monkeypatch, error):
     for step in (1, 2):
         save(output_dir, step)
-    before, real = sorted(output_dir.rglob("*")), files.file_digest
+    before = sorted(output_dir.rglob("*"))
 
     def failing(path):
-        if path.parent.name == "step_00000002" and "part_000" in path.name:
-            raise OSError(error, os.strerror(error), str(path))
-        return real(path)
+        raise OSError(error, os.strerror(error), str(path))
 
     monkeypatch.setattr(checkpoint, "file_digest", failing)
     with pytest.raises(OSError, match=r"step_00000002.*part_000") as told:
@@ -252,11 +247,10 @@ def test_what_was_passed_over_is_set_aside_and_never_looked_at_again(output_dir)
 def test_a_run_that_continues_from_an_earlier_step_leaves_no_later_one_behind(output_dir):
     """Else keep_last_n would delete the new ones, and the next resume would find the abandoned ones."""
     for step in (3, 6, 9):
-        save(output_dir, step)
-    checkpoint.clear_after(str(output_dir), 3, str(output_dir / "checkpoints" / "step_00000003"))
-    save(output_dir, 4, keep=1)
+        folder = save(output_dir, step)
+    checkpoint.clear_after(str(output_dir), 3, str(folder.with_name("step_00000003")))
+    assert save(output_dir, 4, keep=1) == find(output_dir)[0]
     assert names(output_dir) == ["abandoned_step_00000006", "abandoned_step_00000009", "step_00000004"]
-    assert find(output_dir)[0].name == "step_00000004"
 
 
 def test_checkpoints_of_which_none_is_whole_are_no_fresh_start(output_dir, monkeypatch):
@@ -266,9 +260,7 @@ def test_checkpoints_of_which_none_is_whole_are_no_fresh_start(output_dir, monke
     before = sorted(output_dir.rglob("*"))
     with pytest.raises(UserError, match=f"--output_dir {output_dir}: .*COMPLETE.*--resume never"):
         find(output_dir)
-    assert sorted(output_dir.rglob("*")) == before
-    assert find(output_dir, "never") == (None, "")
-
+    assert sorted(output_dir.rglob("*")) == before and find(output_dir, "never") == (None, "")
     ranks = OneRank()
     ranks.gather = lambda work: [None, "COMPLETE is missing"]  # rank 0 reads them, rank 1 sees nothing
     with pytest.raises(UserError, match="rank 1"):
@@ -304,12 +296,6 @@ def test_space_is_checked_for_checkpoints_and_export_with_both_numbers(output_di
     disk = SimpleNamespace(free=4 * 12 * numel + 2 * numel - taken)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     checkpoint.require_disk_space(parameters(0), str(output_dir), 4)
-    with pytest.raises(UserError, match=r"--output_dir .* 5 checkpoints"):
-        checkpoint.require_disk_space(parameters(0), str(output_dir), 5)
     disk.free -= 1
-    with pytest.raises(UserError, match="--keep_last_n_checkpoints"):
+    with pytest.raises(UserError, match=r"--output_dir .* 4 checkpoints .*--keep_last_n_checkpoints"):
         checkpoint.require_disk_space(parameters(0), str(output_dir), 4)
-    big = Slice((1,), 0)
-    big.ds_numel = 8 * 10**9
-    with pytest.raises(UserError, match=r"needs 400.0 GB for 4 checkpoints"):
-        checkpoint.require_disk_space({"w": big}, str(output_dir), 4)

@@ -75,16 +75,9 @@ SECOND = 71, 41, 2
 def summing_llama(kernel: str, device: torch.device, dtype: torch.dtype, hidden: int) -> PackedModel:
     """As WholeGradients sets one up: layers and head sum the gradients of their weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=SIZE,
-        hidden_size=hidden,
-        intermediate_size=hidden,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS // 2,
-        head_dim=SIZE if device.type == "cuda" else HEADS,  # kernels have a least one
-        max_position_embeddings=32768,
-    )
+    sizes = {"vocab_size": SIZE, "hidden_size": hidden, "intermediate_size": hidden, "max_position_embeddings": 32768}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": HEADS, "num_key_value_heads": HEADS // 2}
+    config = LlamaConfig(**sizes, head_dim=SIZE if device.type == "cuda" else HEADS)  # kernels have a least one
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=registered_name(kernel))
     model = PackedModel(lm.to(device, dtype))
     summing = [module for module in model.decoder_layers().modules() if type(module) is torch.nn.Linear]
@@ -108,17 +101,7 @@ def step(model: PackedModel, micro_batch: MicroBatch, kernel: str, device: torch
     return [logps.detach(), sums]
 
 
-def drive(
-    kernel: str,
-    kind: int,
-    first: str,
-    device: torch.device,
-    dtype=torch.float32,
-    recomputed=0,
-    reference=False,
-    hidden=SIZE,
-    more=(),
-) -> int:  # hidden: hidden_size
+def drive(kernel, kind, first, device, dtype=torch.float32, recomputed=0, reference=False, hidden=SIZE, more=()) -> int:
     """The first row, the second, ROWS and more; asserts that from the second one on nothing is compiled and, in
     float32, that values are the eager ones. Returns how many graphs there are."""
     torch._dynamo.reset()
@@ -145,6 +128,7 @@ def drive(
 CPU = torch.device("cpu")
 
 
+@pytest.fixture
 def without_lowering(monkeypatch):
     """What is compiled runs as torch's own operators: the guards are the same, but for the code generator's."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -163,20 +147,17 @@ def test_one_graph_of_layers_and_two_of_the_head_serve_every_row(flash_attn):  #
         ("sdpa", PLAIN, "is ordinary"),
     ],
 )
-def test_no_row_is_a_case_of_its_own_whichever_came_first(flash_attn, monkeypatch, kernel, kind, first):  # noqa: F811
-    without_lowering(monkeypatch)
+def test_no_row_is_a_case_of_its_own_whichever_came_first(flash_attn, without_lowering, kernel, kind, first):  # noqa: F811
     assert drive(kernel, kind, first, CPU) == 3
 
 
-def test_no_gradients_and_recomputed_layers_are_graphs_of_their_own(flash_attn, monkeypatch):  # noqa: F811
+def test_no_gradients_and_recomputed_layers_are_graphs_of_their_own(flash_attn, without_lowering):  # noqa: F811
     """Of two layers one is recomputed; without gradients that makes a second graph too."""
-    without_lowering(monkeypatch)
     assert drive("flash_attention_4", SHARED, "meets heads", CPU, recomputed=1, reference=True) == 6
 
 
-def test_the_head_compiles_the_same_on_the_thread_of_a_gpus_backward_pass(monkeypatch):
+def test_the_head_compiles_the_same_on_the_thread_of_a_gpus_backward_pass(without_lowering):
     """Which sees none of the settings that the main thread made."""
-    without_lowering(monkeypatch)
     torch._dynamo.reset()
     counters.clear()
     head = LogProbHead(torch.nn.Linear(8, SIZE))

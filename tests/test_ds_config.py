@@ -48,6 +48,8 @@ REFUSED = [
     ({"zero_optimization": {"stage": 2}}, ("stage", "3")),
     *((content, ("zero_optimization",)) for content in ({"zero_optimization": {}}, {}, [], {"zero_optimization": 3})),
     ("{", ("not JSON",)),
+    pytest.param('{"a": ' * 200_000, ("not JSON",), id="deep"),
+    ('{"zero_optimization": {"stage": 2, "stage": 3}}', ("`stage` comes twice",)),
     (zero3(zero_quantized_gradients=True), ("zero_quantized_gradients",)),
     (zero3(zero_hpz_partition_size=2), ("zero_hpz_partition_size",)),
     (zero3(mics_shard_size=1), ("mics_shard_size",)),

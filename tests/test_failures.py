@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from common.failures import TrainingStopped, UserError, as_user_error, explained, progress
+from common.failures import TrainingStopped, UserError, as_user_error, explained, one_line, progress, shown
 from common.files import naming, replace_file, sync_folder
 from common.zero.engine import out_of_memory_explained
 
@@ -34,6 +34,26 @@ def test_an_error_has_one_meaning_at_the_exit(error, code, said):
     known = explained(error)
     assert (known and known.EXIT_CODE) == code
     assert said in str(known) and "\n" not in str(known)
+
+
+def in_a_group(logs: str, words: list[str]) -> None:
+    """In a rank's process: files are for a group to write and for nobody else."""
+    os.umask(0o007)
+    launch.run_script(logs, "train_dpo", words, {})
+
+
+def test_every_file_of_a_run_has_the_mode_that_the_umask_gives(tiny_llama, dpo_data, tmp_path):
+    flags = launch.flags(tiny_llama, dpo_data, tmp_path, max_train_steps=1, checkpointing_steps=1)
+    launch.Run(in_a_group, 1, (launch.argv(flags),), tmp_path / "output").wait().succeeded()
+    files = [path for name in ("output", "cache") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert len(files) > 15 and {oct(path.stat().st_mode & 0o777) for path in files} == {"0o660"}, files
+
+
+@pytest.mark.parametrize("code", ["\x1b[2J", "\x07", "\x9b31m", "\u202e", "\r", "\x00"])
+def test_control_characters_are_shown_and_a_text_is_cut(code):
+    assert code not in shown(f"a{code}b") and shown(f"a{code}b")[2:].isprintable() and shown(f"a{code}b")[0] == "a"
+    assert code not in one_line(f"a{code}b") and shown("漢\n\tb") == "漢\n\tb"
+    assert len(shown("x" * 10**6, 60)) < 100 and len(shown("x" * 60, 60)) == 60
 
 
 def test_a_write_that_fails_names_its_file(tmp_path, monkeypatch):

@@ -43,63 +43,43 @@ def test_head_is_log_softmax_in_value_and_gradient(monkeypatch, chunk_rows, bias
     logps = head(hidden, targets)
     (logps * weights).sum().backward()
     assert logps.dtype == torch.float32
-    for seen, wanted in zip(
-        (logps, hidden.grad, head.weight.grad, head.bias.grad if bias else None), expected, strict=True
-    ):
-        if wanted is not None:
-            torch.testing.assert_close(seen.double(), wanted, rtol=2e-6, atol=2e-6)
+    seen = [logps, hidden.grad, head.weight.grad, *([head.bias.grad] if bias else [])]
+    torch.testing.assert_close([x.double() for x in seen], list(expected[: len(seen)]), rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Input")
 def test_head_passes_gradcheck():
     """Numerical derivatives; wide steps, for the head reduces in float32."""
-    linear = projection(True)
-    targets = torch.tensor([3, 0, 36])
-    hidden = torch.randn(3, HIDDEN, requires_grad=True)
-    inputs = (hidden, linear.weight, linear.bias)
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: logprobs._ChunkedLogProbs.apply(
-            h, w, b, None, targets, 2, logprobs.target_logps, logprobs.logits_gradient_
-        ),
-        inputs,
-        eps=1e-2,
-        atol=5e-3,
-        rtol=5e-3,
-    )
+    linear, targets = projection(True), torch.tensor([3, 0, 36])
+    rest = None, targets, 2, logprobs.target_logps, logprobs.logits_gradient_
+    inputs = torch.randn(3, HIDDEN, requires_grad=True), linear.weight, linear.bias
+    apply = logprobs._ChunkedLogProbs.apply
+    assert torch.autograd.gradcheck(lambda *x: apply(*x, *rest), inputs, eps=1e-2, atol=5e-3, rtol=5e-3)
 
 
 def test_tied_weight_gets_the_gradient_of_both_uses():
-    torch.manual_seed(1)
     ids, targets = torch.tensor([4, 8, 15]), torch.tensor([16, 23, 36])
     gradients = []
-    for dtype, use_head in ((torch.float32, True), (torch.float64, False)):
+    for dtype in (torch.float32, torch.float64):  # by the head, and by definition
         torch.manual_seed(2)
-        embedding = nn.Embedding(VOCAB, HIDDEN)
-        linear = nn.Linear(HIDDEN, VOCAB, bias=False)
-        linear.weight = embedding.weight
-        embedding.to(dtype)
+        embedding, linear = nn.Embedding(VOCAB, HIDDEN).to(dtype), nn.Linear(HIDDEN, VOCAB, bias=False, dtype=dtype)
         linear.weight = embedding.weight
         hidden = torch.tanh(embedding(ids))
-        logps = (
-            LogProbHead(linear)(hidden, targets)
-            if use_head
-            else torch.log_softmax(linear(hidden), -1)[torch.arange(3), targets]
-        )
-        logps.sum().backward()
+        is_by_head = dtype == torch.float32
+        logps = LogProbHead(linear)(hidden, targets) if is_by_head else torch.log_softmax(linear(hidden), -1)
+        (logps if is_by_head else logps[torch.arange(3), targets]).sum().backward()
         gradients.append(embedding.weight.grad.double())
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_reduces_in_float32():
     """Against float64 of the same bfloat16 logits: as exact as float32, not as bfloat16."""
-    linear = projection(False, torch.bfloat16)
+    linear, targets = projection(False, torch.bfloat16), torch.randint(0, VOCAB, (9,))
     hidden = torch.randn(9, HIDDEN).bfloat16().requires_grad_()
-    targets = torch.randint(0, VOCAB, (9,))
     logps = LogProbHead(linear)(hidden, targets)
     logits = nn.functional.linear(hidden, linear.weight).double()
-    torch.testing.assert_close(
-        logps.double(), torch.log_softmax(logits, -1)[torch.arange(9), targets], rtol=1e-6, atol=1e-6
-    )
+    wanted = torch.log_softmax(logits, -1)[torch.arange(9), targets]
+    torch.testing.assert_close(logps.double(), wanted, rtol=1e-6, atol=1e-6)
     logps.sum().backward()
     assert linear.weight.grad.dtype == hidden.grad.dtype == torch.bfloat16
     expected = by_definition(linear, hidden, targets, torch.ones(9))
@@ -127,9 +107,8 @@ def test_compiled_arithmetic_is_the_same_and_sees_a_chunk_at_a_time(monkeypatch,
 
 def test_kept_logits_are_used_once(monkeypatch):
     """The backward pass writes over them: a second one would be wrong without a word."""
-    logps = LogProbHead(projection(False))(
-        torch.randn(3, HIDDEN, requires_grad=True), torch.zeros(3, dtype=torch.int64)
-    )
+    hidden = torch.randn(3, HIDDEN, requires_grad=True)
+    logps = LogProbHead(projection(False))(hidden, torch.zeros(3, dtype=torch.int64))
     logps.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         logps.sum().backward()
@@ -147,18 +126,11 @@ def test_no_targets_give_zero_gradients_not_none(bias):
 
 
 def test_logits_exist_a_chunk_at_a_time(monkeypatch):
-    rows = []
-    linear = nn.functional.linear
-
-    def recorded(hidden, *rest):
-        rows.append(len(hidden))
-        return linear(hidden, *rest)
-
+    rows, linear = [], nn.functional.linear
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", 4 * VOCAB)
-    monkeypatch.setattr(nn.functional, "linear", recorded)
-    LogProbHead(projection(False))(
-        torch.randn(30, HIDDEN, requires_grad=True), torch.zeros(30, dtype=torch.int64)
-    ).sum().backward()
+    monkeypatch.setattr(nn.functional, "linear", lambda x, *rest: (rows.append(len(x)), linear(x, *rest))[1])
+    hidden, targets = torch.randn(30, HIDDEN, requires_grad=True), torch.zeros(30, dtype=torch.int64)
+    LogProbHead(projection(False))(hidden, targets).sum().backward()
     assert max(rows) == 4 and sum(rows) == 2 * 30
 
 

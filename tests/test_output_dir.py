@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import launch
 import models
@@ -18,7 +19,8 @@ from common.config import DPOConfig, SFTConfig, parse_config
 from common.failures import UserError, explained
 from common.run import output_dir as run_record
 from common.run.metrics import MetricsFile, read_metrics
-from common.run.output_dir import claim, read_run_config, run_identity, write_run_config
+from common.run.output_dir import claim, open_output_dir, read_run_config, run_identity, write_run_config
+from common.step.schedule import Schedule
 from common.zero import checkpoint
 from common.zero.checkpoint import RunState
 
@@ -88,22 +90,20 @@ def test_each_value_that_changes_the_result_is_refused_with_old_and_new(cls, fol
 def test_a_model_is_its_bytes_wherever_it_lies_and_however_its_path_is_written(tmp_path, monkeypatch, changed):
     """As an SFT folder that a new run has overwritten, or another reference under the same name."""
     monkeypatch.chdir(tmp_path)
-    folder, names = tmp_path / "model", ("config.json", "model-1.safetensors", "part/model-2.safetensors")
+    folder, names = Path("model"), ("config.json", "model-1.safetensors", "part/model-2.safetensors")
     (folder / "part").mkdir(parents=True)
     for name in names:
         (folder / name).write_text(name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": names[1], "b": names[2]}}))
-    moved = shutil.copytree("model", "moved")
-    (tmp_path / moved / "README.md").write_text("decides nothing")
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    (moved / "README.md").write_text("decides nothing")
 
-    def identity(policy: str, reference: str | None) -> dict:
-        return run_identity(config_of("run", DPOConfig), "d", "t", policy, reference)
+    def identity(policy, reference) -> dict:
+        return run_identity(config_of("run", DPOConfig), "d", "t", str(policy), str(reference))
 
-    one, moved = identity("model", "model"), str(tmp_path / "moved")
+    one = identity("model", "model")
     assert one == identity("./model", "./model") == identity(moved, moved)
-    text = bytearray((tmp_path / "moved" / changed).read_bytes())
-    text[-1] ^= 1  # the same size
-    (tmp_path / "moved" / changed).write_bytes(text)
+    (moved / changed).write_text(changed[:-1] + "x")  # the same size
     for other, name in ((identity(moved, "model"), "model"), (identity("model", moved), "ref_model")):
         assert {key for key in one if one[key] != other[key]} == {f"{name}_name_or_path (contents)"}
 
@@ -137,26 +137,21 @@ def test_a_finished_run_has_nothing_to_do_unless_more_is_asked_for(folder):
     assert claim(config, identity, 4, OneRank()) is None
     assert claim(config, identity, 5, OneRank()) is not None  # --stop_after_steps was raised: it continues
     assert claim(dataclasses.replace(config, resume="never"), identity, 4, OneRank()) is not None
-    for last_step, asked, named in (
-        (3, identity, "after step 4, past this run's last step, 3"),
-        (4, {"seed": 43}, "seed was 42, is 43"),
-    ):
+    for last_step, asked, named in ((3, identity, "after step 4"), (4, {"seed": 43}, "seed was 42, is 43")):
         with pytest.raises(UserError, match=named):
             claim(config, asked, last_step, OneRank())
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2])
 def test_a_finished_run_whose_model_is_gone_is_not_finished(folder, lost):
-    config = config_of(folder)
-    paths = finished(folder, {})
-    paths[lost].unlink()
-    assert claim(config, {}, 4, OneRank()) is not None
-    for text in ("[]", "null", '{"weight_map": 3}', "{"):
-        paths[0].write_text(text)
-        assert claim(config, {}, 4, OneRank()) is not None
-    finished(folder, {})
-    write_run_config(str(folder), {"identity": {}, "result": {}})
-    assert claim(config, {}, 4, OneRank()) is not None
+    finished(folder, {})[lost].unlink()
+    assert claim(config_of(folder), {}, 4, OneRank()) is not None
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"weight_map": 3}', "{"])
+def test_a_finished_run_whose_index_is_none_is_not_finished(folder, text):
+    finished(folder, {})[0].write_text(text)
+    assert claim(config_of(folder), {}, 4, OneRank()) is not None
 
 
 def test_a_checkpoint_past_the_last_step_is_refused(folder):
@@ -207,13 +202,12 @@ def test_a_model_that_is_read_is_not_written_over(tmp_path, flag):
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
-@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "model-1.safetensors"])
-def test_a_model_that_no_run_of_this_project_wrote_is_not_written_over(folder, name, resume):
+def test_a_model_that_no_run_of_this_project_wrote_is_not_written_over(folder, resume):
     folder.mkdir()
-    (folder / name).touch()
-    with pytest.raises(UserError, match=f"--output_dir {folder}: .*{name}"):
+    (folder / "model-1.safetensors").touch()
+    with pytest.raises(UserError, match=f"--output_dir {folder}: .*model-1.safetensors"):
         claim(config_of(folder, resume=resume), {}, 5, OneRank())
-    assert os.listdir(folder) == [name]
+    assert os.listdir(folder) == ["model-1.safetensors"]
 
 
 @pytest.mark.parametrize("text", ["null", '"text"', "{"])
@@ -222,6 +216,17 @@ def test_a_run_config_that_no_run_wrote_is_refused(folder, text):
     (folder / "run_config.json").write_text(text)
     with pytest.raises(UserError, match=f"{folder}/run_config.json"):
         claim(config_of(folder), {}, 5, OneRank())
+
+
+def test_too_small_a_disk_is_an_error_before_anything_is_written(folder, monkeypatch):
+    folder.mkdir()
+    config = config_of(folder, max_train_steps=12, checkpointing_steps=3, keep_last_n_checkpoints=2)
+    parameter = SimpleNamespace(ds_numel=10**9, element_size=lambda: 2)  # 3 x 12 + 2 GB
+    policy = SimpleNamespace(lm=SimpleNamespace(named_parameters=lambda: [("w", parameter)]))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=38 * 10**9 - 1))
+    with pytest.raises(UserError, match=f"--output_dir {folder} needs 38.0 GB for 3 checkpoints"):
+        open_output_dir(config, {}, policy, RunState(), Schedule(config, 10), OneRank())
+    assert not list(folder.iterdir())
 
 
 # ------------------------------------------------------------------ metrics.jsonl
@@ -249,16 +254,16 @@ def test_any_other_line_that_is_no_next_record_is_refused_by_file_and_number(tmp
         read_metrics(path)
 
 
-@pytest.mark.parametrize("write", ["append", "sync"])
-@pytest.mark.parametrize("how", ["deleted", "renamed", "renamed, and another one made"])
-def test_a_folder_that_is_gone_during_a_run_ends_it_at_the_next_write(folder, write, how):
+@pytest.mark.parametrize("write", [lambda metrics: metrics.append({"step": 2}), MetricsFile.flush_to_disk])
+@pytest.mark.parametrize("is_made_again", [False, True])
+def test_a_folder_that_is_gone_during_a_run_ends_it_at_the_next_write(folder, write, is_made_again):
     folder.mkdir()
     metrics = MetricsFile(str(folder), 0, OneRank())
     metrics.append({"step": 1})
-    shutil.rmtree(folder) if how == "deleted" else folder.rename(folder.with_name("other"))
-    if how.endswith("made"):
+    folder.rename(folder.with_name("other"))
+    if is_made_again:
         folder.mkdir()
         MetricsFile(str(folder), 0, OneRank())
     with pytest.raises(OSError) as e:
-        metrics.append({"step": 2}) if write == "append" else metrics.flush_to_disk()
+        write(metrics)
     assert explained(e.value).EXIT_CODE == 3 and f"{folder}/metrics.jsonl" in str(explained(e.value))

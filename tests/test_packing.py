@@ -66,11 +66,6 @@ def test_tokens_are_spread_almost_as_evenly_as_can_be(lengths, num_ranks):
     assert fullest <= 4 / 3 * best
 
 
-def test_a_step_with_fewer_samples_than_ranks_leaves_ranks_empty():
-    plan = plan_step([7], 4, 100)
-    assert sorted(len(rank[0]) for rank in plan) == [0, 0, 0, 1]
-
-
 def test_an_empty_micro_batch_is_two_tokens_without_a_target():
     row = pack([])
     assert (len(row.input_ids), len(row.target_rows), row.sequence_targets) == (2, 0, [])

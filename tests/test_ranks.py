@@ -5,9 +5,14 @@ Real processes, in groups whose time-out is TIMEOUT seconds. No launcher here en
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from datetime import timedelta
 
+import deepspeed
 import launch
+import psutil
 import pytest
 import torch
 
@@ -53,52 +58,97 @@ ERRORS = {  # name -> (error, exit code, what its one line says)
 
 
 def raises(ranks, how: str, culprit: int, error: Exception) -> None:
-    """`culprit` alone raises; the others, which must not go on, have no reason of their own to end."""
+    """`culprit` alone raises; the others, which must not go on, have no reason of their own to end.
+
+    how: by which of the ranks' common works; "alone": beside them, as of a file that only its host lacks.
+    """
 
     def work() -> None:
         if ranks.rank == culprit:
             raise error
 
-    getattr(ranks, how)(work)
+    if how == "alone":
+        work()
+    getattr(ranks, how)(work) if how != "alone" else ranks.gather(lambda: None)
     time.sleep(60)
 
 
 @pytest.mark.parametrize("name", ERRORS)
-@pytest.mark.parametrize(("how", "culprit"), [("gather", 1), ("once", 0)])
+@pytest.mark.parametrize(("how", "culprit"), [("gather", 1), ("once", 0), ("alone", 1)])
 def test_an_error_of_one_rank_ends_all_and_is_told_once(name, how, culprit):
     error, code, said = ERRORS[name]
     done = launch.Run(run, 2, (raises, how, culprit, error)).wait(30)
-    assert done.exit_codes == [code, code]
+    assert done.exit_codes == [1 if how == "alone" else code, code]
     assert done.stderr.count("error: ") == (code > 1) and done.stderr.count("Traceback") == (code == 1)
     assert said in done.stderr
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o777, None])
+def test_ranks_meet_in_a_folder_that_nobody_else_can_read_or_write(tmp_path, monkeypatch, mode):
+    """None: somebody else has put a link there."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    arguments = (1, True, timedelta(seconds=1))
+    ranks_module._find_store(*arguments).set("name", "value")
+    (folder,) = tmp_path.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    if mode is None:
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.chmod(mode)
+    with pytest.raises(UserError, match=str(folder)):
+        ranks_module._find_store(*arguments)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "run.sh"])
+def test_on_one_host_nothing_listens_beyond_it(tiny_llama, sft_data, tmp_path, launcher):
+    flags = launch.flags(tiny_llama, sft_data, tmp_path, max_train_steps=100_000)
+    command, environment = launch.launcher_command("train_sft", flags, 2)
+    if launcher == "run.sh":
+        command = [sys.executable, "-m", "common.verbs.launch", "sft", "2", *launch.argv(flags)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, cwd=launch.REPO, env=environment | {"TMPDIR": str(tmp_path)}, **pipes) as started:
+        assert any(line.startswith("step 2/") for line in started.stdout)
+        processes = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
+        sockets = [socket for process in processes for socket in process.net_connections("inet")]
+        for process in processes:
+            process.kill()
+    listening = [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
+    assert len(processes) >= 3 and len(listening) >= 2 and {*listening} <= {"127.0.0.1", "::1"}
 
 
 def loses_a_rank(ranks, how: str, culprit: int, end: str) -> None:
     def work() -> None:
         if ranks.rank == culprit:
-            os.kill(os.getpid(), signal.SIGSTOP if end == "hangs" else signal.SIGKILL)
+            time.sleep(60) if end == "sleeps" else os.kill(os.getpid(), getattr(signal, end))
         time.sleep(60 if how == "once" else 0)
 
+    group = deepspeed.comm.new_group([*range(ranks.world_size)])
     ranks.gather(lambda: None)  # all are there
-    if how == "once" and culprit == 1 and ranks.rank == 1:
+    ranks.step = 7
+    if how == "deepspeed" or (how == "once" and culprit == 1 and ranks.rank == 1):
         work()
+    if how == "deepspeed":  # a group that DeepSpeed made
+        torch.distributed.all_reduce(torch.ones(1), group=group)
     ranks.sum([work() or 1]) if how == "sum" else getattr(ranks, how)(work)
 
 
-@pytest.mark.parametrize(("end", "least", "most"), [("dies", 0, 5), ("hangs", TIMEOUT - 1, TIMEOUT + 10)])
-@pytest.mark.parametrize(("how", "culprit"), [("gather", 1), ("gather", 0), ("once", 1), ("once", 0), ("sum", 1)])
-def test_a_rank_that_is_lost_ends_the_others_with_one_line(how, culprit, end, least, most):
-    """At once where it dies; within the time-out where it is stopped, also while another rank works."""
-    run_ = launch.Run(run, 2, (loses_a_rank, how, culprit, end))
-    lost, other = run_.processes[culprit], run_.processes[1 - culprit]
-    while lost.is_alive() and open(f"/proc/{lost.pid}/stat").read().rpartition(")")[2].split()[0] != "T":
-        time.sleep(0.02)
+LOST = [("gather", 1, "SIGKILL"), ("once", 0, "SIGKILL"), ("sum", 1, "SIGKILL"), ("gather", 0, "SIGSTOP")]
+LOST += [("once", 1, "SIGSTOP"), ("once", 0, "SIGSTOP"), ("gather", 1, "sleeps"), ("deepspeed", 1, "sleeps")]
+
+
+@pytest.mark.parametrize(("how", "culprit", "end"), LOST)
+def test_a_rank_that_is_lost_ends_the_others_with_one_line_that_names_it_and_its_step(how, culprit, end):
+    """At once where it dies; within the time-out where it is stopped or busy, also while another rank works."""
+    run_ = launch.Run(run, 3, (loses_a_rank, how, culprit, end))
     started = time.monotonic()
-    other.join(60)
+    others = [process for rank, process in enumerate(run_.processes) if rank != culprit]
+    for other in others:
+        other.join(60)
     seconds = time.monotonic() - started
     run_.kill()
     done = run_.wait(10)
-    assert done.exit_codes[1 - culprit] == 1, done
-    assert least < seconds < most
-    assert done.stderr.count(f"rank {1 - culprit}: another has ended or hangs") == 1
-    assert "Traceback" not in done.stderr and "error: " not in done.stderr
+    assert [code for rank, code in enumerate(done.exit_codes) if rank != culprit] == [1, 1], done
+    assert seconds < TIMEOUT + (4 if end == "SIGSTOP" else 10)  # the ranks' start included
+    assert done.stderr.count(f"rank {culprit} was last seen ") == 1 == done.stderr.count("\n"), done
+    assert ", in step 7: " in done.stderr and "error: " not in done.stderr

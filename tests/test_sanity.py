@@ -44,17 +44,9 @@ def test_the_recipe_runs_100_steps_unless_told_otherwise_in_a_folder_that_is_wip
     monkeypatch.chdir(tmp_path)
     (tmp_path / output / "checkpoints").mkdir(parents=True)
     assert sanity.main(*words) == 1 and not (tmp_path / output / "checkpoints").exists()
-    number = words[1:2] if words[1:2] == ["8"] else ["1"]
-    flags = [
-        "--stop_after_steps",
-        "100",
-        "--logging_steps",
-        "1",
-        *words[1 + (number == ["8"]) :],
-        "--output_dir",
-        output,
-    ]
-    assert commands == [[words[0], *number, *flags]]
+    number, flags = ("8", words[2:]) if words[1:2] == ["8"] else ("1", words[1:])
+    ours = ["--stop_after_steps", "100", "--logging_steps", "1"]
+    assert commands == [[words[0], number, *ours, *flags, "--output_dir", output]]
 
 
 @pytest.mark.parametrize("words", ["sfd", "sft 0", "sft --help"])

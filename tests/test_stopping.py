@@ -52,8 +52,7 @@ def test_a_repeated_signal_is_one_request_and_a_later_one_leaves_at_once():
 
 
 def test_a_rank_that_others_told_of_the_stop_does_not_take_its_own_late_signal_for_a_second():
-    request = StopRequest(ALONE)
-    assert request.agreed(1, 0, ALONE) == signal.SIGTERM
+    assert StopRequest(ALONE).agreed(1, 0, ALONE) == signal.SIGTERM
     ask(signal.SIGTERM)
     time.sleep(0.05)
 

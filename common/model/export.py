@@ -99,7 +99,7 @@ def _finish_export(lm, template: ChatTemplate, source_folder: str, temporary: Pa
     for path in sorted(temporary.iterdir(), key=lambda p: p.name == INDEX):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
+        path.chmod(temporary.stat().st_mode & 0o666)  # safetensors' files are for their owner alone, whatever the umask
         os.replace(path, target / path.name)
     temporary.rmdir()
     sync_folder(target)

@@ -156,7 +156,8 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
 
     table: of the data, for the model card.
     """
-    agreement = ranks.gather(lambda: [state.step, state.total_tokens])
+    # What each rank has counted and read by itself.
+    agreement = ranks.gather(lambda: [state.step, state.samples, state.target_tokens, record["identity"]])
     result = {
         "steps": state.step,
         "total_tokens": state.total_tokens,

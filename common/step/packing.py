@@ -89,8 +89,9 @@ class Document:
         assert (self.target_rows >= 0).all(), "a target that no token of its document predicts"
 
 
-def sft_documents(sample: SFTSample) -> list[Document]:
+def sft_documents(sample: SFTSample | PreferencePair) -> list[Document]:
     """A conversation: every token of a trained span is a target, predicted from the token before it."""
+    assert isinstance(sample, SFTSample)  # of a data set of conversations
     ids = np.asarray(sample.input_ids)
     positions = np.concatenate([np.arange(start, end) for start, end in sample.trained_spans])
     return [Document(ids, len(ids), 0, positions - 1, ids[positions], [len(positions)])]
@@ -101,11 +102,12 @@ def pair_lengths(parts: np.ndarray, share_prompt: bool) -> np.ndarray:
     return parts @ np.array([1 if share_prompt else 2, 1, 1])
 
 
-def pair_documents(pair: PreferencePair, share_prompt: bool) -> list[Document]:
+def pair_documents(pair: SFTSample | PreferencePair, share_prompt: bool) -> list[Document]:
     """A preference pair: one document with two branches, or one document for each side.
 
     Only completion tokens, EOS included, are targets. The first of a branch is predicted from the prompt's last token.
     """
+    assert isinstance(pair, PreferencePair)  # of a data set of preferences
     prompt, num_chosen, documents = np.asarray(pair.prompt_ids), len(pair.chosen_ids), []
     for completion, start in ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start)):
         tokens = np.concatenate([prompt, completion])

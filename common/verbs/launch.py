@@ -17,10 +17,16 @@ from itertools import takewhile
 from pathlib import Path
 
 from common.config import DPOConfig, SFTConfig, parse_config
-from common.failures import UserError, explained, print_line
+from common.failures import UserError, explained, print_line, shown
 
 REPO = Path(__file__).resolve().parents[2]
 GRACE = 30.0  # seconds that the other ranks have to end by themselves once one has failed
+ANSWER = 10.0  # seconds after a request to stop until the ranks that still run are named
+KILL = "killing the ranks"
+ASK = (
+    "asking the ranks to stop; if training has begun they save first. Ask again, and a rank that saves leaves without "
+)
+ASK += "it; a third time, and all are killed"
 PRCTL, PR_SET_PDEATHSIG = ctypes.CDLL(None).prctl, 1  # linux/prctl.h
 
 
@@ -79,25 +85,35 @@ def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> i
     requests: list[int] = []
     on_request_to_stop(requests.append)
     ranks = [start(command, env=environment | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(num_ranks)]
-    num_answered, exit_code, deadline, running = 0, 0, math.inf, True
+    num_answered, exit_code, deadline, named_at, running = 0, 0, math.inf, math.inf, True
     while running:
         if time.monotonic() > deadline:
             requests.append(signal.SIGQUIT)
             deadline = math.inf
         if len(requests) > num_answered:
             is_kill = num_answered == 2 or requests[num_answered] == signal.SIGQUIT
-            num_answered += 1
-            say("killing the ranks" if is_kill else "asking the ranks to stop; if training has begun they save first")
+            num_answered, named_at = num_answered + 1, time.monotonic() + ANSWER
+            say(KILL if is_kill else ASK)
             for rank in ranks:  # not SIGINT: a rank that is still importing would print a traceback
                 rank.send_signal(signal.SIGKILL if is_kill else signal.SIGTERM)
         time.sleep(0.1)
         codes = [rank.poll() for rank in ranks]
+        if time.monotonic() > named_at:
+            named_at = math.inf
+            left = [f"rank {i}{is_stopped(ranks[i].pid)}" for i, code in enumerate(codes) if code is None]
+            say(f"not ended after {ANSWER:g} s: {', '.join(left)}")
         running = None in codes
         if not exit_code and (exit_code := max((128 - c if c < 0 else c for c in codes if c), default=0)):
             deadline = time.monotonic() + GRACE
             if running and not requests:
                 say(f"a rank ended with {exit_code} (137: often for the host's memory). The others have {GRACE:g} s")
     return 130 if requests[:1] == [signal.SIGINT] and exit_code == 143 else exit_code
+
+
+def is_stopped(pid: int) -> str:
+    """What to add to the name of a process that a SIGSTOP or a debugger holds: it answers nothing."""
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return " (is stopped: does not answer)" if state in "Tt" else ""
 
 
 def say(text: str) -> None:
@@ -126,7 +142,7 @@ def exit_with(main: Callable[..., int]) -> None:
     except Exception as e:
         if (known := explained(e)) is None:
             raise
-        print_line(f"error: {known}", sys.stderr)
+        print_line(f"error: {shown(str(known))}", sys.stderr)
         sys.exit(known.EXIT_CODE)
 
 

@@ -229,6 +229,8 @@ def _fault(path: Path, ranks: Ranks) -> str | None:
     Raises OSError if it cannot be read: then it may be whole, and must not be passed over, nor set aside later.
     """
     try:
+        if not all((path / name).is_file() for name in ("manifest.json", "COMPLETE")):
+            return "manifest.json or COMPLETE is no file"  # a device or a FIFO may never end
         with naming(path):
             manifest = (path / "manifest.json").read_bytes()
             if (path / "COMPLETE").read_bytes() != digest(manifest).encode():

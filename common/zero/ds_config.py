@@ -7,6 +7,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from common.config import TrainConfig
 from common.failures import UserError, as_user_error
+from common.files import unique_names
 
 OWNED_BY_FLAGS = {
     "train_batch_size": "--global_batch_size",
@@ -49,9 +50,9 @@ def deepspeed_config(config: TrainConfig) -> dict:
     path = Path(config.ds_config)
     if not path.is_file() and not path.is_absolute():
         path = Path(__file__).parents[2] / path  # a path of the project's own, from any working directory
-    with as_user_error(file, OSError), as_user_error(f"{file}: not JSON", ValueError):
+    with as_user_error(file, OSError), as_user_error(f"{file}: not JSON", ValueError, RecursionError):
         text = path.read_text(encoding="utf-8")
-        placement = json.loads(text)
+        placement = json.loads(text, object_pairs_hook=unique_names)
     zero = placement.get("zero_optimization") if isinstance(placement, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         raise wrong("needs a `zero_optimization` object whose `stage` is 3")

@@ -1,0 +1,70 @@
+"""One agreement of all ranks, before anything is trained: what hosts read, run and were asked for is the same."""
+
+import dataclasses
+import json
+import platform
+import re
+import socket
+from importlib.metadata import version
+from pathlib import Path
+
+from common.config import TrainConfig, identity_values
+from common.failures import UserError, shown
+from common.files import digest, file_digest
+from common.ranks import Ranks
+from common.run.output_dir import PACKAGES, run_identity
+
+TOKENIZER_FILE = re.compile(r"(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges).*")
+
+
+def agreed_identity(
+    config: TrainConfig,
+    ds_config: dict,
+    data_digest: str,
+    template_digest: str,
+    tokenizer_folder: str,
+    model_folder: str,
+    reference_folder: str | None,
+    ranks: Ranks,
+) -> dict:
+    """run_identity, after all ranks were found to agree on it and on what else decides a step. Collective.
+
+    Raises UserError on every rank, with one that differs and in what: a flag, the data, the template, the tokenizer, a
+    model's weights, the ds_config, this code, or the version of a library.
+    """
+    args = (config, data_digest, template_digest, model_folder, reference_folder)
+    of_node = ranks.once_per_node(lambda: run_identity(*args))  # it reads the weights
+    identity = of_node | identity_values(config)
+    identity |= {"dataset_mixer (contents)": data_digest, "chat_template (contents)": template_digest}
+    views = ranks.gather(lambda: (socket.gethostname(), identity | environment(config, ds_config, tokenizer_folder)))
+    ranks.once(lambda: require_agreement(views))
+    return identity
+
+
+def require_agreement(views: list[tuple[str, dict]]) -> None:
+    """Raises UserError if a rank's view is not that of rank 0. views: (host, view) of each rank."""
+    for rank, (host, theirs) in enumerate(views):
+        if found := differences(views[0][1], theirs):
+            raise UserError(f"rank {rank} ({host}) differs from rank 0 ({views[0][0]}) in {'; '.join(found)}")
+
+
+def environment(config: TrainConfig, ds_config: dict, tokenizer_folder: str) -> dict:
+    """What has to be the same on every host besides a run's identity, by name. A path may differ from host to host."""
+    fields = dataclasses.fields(config)
+    view = {field.name: getattr(config, field.name) for field in fields if not field.metadata["is_path"]}
+    tokenizer = sorted(path for path in Path(tokenizer_folder).iterdir() if TOKENIZER_FILE.fullmatch(path.name))
+    project = Path(__file__).parents[2]
+    code = [*sorted(project.glob("train_*.py")), *sorted(project.glob("common/**/*.py"))]
+    for name, files in (("the tokenizer's files", tokenizer), ("this project's code", code)):
+        view[name] = digest(json.dumps([(path.name, file_digest(path)) for path in files]).encode())
+    view["ds_config (contents)"] = json.dumps(ds_config, sort_keys=True)
+    versions = {package: version(package) for package in PACKAGES}
+    return (
+        view | {f"version of {name}": text for name, text in versions.items()} | {"python": platform.python_version()}
+    )
+
+
+def differences(ours: dict, theirs: dict) -> list[str]:
+    """`name (their value, not ours)` of each that differs."""
+    names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+    return [f"{name} ({shown(str(theirs.get(name)), 60)}, not {shown(str(ours.get(name)), 60)})" for name in names]

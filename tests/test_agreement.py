@@ -1,0 +1,81 @@
+"""Hosts that would train different things train nothing: pytest tests/test_agreement.py"""
+
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import launch
+import pytest
+
+from common.config import SFTConfig
+from common.run import agreement
+
+
+def on_two_hosts(logs: str, words: list[str], others: list[str], port: int) -> None:
+    """In a rank's process: each rank is a host of its own, and the second one has `others` as well."""
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    launch.run_script(logs, "train_sft", words + others * (os.environ["RANK"] == "1"), {})
+
+
+@pytest.fixture
+def run(tiny_llama, sft_data, tmp_path):
+    """run(flags that the second host has besides): a finished run of one step."""
+    flags = launch.flags(tiny_llama, sft_data, tmp_path, max_train_steps=1)
+
+    def start(*others):
+        arguments = (launch.argv(flags), [str(word) for word in others], launch.free_port())
+        return launch.Run(on_two_hosts, 2, arguments, tmp_path / "output").wait()
+
+    return start
+
+
+def copied(folder, source):
+    """A copy of a model's folder or of a data file."""
+    copy = folder / f"of the second host {source.name}"
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
+    return copy
+
+
+@pytest.mark.parametrize("what", ["seed", "learning_rate", "dataset_mixer", "model_name_or_path", "tokenizer"])
+def test_a_host_that_differs_is_named_with_what_differs_before_anything_is_trained(
+    run, tiny_llama, sft_data, tmp_path, what
+):
+    """In one value, one row, one bit of a weight."""
+    if what == "dataset_mixer":
+        value = copied(tmp_path, sft_data)
+        value.write_text("".join(sft_data.read_text().splitlines(keepends=True)[1:]))
+    elif what in ("model_name_or_path", "tokenizer"):
+        value = copied(tmp_path, tiny_llama)
+        file = value / ("model.safetensors" if what == "model_name_or_path" else "tokenizer_config.json")
+        file.write_bytes(file.read_bytes()[:-1] + b"\x01" if what == "model_name_or_path" else file.read_bytes() + b" ")
+    else:
+        value = 1e-3 if what == "learning_rate" else 43
+    done = run("--model_name_or_path" if what == "tokenizer" else f"--{what}", value)
+    error = done.refused(2)
+    assert "rank 1" in error and what in error
+    assert not (tmp_path / "output" / "metrics.jsonl").exists()
+
+
+def test_hosts_with_copies_of_the_same_files_agree_and_the_record_says_so(run, tiny_llama, sft_data, tmp_path):
+    model, data = copied(tmp_path, tiny_llama), copied(tmp_path, sft_data)
+    run("--model_name_or_path", model, "--dataset_mixer", data).succeeded()
+    assert json.loads((tmp_path / "output" / "run_config.json").read_text())["result"]["rank_agreement"] is True
+
+
+@pytest.mark.parametrize("what", ["version of torch", "python", "this project's code", "ds_config (contents)"])
+def test_what_a_host_runs_is_compared(monkeypatch, tiny_llama, what):
+    config, ds_config = SFTConfig(), {"zero_optimization": {"stage": 3}}
+    before = agreement.environment(config, ds_config, str(tiny_llama))
+    assert agreement.environment(config, ds_config, str(tiny_llama)) == before
+    if what == "ds_config (contents)":
+        ds_config = {"zero_optimization": {"stage": 3, "overlap_comm": True}}
+    elif what == "this project's code":
+        monkeypatch.setattr(agreement, "file_digest", lambda path: "other" if path.name == "ranks.py" else "same")
+    elif what == "python":
+        monkeypatch.setattr(agreement, "platform", SimpleNamespace(python_version=lambda: "3.99"))
+    else:
+        monkeypatch.setattr(agreement, "version", lambda package: "9" if package == "torch" else "1")
+    after = agreement.environment(config, ds_config, str(tiny_llama))
+    assert any(found.startswith(what) for found in agreement.differences(before, after))
