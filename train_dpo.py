@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from common.config import DPOConfig, parse_config
-from common.data.cache import tokenized_data
 from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
@@ -26,6 +25,7 @@ from common.model.logprobs import sequence_logps
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
 from common.run.agreement import agreed_identity
+from common.run.evaluate import Evaluation, training_and_held_out
 from common.run.metrics import StepMeter, StepTotals, progress_line
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.run.reference import reference_pass
@@ -65,20 +65,23 @@ def main() -> None:
     tokenizer_folder = ranks.once_per_node(lambda: load.find_tokenizer(config.tokenizer_name_or_path or model_folder))
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-    data = tokenized_data("dpo", config, template, ranks)
+    data, held_out = training_and_held_out("dpo", config, template, ranks)  # None if nothing is held out
     assert data.pair_lengths is not None  # as of all preferences
     lengths = pair_lengths(data.pair_lengths, config.share_prompt)  # int [pairs]: tokens of each in a micro-batch
-    longest_side = int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max())
-    load.check_supported(model_config, config.max_seq_length, longest_side, load.num_token_ids(tokenizer))
+    parts = [data.pair_lengths] if held_out is None else [data.pair_lengths, held_out.pair_lengths]
+    longest_side = max(int((part[:, 0] + part[:, 1:].max(1)).max()) for part in parts)
+    vocab_needed = max(ds.stats["largest_token_id"] for ds in (data, held_out) if ds is not None) + 1
+    load.check_supported(model_config, config.max_seq_length, longest_side, vocab_needed)
     if reference_folder is not None:
-        load.check_supported(reference_config, config.max_seq_length, longest_side, load.num_token_ids(tokenizer))
+        load.check_supported(reference_config, config.max_seq_length, longest_side, vocab_needed)
         load.check_same_vocabulary(model_config, reference_config)
     ranks.say(data_table(data))
     ranks.say(preview(data, 0, tokenizer))
 
     # ------------------------------------------------------------------ schedule
     schedule = Schedule(config, len(data))  # samples and learning rate of each step; the run ends after last_step
-    ranks.say(schedule.report(f"DPO ({config.loss_type})", "pairs"))
+    ranks.say(schedule.report(f"DPO ({config.loss_type}, beta {config.beta:g})", "pairs"))
+    evaluation = Evaluation(data, held_out, config, schedule, ranks)
     ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
     if config.share_prompt:
         unshared = pair_lengths(data.pair_lengths, share_prompt=False).sum()
@@ -113,6 +116,7 @@ def main() -> None:
             reference_table, cached_in = reference_pass(
                 engine, data, pairs, weights, config, kernel, workload.budget, ranks
             )
+            evaluation.read_reference(engine, weights, kernel, workload.budget)
         del model, engine
 
     # ------------------------------------------------------------------ model and engine
@@ -132,11 +136,18 @@ def main() -> None:
     if preference.needs_reference and reference_folder is None:
         weights = identity["model_name_or_path (contents)"]
         reference_table, cached_in = reference_pass(engine, data, pairs, weights, config, kernel, budget, ranks)
+        evaluation.read_reference(engine, weights, kernel, budget)
     if resume_from is not None:
         checkpoint.load(engine, parameters, resume_from, state.step, ranks)
 
     # ------------------------------------------------------------------ loop
-    resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "reference_cache": cached_in}
+    resolved = {
+        "num_steps": schedule.num_steps,
+        "data": data.stats,
+        "kernel": kernel,
+        "evaluation": evaluation.record,
+        "reference_cache": cached_in,
+    }
     record = record_of("DPO", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
@@ -155,6 +166,8 @@ def main() -> None:
     gc.freeze()  # what lives until the end is not searched for garbage again
     meter.start()
     for step, (samples, plan, micro_batches) in one_ahead(prepared, range(state.step, schedule.last_step)):
+        if evaluation.says_stop(metrics.eval_losses):
+            break
         ranks.step = step + 1
         # -------------------------------------------------------------- the recipe's step
         set_learning_rate(engine, schedule.learning_rate(step))
@@ -195,7 +208,9 @@ def main() -> None:
         totals = StepTotals(int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
         step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm) | means
-        if state.step % config.logging_steps == 0 or state.step == schedule.last_step:
+        if is_evaluated := evaluation.is_due(state.step):
+            step_record |= evaluation(engine, kernel, budget)
+        if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
             metrics.append(step_record)
             ranks.say(progress_line(step_record, schedule.last_step))
 

@@ -13,7 +13,6 @@ import math
 import torch
 
 from common.config import SFTConfig, parse_config
-from common.data.cache import tokenized_data
 from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
@@ -22,6 +21,7 @@ from common.model.export import export_model
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
 from common.run.agreement import agreed_identity
+from common.run.evaluate import Evaluation, training_and_held_out
 from common.run.metrics import StepMeter, StepTotals, progress_line
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
@@ -48,14 +48,18 @@ def main() -> None:
     tokenizer_folder = ranks.once_per_node(lambda: load.find_tokenizer(config.tokenizer_name_or_path or model_folder))
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-    data = tokenized_data("sft", config, template, ranks)
-    load.check_supported(model_config, config.max_seq_length, int(data.lengths.max()), load.num_token_ids(tokenizer))
+    data, held_out = training_and_held_out("sft", config, template, ranks)  # None if nothing is held out
+    for ds in filter(None, (data, held_out)):
+        load.check_supported(
+            model_config, config.max_seq_length, int(ds.lengths.max()), ds.stats["largest_token_id"] + 1
+        )
     ranks.say(data_table(data))
     ranks.say(preview(data, 0, tokenizer))
 
     # ------------------------------------------------------------------ schedule
     schedule = Schedule(config, len(data))  # samples and learning rate of each step; the run ends after last_step
     ranks.say(schedule.report("SFT", "samples"))
+    evaluation = Evaluation(data, held_out, config, schedule, ranks)
     ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
 
     # ------------------------------------------------------------------ output folder
@@ -90,7 +94,7 @@ def main() -> None:
         checkpoint.load(engine, parameters, resume_from, state.step, ranks)
 
     # ------------------------------------------------------------------ loop
-    resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel}
+    resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "evaluation": evaluation.record}
     record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
@@ -108,6 +112,8 @@ def main() -> None:
     gc.freeze()  # what lives until the end is not searched for garbage again
     meter.start()
     for step, (samples, plan, micro_batches) in one_ahead(prepared, range(state.step, schedule.last_step)):
+        if evaluation.says_stop(metrics.eval_losses):
+            break
         ranks.step = step + 1
         # -------------------------------------------------------------- the recipe's step
         num_targets = int(data.num_targets[samples].sum())  # of the whole step: all ranks, all micro-batches
@@ -140,7 +146,9 @@ def main() -> None:
         totals = StepTotals(int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
         step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm)
-        if state.step % config.logging_steps == 0 or state.step == schedule.last_step:
+        if is_evaluated := evaluation.is_due(state.step):
+            step_record |= evaluation(engine, kernel, budget)
+        if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
             metrics.append(step_record)
             ranks.say(progress_line(step_record, schedule.last_step))
 

@@ -110,17 +110,19 @@ class MetricsFile:
         """Keeps the records of steps up to `step`, so that a resumed run leaves neither gap nor double. Collective."""
         self.path, self.ranks = Path(output_dir) / "metrics.jsonl", ranks
 
-        def keep() -> dict | None:
+        def keep() -> tuple[list[dict], list[float]]:
             kept = [record for record in read_metrics(self.path) if record["step"] <= step]
             replace_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             self.file = open(self.path, "a", encoding="utf-8")
-            return kept[-1] if kept else None
+            return kept[-1:], [record["eval/loss"] for record in kept if "eval/loss" in record]
 
-        self.last = ranks.gather(lambda: keep() if ranks.is_main else None)[0]  # the newest record
+        newest, self.eval_losses = ranks.gather(lambda: keep() if ranks.is_main else None)[0]
+        self.last = newest[0] if newest else None  # the newest record
 
     def append(self, record: dict) -> None:
         """Collective: where rank 0 cannot write, every rank raises its OSError, before the next update."""
         self.last = record
+        self.eval_losses += [record["eval/loss"]] if "eval/loss" in record else []
         self.ranks.gather(lambda: self._write(json.dumps(record) + "\n") if self.ranks.is_main else None)
 
     def flush_to_disk(self) -> None:

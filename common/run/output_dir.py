@@ -14,6 +14,7 @@ from common.config import TrainConfig, identity_values
 from common.failures import UserError, as_user_error, one_line, print_line
 from common.files import replace_file, weights_digest
 from common.ranks import Ranks
+from common.run.evaluate import has_stalled
 from common.run.metrics import MetricsFile, draw_curves
 from common.step.schedule import Schedule
 from common.zero import checkpoint
@@ -43,8 +44,8 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     Raises UserError if the folder cannot be written, is a model that this run reads, is written by another run now, or
     holds another run that `--resume auto` would continue or overwrite.
     """
-    if ranks.once(lambda: _is_finished(config, identity, last_step)):
-        ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
+    if (steps := ranks.once(lambda: _finished_after(config, identity, last_step))) is not None:
+        ranks.say(f"{config.output_dir} holds this run, finished after {steps} steps; nothing to do")
         return None
     path = checkpoint.find(config.output_dir, config.resume, ranks)
     if path is None:
@@ -54,7 +55,8 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     return state, path
 
 
-def _is_finished(config: TrainConfig, identity: dict, last_step: int) -> bool:
+def _finished_after(config: TrainConfig, identity: dict, last_step: int) -> int | None:
+    """The steps of the finished run that the folder holds, None if it holds none. Raises UserError, as claim."""
     output_dir = Path(config.output_dir)
     for flag in ("model_name_or_path", "ref_model_name_or_path"):
         if (read := getattr(config, flag, None)) and Path(read).resolve() == output_dir.resolve():
@@ -68,12 +70,14 @@ def _is_finished(config: TrainConfig, identity: dict, last_step: int) -> bool:
     record = read_run_config(config.output_dir)
     steps = record.get("result", {}).get("steps")
     if config.resume != "auto" or steps is None:
-        return False
+        return None
     _require_same_run(f"the model in {output_dir}", record.get("identity", {}), identity, steps, last_step)
-    is_finished = steps == last_step and _holds_model(output_dir)
+    # A run that stopped early is finished for as long as the same patience is asked for.
+    has_ended = steps == last_step or record["result"].get("stopped_early") == (config.early_stopping_patience or 0)
+    is_finished = has_ended and _holds_model(output_dir)
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
         checkpoint.delete_all(config.output_dir, "the run is done")
-    return is_finished
+    return steps if is_finished else None
 
 
 def _require_same_run(what: str, old: dict, new: dict, steps: int, last_step: int) -> None:
@@ -157,12 +161,15 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
     table: of the data, for the model card.
     """
     # What each rank has counted and read by itself.
+    is_early = has_stalled(metrics.eval_losses, config.early_stopping_patience)
     agreement = ranks.gather(lambda: [state.step, state.samples, state.target_tokens, record["identity"]])
     result = {
         "steps": state.step,
         "total_tokens": state.total_tokens,
         "target_tokens": state.target_tokens,
         "train_loss": metrics.last and metrics.last["train_loss"],
+        "evaluation": {name: value for name, value in (metrics.last or {}).items() if name.startswith("eval/")},
+        "stopped_early": config.early_stopping_patience if is_early else None,
         "rank_agreement": all(a == agreement[0] for a in agreement),
     }
 
@@ -201,9 +208,11 @@ def model_card(method: str, config: TrainConfig, table: str, result: dict) -> st
     is_hub_id = base.count("/") == 1 and not Path(base).exists()
     base_model = f"base_model: {base}\n" if is_hub_id else ""
     loss = "" if result["train_loss"] is None else f" Last loss: {result['train_loss']:.4f}."
+    evaluated = "".join(f"| {name} | {value:.4f} |\n" for name, value in result["evaluation"].items())
+    evaluation = f"## Held-out evaluation\n\n| metric | value |\n|---|---|\n{evaluated}\n" if evaluated else ""
     return (
         f"---\nlibrary_name: transformers\n{base_model}tags: [{method.lower()}]\n---\n\n"
         f"# {Path(config.output_dir).name}\n\n{method} of `{base}`, full parameters, with Plaintune.\n\n"
-        f"Steps: {result['steps']}. Tokens: {result['total_tokens']:,}.{loss}\n\n## Data\n\n```\n{table}\n```\n\n"
+        f"Steps: {result['steps']}. Tokens: {result['total_tokens']:,}.{loss}\n\n## Data\n\n```\n{table}\n```\n\n{evaluation}"
         f"## Settings\n\n| setting | value |\n|---|---|\n{''.join(rows)}"
     )

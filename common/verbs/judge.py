@@ -78,7 +78,7 @@ def judge(history: list[dict], run_config: dict, exit_code: int, output: str = "
     lines = f"{num_steps} steps in the result; {len(logged)} of {len(wanted)} lines, the last of step {logged[-1]}"
     agreed = {None: "not known", True: "they do", False: "they do NOT"}[result.get("rank_agreement")]
     return [
-        _finished(exit_code == 0 and logged == wanted, exit_code, lines, output),
+        _finished(exit_code == 0 and {*wanted} <= {*logged}, exit_code, lines, output),
         loss_falls,
         Check("loss value", "finite, at most 10", losses, is_loss_good),
         Check("grad norm", "median 0.1 to 10, none 0 or above 1000", f"median {norm:.3g}, {norms}", is_norm_good),
