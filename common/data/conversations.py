@@ -22,7 +22,7 @@ from common.failures import UserError, shown
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
 FOR_EVERY_FORM = ("system", "tools", "chat_template_kwargs")
 WEIGHTS = ("weight", "train", "training")  # what a message says of whether it is trained
-NOT_TRAINED, EMPTY = "message that its row says is not trained", "empty assistant turn, not trained"
+NOT_TRAINED, EMPTY = "assistant turn not to be trained, or of a prompt", "empty assistant turn, not trained"
 NO_CALLS: tuple = (None, [], {}, "")
 
 

@@ -83,6 +83,12 @@ class TokenDataset:
         """`file:row` of sample i, for messages."""
         return f"{self.stats['files'][self._samples['file'][i]]}:{self._samples['row'][i]}"
 
+    def longest_side(self) -> int:
+        """Tokens of the longest sample; of a pair, its prompt and its longer completion."""
+        if self.pair_lengths is None:
+            return int(self.lengths.max())
+        return int((self.pair_lengths[:, 0] + self.pair_lengths[:, 1:].max(1)).max())
+
     def samples_of(self, place: str) -> list[int]:
         """The samples that a row, `file:row`, has become: as many as its source takes it."""
         name, _, row = place.rpartition(":")

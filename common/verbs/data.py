@@ -10,6 +10,7 @@ not trained, why. Exits with 2 where a run would for its data.
 import argparse
 import dataclasses
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -37,10 +38,18 @@ def main(*argv: str) -> int:
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
     config = parse_config(SFTConfig if method == ("sft",) else DPOConfig, flags)
-    template = _template(config)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # common.model imports DeepSpeed, which looks for a GPU
+    from common.model import load
+
+    folder = load.find_model(config.model_name_or_path, config.model_revision, load.TOKENIZER_FILES)
+    tokenizer = load.load_tokenizer(load.find_tokenizer(config.tokenizer_name_or_path or folder))
+    template = resolve_template(config.chat_template, tokenizer)
     ds = TokenDataset(prepare_tokens(method[0], dataclasses.replace(config, allow_dropped=True), template))
     print_line(data_table(ds))
     print_line(quality_report(ds, template.end_ids()))
+    if (Path(folder) / "config.json").is_file():
+        for line in load.warnings(template, load.load_config(folder), ds.longest_side()):
+            print_line(line)
     for place in own.row:
         print_line("\n" + _row(place, ds, config, template))
     if not own.row:
@@ -49,18 +58,6 @@ def main(*argv: str) -> int:
     if (lost := too_much_dropped(ds)) and not config.allow_dropped:
         raise UserError(lost)
     return 0
-
-
-def _template(config: TrainConfig) -> ChatTemplate:
-    """The run's, of the tokenizer's files alone."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # common.model imports DeepSpeed, which looks for a GPU
-    from common.model import load
-
-    if config.tokenizer_name_or_path is not None:
-        folder = load.find_tokenizer(config.tokenizer_name_or_path)
-    else:
-        folder = load.find_model(config.model_name_or_path, config.model_revision, load.TOKENIZER_FILES)
-    return resolve_template(config.chat_template, load.load_tokenizer(folder))
 
 
 def _row(place: str, ds: TokenDataset, config: TrainConfig, template: ChatTemplate) -> str:
