@@ -20,12 +20,12 @@ from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel, to_device
-from common.model.export import export_model
+from common.model.export import export_model, rehearse_export
 from common.model.logprobs import sequence_logps
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
 from common.run.agreement import agreed_identity
-from common.run.evaluate import Evaluation, training_and_held_out
+from common.run.evaluate import Evaluation, largest, training_and_held_out
 from common.run.metrics import StepMeter, StepTotals, progress_line
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.run.reference import reference_pass
@@ -68,14 +68,13 @@ def main() -> None:
     data, held_out = training_and_held_out("dpo", config, template, ranks)  # None if nothing is held out
     assert data.pair_lengths is not None  # as of all preferences
     lengths = pair_lengths(data.pair_lengths, config.share_prompt)  # int [pairs]: tokens of each in a micro-batch
-    parts = [data.pair_lengths] if held_out is None else [data.pair_lengths, held_out.pair_lengths]
-    longest_side = max(int((part[:, 0] + part[:, 1:].max(1)).max()) for part in parts)
-    vocab_needed = max(ds.stats["largest_token_id"] for ds in (data, held_out) if ds is not None) + 1
-    load.check_supported(model_config, config.max_seq_length, longest_side, vocab_needed)
+    longest_side, num_token_ids = largest(data, held_out)
+    load.check_supported(model_config, config.max_seq_length, longest_side, num_token_ids)
     if reference_folder is not None:
-        load.check_supported(reference_config, config.max_seq_length, longest_side, vocab_needed)
+        load.check_supported(reference_config, config.max_seq_length, longest_side, num_token_ids)
         load.check_same_vocabulary(model_config, reference_config)
-    ranks.say(data_table(data))
+    ranks.say("\n".join([data_table(data), *load.warnings(template, model_config, longest_side)]))
+    ranks.once(lambda: rehearse_export(model_config, template, model_folder))
     ranks.say(preview(data, 0, tokenizer))
 
     # ------------------------------------------------------------------ schedule

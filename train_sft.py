@@ -17,11 +17,11 @@ from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel
-from common.model.export import export_model
+from common.model.export import export_model, rehearse_export
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
 from common.run.agreement import agreed_identity
-from common.run.evaluate import Evaluation, training_and_held_out
+from common.run.evaluate import Evaluation, largest, training_and_held_out
 from common.run.metrics import StepMeter, StepTotals, progress_line
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
@@ -49,11 +49,10 @@ def main() -> None:
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
     data, held_out = training_and_held_out("sft", config, template, ranks)  # None if nothing is held out
-    for ds in filter(None, (data, held_out)):
-        load.check_supported(
-            model_config, config.max_seq_length, int(ds.lengths.max()), ds.stats["largest_token_id"] + 1
-        )
-    ranks.say(data_table(data))
+    longest, num_token_ids = largest(data, held_out)
+    load.check_supported(model_config, config.max_seq_length, longest, num_token_ids)
+    ranks.say("\n".join([data_table(data), *load.warnings(template, model_config, longest)]))
+    ranks.once(lambda: rehearse_export(model_config, template, model_folder))
     ranks.say(preview(data, 0, tokenizer))
 
     # ------------------------------------------------------------------ schedule

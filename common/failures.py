@@ -32,15 +32,9 @@ class ElsewhereError(RuntimeError):
     is_told = True
 
 
-def shown(text: str, longest: int = 2000) -> str:
-    """Text of a file, fit for a terminal: control characters but newline and tab as `\\x1b`, and cut to a length."""
-    cut = text if len(text) <= longest else f"{text[:longest]} ... ({len(text) - longest:,} characters more)"
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in cut)
-
-
 def one_line(error: object) -> str:
     """An error's text as part of a line."""
-    return shown(" ".join(str(error).split())[:300])
+    return shown(" ".join(str(error).split()), 300)
 
 
 def shown(text: object, most: int = 200) -> str:

@@ -1,12 +1,15 @@
 """What each template renders and which characters of it are trained.   pytest tests/test_chat_template.py"""
 
+import json
+
 import pytest
 import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.chat_template import Dropped, resolve_template
-from common.data.conversations import Conversation
+from common.data import chat_template
+from common.data.chat_template import TULU, resolve_template
+from common.data.conversations import Conversation, Dropped
 from common.failures import UserError
 
 TOKENIZER = tiny_tokenizer.tiny_tokenizer()
@@ -25,8 +28,8 @@ def templates(tmp_path_factory):
     return {"TULU": resolve_template("tulu", TOKENIZER), **own}
 
 
-def rendered(template, messages, only_last=False, **more):
-    return template.render(Conversation(messages, [True] * len(messages), **more), only_last)
+def rendered(template, messages, only_last=False, trained=None, **more):
+    return template.render(Conversation(messages, trained or [True] * len(messages), **more), only_last)
 
 
 def trained(template, messages, **more) -> list[str]:
@@ -152,34 +155,173 @@ def test_trained_text_is_every_assistant_content_and_what_closes_it(templates, n
     if name == "MISTRAL":
         for i, message in enumerate(messages):
             message["role"] = "assistant" if i % 2 else "user"
-    text, spans, _ = rendered(templates[name], messages)
-    assert (text, spans) == reference(name, messages)
+    is_trained = [bool(message["content"].strip()) for message in messages]  # as rows say of empty turns
+    text, spans, _ = rendered(templates[name], messages, trained=is_trained)
+    expected, turns = reference(name, messages)
+    answers = [shown for shown, message in zip(is_trained, messages, strict=True) if message["role"] == "assistant"]
+    assert (text, spans) == (expected, [span for span, shown in zip(turns, answers, strict=True) if shown])
     assert text == TOKENIZER.apply_chat_template(messages, chat_template=templates[name].jinja, tokenize=False)
-    if any(message["role"] == "assistant" for message in messages):
-        assert rendered(templates[name], messages, only_last=True)[:2] == (text, spans[-1:])
+    last = rendered(templates[name], messages, only_last=True, trained=is_trained)
+    assert last[:2] == (text, spans[-1:] if answers[-1:] == [True] else [])
 
 
-def test_what_a_template_adds_to_a_turn_after_its_content_is_trained(tmp_path_factory):
-    """Tool calls: the model has to write them too."""
-    calling = template_of(
-        tmp_path_factory,
-        """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content }}
-{%- if message.tool_calls %}{{- '\\n<call>' + message.tool_calls[0].name + '</call>' }}{% endif %}
-{{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}""",
-    )
-    call = {"role": "assistant", "content": "let me see", "tool_calls": [{"name": "look"}]}
-    called = "let me see\n<call>look</call><|im_end|>"
-    messages = [USER, call, {"role": "tool", "content": "let me see"}, ANSWER, USER, call]
-    assert trained(calling, messages) == [called, "so.<|im_end|>", called]
-    seldom = template_of(
-        tmp_path_factory,
-        calling.jinja.replace("if add_generation_prompt", "if add_generation_prompt and messages[-1].role == 'user'"),
-    )
-    assert trained(seldom, [USER, ANSWER, call]) == ["so.<|im_end|>", called]
+# --- tools and reasoning: each template's grammar, as (text, is trained), for conversations as a row gives them
+def parts(message):
+    """Reasoning and answer of an assistant's message, by the text of its content where there is no key."""
+    content = message.get("content") or ""
+    thought, closing, answer = content.rpartition("</think>")
+    if message.get("reasoning_content"):
+        return message["reasoning_content"], content
+    return (thought.split("<think>")[-1], answer) if closing else ("", content)
+
+
+def arguments_of(call):
+    arguments = call["function"]["arguments"]
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+def dumped(value):
+    return json.dumps(value, ensure_ascii=False)
+
+
+def calls(messages, tools):
+    if tools:
+        yield "<|im_start|>system\n" + "".join(dumped(tool) + "\n" for tool in tools) + "<|im_end|>\n", False
+    last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    for i, message in enumerate(messages):
+        yield f"<|im_start|>{message['role']}\n", False
+        if message["role"] != "assistant":
+            yield message["content"] + "<|im_end|>\n", False
+            continue
+        reasoning, answer = parts(message)
+        turn = (
+            answer
+            if message.get("reasoning_content")
+            else answer.lstrip("\n")
+            if "</think>" in str(message)
+            else answer
+        )
+        texts = [
+            f'<call>{{"name": "{call["function"]["name"]}", "arguments": '
+            + (a if isinstance(a := call["function"]["arguments"], str) else dumped(a))
+            + "}</call>"
+            for call in message.get("tool_calls", [])
+        ]
+        turn = "\n".join([turn, *texts]) if turn else "\n".join(texts)
+        if i > last_user and (i == len(messages) - 1 or reasoning.strip("\n")):
+            turn = "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n" + turn
+        yield turn + "<|im_end|>", True
+        yield "\n", False
+
+
+def brackets(messages, tools):
+    yield "<bos>", False
+    users = [message for message in messages if message["role"] == "user"]
+    for message in messages:
+        if message["role"] == "user":
+            yield ("[TOOLS]" + dumped(tools) + "[/TOOLS]" if tools and message == users[-1] else ""), False
+            yield f"[INST] {message['content']}[/INST]", False
+        elif message["role"] == "tool":
+            yield f"[RESULT]{message['content']}{message['tool_call_id']}[/RESULT]", False
+        elif message.get("tool_calls"):
+            functions = [{**call["function"], "arguments": arguments_of(call)} for call in message["tool_calls"]]
+            ids = [call["id"] for call in message["tool_calls"]]
+            texts = [dumped(f)[:-1] + f', "id": "{i}"}}' for f, i in zip(functions, ids, strict=True)]
+            yield f"[CALLS] [{', '.join(texts)}]<eos>", True
+        else:
+            yield message["content"] + "<eos>", True
+
+
+def blocks(messages, tools):
+    yield "<bos>", False
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            yield ("<|Assistant|>" if i > 0 and messages[i - 1]["role"] != "tool" else ""), False
+            yield (message.get("content") or "").split("</think>")[-1], True
+            for call in message.get("tool_calls", []):
+                arguments = call["function"]["arguments"]
+                text = arguments if isinstance(arguments, str) else dumped(arguments)
+                yield f"<call>{call['function']['name']}\n{text}</call>", True
+            yield "<eos>", True
+        else:
+            tags = ("<result>", "</result>") if message["role"] == "tool" else ("<|User|>", "")
+            yield tags[0] + message["content"] + tags[1], False
+
+
+def channels(messages, tools):
+    name = ""
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and message.get("tool_calls"):
+            call, reasoning = message["tool_calls"][0], message.get("reasoning_content")
+            name = call["function"]["name"]
+            yield "<|im_start|>assistant", False
+            yield f" thinks<|im_end|>{reasoning}<|stop|><|im_start|>assistant" if reasoning else "", True
+            yield f" to={name}<|im_end|>{dumped(arguments_of(call))}<|call|>", True
+        elif message["role"] == "assistant":
+            yield "<|im_start|>assistant", False
+            yield f" says<|im_end|>{message['content']}{'<eos>' if i == len(messages) - 1 else '<|stop|>'}", True
+        else:
+            header = name + " to=assistant" if message["role"] == "tool" else message["role"]
+            content = dumped(message["content"]) if message["role"] == "tool" else message["content"]
+            yield f"<|im_start|>{header}<|im_end|>{content}<|stop|>", False
+
+
+GRAMMARS = {function.__name__.upper(): function for function in (calls, brackets, blocks, channels)}
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 99) | CONTENTS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(CONTENTS, inner, max_size=2),
+    max_leaves=3,
+)
+TEXTS = st.lists(st.sampled_from([*SNIPPETS[:10], "<eos>", "x", "<|im_end|>\n", "<call>"]), max_size=4).map("".join)
+TEXTS = TEXTS.filter(lambda text: text.strip() and "think>" not in text)
+
+
+@st.composite
+def tool_conversations(draw, most_calls=2):
+    messages = []
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": draw(TEXTS)})
+        for number in range(draw(st.integers(0, 2))):
+            made = []
+            for _ in range(draw(st.integers(1, most_calls))):
+                arguments = draw(st.dictionaries(st.sampled_from(["city", "n", "<eos>"]), JSON, max_size=2))
+                arguments = arguments if draw(st.booleans()) else dumped(arguments)
+                function = {"name": f"tool{draw(st.integers(0, 2))}", "arguments": arguments}
+                made.append({"type": "function", "id": f"call{number}", "function": function})
+            content = draw(st.sampled_from([{}, {"content": None}, {"content": ""}, {"content": draw(TEXTS)}]))
+            reasoning = draw(st.sampled_from([{}, {"reasoning_content": draw(TEXTS).strip()}]))
+            messages.append({"role": "assistant", **content, **reasoning, "tool_calls": made})
+            messages += [{"role": "tool", "content": draw(CONTENTS), "tool_call_id": call["id"]} for call in made]
+        thought = draw(st.sampled_from(["", f"<think>\n{draw(TEXTS)}\n</think>\n\n"]))
+        messages.append({"role": "assistant", "content": thought + draw(TEXTS)})
+    return messages[: len(messages) - draw(st.integers(0, 1))]
+
+
+@pytest.fixture(scope="module")
+def with_tools(tmp_path_factory):
+    return {name: template_of(tmp_path_factory, getattr(tiny_tokenizer, name)) for name in GRAMMARS}
+
+
+TOOL = {"type": "function", "function": {"name": "tool0", "description": "<eos>", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+def test_calls_and_reasoning_are_trained_as_the_template_shows_them(with_tools, name, data):
+    messages = data.draw(tool_conversations(1 if name == "CHANNELS" else 2))
+    tools, is_trained = data.draw(st.sampled_from([None, [TOOL]])), data.draw(st.lists(st.booleans(), min_size=9))
+    is_trained = [message["role"] == "assistant" and is_trained[i % 9] for i, message in enumerate(messages)]
+    text, spans, _ = rendered(with_tools[name], messages, tools=tools, trained=is_trained)
+    expected, turns = "", []
+    for piece, is_turn in GRAMMARS[name](messages, tools):
+        turns += [len(expected) + i for i in range(len(piece)) if is_turn]
+        expected += piece
+    assert text == expected
+    all_spans = rendered(with_tools[name], messages, tools=tools).spans
+    assert [i for span in all_spans for i in range(*span)] == turns
+    answers = [shown for shown, message in zip(is_trained, messages, strict=True) if message["role"] == "assistant"]
+    assert spans == [span for span, shown in zip(all_spans, answers, strict=True) if shown]
 
 
 def test_a_row_whose_text_changes_with_any_mark_is_dropped(tmp_path_factory):
@@ -188,6 +330,113 @@ def test_a_row_whose_text_changes_with_any_mark_is_dropped(tmp_path_factory):
     with pytest.raises(Dropped, match="cannot be told"):
         rendered(picky, [USER, ANSWER, USER, ANSWER])
     assert trained(picky, [USER, ANSWER]) == ["so.<|im_end|>"]
+
+
+def test_what_the_template_does_not_show_is_counted_and_a_call_never_becomes_an_empty_answer(templates, with_tools):
+    call = {"type": "function", "id": "call0", "function": {"name": "look", "arguments": {"n": 1}}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    messages, tools = [USER, calling, {"role": "tool", "content": "seen", "tool_call_id": "call0"}, ANSWER], [TOOL]
+    text, spans, notes = rendered(templates["TULU"], messages, tools=tools)
+    assert [text[start:end] for start, end in spans] == ["so.<eos>"]
+    assert sorted(note.split(" that")[0] for note in notes) == ["tool calls", "tools"]
+    assert rendered(templates["TULU"], messages[:2], only_last=True).spans == []
+    both = [calling | {"tool_calls": [call, call]}]
+    assert rendered(with_tools["CHANNELS"], [USER, *both]).spans == []  # it shows the first call alone
+    assert rendered(with_tools["CALLS"], messages, tools=tools).notes == []
+
+
+@pytest.mark.parametrize("earlier, last", [(1, 0), (0, 1), (2, 1)])
+def test_reasoning_that_is_left_out_is_counted_and_only_that(with_tools, earlier, last):
+    thinking = [{"role": "assistant", "content": "<think>hm</think>so."}, {**ANSWER, "reasoning_content": "hm"}]
+    messages = [message for i in range(earlier) for message in (USER, thinking[i % 2])]
+    messages += [USER, thinking[0] if last else ANSWER]
+    assert rendered(with_tools["CALLS"], messages).notes == ["reasoning that the template leaves out"] * earlier
+    left_out = [note for note in rendered(with_tools["BLOCKS"], messages).notes if note.startswith("reasoning")]
+    assert len(left_out) == earlier + last
+
+
+def test_a_prompt_that_no_trained_answer_follows_is_noted_with_both(with_tools, tmp_path_factory):
+    [note] = rendered(with_tools["BLOCKS"], [USER, ANSWER]).notes
+    assert repr("<|Assistant|>") in note and repr("<|Assistant|><think>\n") in note
+    lines = template_of(tmp_path_factory, tiny_tokenizer.CHATML.replace("assistant\\n' }}{%", "assistant\\n\\n' }}{%"))
+    [note] = rendered(lines, [USER, ANSWER]).notes
+    assert repr("<|im_start|>assistant\n\n") in note and repr("<|im_start|>assistant\n") in note
+
+
+def test_a_templates_variables_reach_it_and_its_prompt(with_tools):
+    quiet = rendered(with_tools["CALLS"], [USER, ANSWER], variables={"enable_thinking": False})
+    assert [quiet.text[start:end] for start, end in quiet.spans] == ["so.<|im_end|>"] and quiet.notes == []
+    assert trained(with_tools["CALLS"], [USER, ANSWER]) == ["<think>\n\n</think>\n\nso.<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", GRAMMARS)
+def test_rendering_is_linear_in_the_turns(tmp_path, monkeypatch, name):
+    """The number of renderings does not depend on the turns, which all hold other numbers and names."""
+
+    def renderings(turns: int) -> int:
+        messages, counted = [], []
+        for i in range(turns):
+            call = {
+                "type": "function",
+                "id": f"call{i}",
+                "function": {"name": f"look{i}", "arguments": {"n": i, "x": -i}},
+            }
+            messages += [{**USER, "content": f"why {i}?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            messages += [{"role": "tool", "content": f"{i}", "tool_call_id": f"call{i}"}]
+            messages += [{"role": "assistant", "content": f"<think>{i}</think>so {i}."}]
+        (tmp_path / "chat.jinja").write_text(getattr(tiny_tokenizer, name))
+        template = resolve_template(str(tmp_path / "chat.jinja"), TOKENIZER)
+        apply = template.apply
+        monkeypatch.setattr(template, "apply", lambda *args, **options: counted.append(1) or apply(*args, **options))
+        assert len(rendered(template, messages).spans) == 2 * turns
+        return len(counted)
+
+    assert renderings(30) == renderings(10) <= 10
+
+
+ENDLESS = [
+    "{% for i in range(10 ** 5) %}{% for j in range(10 ** 5) %}{% endfor %}{% endfor %}",
+    "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{{ 'x' * 10 ** 12 }}",
+    "{% for i in range(10 ** 5) %}{{ message ~ 'x' * 10 ** 5 }}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("jinja", [*ENDLESS, "{% for i in range(10 ** 12) %}{% endfor %}"])
+def test_a_template_that_never_ends_does(tmp_path, monkeypatch, jinja):
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.3)
+    monkeypatch.setattr(chat_template, "RENDER_BYTES", 2**28)
+    (tmp_path / "endless.jinja").write_text(jinja + tiny_tokenizer.CHATML)
+    with pytest.raises(UserError, match=r"endless\.jinja") as error:
+        resolve_template(str(tmp_path / "endless.jinja"), TOKENIZER)
+    assert "\n" not in str(error.value)
+    row = tiny_tokenizer.CHATML + "{% if messages|length > 4 %}" + jinja + "{% endif %}"
+    (tmp_path / "endless.jinja").write_text(row)
+    template = resolve_template(str(tmp_path / "endless.jinja"), TOKENIZER)
+    with pytest.raises((UserError, Dropped)):
+        rendered(template, [USER, ANSWER] * 3)
+    assert trained(template, [USER, ANSWER]) == ["so.<|im_end|>"]  # nothing is limited any longer
+
+
+def test_auto_is_the_tokenizers_own_template_or_tulu_and_a_byte_order_mark_is_no_part(tmp_path):
+    own = tiny_tokenizer.tiny_tokenizer(chat_template=tiny_tokenizer.CHATML)
+    assert resolve_template("auto", own).jinja == tiny_tokenizer.CHATML
+    assert resolve_template("auto", TOKENIZER).jinja == TULU
+    (tmp_path / "chat.jinja").write_text("\ufeff" + tiny_tokenizer.CHATML)
+    assert resolve_template(str(tmp_path / "chat.jinja"), own).digest == resolve_template("tokenizer", own).digest
+
+
+def test_of_two_own_templates_the_one_for_tools_serves_rows_with_tools():
+    """As transformers chooses. The one for tools cannot do without."""
+    needs_tools = "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}" + tiny_tokenizer.CHATML + "\n"
+    own = {"default": "\n" + tiny_tokenizer.LLAMA3, "tool_use": needs_tools}
+    tokenizer = tiny_tokenizer.tiny_tokenizer(chat_template=own)
+    template = resolve_template("auto", tokenizer)
+    for tools in (None, [TOOL]):
+        expected = tokenizer.apply_chat_template([USER, ANSWER], tools=tools, tokenize=False)
+        text, spans, _ = rendered(template, [USER, ANSWER], tools=tools)
+        assert text == expected
+        assert [text[start:end] for start, end in spans] == ["so.<|im_end|>" if tools else "so.<|eot_id|>"]
 
 
 def test_an_exported_tokenizer_renders_what_was_trained(tmp_path):

@@ -15,6 +15,7 @@ TEXTS = [
     "1234 5678 90, 'twas",
 ] * 4
 SPECIALS = ["<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SPECIALS += ["<|call|>", "<|stop|>"]
 
 
 def tiny_tokenizer(words: str = "llama3", chat_template: str | None = None) -> PreTrainedTokenizerFast:
@@ -91,3 +92,91 @@ PHI3 = """\
 {{- '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- else %}{{- eos_token }}{%- endif %}"""
+
+
+# Templates with tools, after four kinds of real ones; {{ call.arguments }} in each as that kind prints it.
+# Qwen3: calls inside the turn, reasoning only after the last question, an empty one in the last turn.
+CALLS = """\
+{%- if tools %}{{- '<|im_start|>system\\n' }}{%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}
+{{- '<|im_end|>\\n' }}{%- endif %}
+{%- set last = namespace(user=-1) %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}{%- set last.user = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}
+{%- set content = message.content %}
+{%- if message.role == 'assistant' %}
+{%- set reasoning = message.reasoning_content or '' %}
+{%- if '</think>' in content and not reasoning %}
+{%- set reasoning = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+{%- endif %}
+{%- if loop.index0 > last.user and (loop.last or reasoning) %}
+{{- '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' }}
+{%- endif %}
+{{- content }}
+{%- for call in message.tool_calls or [] %}
+{%- if (loop.first and content) or not loop.first %}{{- '\\n' }}{%- endif %}
+{%- set call = call.function or call %}
+{{- '<call>{"name": "' + call.name + '", "arguments": ' }}
+{{- call.arguments if call.arguments is string else call.arguments | tojson }}{{- '}</call>' }}
+{%- endfor %}
+{%- else %}{{- content }}{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- endif %}"""
+
+# Mistral: no header, tools before the last question, calls instead of a content.
+BRACKETS = """\
+{{- bos_token }}
+{%- set users = messages | selectattr('role', 'equalto', 'user') | list %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}
+{%- if tools and message == users[-1] %}{{- '[TOOLS]' + tools | tojson + '[/TOOLS]' }}{%- endif %}
+{{- '[INST] ' + message.content + '[/INST]' }}
+{%- elif message.role == 'tool' %}{{- '[RESULT]' + message.content + message.tool_call_id + '[/RESULT]' }}
+{%- elif message.tool_calls %}
+{{- '[CALLS] [' }}
+{%- for call in message.tool_calls %}
+{{- (call.function | tojson)[:-1] + ', "id": "' + call.id + '"}' }}{%- if not loop.last %}{{- ', ' }}{%- endif %}
+{%- endfor %}
+{{- ']' + eos_token }}
+{%- else %}{{- message.content + eos_token }}{%- endif %}
+{%- endfor %}"""
+
+# DeepSeek: arguments as text, no header behind a result, reasoning never shown, a prompt that opens reasoning.
+BLOCKS = """\
+{{- bos_token }}
+{%- for message in messages %}
+{%- if message.role == 'assistant' %}
+{%- if not loop.first and messages[loop.index0 - 1].role != 'tool' %}{{- '<|Assistant|>' }}{%- endif %}
+{{- message.content.split('</think>')[-1] }}
+{%- for call in message.tool_calls or [] %}
+{{- '<call>' + call.function.name + '\\n' + call.function.arguments + '</call>' }}
+{%- endfor %}
+{{- eos_token }}
+{%- elif message.role == 'tool' %}{{- '<result>' + message.content + '</result>' }}
+{%- else %}{{- '<|User|>' + message.content }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt and messages[-1].role != 'tool' %}{{- '<|Assistant|><think>\\n' }}{%- endif %}"""
+
+# gpt-oss: calls and answers are closed by different tokens, the last answer by another; the call's name comes again.
+CHANNELS = """\
+{%- set called = namespace(name='') %}
+{%- for message in messages %}
+{%- if message.role == 'assistant' and message.tool_calls %}
+{%- set call = message.tool_calls[0].function %}{%- set called.name = call.name %}
+{%- if message.reasoning_content %}
+{{- '<|im_start|>assistant thinks<|im_end|>' + message.reasoning_content + '<|stop|>' }}
+{%- endif %}
+{{- '<|im_start|>assistant to=' + call.name + '<|im_end|>' + call.arguments | tojson + '<|call|>' }}
+{%- elif message.role == 'assistant' %}
+{{- '<|im_start|>assistant says<|im_end|>' + message.content + (eos_token if loop.last else '<|stop|>') }}
+{%- elif message.role == 'tool' %}
+{{- '<|im_start|>' + called.name + ' to=assistant<|im_end|>' + message.content | tojson + '<|stop|>' }}
+{%- else %}{{- '<|im_start|>' + message.role + '<|im_end|>' + message.content + '<|stop|>' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"""

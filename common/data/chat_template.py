@@ -16,6 +16,7 @@ import json
 import re
 import resource
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -114,7 +115,7 @@ class ChatTemplate:
 
     def render(self, conversation: Conversation, only_last: bool = False) -> Rendered:
         """The text of a conversation, and what of it is trained: a span for each assistant turn that may be and that is
-        shown (two where the template ends it twice); with only_last, at most one, the last turn's. Raises Dropped."""
+        shown; with only_last, of the last turn alone. Raises Dropped."""
         if not conversation.messages:
             return Rendered("", [], [])
         options = {"tools": conversation.tools, **conversation.variables}
@@ -124,17 +125,20 @@ class ChatTemplate:
             if text is None:  # many templates add to a content that is not there
                 messages = [m if m.get("content") is not None else {**m, "content": ""} for m in messages]
                 text = self.apply(messages, **options)
-            turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"][
-                -1 if only_last else 0 :
-            ]
-            layout = _Layout(self, messages, text, options, self.frame(conversation.variables))
-            spans = [span for i in turns if conversation.trained[i] for span in layout.spans(i)]
+            turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            frame = self.frame(conversation.variables, bool(conversation.tools))
+            layout = _Layout(self, messages, text, options, frame)
+            asked_for = turns[-1:] if only_last else turns
+            spans = [span for i in asked_for if conversation.trained[i] for span in layout.spans(i)]
         if conversation.tools and not self._shows_tools:
             layout.notes.append("tools that the template does not show")
-        return Rendered(text, [(spans[0][0], spans[-1][1])] if only_last and spans else spans, layout.notes)
+        return Rendered(text, spans, layout.notes)
 
-    def frame(self, variables: dict) -> Frame:
+    def frame(self, variables: dict, has_tools: bool = False) -> Frame:
         """What is printed around an answer, with these variables of the template. Raises Dropped."""
+        if has_tools:
+            with suppress(Dropped):
+                return self.frame({**variables, "tools": [TOOL]})
         key = json.dumps(variables, sort_keys=True, default=str)
         if key not in self._frames:
             eos, answered = self.tokenizer.eos_token, self.apply([QUESTION, MARKED_ANSWER], **variables)
@@ -151,10 +155,10 @@ class ChatTemplate:
                 closing = before_eos
             is_header = prompted == asked and header.rstrip() != asked.rstrip()
             prompt = prompted[len(asked) :] if prompted.startswith(asked) and not is_header else None
-            headers = [
-                h[len(asked) :] for h in (header_within, header) if h.startswith(asked) and h[len(asked) :].strip()
-            ]
-            self._frames[key] = Frame(prompt, tuple(headers), closing, tail[len(closing) :])
+            headers = tuple(h.removeprefix(asked) for h in (header_within, header) if h.startswith(asked))
+            if len(self._frames) > 1000:  # variables that differ in each row
+                self._frames.clear()
+            self._frames[key] = Frame(prompt, headers, closing, tail[len(closing) :])
         return self._frames[key]
 
     def _with_arguments(self, message: dict) -> dict:
@@ -197,31 +201,34 @@ class ChatTemplate:
         """Whether messages of this role show their content. One that is refused counts: its rows will say so."""
         if role not in self._shows_role:
             message = {"role": role, "content": MARKER}
-            texts = [self.attempt([message, QUESTION]), self.attempt([QUESTION, ANSWER, message])]
+            with bounded():
+                texts = [self.attempt([message, QUESTION]), self.attempt([QUESTION, ANSWER, message])]
             self._shows_role[role] = any(text is None or MARKER in text for text in texts)
         return self._shows_role[role]
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """In it, Python raises TimeoutError after RENDER_SECONDS, and MemoryError where RENDER_BYTES more than now would be
-    mapped: a template is a program of the user's, which may never end. In the main thread only."""
+    """In it, Python raises TimeoutError after RENDER_SECONDS (in the main thread), and MemoryError where RENDER_BYTES
+    more than now would be mapped: a template is a program of the user's, which may never end."""
 
     def stop(*_):
         raise TimeoutError
 
-    limit = resource.getrlimit(resource.RLIMIT_AS)
+    is_main, limit = threading.current_thread() is threading.main_thread(), resource.getrlimit(resource.RLIMIT_AS)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    handler = signal.signal(signal.SIGALRM, stop)
+    handler = signal.signal(signal.SIGALRM, stop) if is_main else None
     try:
-        if limit[0] == resource.RLIM_INFINITY:
+        if is_main and limit[0] == resource.RLIM_INFINITY:
             resource.setrlimit(resource.RLIMIT_AS, (mapped + RENDER_BYTES, limit[1]))
-        signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS, 1)  # and again, should one be swallowed
+        if is_main:
+            signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS, 1)  # and again, should one be swallowed
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        resource.setrlimit(resource.RLIMIT_AS, limit)
+        if is_main:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, handler)
+            resource.setrlimit(resource.RLIMIT_AS, limit)
 
 
 def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
@@ -246,12 +253,11 @@ def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
             return [in_calls(item, is_shown) for item in value]
         return put(value, "call") if is_shown and isinstance(value, str) else value
 
-    marked = message | {
-        k: put(v, "reasoning") for k, v in message.items() if k in REASONING_KEYS and isinstance(v, str)
-    }
+    reasoning = {key: message[key] for key in REASONING_KEYS if isinstance(message.get(key), str)}
+    marked = message | {key: put(text, "reasoning") for key, text in reasoning.items()}
     if isinstance(message.get("content"), str):
         thought, closing, answer = message["content"].rpartition("</think>")
-        if not answer.strip() and not has_blank:
+        if not is_assistant or not (answer.strip() or has_blank):
             thought, closing, answer = "", "", message["content"]
         before, opening, thought = thought.rpartition("<think>")
         answer = put(answer, "content", has_blank and not calls)
@@ -279,9 +285,8 @@ class _Layout:
         for every in (True, False):  # else what the assistant's messages show, where they are not blank
             kinds, owners, self.marked = ["other"], [-1], []
             for i, message in enumerate(messages):
-                self.marked.append(
-                    _marked(message, kinds, every) if every or message["role"] == "assistant" else message
-                )
+                is_marked = every or message["role"] == "assistant"
+                self.marked.append(_marked(message, kinds, every) if is_marked else message)
                 owners += [i] * (len(kinds) - len(owners))
             unmarked, self.marks = _without_marks(template.attempt(self.marked, **options) or "")
             if unmarked == text:
@@ -316,17 +321,7 @@ class _Layout:
         if not all(shown["content"]):
             self.notes.append("content that the template leaves out")
         first, last = self.runs[i]
-        spans, start, closing = [], self._start(i, first), self.frame.closing
-        for (position, _, is_begin), (next_position, *_) in zip(
-            self.marks[first:last], self.marks[first + 1 :], strict=False
-        ):
-            gap = self.text[position:next_position]
-            if closing and closing in gap and not is_begin:  # an end; is it followed by another beginning?
-                end = gap.index(closing) + len(closing)
-                if begins := [gap.index(header, end) + len(header) for header in self.headers if header in gap[end:]]:
-                    spans.append((start, position + end))
-                    start = position + begins[0]
-        return [*spans, (start, self._end(i, last))]
+        return [(self._start(i, first), self._end(i, last))]
 
     def _start(self, i: int, first: int) -> int:
         """Where the turn begins whose first mark is number `first`."""
@@ -338,8 +333,10 @@ class _Layout:
         offset = self._offset(i, first - 1, region, True) if prompt is not None else None
         if offset is None:
             header = next((header for header in self.headers if header in region), "")
-            self.notes.append(f"answers after {header!r}, where the generation prompt is {prompt or ''!r}")
+            if header or prompt:
+                self.notes.append(f"answers after {header!r}, where the generation prompt is {prompt or ''!r}")
             offset = find(header) + len(header) if header else self._offset(i, first - 1, region)
+        offset = 0 if offset is None and not region.strip() else offset
         if offset is None:
             raise Dropped("where an assistant's turn begins in the template's text cannot be told")
         return begin + offset
@@ -362,20 +359,20 @@ class _Layout:
         Rendered once for each region; numbers in it, and names with digits, do not count."""
         rests, key = self.template.rests, (is_prompt, self.frame, re.sub(r"\w*\d\w*", "0", region))
         if key not in self.failed and not (key in rests and region.endswith(rests[key])):
-            text = (
-                self.template.attempt(self.marked[:num_messages], is_prompt, **self.options) if num_messages else None
-            )
+            shorter = self.marked[:num_messages]
+            text = self.template.attempt(shorter, is_prompt, **self.options) if shorter else None
             if text is None:
                 return None
             printed, marks = _without_marks(text)
             tail = printed[marks[-1][0] if marks else 0 :]
             tail = tail if is_prompt else tail.removesuffix(self.frame.after_last)
-            if region.startswith(tail) and [m[1:] for m in marks[-1:]] == [
-                m[1:] for m in self.marks[max(k, 0) : k + 1]
-            ]:
-                rests[key] = region[len(tail) :]
-            else:
+            is_same_mark = [mark[1:] for mark in marks[-1:]] == [mark[1:] for mark in self.marks[max(k, 0) : k + 1]]
+            if not is_same_mark or not region.startswith(tail):
                 self.failed.add(key)
+                return None
+            if len(rests) > 1000:  # regions that hold some of the data
+                rests.clear()
+            rests[key] = region[len(tail) :]
         return None if key in self.failed else len(region) - len(rests[key])
 
 
@@ -385,7 +382,11 @@ def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
     if name_or_path == "auto":
         name_or_path = "tokenizer" if tokenizer.chat_template else "tulu"
     with as_user_error(f"chat_template {name_or_path!r} is not tulu, nor a tokenizer's only one, nor a .jinja file"):
-        if name_or_path == "tokenizer":
+        own = tokenizer.chat_template
+        if name_or_path == "tokenizer" and isinstance(own, dict) and {"default", "tool_use"} <= own.keys():
+            with_tools, without = (own[name].removesuffix("\n") for name in ("tool_use", "default"))
+            jinja = "{% if tools %}" + with_tools + "{% else %}" + without + "{% endif %}"  # as transformers chooses
+        elif name_or_path == "tokenizer":
             jinja = tokenizer.get_chat_template()
         else:
             jinja = TULU if name_or_path == "tulu" else Path(name_or_path).read_text(encoding="utf-8-sig")

@@ -60,7 +60,7 @@ def rehearse_export(config: PretrainedConfig, template: ChatTemplate, source_fol
     have failed after the last step. Raises UserError."""
     what = f"model {source_folder}: its settings and tokenizer cannot be written and read back"
     with tempfile.TemporaryDirectory() as folder, as_user_error(what):
-        _write_settings(config, config.architectures, template, source_folder, Path(folder))
+        _write_settings(config, template, source_folder, Path(folder))
         load_config(folder)
         tokenizer = load_tokenizer(folder)
         for text in SAMPLES:
@@ -70,11 +70,8 @@ def rehearse_export(config: PretrainedConfig, template: ChatTemplate, source_fol
                 )
 
 
-def _write_settings(
-    config: PretrainedConfig, architectures: list[str] | None, template: ChatTemplate, source_folder: str, folder: Path
-) -> None:
+def _write_settings(config: PretrainedConfig, template: ChatTemplate, source_folder: str, folder: Path) -> None:
     config = type(config).from_dict(config.to_dict())
-    config.architectures = architectures
     config.save_pretrained(folder)
     generation_config(source_folder, config, template.end_ids()).save_pretrained(folder)
     template.tokenizer.chat_template = template.jinja
@@ -89,8 +86,8 @@ def _write_shard(tensors: dict, path: Path) -> None:
 def _finish_export(lm, template: ChatTemplate, source_folder: str, temporary: Path, index: dict) -> None:
     """Writes all but the weights, and moves everything to the folder above. What goes there is the model that its index
     names; whatever else lies there stays."""
-    target = temporary.parent
-    _write_settings(lm.config, [type(lm).__name__], template, source_folder, temporary)
+    target, lm.config.architectures = temporary.parent, [type(lm).__name__]
+    _write_settings(lm.config, template, source_folder, temporary)
     (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if (target / INDEX).is_file():
         replaced = json.loads((target / INDEX).read_text(encoding="utf-8"))["weight_map"].values()

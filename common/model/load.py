@@ -66,12 +66,11 @@ def load_tokenizer(folder: str):
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {folder}: needs a tokenizer.json, and an eos_token, which ends answers")
     for text in SAMPLES:
-        made, of_file = (
-            one.encode(text, add_special_tokens=False).tokens for one in (tokenizer.backend_tokenizer, stored)
-        )
+        both = (tokenizer.backend_tokenizer, stored)
+        made, of_file = (one.encode(text, add_special_tokens=False).tokens for one in both)
         if made != of_file:
-            both = f"{text!r} becomes {made} by {type(tokenizer).__name__}, and {of_file} by tokenizer.json"
-            raise UserError(f"tokenizer {folder}: transformers does not use its tokenizer.json: {both}")
+            seen = f"{text!r} becomes {made} by {type(tokenizer).__name__}, and {of_file} by tokenizer.json"
+            raise UserError(f"tokenizer {folder}: transformers does not use its tokenizer.json: {seen}")
     return tokenizer
 
 

@@ -213,6 +213,6 @@ def model_card(method: str, config: TrainConfig, table: str, result: dict) -> st
     return (
         f"---\nlibrary_name: transformers\n{base_model}tags: [{method.lower()}]\n---\n\n"
         f"# {Path(config.output_dir).name}\n\n{method} of `{base}`, full parameters, with Plaintune.\n\n"
-        f"Steps: {result['steps']}. Tokens: {result['total_tokens']:,}.{loss}\n\n## Data\n\n```\n{table}\n```\n\n{evaluation}"
-        f"## Settings\n\n| setting | value |\n|---|---|\n{''.join(rows)}"
+        f"Steps: {result['steps']}. Tokens: {result['total_tokens']:,}.{loss}\n\n## Data\n\n```\n{table}\n```\n\n"
+        f"{evaluation}## Settings\n\n| setting | value |\n|---|---|\n{''.join(rows)}"
     )

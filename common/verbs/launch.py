@@ -142,7 +142,7 @@ def exit_with(main: Callable[..., int]) -> None:
     except Exception as e:
         if (known := explained(e)) is None:
             raise
-        print_line(f"error: {shown(str(known))}", sys.stderr)
+        print_line(f"error: {shown(known, 2000)}", sys.stderr)
         sys.exit(known.EXIT_CODE)
 
 
