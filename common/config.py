@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import importlib.metadata
 import math
 import os
 import sys
@@ -201,6 +202,9 @@ def parse_config(cls: type, argv: list[str] | None = None):
         words = _yaml_words(given.config)
         _parsed(parser, words, {*defaults}, source=f"{given.config}: ")
         given = _parsed(parser, [*words, *argv], {*defaults, "config", "local_rank"})
+    for name in {*given.report_to} - {"none"}:
+        with as_user_error(f"--report_to {name}: {sys.executable} -m pip install {name}"):
+            importlib.metadata.version(name)
     if given.beta is None and cls is DPOConfig:
         given.beta = OWN_BETA[given.loss_type]
     return cls(**{name: getattr(given, name) for name in defaults})

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from common.failures import as_user_error
 from common.files import naming, replace_file
 from common.ranks import Ranks
+from common.run.trackers import Trackers
 from common.zero.checkpoint import RunState
 from common.zero.memory import memory_gb
 
@@ -106,9 +107,9 @@ def progress_line(record: dict, last_step: int) -> str:
 class MetricsFile:
     """metrics.jsonl: one JSON object a logged step. Every rank holds one; rank 0's writes."""
 
-    def __init__(self, output_dir: str, step: int, ranks: Ranks):
+    def __init__(self, output_dir: str, step: int, ranks: Ranks, trackers: Trackers | None = None):
         """Keeps the records of steps up to `step`, so that a resumed run leaves neither gap nor double. Collective."""
-        self.path, self.ranks = Path(output_dir) / "metrics.jsonl", ranks
+        self.path, self.ranks, self.trackers = Path(output_dir) / "metrics.jsonl", ranks, trackers
 
         def keep() -> tuple[list[dict], list[float]]:
             kept = [record for record in read_metrics(self.path) if record["step"] <= step]
@@ -124,6 +125,8 @@ class MetricsFile:
         self.last = record
         self.eval_losses += [record["eval/loss"]] if "eval/loss" in record else []
         self.ranks.gather(lambda: self._write(json.dumps(record) + "\n") if self.ranks.is_main else None)
+        if self.trackers is not None:
+            self.trackers.log(record)
 
     def flush_to_disk(self) -> None:
         """On disk before the checkpoint that continues from here. Collective."""

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import secrets
 from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
@@ -16,6 +17,7 @@ from common.files import replace_file, weights_digest
 from common.ranks import Ranks
 from common.run.evaluate import has_stalled
 from common.run.metrics import MetricsFile, draw_curves
+from common.run.trackers import Trackers
 from common.step.schedule import Schedule
 from common.zero import checkpoint
 from common.zero.checkpoint import RunState
@@ -149,10 +151,15 @@ def open_output_dir(
         num_checkpoints = min(config.keep_last_n_checkpoints + 1, schedule.last_step // schedule.save_every)
         checkpoint.require_disk_space(dict(policy.lm.named_parameters()), config.output_dir, num_checkpoints)
         checkpoint.clear_after(config.output_dir, state.step, config.resume)
+        before = read_run_config(config.output_dir) if state.step else {}
+        resumes = [step for step in before.get("resumed_after", []) if step < state.step] + [state.step]
+        record["resumed_after"] = resumes if state.step else []
+        record["run_id"] = before.get("run_id") or secrets.token_hex(4)
         write_run_config(config.output_dir, record)
 
     ranks.once(begin)
-    return MetricsFile(config.output_dir, state.step, ranks)
+    trackers = Trackers(config, record.get("run_id", ""), state.step, ranks)
+    return MetricsFile(config.output_dir, state.step, ranks, trackers)
 
 
 def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsFile, table: str, ranks: Ranks) -> None:
