@@ -16,6 +16,7 @@ usage: bash run.sh VERB [...]
   sanity sft|dpo [N] [flags]  the real recipe for 100 steps on N GPUs (default 1), judged; output/sanity-sft or -dpo
   sft|dpo [N] [flags]       the full recipe on N GPUs (default: all; without a GPU: 2 CPU processes)
   data sft|dpo [flags]      what would be trained, and what not, without training (--show 5, --row FILE:ROW)
+  compare OUT1 [OUT2 ...]   what differs between runs, and their curves in one picture (--picture compare.png)
   bench sft|dpo [N] [flags] throughput of a named shape with random weights (--shape llama-8b --steps 10 --lengths tulu|full)
   test [pytest flags]       the test suite; without flags, on a machine with a GPU, also what needs one
   setup                     make .venv from requirements.txt (the other verbs do it when needed)
@@ -96,7 +97,7 @@ main() {
         setup) setup ;;
         test) tests "${@:2}" ;;
         sft | dpo) verb launch "$@" ;;
-        sanity | bench | data) verb "$@" ;;
+        sanity | bench | data | compare) verb "$@" ;;
         help | -h | --help) usage ;;
         *)
             [[ $# == 0 ]] || echo "error: \`$1\` is not a verb" >&2

@@ -22,7 +22,7 @@ from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
 from common.run.agreement import agreed_identity
 from common.run.evaluate import Evaluation, largest, training_and_held_out
-from common.run.metrics import StepMeter, StepTotals, progress_line
+from common.run.metrics import StepMeter, StepTotals
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
 from common.step.schedule import Schedule
@@ -145,11 +145,12 @@ def main() -> None:
         totals = StepTotals(int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
         step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm)
-        if is_evaluated := evaluation.is_due(state.step):
-            step_record |= evaluation(engine, kernel, budget)
+        is_evaluated = evaluation.is_due(state.step)
         if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
+            ranks.say(meter.line(step_record, schedule.last_step))
+            if is_evaluated:
+                step_record |= evaluation(engine, kernel, budget)
             metrics.append(step_record)
-            ranks.say(progress_line(step_record, schedule.last_step))
 
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
         if stop_signal or state.step % schedule.save_every == 0:

@@ -143,10 +143,10 @@ class Evaluation:
         for name, members in self.parts.items():
             means = self._means(logps[members], members)
             metrics |= {f"{name}/{key}": value for key, value in means.items()}
-            shown = "  ".join(f"{key} {value:.4f}" for key, value in means.items())
-            self.ranks.say(f"  {name}  {shown}")
+            if name == "eval" or len(self.parts) > 2:  # a single source is all
+                self.ranks.say("  ".join([f"  {name}", *(f"{key} {value:.4f}" for key, value in means.items())]))
         peak = memory_gb(self.ranks.device)  # from here on the peak is training's again
-        self.ranks.say(f"  in {time.perf_counter() - started:.1f} s, {peak:.1f} GB at most")
+        self.ranks.say(f"  evaluated in {time.perf_counter() - started:.1f} s, {peak:.1f} GB at most")
         return metrics
 
     def _means(self, logps: np.ndarray, members: np.ndarray) -> dict[str, float]:

@@ -12,11 +12,12 @@ from typing import TextIO
 import torch
 
 from common.config import TrainConfig, identity_values
-from common.failures import UserError, as_user_error, one_line, print_line
+from common.failures import UserError, as_user_error, log_to, one_line, print_line
 from common.files import replace_file, weights_digest
 from common.ranks import Ranks
+from common.run.curves import draw_curves
 from common.run.evaluate import has_stalled
-from common.run.metrics import MetricsFile, draw_curves
+from common.run.metrics import MetricsFile
 from common.run.trackers import Trackers
 from common.step.schedule import Schedule
 from common.zero import checkpoint
@@ -46,7 +47,9 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     Raises UserError if the folder cannot be written, is a model that this run reads, is written by another run now, or
     holds another run that `--resume auto` would continue or overwrite.
     """
-    if (steps := ranks.once(lambda: _finished_after(config, identity, last_step))) is not None:
+    steps = ranks.once(lambda: _finished_after(config, identity, last_step))
+    log_to(Path(config.output_dir) / "logs" / f"rank_{ranks.rank}.log")
+    if steps is not None:
         ranks.say(f"{config.output_dir} holds this run, finished after {steps} steps; nothing to do")
         return None
     path = checkpoint.find(config.output_dir, config.resume, ranks)
@@ -182,7 +185,7 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
 
     def write() -> None:
         try:
-            draw_curves(Path(config.output_dir))
+            draw_curves(Path(config.output_dir), record.get("resumed_after"))
         except Exception as e:  # a picture is not worth a run that is done
             print_line(f"warning: {config.output_dir}/curves.png was not drawn: {type(e).__name__}: {one_line(e)}")
         replace_file(Path(config.output_dir) / "README.md", model_card(record["method"], config, table, result))

@@ -13,6 +13,7 @@ from statistics import mean, median
 
 from common.config import DPOConfig
 from common.failures import TrainingStopped, one_line
+from common.run.curves import read_metrics
 
 WINDOW = 10  # logged steps at either end of a history that are averaged
 WARMUP_STEPS = 5  # logged steps whose duration is not judged: allocators, compilers and caches warm up
@@ -53,8 +54,6 @@ def judge_run(output_dir: Path, exit_code: int, output: str = "", floor: float =
 
     output: what the run printed. floor: seconds; a step shorter than this is never called slow, as of a tiny model.
     """
-    from common.run.metrics import read_metrics  # here: it imports torch, which takes seconds
-
     seen = "metrics.jsonl: no step was logged"
     try:
         run_config = json.loads((output_dir / "run_config.json").read_text(encoding="utf-8"))
