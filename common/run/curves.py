@@ -53,7 +53,9 @@ def draw(runs: dict[str, list[dict]], path: Path, resumed_after: list[int]) -> N
     from matplotlib.figure import Figure
 
     names = sorted({name for records in runs.values() for record in records for name in record})
-    names.sort(key=lambda name: name.startswith("eval/"))
+    names.sort(key=lambda name: (name.startswith("eval/"), name.count("/")))
+    if len({name.split("/")[1] for name in names if name.startswith("eval/") and name.count("/") == 2}) == 1:
+        names = [name for name in names if name.count("/") < 2]  # a single source is all
     panels = {title: [name for name in names if re.fullmatch(pattern, name)] for title, pattern in PANELS.items()}
     if len(runs) > 1:
         panels = {name: [name] for metrics in panels.values() for name in metrics}
