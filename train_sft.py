@@ -21,6 +21,7 @@ from common.model.export import export_model, rehearse_export
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
 from common.run.agreement import agreed_identity
+from common.run.card import base_of
 from common.run.evaluate import Evaluation, largest, training_and_held_out
 from common.run.metrics import StepMeter, StepTotals
 from common.run.output_dir import claim, finish, open_output_dir, record_of
@@ -30,7 +31,13 @@ from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_fini
 from common.zero import checkpoint
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import build_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
-from common.zero.memory import choose_micro_batch, choose_residency, made_up_conversation, workload_of
+from common.zero.memory import (
+    choose_micro_batch,
+    choose_residency,
+    made_up_conversation,
+    reserve_host_memory,
+    workload_of,
+)
 
 
 @main_with_exit_codes
@@ -65,7 +72,7 @@ def main() -> None:
     # A finished run: None, and nothing is left to do. One cut short: its state, and its newest whole checkpoint to
     # resume from. A new one: state.step == 0 and no checkpoint. A folder that holds another run is refused.
     folders = tokenizer_folder, model_folder, None
-    identity = agreed_identity(config, ds_config, data.digest, template.digest, *folders, ranks)
+    identity = agreed_identity(config, ds_config, (data.digest, template.digest), folders, ranks)
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
         return
@@ -79,8 +86,9 @@ def main() -> None:
 
     # ------------------------------------------------------------------ model and engine
     ranks.say(f"loading {model_folder}")
+    host = reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
-    engine = build_engine(policy, config, ds_config)
+    engine = build_engine(policy, config, ds_config, host)
     verify_packed_forward(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
@@ -93,7 +101,8 @@ def main() -> None:
         checkpoint.load(engine, parameters, resume_from, state.step, ranks)
 
     # ------------------------------------------------------------------ loop
-    resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "evaluation": evaluation.record}
+    resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
+    resolved["evaluation"] = evaluation.record
     record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     meter = StepMeter(policy.lm, budget, len(data), ranks)

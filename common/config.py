@@ -125,6 +125,10 @@ class TrainConfig:
     clean_checkpoints_at_end: bool = _field(False, "delete the checkpoints after the export", identifies=False)
     logging_steps: int = _field(1, "write metrics every so many steps", least=1, identifies=False)
     report_to: list[str] = _field(["none"], "trackers that metrics also go to", TRACKERS, identifies=False)
+    push_to_hub: bool = _field(False, "upload the model to the hub when it is done", identifies=False)
+    hub_model_id: str | None = _field(None, "ENTITY/NAME, or NAME [output_dir's] of your own", identifies=False)
+    hub_private: bool = _field(True, "the repository is private", identifies=False)
+    hub_overwrite: bool = _field(False, "replace another run's model there", identifies=False)
     collective_timeout_minutes: int = _field(30, "a rank waits so long", least=1, most=10**6, identifies=False)
 
     # placement

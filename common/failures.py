@@ -19,34 +19,27 @@ class UserError(ValueError):
     """A mistake in what was asked for, found before any training: one line that says what, where and what to do."""
 
     EXIT_CODE = 2
-    is_told = False  # whether another rank, whose error it is, tells it
 
 
 class TrainingStopped(RuntimeError):
     """Training stopped itself (numbers that are not finite, no memory, a full disk): where, and what to try."""
 
     EXIT_CODE = 3
-    is_told = False
 
 
 class ElsewhereError(RuntimeError):
     """A bug on another rank, which shows its traceback."""
 
-    is_told = True
+
+def shown(text: str, longest: int = 2000) -> str:
+    """Text of a file, fit for a terminal: control characters but newline and tab as `\\x1b`, and cut to a length."""
+    cut = text if len(text) <= longest else f"{text[:longest]} ... ({len(text) - longest:,} characters more)"
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in cut)
 
 
 def one_line(error: object) -> str:
     """An error's text as part of a line."""
-    return shown(" ".join(str(error).split()), 300)
-
-
-def shown(text: object, most: int = 200) -> str:
-    """What comes from data, as a line for a terminal: characters that do not print (control characters, halves of
-    surrogate pairs, new lines) as escapes, and of more than `most` characters the beginning and the end."""
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    if len(line) <= most:
-        return line
-    return f"{line[: most // 2]} [{len(line) - most:,} more characters] {line[len(line) - most // 2 :]}"
+    return shown(" ".join(str(error).split())[:300])
 
 
 def explained(error: Exception) -> UserError | TrainingStopped | None:
@@ -56,14 +49,12 @@ def explained(error: Exception) -> UserError | TrainingStopped | None:
     if is_out_of_memory(error):
         what = one_line(error) or type(error).__name__
         return TrainingStopped(
-            f"out of memory outside a micro-batch ({what}): use more devices, or offload (--ds_config)"
+            f"out of memory outside a micro-batch ({what}): more devices, or a --ds_config that offloads"
         )
     refused = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives an OSError as text
     if refused or (isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError)):
-        return TrainingStopped(
-            f"a file could not be read or written: {_reason(error, '')}; what was complete before stands: mend "
-            f"that and run the same command"
-        )
+        why = f"a file could not be read or written: {_reason(error, '')}"
+        return TrainingStopped(f"{why}; what was complete before stands: mend that and run the same command")
     return None
 
 

@@ -1,6 +1,5 @@
 """The process group: which rank this is, what ranks learn of each other, and how one that hangs is noticed."""
 
-import errno
 import itertools
 import os
 import stat
@@ -25,8 +24,7 @@ from common.files import digest
 LONGEST_PAUSE = 0.5  # seconds between two looks at whether one rank's work is done
 LONGEST_SILENCE = 30.0  # seconds between two signs of life of a rank that is well
 PATIENCE = 0.9  # of the time-out: a rank that has been silent for so long is lost
-PROJECT = str(Path(__file__).resolve().parents[1])
-OURS = (f"{PROJECT}/common/", f"{PROJECT}/train_")
+OURS = tuple(str(Path(__file__).resolve().parents[1] / name) for name in ("common", "train_"))
 
 
 @dataclass
@@ -80,7 +78,7 @@ class Ranks:
                     raise error
                 kind, text = failure
                 elsewhere = kind(text)
-                elsewhere.is_told = True
+                elsewhere.is_told = True  # by that rank
                 raise elsewhere
         return [result for result, _ in outcomes]
 
@@ -197,7 +195,7 @@ def _find_store(world_size: int, is_one_host: bool, timeout: timedelta) -> dist.
     with as_user_error(f"{folder}: must be a folder that is yours alone (mode 700)"):
         folder.mkdir(mode=0o700, exist_ok=True)
         if (found := folder.lstat()).st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
-            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+            raise PermissionError("it is not")
     launcher = os.getppid() if world_size > 1 else os.getpid()
     started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -205,10 +203,7 @@ def _find_store(world_size: int, is_one_host: bool, timeout: timedelta) -> dist.
 
 
 def start(timeout_minutes: float) -> Ranks:
-    """Joins the process group that the launcher's environment names; without a launcher, a group of one.
-
-    timeout_minutes: no rank waits longer for another, in whatever group.
-    """
+    """Joins the group that the launcher's environment names, else one of one. No wait in it exceeds the time-out."""
     global _joined
     import deepspeed
     from deepspeed.comm.torch import TorchBackend

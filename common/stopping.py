@@ -49,7 +49,7 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
         except Exception as e:
             known = explained(e)
             code = known.EXIT_CODE if known else 1
-            told = text = f"error: {shown(known, 2000)}" if known else traceback.format_exc()
+            told = text = f"error: {shown(str(known))}" if known else traceback.format_exc()
             if isinstance(e, dist.DistError) or any(sign in str(e) for sign in LOST_CONNECTION):
                 told, text = "a rank is lost", lost(one_line(e))
             if not getattr(e, "is_told", False) and is_first_to_tell(told):
@@ -118,10 +118,9 @@ class StopRequest:
 def not_finite(
     step: int, what: str, value: float, micro_batches: list[list[int]], losses: list[float] | None, lengths, data, ranks
 ) -> TrainingStopped:
-    """What to raise when a step's loss or gradient is NaN or infinite; nothing was updated. Collective.
+    """What to raise for a loss or gradient that is not finite; nothing was updated. Collective.
 
-    micro_batches: this rank's, as indices of samples; losses: of each, None where the gradient alone is not finite;
-    lengths: tokens of each sample; data: the TokenDataset.
+    micro_batches: this rank's samples; losses: of each micro-batch, or None; lengths: tokens of each sample.
     """
     mine = []
     for m, members in enumerate(micro_batches):

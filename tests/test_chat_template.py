@@ -332,6 +332,15 @@ def test_a_row_whose_text_changes_with_any_mark_is_dropped(tmp_path_factory):
     assert trained(picky, [USER, ANSWER]) == ["so.<|im_end|>"]
 
 
+@pytest.mark.parametrize("content", ["<r>seen</r>", ""])
+def test_a_template_that_looks_at_what_others_say_still_serves(tmp_path_factory, content):
+    """At how it begins, or whether there is any: marks change that, and are left out of it."""
+    looking = "{% if messages[0].content.startswith('<r>') or not messages[0].content %}odd{% endif %}"
+    template = template_of(tmp_path_factory, looking + tiny_tokenizer.CHATML)
+    text, spans, _ = rendered(template, [{**USER, "content": content}, ANSWER])
+    assert text.startswith("odd") and [text[start:end] for start, end in spans] == ["so.<|im_end|>"]
+
+
 def test_what_the_template_does_not_show_is_counted_and_a_call_never_becomes_an_empty_answer(templates, with_tools):
     call = {"type": "function", "id": "call0", "function": {"name": "look", "arguments": {"n": 1}}}
     calling = {"role": "assistant", "content": "", "tool_calls": [call]}

@@ -13,7 +13,6 @@ USER, ANSWER, OTHER = (
     {"role": role, "content": content}
     for role, content in (("user", "why?"), ("assistant", "so."), ("assistant", "no."))
 )
-PARTS = [{"type": "text", "text": "wh"}, {"type": "text", "text": "y?"}]
 
 
 def sft(row: dict, **variables) -> Conversation:

@@ -18,9 +18,10 @@ from common.model import attention, summing
 from common.model.packed import PackedModel, model_inputs
 from common.model.summing import SummingEmbedding, SummingLinear
 from common.step import packing
-from common.zero import residency
+from common.zero import host_state, memory, residency
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+OPTIONS = test_residency.OPTIONS
 KERNELS = [
     k for k in attention.KERNELS if k != "sdpa" and torch.cuda.is_available() and not attention._why_not(k, True)
 ]
@@ -200,3 +201,66 @@ def test_whole_gradients_and_weights_are_the_plain_ones_though_a_rank_is_late(tm
     folder = models.make_model(tmp_path, "llama", intermediate_size=49)
     seen = launch.on_ranks(run_with_a_late_rank, num_ranks, str(folder), stays_whole, on_gpu=True)
     test_residency.check_against_plain(folder, seen)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("stays_whole", ["nothing", "gradients", "all"])
+def test_state_in_host_memory_is_updated_to_the_same_bits(tmp_path, num_ranks, stays_whole):
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs")
+    test_residency.check_host_state(tmp_path, stays_whole, num_ranks, 0.4, on_gpu=True)
+
+
+@pytest.mark.parametrize("extra_gb", [0.0, 0.2])
+def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb):
+    """Four steps of 60 million parameters, through a ring of 4 and memory that is free: the bits of one update."""
+    monkeypatch.setattr(host_state, "CHUNK_ELEMENTS", 2**20)
+    device, sizes = torch.device("cuda", 0), [30_000_001, 5, 29_999_999]
+    torch.manual_seed(0)
+    host, carrier = host_state.HostMemory(3 * sum(sizes), device, 4), host_state.Carrier(device)
+    host.wait_until_pinned()
+    address = host.unused.data_ptr()
+    state = tuple(host.take(sum(sizes)) for _ in range(3))
+    assert all(x.is_pinned() for x in state)
+    state[0].copy_(torch.randn(sum(sizes)))
+    whole = [x.cuda() for x in state]
+    carrier.add(0, state, sizes)
+    carrier.make_ring()
+    if extra_gb:
+        carrier.memory_limit = torch.cuda.memory_allocated() + 3e9
+    gradients, step = [torch.empty(n, device=device) for n in sizes], torch.zeros((), device=device)
+    square, stream = torch.randn(4096, 4096, device=device), torch.cuda.Stream()
+    for _ in range(4):
+        for gradient in gradients:
+            gradient.normal_()
+        step += 1
+        copies = [gradient.clone() for gradient in gradients]
+        residency.update_group(
+            *([*x.split(sizes)] for x in (whole[0], torch.cat(copies), *whole[1:])), step, 2.0, OPTIONS
+        )
+        scratch = torch.empty(2**28, device=device).fill_(1.0)  # "activations", given up before chunks come
+        scratch = scratch * 2 + 1
+        del scratch
+        carrier.bring(in_free_memory=True)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for chunk, flats in carrier.carry(0):
+                lengths = [end - start for _, start, end in chunk.pieces]
+                weights, *moments = ([*x.split(lengths)] for x in flats)
+                parts = [gradients[i][start:end] for i, start, end in chunk.pieces]
+                residency.update_group(weights, parts, *moments, step, 2.0, OPTIONS)
+        assert bool(carrier.extra) == (extra_gb > 0)
+        carrier.end_step()
+        for _ in range(20):
+            carrier.give_up()
+            square = (square @ square).clamp(-1, 1)
+        torch.cuda.current_stream().wait_stream(stream)
+    carrier.wait_until_written()
+    for here, there in zip(state, whole, strict=True):
+        assert torch.equal(here, there.cpu())
+    torch.cuda.cudart().cudaHostUnregister(address)  # a run pins once; the next case may get the same addresses
+
+
+def test_a_cards_figures_are_measured(monkeypatch):
+    free, host, link, flops = memory._measured(torch.device("cuda", 0), 1)
+    assert 1e9 < free < 3e11 and host > 1e9 and 1e9 < link < 1e12 and 1e13 < flops < 1e16

@@ -1,5 +1,6 @@
 """Both scripts on two GPUs, through NCCL: pytest -m cuda tests/test_cuda_runs.py"""
 
+import json
 import time
 
 import launch
@@ -59,6 +60,8 @@ def test_killed_and_resumed_on_two_gpus_then_on_one_each_time_the_plain_loop(tmp
     assert_is_plain(done.metrics, records)
 
     path = done.output_dir / "checkpoints" / "step_00000001"
-    on_one = start(method, flags | {"resume": path}, 1).wait().succeeded()
-    assert "resuming after step 1" in on_one.stdout
+    placement = json.loads((launch.REPO / "ds_configs/zero3.json").read_text()) | {"optimizer_state": "host"}
+    (tmp_path / "host.json").write_text(json.dumps(placement))
+    on_one = start(method, flags | {"resume": path, "ds_config": tmp_path / "host.json"}, 1).wait().succeeded()
+    assert "resuming after step 1" in on_one.stdout and "0% of the optimizer's state on the device" in on_one.stdout
     assert_is_plain(on_one.metrics, records)

@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 import tiny_tokenizer
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from common.failures import UserError, shown
+from common.failures import UserError
 from common.verbs.data import main
 
 REPO = Path(__file__).parents[1]
@@ -111,12 +109,3 @@ def test_a_file_whose_name_is_no_utf_8_is_read_and_shown(tmp_path, flags):
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "x\\udcff.jsonl:1" in done.stdout and "[[so.<eos>]]" in done.stdout
-
-
-@given(text=st.text(), most=st.integers(2, 50))
-def test_what_is_shown_prints_and_is_cut(text, most):
-    line = shown(text, most)
-    assert line.isprintable()
-    assert len(line) <= most + len(" [9,999 more characters] ")
-    assert len(line) > most or line == shown(text, 10**6)
-    assert not text.isprintable() or len(text) > most or line == text

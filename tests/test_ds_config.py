@@ -65,8 +65,12 @@ REFUSED = [
     (zero3(offload_param={"device": "nvme", "nvme_path": "/tmp"}), ("nvme",)),
     *((zero3() | {"residency": value}, ("`residency`", "all")) for value in ("whole", 1, None, ["all"])),
     *(
-        (zero3(offload_optimizer={"device": "cpu"}) | {"residency": value}, ("`residency`", "offload_optimizer"))
+        (zero3(offload_param={"device": "cpu"}) | {"residency": value}, ("`residency`", "offload_param"))
         for value in ("gradients", "all")
+    ),
+    *(
+        (zero3() | {"optimizer_state": value}, ("`optimizer_state`",))
+        for value in ("cpu", -0.1, 1.5, True, None, [0.5])
     ),
 ]
 
@@ -90,9 +94,24 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
         ({}, {}, None),  # left open
         ({}, {"residency": "gradients"}, "gradients"),
         ({"offload_param": {"device": "cpu"}}, {}, "nothing"),
-        ({"offload_optimizer": {"device": "cpu"}}, {"residency": "nothing"}, "nothing"),
-        ({"offload_optimizer": {"device": "none"}}, {"residency": "all"}, "all"),
+        ({"offload_optimizer": {"device": "cpu"}}, {"residency": "all"}, "all"),
     ],
 )
 def test_what_is_offloaded_does_not_stay_whole(ds_config, zero, given, expected):
     assert deepspeed_config(ds_config(zero3(**zero) | given)).get("residency") == expected
+
+
+@pytest.mark.parametrize(
+    ("zero", "given", "share"),
+    [
+        ({}, {}, None),  # left open
+        ({}, {"optimizer_state": "device"}, 1.0),
+        ({}, {"optimizer_state": "host"}, 0.0),
+        ({}, {"optimizer_state": 0.25}, 0.25),
+        ({"offload_optimizer": {"device": "cpu", "pin_memory": True}}, {}, 0.0),
+        ({"offload_optimizer": {"device": "none"}}, {}, None),
+    ],
+)
+def test_where_state_lies_is_a_share_and_deepspeed_never_updates_on_the_cpu(ds_config, zero, given, share):
+    made = deepspeed_config(ds_config(zero3(**zero) | given))
+    assert made.get("optimizer_state") == share and "offload_optimizer" not in made["zero_optimization"]

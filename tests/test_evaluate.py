@@ -118,8 +118,7 @@ def test_it_is_in_the_metrics_where_it_is_due_and_in_the_record_and_card(setting
     assert [record["step"] for record in run.metrics if "eval/loss" in record] == [2, 4, 6]
     record = read_run_config(str(run.output_dir))
     assert record["evaluation"]["samples"] == {"eval": 8, "eval/one": 5, "eval/two": 3}
-    assert record["result"]["evaluation"]["eval/loss"] == run.metrics[-1]["eval/loss"]
-    assert f"| eval/two/loss | {run.metrics[-1]['eval/two/loss']:.4f} |" in (run.output_dir / "README.md").read_text()
+    assert f"| eval/two/loss | {run.metrics[-1]['eval/two/loss']} |" in (run.output_dir / "README.md").read_text()
 
 
 def test_an_evaluation_at_a_step_that_is_not_logged_is_written_with_it(setting):

@@ -15,11 +15,12 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from common.config import SFTConfig
 from common.failures import UserError
 from common.model.attention import attention_kwargs
-from common.model.load import parameter_counts
+from common.model.load import parameter_sizes
 from common.step.packing import pack
 from common.zero import memory
 from common.zero.checkpoint import RunState
-from common.zero.memory import Memory, Workload, choose, choose_micro_batch, choose_residency, estimated, workload_of
+from common.zero.memory import available_host_memory, choose_micro_batch, choose_residency, shape_of, workload_of
+from common.zero.plan import Card, Memory, Plan, Workload, choose, estimated
 
 GB = 1e9
 NUMEL, LAYER_NUMEL = 8_030_261_248, 218_112_000
@@ -31,24 +32,32 @@ LLAMA_8B = models.make_config(
     num_key_value_heads=8,
     vocab_size=128256,
 )
-ZERO = {"stage": 3, "reduce_bucket_size": 2 * 10**8, "stage3_prefetch_bucket_size": 2 * 10**8}
-ON_2 = Memory("nothing", 8 * GB, 2 * GB, 18 * GB, 6 * NUMEL, per_token=0.6e6, per_token_and_layer=1e5)
-ANY = Workload(longest=4096, tokens_per_rank=42_000, budget=16384, is_settled=False, residency="")
+ZERO = {"stage": 3, "reduce_bucket_size": 2 * 10**8, "stage3_prefetch_bucket_size": 2 * 10**8, "sub_group_size": 10**8}
+ON_2 = Memory("nothing", 1.0, 8 * GB, 2 * GB, 18 * GB, 6 * NUMEL, 0, per_token=0.6e6, per_token_and_layer=1e5)
+ANY = Workload(4096, tokens_per_rank=42_000, budget=16384, is_settled=False, residency="", longest_of_steps=(4096,))
+SHAPE_8B = shape_of(LLAMA_8B, SFTConfig(), True)
+CARD = Card(83.5 * GB, 120 * GB, host_link=45 * GB, flops=760e12)  # an 80 GB one
+PLAN_ON_2 = Plan(0.0, 0, 0, ON_2, SHAPE_8B, CARD)
 
 
-def estimate_8b(residency: str = "nothing", world_size: int = 2, **zero) -> Memory:
-    return estimated(LLAMA_8B, (NUMEL, LAYER_NUMEL), 2, world_size, residency, DeepSpeedZeroConfig(**ZERO | zero))
+def estimate_8b(residency: str = "nothing", world_size: int = 2, share: float = 1.0, **zero) -> Memory:
+    return estimated(SHAPE_8B, world_size, residency, share, DeepSpeedZeroConfig(**ZERO | zero))
+
+
+def choose_8b(room: float, workload: Workload, given: int | None = None) -> tuple:
+    return choose(ON_2, room, SHAPE_8B, CARD, workload, given)
 
 
 # ------------------------------------------------------------------ the choice
 
 
 def test_what_is_recomputed_and_how_large_micro_batches_are_follows_from_the_room():
-    _, budget, recomputing = choose(ON_2, 400 * GB, 32, ANY)
+    _, budget, recomputing = choose_8b(400 * GB, ANY)
     assert recomputing == 0 and 42_000 / budget <= 2
-    _, budget, recomputing = choose(ON_2, 34 * GB, 32, ANY)  # smaller micro-batches come before recomputation
-    assert recomputing == 0 and budget < 16384
-    _, budget, recomputing = choose(ON_2, 34 * GB, 32, ANY._replace(is_settled=True))
+    _, budget, _ = choose_8b(34 * GB, ANY)  # smaller micro-batches come before recomputation
+    usual = 42_000 / (42_000 / budget + 0.5)
+    assert budget < 16384 and ON_2.recomputing(usual, 34 * GB, 32) <= 3
+    _, budget, recomputing = choose_8b(34 * GB, ANY._replace(is_settled=True))
     assert budget == 16384 and 0 < recomputing < 32
     assert ON_2.activations(budget, 32 - recomputing) <= 34 * GB < ON_2.activations(budget, 33 - recomputing)
 
@@ -56,14 +65,25 @@ def test_what_is_recomputed_and_how_large_micro_batches_are_follows_from_the_roo
 @pytest.mark.parametrize("room", [4, 14, 24, 44, 64])
 @pytest.mark.parametrize("longest", [500, 4096, 9000])
 @pytest.mark.parametrize("given", [None, 0, 10, 32])
-def test_what_is_chosen_fits_and_holds_the_longest_sample(room, longest, given):
-    cost, budget, recomputing = choose(ON_2, room * GB, 32, ANY._replace(longest=longest), given)
-    assert budget >= longest and recomputing == (recomputing if given is None else given)
+def test_what_is_chosen_fits_and_so_does_the_longest_sample(room, longest, given):
+    cost, budget, recomputing = choose_8b(room * GB, ANY._replace(longest=longest, longest_of_steps=(longest,)), given)
+    largest = max(budget, longest)
+    assert recomputing == (recomputing if given is None else given)
     if cost < np.inf:
-        assert ON_2.activations(budget, 32 - recomputing) <= room * GB
+        assert ON_2.activations(largest, 32 - recomputing) <= room * GB
     else:
-        least, keeping = max(longest, 1024), 0 if given is None else 32 - given
-        assert (budget, recomputing) == (least, 32 - keeping) and ON_2.activations(least, keeping) > room * GB
+        keeping = 0 if given is None else 32 - given
+        assert (budget, recomputing) == (1024, 32 - keeping) and ON_2.activations(largest, keeping) > room * GB
+
+
+def test_a_long_sample_that_few_steps_hold_does_not_slow_the_others():
+    """One of 16,384 tokens beside samples of at most 4,096: the others' micro-batches are as without it."""
+    _, without, _ = choose_8b(34 * GB, ANY)
+    rare = ANY._replace(longest=16384, longest_of_steps=(4096,) * 7 + (16384,))
+    cost, budget, recomputing = choose_8b(34 * GB, rare)
+    assert budget == without and ON_2.activations(16384, 32 - recomputing) <= 34 * GB
+    every = choose_8b(34 * GB, rare._replace(longest_of_steps=(16384,)))
+    assert cost < every[0]
 
 
 # ------------------------------------------------------------------ dry runs
@@ -76,7 +96,7 @@ def settled(
     activations. -> its budget; the layers that recompute at last; (tokens, recomputing) of each dry run; what was said;
     bytes that may be used for activations."""
     runs, said, recomputed, layers = [], [], [], shape.num_hidden_layers
-    at_rest = estimate.fixed - estimate.gathered - estimate.optimizer * 2 / 3  # without the moments
+    at_rest = estimate.fixed - estimate.gathered
     allocated = at_rest if allocated is None else allocated
 
     def dry_run(engine, kernel, tokens, longest, made_up, ranks):
@@ -84,15 +104,29 @@ def settled(
         return allocated + estimate.gathered + real(tokens, layers - recomputed[-1])
 
     policy = SimpleNamespace(decoder_layers=lambda: [None] * layers, checkpoint_activations=recomputed.append)
+    policy.register_forward_pre_hook = lambda hook, with_kwargs: hooks.append(hook)
+    hooks: list = []
     ranks = SimpleNamespace(device=torch.device(device), say=said.append, gather=lambda work: [work()])
     monkeypatch.setattr(memory, "_dry_run", dry_run)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - allocated, total))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated)
-    arguments = SFTConfig(**flags), estimate, "varlen", workload, memory.made_up_conversation, ranks
-    budget = choose_micro_batch(SimpleNamespace(module=policy), *arguments)
-    room = 0.94 * total - allocated - estimate.gathered - estimate.optimizer * 2 / 3
-    return SimpleNamespace(budget=budget, layers=recomputed[-1], runs=runs, said=said[-1], room=room)
+    plan = Plan(0.0, 0, 0, estimate, shape_of(shape, SFTConfig(), True), CARD)
+    arguments = SFTConfig(**flags), plan, "varlen", workload, memory.made_up_conversation, ranks
+    engine = SimpleNamespace(module=policy, updater=SimpleNamespace(carrier=SimpleNamespace()))
+    budget = choose_micro_batch(engine, *arguments)
+    room = 0.94 * total - allocated - estimate.gathered
+
+    def layers_of(tokens: int) -> int:
+        """How many recompute in a micro-batch of the run."""
+        for hook in hooks:
+            hook(policy, (), {"input_ids": np.zeros((1, tokens))})
+        return recomputed[-1]
+
+    largest = recomputed[-1]
+    return SimpleNamespace(
+        budget=budget, layers=largest, layers_of=layers_of, runs=runs, said=said[-1], room=room, engine=engine
+    )
 
 
 @pytest.mark.parametrize("factor", [0.7, 0.95, 1.0, 1.1, 1.5, 3.0])
@@ -101,23 +135,29 @@ def settled(
 def test_what_is_seen_corrects_the_choice_before_memory_runs_out(monkeypatch, factor, flags, is_settled):
     """Micro-batches that take `factor` times the estimate, and 1 GB more while the first one compiles, on a device that
     holds 6 GB besides."""
-    num_runs, workload = 0, Workload(832, 45_000, 16384, is_settled, "")
+    num_runs, workload = 0, Workload(832, 45_000, 16384, is_settled, "", (800, 832))
 
     def real(tokens: int, keeping: int) -> float:
         nonlocal num_runs
         num_runs += 1
         return factor * ON_2.activations(tokens, keeping) + (1 * GB if num_runs == 1 else 0)
 
-    allocated = 6 * GB + ON_2.fixed - ON_2.gathered - ON_2.optimizer * 2 / 3
+    allocated = 6 * GB + ON_2.fixed - ON_2.gathered
     seen = settled(monkeypatch, real, 147 * GB, workload=workload, allocated=allocated, **flags)
     if is_settled and flags:
         assert not seen.runs and "nothing measured" in seen.said, "nothing is left to choose"
         return
     given = {"full": 32, 5: 5}.get(flags.get("gradient_checkpointing"))
-    expected = choose(ON_2, seen.room / factor, 32, workload, given)
-    assert (seen.budget, seen.layers) == expected[1:] == seen.runs[-1]
+    expected = choose_8b(seen.room / factor, workload, given)
+    assert (seen.budget, seen.layers) == expected[1:]
+    last = seen.runs[-1 - (given is None and seen.layers > 0)]  # after it, one of the shortest row is compiled
+    assert last == expected[1:]
     assert f"micro-batches of {seen.budget:,} tokens, {seen.layers} of 32 layers recomputed" in seen.said
-    assert len(seen.runs) <= 6
+    assert len(seen.runs) <= 7
+    for tokens in (2, 1024, seen.budget // 2, seen.budget):
+        layers = ON_2.recomputing(tokens, seen.room / factor, 32) if given is None else given
+        assert seen.layers_of(tokens) == pytest.approx(layers, abs=1)
+    assert seen.engine.updater.carrier.memory_limit == pytest.approx(0.94 * 147 * GB)
     used = [factor * ON_2.activations(tokens, 32 - recomputing) for tokens, recomputing in seen.runs]
     assert used[0] <= factor * seen.room / 4 and max(used) <= 1.06 * seen.room
     assert all(later <= 2.1 * max(used[:i]) for i, later in enumerate(used) if i)
@@ -127,7 +167,7 @@ def test_what_is_seen_corrects_the_choice_before_memory_runs_out(monkeypatch, fa
 def test_a_tiny_model_takes_one_dry_run_whatever_the_device_holds_besides(monkeypatch, held):
     """The workspaces of matrix products, 70 MB, are not taken for what grows with the tokens."""
     shape = models.make_config()
-    estimate = estimated(shape, parameter_counts(shape), 2, 1, "all", DeepSpeedZeroConfig(**ZERO))
+    estimate = estimated(shape_of(shape, SFTConfig(), True), 1, "all", 1.0, DeepSpeedZeroConfig(**ZERO))
 
     def real(tokens: int, keeping: int) -> float:
         return 0.07 * GB + estimate.activations(tokens, keeping)
@@ -139,7 +179,7 @@ def test_a_tiny_model_takes_one_dry_run_whatever_the_device_holds_besides(monkey
 @pytest.mark.parametrize("total", [60, 80, 82])
 def test_the_smallest_choice_is_taken_though_it_exceeds_what_may_be_used(monkeypatch, total):
     seen = settled(monkeypatch, lambda tokens, keeping: ON_2.activations(tokens, keeping), total * GB)
-    assert seen.runs[-1] == (seen.budget, seen.layers) == (4096, 32)
+    assert (4096, 32) in seen.runs and (seen.budget, seen.layers) == (1024, 32)
 
 
 def test_on_a_cpu_nothing_is_measured_and_the_plan_is_said_by_the_models_shape(monkeypatch):
@@ -177,35 +217,51 @@ def test_a_dry_run_is_of_the_kind_that_the_run_trains_and_every_token_a_target(k
 def test_the_estimate_of_8b_is_what_was_measured():
     """On two H200: 73.1 GB without moments, 139.3 GB with them and 10,240 tokens, when each rank held its own shards of
     the whole parameters twice."""
-    assert parameter_counts(LLAMA_8B) == (NUMEL, LAYER_NUMEL)
+    assert (SHAPE_8B.numel, SHAPE_8B.layer_numel) == (NUMEL, LAYER_NUMEL)
     estimate, twice = estimate_8b("all"), 2 * NUMEL / 2
     assert estimate.fixed - 4 * NUMEL + twice == pytest.approx(73.1e9, rel=0.03)
     assert estimate.fixed + estimate.activations(10_240, 32) + twice == pytest.approx(139.3e9, rel=0.03)
 
 
 def test_what_counts_for_memory_is_the_ds_configs():
-    offload = {"device": "cpu"}
-    away = estimate_8b(offload_optimizer=offload, offload_param=offload)
-    plain, none = estimate_8b(), estimate_8b(offload_optimizer={"device": "none"}, offload_param=None)
+    plain, none = estimate_8b(), estimate_8b(offload_param=None)
+    away = estimate_8b(offload_param={"device": "cpu"})
     small = estimate_8b(reduce_bucket_size=10**8, stage3_prefetch_bucket_size=10**7)
     assert plain.gathered == 2 * (3 * LAYER_NUMEL + 2e8) and plain == none
     assert plain.fixed - small.fixed == pytest.approx(2 * 19e7 + 4 * 2 * 1e8)
-    assert plain.fixed - away.fixed == pytest.approx((2 + 4 + 12) * NUMEL / 2)
-    assert estimate_8b("all", offload_optimizer=offload).optimizer == 0 == estimate_8b(world_size=1).gathered
+    assert plain.fixed - away.fixed == pytest.approx(2 * NUMEL / 2)
+    assert estimate_8b(world_size=1).gathered == 0
 
 
-def placed(monkeypatch, frees, kept="", budget=None, own=None, **flags) -> str:
-    """The residency chosen for 8B and ranks with `frees` GB each, `own` being in the file."""
-    said, free, given = [], iter(frees), {"zero_optimization": ZERO} | ({"residency": own} if own else {})
-    gather = lambda work: [work() for _ in frees]  # noqa: E731
-    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=len(frees), say=said.append, gather=gather)
-    monkeypatch.setattr(memory, "_free_bytes", lambda ranks: next(free) * GB)
-    workload = ANY._replace(budget=budget or 0, is_settled=budget is not None, residency=kept)
-    ds_config, estimate = choose_residency(given, SFTConfig(**flags), LLAMA_8B, workload, ranks)
-    assert ds_config == {"zero_optimization": ZERO, "residency": estimate.residency}
-    assert estimate == estimate_8b(estimate.residency, len(frees))
-    assert said[0].startswith(f"residency: {estimate.residency} ")
-    return estimate.residency
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_state_counts_where_it_lies_and_at_most_13_bytes_a_parameter_on_the_host(share):
+    memory, whole = estimate_8b("all", 2, share), estimate_8b("all", 2)
+    ring = 12 * 4 * 2**25 if share < 1 else 0
+    assert memory.host + memory.optimizer - ring == whole.optimizer == pytest.approx(12 * NUMEL / 2, rel=1e-6)
+    assert memory.optimizer - ring <= share * whole.optimizer <= memory.optimizer - ring + 12 * 3e8
+    assert memory.host + ring <= 13 * NUMEL / 2
+
+
+def test_layers_that_are_not_compiled_keep_more():
+    eager = estimated(SHAPE_8B._replace(is_compiled=False), 2, "all", 1.0, DeepSpeedZeroConfig(**ZERO))
+    assert eager.per_token_and_layer == pytest.approx(2.8 * estimate_8b("all").per_token_and_layer)
+
+
+def placed(monkeypatch, frees, kept="", budget=None, own=None, host=500, workload=ANY, **flags) -> tuple[str, float]:
+    """The residency chosen for 8B and ranks with `frees` GB each, `own` being in the file; the state's share there."""
+    own = own if isinstance(own, dict) else {"residency": own} if own else {}
+    said, given, gather = [], {"zero_optimization": ZERO} | own, lambda work: [work() for _ in frees]
+    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=len(frees), local_world_size=len(frees))
+    ranks.say, ranks.gather = said.append, gather
+    card = CARD._replace(free=min(frees) * GB, host_free=host * GB / len(frees))
+    monkeypatch.setattr(memory, "_card", lambda ranks: card)
+    workload = workload._replace(budget=budget or 0, is_settled=budget is not None, residency=kept)
+    ds_config, plan = choose_residency(given, SFTConfig(**flags), LLAMA_8B, workload, ranks)
+    share = plan.memory.share
+    assert ds_config == given | {"residency": plan.residency, "optimizer_state": share}
+    assert plan.memory == estimate_8b(plan.residency, len(frees), share)
+    assert said[0].startswith(f"residency: {plan.residency} ")
+    return plan.residency, share
 
 
 @pytest.mark.parametrize(
@@ -213,26 +269,73 @@ def placed(monkeypatch, frees, kept="", budget=None, own=None, **flags) -> str:
     [
         ([150] * 2, {}, "all"),
         ([150] * 8, {}, "all"),
-        ([95] * 2, {}, "nothing"),  # with all whole, the state takes 104 GB
+        ([95] * 2, {}, "all"),
         ([85] * 8, {}, "all"),
         ([40] * 8, {}, "nothing"),
-        ([150], {}, "all"),  # nothing fits; and what is sharded over one rank is whole
-        ([170], {}, "all"),
-        ([1000, 1], {}, "nothing"),  # the ranks' least counts
-        # 18,432 tokens that keep everything: 60 GB of activations
-        ([150] * 2, {"budget": 10_240, "gradient_checkpointing": "none"}, "all"),
-        ([150] * 2, {"budget": 18_432, "gradient_checkpointing": "none"}, "nothing"),
+        ([83], {}, "all"),
+        ([1000, 40], {}, "nothing"),  # the ranks' least counts
         # a checkpoint's gradients are summed on as they were, unless the file says otherwise
         ([1000] * 2, {"kept": "nothing"}, "nothing"),
-        ([1] * 2, {"kept": "all"}, "gradients"),
+        ([80] * 2, {"kept": "all"}, "all"),
         ([1000] * 2, {"kept": "gradients"}, "all"),
         ([1000] * 2, {"kept": "all", "own": "nothing"}, "nothing"),
-        ([1] * 2, {"own": "all"}, "all"),
         ([1000] * 2, {"own": "gradients"}, "gradients"),
     ],
 )
 def test_what_stays_whole_is_what_memory_leaves_room_for_or_what_was_asked_for(monkeypatch, frees, options, expected):
-    assert placed(monkeypatch, frees, **options) == expected
+    assert placed(monkeypatch, frees, **options)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("frees", "own", "least", "most"),
+    [
+        ([1000], {}, 1, 1),  # what fits on the device stays there
+        ([150] * 4, {}, 1, 1),
+        ([83], {}, 0, 0.2),
+        ([83] * 2, {}, 0, 0.5),
+        ([83] * 8, {}, 0.5, 1),
+        ([1000], {"optimizer_state": 0.25}, 0.25, 0.25),
+        ([1000] * 2, {"optimizer_state": 0.0}, 0, 0),
+    ],
+)
+def test_state_lies_in_host_memory_where_the_device_has_better_uses_or_where_it_was_put(
+    monkeypatch, frees, own, least, most
+):
+    assert least <= placed(monkeypatch, frees, own=own)[1] <= most
+
+
+@pytest.mark.parametrize(
+    ("frees", "options", "named"),
+    [
+        ([83], {"host": 60}, ("GPUs", "host memory")),
+        ([40], {}, ("GPUs",)),
+        ([83] * 2, {"workload": ANY._replace(longest=300_000, longest_of_steps=(300_000,))}, ("--max_seq_length",)),
+        ([140], {"own": {"optimizer_state": 1.0}}, ("2 GPUs",)),
+    ],
+)
+def test_what_fits_nowhere_is_refused_with_what_would_fit(monkeypatch, frees, options, named):
+    with pytest.raises(UserError) as error:
+        placed(monkeypatch, frees, **options)
+    text = str(error.value)
+    assert "\n" not in text and all(part in text for part in ("parameters", "gradients", "optimizer", "activations"))
+    assert all(name in text for name in named), text
+
+
+def test_another_deepspeed_is_refused_before_anything_loads(monkeypatch):
+    monkeypatch.setattr("common.zero.residency.deepspeed.__version__", "0.20.0")
+    with pytest.raises(UserError, match=r"0\.20\.0"):
+        placed(monkeypatch, [1000])
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", 8 * 1024), ("5000", 5000 - 3000 + 500), ("900000", 8 * 1024)])
+def test_a_containers_limit_counts_as_host_memory(tmp_path, limit, expected):
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       8 kB\n")
+    for name, text in (("max", limit), ("current", "3000"), ("stat", "anon 7\ninactive_file 500\n")):
+        (group / f"memory.{name}").write_text(text + "\n")
+    assert available_host_memory(tmp_path) == expected
 
 
 def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
@@ -242,11 +345,11 @@ def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
         return workload_of(SFTConfig(global_batch_size=8, **flags), lengths, "data.jsonl:2", state, ranks)
 
     state = RunState(micro_batch_budget=700, world_size=4, residency="nothing")
-    assert seen(100, 4, state) == Workload(100, 8 * (160 / 3) / 4, 700, True, "nothing")
-    assert seen(100, 2, state) == Workload(100, 8 * (160 / 3) / 2, 4096, False, "")
-    assert seen(900, 4, state)[2:4] == (900, True)  # --share_prompt false: longer pairs
-    assert seen(100, 4, state, max_tokens_per_micro_batch=300)[2:] == (300, True, "nothing")
-    assert seen(100, 4, RunState())[2:] == (4096, False, "")
+    assert seen(100, 4, state) == Workload(100, 8 * (160 / 3) / 4, 700, True, "nothing", (100,) * 8)
+    assert seen(100, 2, state) == Workload(100, 8 * (160 / 3) / 2, 4096, False, "", (100,) * 8)
+    assert seen(900, 4, state)[2:4] == (700, True)  # --share_prompt false: longer pairs
+    assert seen(100, 4, state, max_tokens_per_micro_batch=300)[2:5] == (300, True, "nothing")
+    assert seen(100, 4, RunState())[2:5] == (4096, False, "")
     with pytest.raises(UserError, match=r"--max_tokens_per_micro_batch 300 .* 900 .* data.jsonl:2"):
         seen(900, 4, state, max_tokens_per_micro_batch=300)
 
@@ -255,5 +358,5 @@ def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
 def test_parameters_are_counted_once(tied):
     sizes = dict(vocab_size=100, hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
     layer = 8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16 + 2 * 8
-    expected = (100 * 8 * (1 if tied else 2) + 2 * layer + 8, layer)
-    assert parameter_counts(models.make_config(tie_word_embeddings=tied, **sizes)) == expected
+    counts, of_layer = parameter_sizes(models.make_config(tie_word_embeddings=tied, **sizes))
+    assert (sum(counts), of_layer) == (100 * 8 * (1 if tied else 2) + 2 * layer + 8, layer)

@@ -125,6 +125,19 @@ def test_export_loads_without_a_word_and_holds_the_same_bits(loaded, case):
         assert torch.equal(exported(input_ids=IDS, attention_mask=CAUSAL).logits, seen[0]["logits"])
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_export_names_and_stores_each_tensor_once_as_the_folder_that_it_was_loaded_from(loaded, case):
+    stored = [
+        {
+            name: (tensor.shape, tensor.dtype)
+            for path in folder.glob("model*.safetensors")
+            for name, tensor in load_file(path).items()
+        }
+        for folder in loaded[case][:2]
+    ]
+    assert stored[0] == stored[1]
+
+
 def test_export_has_an_index_of_all_its_files_and_replaces_those_of_the_index_before_alone(loaded):
     for _, output, _ in loaded.values():
         index = json.loads((output / "model.safetensors.index.json").read_text())
@@ -267,7 +280,7 @@ def test_code_in_a_folder_never_runs_and_nobody_is_asked(tmp_path, monkeypatch, 
         with contextlib.nullcontext() if is_known else pytest.raises(UserError, match="model"):
             load(str(folder))
     if is_known:
-        model.parameter_counts(model.load_config(str(folder)))
+        model.parameter_sizes(model.load_config(str(folder)))
         read(folder, model.load_config(str(folder)))
     assert not ran.exists()
 
@@ -336,9 +349,9 @@ def test_what_changes_nothing_here_is_accepted(make):
 
 def test_models_that_cannot_be_built_or_have_no_one_list_of_layers_are_refused_by_name():
     with pytest.raises(UserError, match="model type hrm_text is not supported"):
-        model.parameter_counts(config_of("hrm_text"))
+        model.parameter_sizes(config_of("hrm_text"))
     with pytest.raises(UserError, match="no model that transformers can build"):
-        model.parameter_counts(models.make_config(hidden_act="no_such_function"))
+        model.parameter_sizes(models.make_config(hidden_act="no_such_function"))
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", '{"model_type": "no_such_type"}', "[]"])
@@ -416,6 +429,16 @@ def test_what_could_not_be_exported_after_training_is_refused_before_it(tmp_path
     with pytest.raises(UserError, match="cannot be written") as error:
         export.rehearse_export(config, template, str(tmp_path))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_the_exported_folder_would_overrule_is_refused_before_training(tmp_path):
+    """Alone in its folder it is used as it is; beside a Qwen2's config.json transformers rebuilds it."""
+    models.make_config("qwen2").save_pretrained(tmp_path / "model")
+    tiny_tokenizer.tiny_tokenizer("llama3").save_pretrained(tmp_path / "tokenizer")
+    template = resolve_template("tulu", model.load_tokenizer(str(tmp_path / "tokenizer")))
+    with pytest.raises(UserError, match="read back") as error:
+        export.rehearse_export(model.load_config(str(tmp_path / "model")), template, str(tmp_path / "model"))
+    assert str(tmp_path / "model") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_surprises_a_models_user_is_said_and_nothing_else(tmp_path):

@@ -55,6 +55,7 @@ def save(folder: Path, step: int, identity: dict) -> Path:
 FREE = {"output_dir", "cache_dir", "resume", "logging_steps", "checkpointing_steps", "keep_last_n_checkpoints"}
 FREE |= {"clean_checkpoints_at_end", "max_tokens_per_micro_batch", "gradient_checkpointing", "attn_implementation"}
 FREE |= {"compile_layers", "collective_timeout_minutes", "ds_config", "stop_after_steps", "share_prompt"}
+FREE |= {"push_to_hub", "hub_model_id", "hub_private", "hub_overwrite"}
 # Other words for the same rows, template or weights are the same run.
 BY_CONTENTS = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}
 
@@ -167,6 +168,7 @@ def test_checkpoints_are_cleaned_only_once_the_result_is_written(folder, monkeyp
     finished(folder, {})
     metrics = MetricsFile(str(folder), 9, OneRank())
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_record, "model_card", lambda *_: "")
         patch.setattr(checkpoint, "delete_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_record.finish(config, {"method": "SFT", "identity": {}}, RunState(step=9), metrics, "", OneRank())

@@ -1,22 +1,24 @@
 """What is kept whole during a step holds what ZeRO-3's own partitions would: pytest tests/test_residency.py"""
 
+from pathlib import Path
+
 import launch
 import models
 import numpy as np
 import pytest
 import reference
 import torch
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import nn
 
 from common import ranks as distributed
 from common.config import SFTConfig
 from common.data.tokens import SFTSample
-from common.failures import UserError
 from common.model import load as model
 from common.model import packed
 from common.model.summing import SummingEmbedding, SummingLinear, add_product
 from common.step.packing import pack, sft_documents
+from common.zero import checkpoint, host_state
 from common.zero import residency as kept
 from common.zero.ds_config import RESIDENCY, deepspeed_config
 from common.zero.engine import build_engine
@@ -159,24 +161,20 @@ def test_an_update_is_torchs_own(changes, divisor):
     check_update("cpu", OPTIONS | changes, divisor)
 
 
-def test_another_deepspeed_is_refused(monkeypatch):
-    monkeypatch.setattr(kept.deepspeed, "__version__", "0.20.0")
-    with pytest.raises(UserError, match=r"0\.20\.0"):
-        build_engine(None, SFTConfig(), {})
-
-
 # ------------------------------------------------------------------ under ZeRO-3
 
 
-def make_engine(folder: str, residency: str, ranks: distributed.Ranks):
+def make_engine(folder: str, residency: str, ranks: distributed.Ranks, share: float = 1.0):
     config = SFTConfig(dtype="float32", max_grad_norm=MAX_NORM, learning_rate=LEARNING_RATE, adam_epsilon=EPSILON)
-    ds_config = deepspeed_config(config) | {"residency": residency}
+    ds_config = deepspeed_config(config) | {"residency": residency, "optimizer_state": share}
     ds_config["zero_optimization"]["sub_group_size"] = 3000  # several groups of parameters in a step
     policy = model.load_partitioned(folder, model.load_config(folder), torch.float32, "sdpa", ds_config, ranks)
     return policy, build_engine(policy, config, ds_config)
 
 
-def run_micro_batches(folder: str, residency: str, functional: bool = False, in_a_row: bool = False) -> list[dict]:
+def run_micro_batches(
+    folder: str, residency: str, functional: bool = False, in_a_row: bool = False, share: float = 1.0
+) -> list[dict]:
     """Two steps of PLANS. For each: {name: this rank's part of the gradient} before it, the norm, and every
     parameter, whole, after it; in_a_row: only after the last, so that nothing waits for what a step began. functional:
     a layer uses the weight of one of its modules, and of another as well as the module itself; and no hook is called
@@ -184,7 +182,10 @@ def run_micro_batches(folder: str, residency: str, functional: bool = False, in_
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN, so that whoever reads it is found out
     ranks = distributed.start(5)
-    policy, engine = make_engine(folder, residency, ranks)
+    host_state.CHUNK_ELEMENTS = 700  # some parameters have more, and the ring's buffers are used again
+    policy, engine = make_engine(folder, residency, ranks, share)
+    assert (not engine.updater.carrier.by_group) == (share == 1.0)
+    engine.updater.carrier.memory_limit = 10**9 if ranks.device.type == "cuda" else None
     if functional:
         mlp = policy.decoder_layers()[0].mlp
         mlp.forward = lambda x: nn.functional.linear(
@@ -223,21 +224,28 @@ def run_micro_batches(folder: str, residency: str, functional: bool = False, in_
             for param in parameters.values():
                 assert param.ds_tensor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr(), "held twice"
             whole = {name: param.detach().cpu().clone() for name, param in parameters.items()}
-        past_the_end = padding(engine, policy, ranks) if step == 1 else []
-        seen.append({"parts": parts, "norm": norm, "whole": whole, "padding": past_the_end})
+        past_the_end, state = [], {}
+        if step == 1:
+            past_the_end = padding(engine, policy, ranks)
+            state = {name: [shard.cpu().clone() for shard in shards(param)] for name, param in parameters.items()}
+        seen.append({"parts": parts, "norm": norm, "whole": whole, "padding": past_the_end, "state": state})
     return seen
+
+
+def shards(param) -> list[torch.Tensor]:
+    """This rank's of a weight, its master weight and both moments."""
+    moments = (safe_get_local_optimizer_state(param, name) for name in ("exp_avg", "exp_avg_sq"))
+    return [param.ds_tensor.data, safe_get_local_fp32_param(param), *moments]
 
 
 def padding(engine, policy, ranks: distributed.Ranks) -> list[float]:
     """What this rank's shards, master weights and moments hold past the ends of the parameters."""
-    policy.finish_gathering()
+    assert kept.weights_are_finite(engine)
+    engine.updater.carrier.wait_until_written()
     values = []
     for param in policy.parameters():
-        shards = param.ds_tensor, safe_get_local_fp32_param(param)
-        moments = (safe_get_local_optimizer_state(param, name) for name in ("exp_avg", "exp_avg_sq"))
         start = max(0, param.ds_numel - ranks.rank * param.ds_tensor.numel())
-        values += [value for shard in (*shards, *moments) for value in shard.flatten()[start:].tolist()]
-    assert all(flat.isfinite().all() for flat in kept.master_weights(engine))
+        values += [value for shard in shards(param) for value in shard.flatten()[start:].tolist()]
     return values
 
 
@@ -295,6 +303,76 @@ def run_with_late_zeros(folder: str) -> list[dict]:
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_backward_pass_waits_until_the_last_steps_sums_are_zeros(folder, num_ranks):
     check_against_plain(folder, launch.on_ranks(run_with_late_zeros, num_ranks, str(folder)))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("residency", RESIDENCY)
+def test_state_in_host_memory_is_updated_to_the_same_bits(tmp_path, residency, num_ranks, share):
+    check_host_state(tmp_path, residency, num_ranks, share)
+
+
+def check_host_state(tmp_path, residency: str, num_ranks: int, share: float, on_gpu: bool = False) -> None:
+    folder = str(models.make_model(tmp_path, "llama", intermediate_size=49))
+    arguments = folder, residency, False, True
+    expected = launch.on_ranks(run_micro_batches, num_ranks, *arguments, on_gpu=on_gpu)
+    seen = launch.on_ranks(run_micro_batches, num_ranks, *arguments, share, on_gpu=on_gpu)
+    check_against_plain(folder, seen)
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert len(ours[1]["state"]) > 10
+        for name, same in theirs[1]["state"].items():
+            assert all(torch.equal(*pair) for pair in zip(ours[1]["state"][name], same, strict=True)), name
+
+
+def save_and_go_on(folder: str, out: str, resume: bool, residency: str, share: float) -> dict:
+    """One step and a checkpoint, or with `resume` that checkpoint loaded, and one step more: {name: whole weight}."""
+    host_state.CHUNK_ELEMENTS = 700
+    ranks = distributed.start(5)
+    policy, engine = make_engine(folder, residency, ranks, share)
+    parameters = dict(policy.lm.named_parameters())
+    path = Path(out) / "checkpoints" / "step_00000001"
+    if resume:
+        checkpoint.load(engine, parameters, path, 1, ranks)
+    for step in range(int(resume), 2):
+        plan = PLANS[ranks.world_size][ranks.rank]
+        for m, members in enumerate(plan):
+            row = pack(
+                [sft_documents(SFTSample(np.array(SAMPLES[i]), np.array([[1, len(SAMPLES[i])]]))) for i in members]
+            )
+            engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
+            engine.backward(-engine(**packed.model_inputs(row, "sdpa", ranks.device)).sum() * ranks.world_size)
+        engine.step()
+        if step == 0:
+            checkpoint.save(parameters, checkpoint.RunState(step=1, world_size=ranks.world_size), out, 9, ranks)
+    policy.finish_gathering()
+    if residency == "all":
+        return {name: param.detach().cpu().clone() for name, param in parameters.items()}
+    return {name: safe_get_full_fp32_param(param).cpu().clone() for name, param in parameters.items()}
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [(1.0, 0.0), (0.0, 1.0), (0.4, 0.0)])
+@pytest.mark.parametrize("residency", ["all", "nothing"])
+def test_a_checkpoint_resumes_wherever_state_lies_to_the_same_bits_and_on_other_ranks(
+    tmp_path, saved, resumed, residency
+):
+    folder = str(models.make_model(tmp_path / "model", "llama", intermediate_size=49))
+    (tmp_path / "checkpoints").mkdir()
+    arguments = folder, str(tmp_path)
+    expected = launch.on_ranks(save_and_go_on, 2, *arguments, False, residency, saved)
+    same = launch.on_ranks(save_and_go_on, 2, *arguments, True, residency, resumed)
+    alone = launch.on_ranks(save_and_go_on, 1, *arguments, True, residency, resumed)
+    for name, weight in expected[0].items():
+        assert torch.equal(weight, same[0][name]), name
+        torch.testing.assert_close(weight, alone[0][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("sizes", "most"), [([5], 64), ([500, 1, 130, 63, 65], 200), ([3] * 3, 999), ([64] * 9, 65)])
+def test_chunks_are_the_shards_in_order_and_no_larger_than_they_may_be(sizes, most):
+    chunks = list(host_state.pieces_of(sizes, most))
+    elements = [(i, e) for pieces in chunks for i, start, end in pieces for e in range(start, end)]
+    assert elements == [(i, e) for i, size in enumerate(sizes) for e in range(size)]
+    assert all(0 < sum(end - start for _, start, end in pieces) <= most for pieces in chunks)
+    assert all(start % host_state.ALIGNED == 0 for pieces in chunks for _, start, _ in pieces)
 
 
 def check_against_plain(folder, seen: list) -> None:

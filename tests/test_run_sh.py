@@ -273,7 +273,7 @@ def test_a_rank_that_does_not_answer_a_request_is_named_and_what_the_next_ones_d
     os.kill(pids_of(project)[1], signal.SIGSTOP)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=WAIT)
-    assert "Ask again" in output and "a third time" in output
+    assert "A second request" in output and "a third" in output
     assert "rank 1 (is stopped" in output and "rank 0 (is" not in output and notes(project, 0)[-1] == "saved"
     assert process.returncode == 143
 

@@ -25,7 +25,7 @@ from common.data.dataset import FILES, TokenDataset, flattened, json_digest
 from common.data.report import data_table
 from common.data.sources import Rows, decode_row, load_source, parse_source
 from common.data.tokens import Encoder
-from common.failures import UserError, as_user_error, print_line, progress, shown
+from common.failures import UserError, as_user_error, one_line, print_line, progress
 from common.files import file_digest, locked, naming
 
 BLOCK_ROWS = 512  # rows that are rendered and then encoded together, by the tokenizer's threads
@@ -83,7 +83,7 @@ def too_much_dropped(ds: TokenDataset) -> str | None:
 
 
 def _reasons(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} x {shown(reason)}" for reason, count in dropped.items())
+    return ", ".join(f"{count:,} x {one_line(reason)}" for reason, count in dropped.items())
 
 
 def block_tokenizer(kind: str, config, template: ChatTemplate) -> "BlockTokenizer":

@@ -257,7 +257,7 @@ def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
     marked = message | {key: put(text, "reasoning") for key, text in reasoning.items()}
     if isinstance(message.get("content"), str):
         thought, closing, answer = message["content"].rpartition("</think>")
-        if not is_assistant or not (answer.strip() or has_blank):
+        if not is_assistant or not (answer.strip() or thought.strip() or has_blank):
             thought, closing, answer = "", "", message["content"]
         before, opening, thought = thought.rpartition("<think>")
         answer = put(answer, "content", has_blank and not calls)

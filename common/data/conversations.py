@@ -17,7 +17,7 @@ import json
 import re
 from typing import NamedTuple
 
-from common.failures import UserError, shown
+from common.failures import UserError, one_line
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
 FOR_EVERY_FORM = ("system", "tools", "chat_template_kwargs")
@@ -161,7 +161,7 @@ def _conversation(messages: list[dict], row: dict, variables: dict) -> tuple[Con
             continue
         for name, weight in weights.items():
             if weight not in (0, 1, None):
-                raise UserError(f"a message's `{name}` is {shown(weight)}; it may be 0 or 1, trained or not")
+                raise UserError(f"a message's `{name}` is {one_line(repr(weight))}; it may be 0 or 1, trained or not")
         if not all(weight is None or weight for weight in weights.values()):
             notes.append(NOT_TRAINED)
         elif _is_empty(message):

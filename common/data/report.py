@@ -6,7 +6,7 @@ import numpy as np
 
 from common.data.dataset import TokenDataset
 from common.data.tokens import SFTSample
-from common.failures import shown
+from common.failures import one_line, shown
 from common.files import digest
 
 MOST_CHARACTERS = 2000  # of a piece of a sample that is shown
@@ -19,11 +19,7 @@ def preview(ds: TokenDataset, index: int, tokenizer) -> str:
     mark = "\033[32m{}\033[0m" if sys.stdout.isatty() else "[[{}]]"
 
     def text(ids) -> str:
-        whole = tokenizer.decode(ids)
-        if len(whole) > MOST_CHARACTERS:
-            half, more = MOST_CHARACTERS // 2, len(whole) - MOST_CHARACTERS
-            whole = f"{whole[:half]}\n[{more:,} more characters]\n{whole[-half:]}"
-        return "\n".join(shown(line, MOST_CHARACTERS) for line in whole.split("\n"))
+        return shown(tokenizer.decode(ids), MOST_CHARACTERS)
 
     def marked(ids, spans) -> str:
         pieces, done = [], 0
@@ -33,7 +29,7 @@ def preview(ds: TokenDataset, index: int, tokenizer) -> str:
         rest = f"\n[{len(spans) - MOST_TURNS:,} more turns]" if len(spans) > MOST_TURNS else text(ids[done:])
         return "".join([*pieces, rest])
 
-    sample, title = ds[index], f"sample {index} ({shown(ds.source_of(index))})"
+    sample, title = ds[index], f"sample {index} ({one_line(ds.source_of(index))})"
     if isinstance(sample, SFTSample):
         return f"{title}:\n{marked(sample.input_ids, sample.trained_spans.tolist())}"
     chosen = marked(sample.chosen_ids, [(sample.chosen_start, len(sample.chosen_ids))])
@@ -47,13 +43,15 @@ def data_table(ds: TokenDataset) -> str:
 
     def counted(name: str, title: str) -> None:
         for what, count in stats[name].items():
-            lines.append((f"  {title.format(shown(what))}", f"{count:,}; first {shown(stats['places'][name][what])}"))
+            lines.append(
+                (f"  {title.format(one_line(what))}", f"{count:,}; first {one_line(stats['places'][name][what])}")
+            )
 
     for source in stats["sources"]:
         known_by = ", ".join(f"{name} {source[name]}" for name in ("revision", "split", "sha256") if name in source)
         rows = f"{source['rows_used']:,} of {source['num_rows']:,} rows, {source['rows_dropped']:,} dropped"
-        lines.append((shown(source["asked_for"]), f"{rows}; {known_by}"))
-        lines += [("  file left out", shown(name)) for name in source.get("left_out", [])[:5]]
+        lines.append((one_line(source["asked_for"]), f"{rows}; {known_by}"))
+        lines += [("  file left out", one_line(name)) for name in source.get("left_out", [])[:5]]
     forms = ", ".join(f"{form} ({count:,} rows)" for form, count in stats["formats"].items())
     lines += [
         ("format", forms),
@@ -97,4 +95,4 @@ def quality_report(ds: TokenDataset, end_ids: list[int]) -> str:
 
 
 def _first(examples: list[str]) -> str:
-    return f"; first {shown(examples[0])}" if examples else ""
+    return f"; first {one_line(examples[0])}" if examples else ""

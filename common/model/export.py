@@ -10,9 +10,10 @@ import deepspeed
 import torch
 from safetensors.torch import save_file
 from transformers import PretrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from common.data.chat_template import ChatTemplate
-from common.failures import as_user_error
+from common.failures import UserError, as_user_error
 from common.files import naming, sync_folder
 from common.model.load import SAMPLES, generation_config, load_config, load_tokenizer
 from common.model.packed import PackedModel
@@ -48,8 +49,9 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
             with deepspeed.zero.GatheredParameters([tensors[name]]):  # of a buffer, which is whole: nothing
                 if ranks.is_main:
                     gathered[name] = tensors[name].detach().to("cpu", copy=True).contiguous()
+        gathered = revert_weight_conversion(model.lm, gathered)  # the names in the folder that rank 0 loaded it from
         path = temporary / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(names, path.name)
+        weight_map |= dict.fromkeys(gathered, path.name)
         ranks.once(lambda: _write_shard(gathered, path))
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     ranks.once(lambda: _finish_export(model.lm, template, source_folder, temporary, index))
@@ -61,13 +63,15 @@ def rehearse_export(config: PretrainedConfig, template: ChatTemplate, source_fol
     what = f"model {source_folder}: its settings and tokenizer cannot be written and read back"
     with tempfile.TemporaryDirectory() as folder, as_user_error(what):
         _write_settings(config, template, source_folder, Path(folder))
-        load_config(folder)
-        tokenizer = load_tokenizer(folder)
+        try:
+            load_config(folder)
+            tokenizer = load_tokenizer(folder)
+        except UserError as error:
+            raise ValueError(str(error)) from error
         for text in SAMPLES:
-            if tokenizer.encode(text) != template.tokenizer.encode(text):
-                raise ValueError(
-                    f"{text!r} becomes {tokenizer.tokenize(text)}, not {template.tokenizer.tokenize(text)}"
-                )
+            before, after = template.tokenizer.tokenize(text), tokenizer.tokenize(text)
+            if before != after:
+                raise ValueError(f"{text!r} becomes {after}, not {before}")
 
 
 def _write_settings(config: PretrainedConfig, template: ChatTemplate, source_folder: str, folder: Path) -> None:

@@ -21,7 +21,7 @@ from common.model.packed import PackedModel
 from common.ranks import Ranks
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
-MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors"]
+MODEL_FILES = [*TOKENIZER_FILES, "README.md", "model*.safetensors"]
 LOAD_GROUP_ELEMENTS = 250_000_000  # parameters that are whole on a device at once while the model loads
 # Texts that the ways of splitting words differ on.
 SAMPLES = (
@@ -48,7 +48,7 @@ def find_model(name_or_path: str, revision: str | None = None, files: list[str] 
             raise UserError(f"--model_revision {revision}: {name_or_path} is a folder here, which has no revisions")
         return name_or_path
     with as_user_error(f"{name_or_path}: no such folder here, and the hub did not give it"):
-        return snapshot_download(name_or_path, revision=revision, allow_patterns=files)
+        return snapshot_download(name_or_path, revision=revision, allow_patterns=files, ignore_patterns="*/*")
 
 
 def find_tokenizer(name_or_path: str) -> str:
@@ -83,7 +83,7 @@ def warnings(template: ChatTemplate, config: PretrainedConfig, longest: int) -> 
         lines.append("it differs from the tokenizer's own, and is exported in its place")
     if bos and tokenizer.encode("a")[0] == tokenizer.bos_token_id and not start.startswith(bos):
         lines.append(f"its texts begin with {start[:20]!r}; the tokenizer puts {bos} in front of other texts")
-    if len(closing) > 1 and not {*tokenizer.convert_tokens_to_ids(closing)} & {*template.end_ids()}:
+    if closing and not {*tokenizer.convert_tokens_to_ids(closing)} & {*template.end_ids()}:
         lines.append(f"it ends answers with {closing}, ordinary tokens, at which generation does not stop")
     if longest > positions:
         lines.append(f"the longest sample has {longest:,} tokens, the model's max_position_embeddings is {positions:,}")
@@ -160,15 +160,15 @@ def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
     ]
 
 
-def parameter_counts(config: PretrainedConfig) -> tuple[int, int]:
-    """Elements of all parameters and of one layer's, of the model that this config describes; tied ones count once."""
+def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int]:
+    """Elements of each parameter and of one layer's, of the model that this config describes; tied ones count once."""
     with as_user_error("config.json describes no model that transformers can build"):
         with torch.device("meta"):
             model = PackedModel(AutoModelForCausalLM.from_config(config, **NO_CODE))
         model.lm.tie_weights()
         layers = model.decoder_layers()
         of_layer = sum(p.numel() for layer in layers for p in layer.parameters()) // len(layers)
-    return sum(p.numel() for p in model.parameters()), of_layer
+    return [p.numel() for p in model.parameters()], of_layer
 
 
 def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig) -> None:

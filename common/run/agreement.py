@@ -17,25 +17,17 @@ from common.run.output_dir import PACKAGES, run_identity
 TOKENIZER_FILE = re.compile(r"(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges).*")
 
 
-def agreed_identity(
-    config: TrainConfig,
-    ds_config: dict,
-    data_digest: str,
-    template_digest: str,
-    tokenizer_folder: str,
-    model_folder: str,
-    reference_folder: str | None,
-    ranks: Ranks,
-) -> dict:
-    """run_identity, after all ranks were found to agree on it and on what else decides a step. Collective.
+def agreed_identity(config: TrainConfig, ds_config: dict, digests: tuple, folders: tuple, ranks: Ranks) -> dict:
+    """run_identity, once all ranks were found to agree on it and on what else decides a step. Collective.
 
-    Raises UserError on every rank, with one that differs and in what: a flag, the data, the template, the tokenizer, a
-    model's weights, the ds_config, this code, or the version of a library.
+    digests: of the data and the template. folders: of the tokenizer, the model, and the reference or None. Raises
+    UserError with a rank that differs and in what: a flag, a digest, a weight, the ds_config, code, or a library.
     """
-    args = (config, data_digest, template_digest, model_folder, reference_folder)
-    of_node = ranks.once_per_node(lambda: run_identity(*args))  # it reads the weights
+    data, template = digests
+    tokenizer_folder, *model_folders = folders
+    of_node = ranks.once_per_node(lambda: run_identity(config, data, template, *model_folders))  # it reads the weights
     identity = of_node | identity_values(config)
-    identity |= {"dataset_mixer (contents)": data_digest, "chat_template (contents)": template_digest}
+    identity |= {"dataset_mixer (contents)": data, "chat_template (contents)": template}
     views = ranks.gather(lambda: (socket.gethostname(), identity | environment(config, ds_config, tokenizer_folder)))
     ranks.once(lambda: require_agreement(views))
     return identity
@@ -58,10 +50,8 @@ def environment(config: TrainConfig, ds_config: dict, tokenizer_folder: str) -> 
     for name, files in (("the tokenizer's files", tokenizer), ("this project's code", code)):
         view[name] = digest(json.dumps([(path.name, file_digest(path)) for path in files]).encode())
     view["ds_config (contents)"] = json.dumps(ds_config, sort_keys=True)
-    versions = {package: version(package) for package in PACKAGES}
-    return (
-        view | {f"version of {name}": text for name, text in versions.items()} | {"python": platform.python_version()}
-    )
+    view["python"] = platform.python_version()
+    return view | {f"version of {package}": version(package) for package in PACKAGES}
 
 
 def differences(ours: dict, theirs: dict) -> list[str]:

@@ -15,6 +15,8 @@ from common.config import TrainConfig, identity_values
 from common.failures import UserError, as_user_error, log_to, one_line, print_line
 from common.files import replace_file, weights_digest
 from common.ranks import Ranks
+from common.run import hub
+from common.run.card import model_card
 from common.run.curves import draw_curves
 from common.run.evaluate import has_stalled
 from common.run.metrics import MetricsFile
@@ -45,13 +47,15 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
 
     None: it has ended there, and nothing is to do. Else its state, and the checkpoint to load, None for a fresh start.
     Raises UserError if the folder cannot be written, is a model that this run reads, is written by another run now, or
-    holds another run that `--resume auto` would continue or overwrite.
+    holds another run that `--resume auto` would continue or overwrite; or if the hub would not take the model.
     """
     steps = ranks.once(lambda: _finished_after(config, identity, last_step))
     log_to(Path(config.output_dir) / "logs" / f"rank_{ranks.rank}.log")
     if steps is not None:
         ranks.say(f"{config.output_dir} holds this run, finished after {steps} steps; nothing to do")
         return None
+    if config.push_to_hub:
+        ranks.once(lambda: hub.require_repository(config, identity))
     path = checkpoint.find(config.output_dir, config.resume, ranks)
     if path is None:
         return RunState(identity=identity), None
@@ -166,7 +170,8 @@ def open_output_dir(
 
 
 def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsFile, table: str, ranks: Ranks) -> None:
-    """Curves, model card, then the result: from here on the folder holds a finished run. Collective.
+    """Curves, model card, then the result: from here on the folder holds a finished run; its upload, if asked for.
+    Collective.
 
     table: of the data, for the model card.
     """
@@ -178,7 +183,6 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
         "total_tokens": state.total_tokens,
         "target_tokens": state.target_tokens,
         "train_loss": metrics.last and metrics.last["train_loss"],
-        "evaluation": {name: value for name, value in (metrics.last or {}).items() if name.startswith("eval/")},
         "stopped_early": config.early_stopping_patience if is_early else None,
         "rank_agreement": all(a == agreement[0] for a in agreement),
     }
@@ -188,13 +192,16 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
             draw_curves(Path(config.output_dir), record.get("resumed_after"))
         except Exception as e:  # a picture is not worth a run that is done
             print_line(f"warning: {config.output_dir}/curves.png was not drawn: {type(e).__name__}: {one_line(e)}")
-        replace_file(Path(config.output_dir) / "README.md", model_card(record["method"], config, table, result))
-        write_run_config(config.output_dir, {**record, "result": result})
+        finished = {**record, "result": result}
+        replace_file(Path(config.output_dir) / "README.md", model_card(config, finished, metrics.last, table))
+        write_run_config(config.output_dir, finished)
         if config.clean_checkpoints_at_end:
             checkpoint.delete_all(config.output_dir, "the run is done")
 
     ranks.once(write)
     ranks.say(f"done: {config.output_dir} holds the model after {state.step} steps")
+    if config.push_to_hub:
+        ranks.say(ranks.once(lambda: hub.push(config)))
 
 
 def write_run_config(output_dir: str, record: dict) -> None:
@@ -208,21 +215,3 @@ def read_run_config(output_dir: str) -> dict:
         return {}
     with as_user_error(f"{path} is not what a run wrote; delete it or use another --output_dir"):
         return {**json.loads(path.read_text(encoding="utf-8"))}  # a TypeError for what is no object
-
-
-def model_card(method: str, config: TrainConfig, table: str, result: dict) -> str:
-    """README.md of the exported model."""
-    settings = identity_values(config, (True, "contents")).items()
-    rows = (f"| {name} | {' '.join(value) if isinstance(value, list) else value} |\n" for name, value in settings)
-    base = config.model_name_or_path
-    is_hub_id = base.count("/") == 1 and not Path(base).exists()
-    base_model = f"base_model: {base}\n" if is_hub_id else ""
-    loss = "" if result["train_loss"] is None else f" Last loss: {result['train_loss']:.4f}."
-    evaluated = "".join(f"| {name} | {value:.4f} |\n" for name, value in result["evaluation"].items())
-    evaluation = f"## Held-out evaluation\n\n| metric | value |\n|---|---|\n{evaluated}\n" if evaluated else ""
-    return (
-        f"---\nlibrary_name: transformers\n{base_model}tags: [{method.lower()}]\n---\n\n"
-        f"# {Path(config.output_dir).name}\n\n{method} of `{base}`, full parameters, with Plaintune.\n\n"
-        f"Steps: {result['steps']}. Tokens: {result['total_tokens']:,}.{loss}\n\n## Data\n\n```\n{table}\n```\n\n"
-        f"{evaluation}## Settings\n\n| setting | value |\n|---|---|\n{''.join(rows)}"
-    )

@@ -20,14 +20,14 @@ STEM, CHOSEN, REJECTED = 0, 1, 2  # branch of a token; an ordinary sample is all
 
 
 def plan_step(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
-    """Lays samples of `lengths` tokens into micro-batches of at most `budget` tokens.
+    """Lays samples of `lengths` tokens into micro-batches of at most `budget` tokens, or as many as the longest has.
 
     Returns plan[rank][micro_batch] = positions in `lengths`. Every rank gets the same number of micro-batches (some may
     be empty), the fewest for which longest-first assignment to the least loaded micro-batch fits the budget; that rule
     also spreads the tokens evenly (Graham 1969, LPT). The fullest micro-batches come first, so that too little memory
     shows at once, and the ranks' m-th micro-batches are alike in size, so that ranks do not wait for one another.
     """
-    assert max(lengths) <= budget, "samples longer than the budget are refused before training"  # else: without end
+    budget = max(budget, *lengths)
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     num_micro_batches = -(-sum(lengths) // (num_ranks * budget))
     while True:

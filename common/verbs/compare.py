@@ -62,7 +62,7 @@ def settings_of(run_config: dict) -> dict[str, str]:
         value = run_config.get(part)
         inner = {f"{part}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {part: value}
         values |= {name: v for name, v in inner.items() if name.partition(".")[2] not in values}
-    return {name: shown(value, 40) for name, value in values.items()}
+    return {name: shown(str(value), 60) for name, value in values.items()}
 
 
 def results_of(history: list[dict], run_config: dict) -> dict[str, str]:

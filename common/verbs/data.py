@@ -20,7 +20,7 @@ from common.data.chat_template import ChatTemplate, resolve_template
 from common.data.dataset import TokenDataset
 from common.data.report import data_table, preview, quality_report
 from common.data.sources import load_source, parse_source
-from common.failures import UserError, print_line, shown
+from common.failures import UserError, one_line, print_line
 from common.verbs.launch import exit_with
 
 
@@ -73,7 +73,7 @@ def _row(place: str, ds: TokenDataset, config: TrainConfig, template: ChatTempla
             if len(found):
                 kept = [*tokenize(rows, found)]
                 reasons = [f"not one of the {len(rows.indices):,} rows taken"] if kept else tokenize.counts["dropped"]
-                return f"{shown(place)}: not trained: {', '.join(reasons)}"
+                return f"{one_line(place)}: not trained: {', '.join(reasons)}"
     raise UserError(f"--row {place}: no such row; write FILE:ROW, as the samples' titles do")
 
 

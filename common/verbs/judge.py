@@ -1,7 +1,6 @@
 """Was it a good run? What people used to look for by eye in the first 100 steps' curves, as checks.
 
-`judge_run` reads what a run left behind (metrics.jsonl, run_config.json, its exit code and output) and gives
-a list of checks; a failed one says the likely causes and what to try. `format_table` shows them to a person.
+`judge_run` turns what a run left behind into checks; a failed one says the likely causes and what to try.
 """
 
 import json
@@ -75,7 +74,7 @@ def judge(history: list[dict], run_config: dict, exit_code: int, output: str = "
     logged, num_steps = [row["step"] for row in history], result.get("steps", 0)
     wanted = [i for i in range(1, num_steps + 1) if i % config["logging_steps"] == 0 or i == num_steps]
     lines = f"{num_steps} steps in the result; {len(logged)} of {len(wanted)} lines, the last of step {logged[-1]}"
-    agreed = {None: "not known", True: "they do", False: "they do NOT"}[result.get("rank_agreement")]
+    agreed = "they do" if result.get("rank_agreement") is True else "they do NOT, or it is not known"
     return [
         _finished(exit_code == 0 and {*wanted} <= {*logged}, exit_code, lines, output),
         loss_falls,

@@ -22,11 +22,7 @@ from common.failures import UserError, explained, print_line, shown
 REPO = Path(__file__).resolve().parents[2]
 GRACE = 30.0  # seconds that the other ranks have to end by themselves once one has failed
 ANSWER = 10.0  # seconds after a request to stop until the ranks that still run are named
-KILL = "killing the ranks"
-ASK = (
-    "asking the ranks to stop; if training has begun they save first. Ask again, and a rank that saves leaves without "
-)
-ASK += "it; a third time, and all are killed"
+ASK = "asking the ranks to stop: training saves first. A second request: it ends unsaved; a third: they are killed"
 PRCTL, PR_SET_PDEATHSIG = ctypes.CDLL(None).prctl, 1  # linux/prctl.h
 
 
@@ -79,8 +75,7 @@ def on_request_to_stop(answer: Callable[[int], object]) -> None:
 def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> int:
     """Runs `command` as num_ranks ranks until all have ended; those that hang once another has failed are killed.
 
-    Returns the exit code of the rank that failed first, 128 + signal if a signal ended it; of several at once the
-    highest: a rank whose peer has gone exits with 1.
+    Returns the exit code (128 + signal) of the rank that failed first; of several the highest: a lost peer makes 1.
     """
     requests: list[int] = []
     on_request_to_stop(requests.append)
@@ -93,7 +88,7 @@ def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> i
         if len(requests) > num_answered:
             is_kill = num_answered == 2 or requests[num_answered] == signal.SIGQUIT
             num_answered, named_at = num_answered + 1, time.monotonic() + ANSWER
-            say(KILL if is_kill else ASK)
+            say("killing the ranks" if is_kill else ASK)
             for rank in ranks:  # not SIGINT: a rank that is still importing would print a traceback
                 rank.send_signal(signal.SIGKILL if is_kill else signal.SIGTERM)
         time.sleep(0.1)
@@ -142,7 +137,7 @@ def exit_with(main: Callable[..., int]) -> None:
     except Exception as e:
         if (known := explained(e)) is None:
             raise
-        print_line(f"error: {shown(known, 2000)}", sys.stderr)
+        print_line(f"error: {shown(str(known))}", sys.stderr)
         sys.exit(known.EXIT_CODE)
 
 

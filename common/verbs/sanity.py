@@ -3,8 +3,8 @@
     bash run.sh sanity                        # the embedded default: SFT, DPO, talk to both, judge
     bash run.sh sanity sft|dpo [N] [flags]    # 100 steps of the real recipe on N GPUs, judged; flags as of the script
 
-Writes to output/sanity; the recipe to output/sanity-sft or -dpo, which it wipes first. Trains as `bash run.sh sft|dpo`
-does. Exits 0 only if every check passes, 1 if one fails, 2 on a mistake in the command, 143 or 130 when stopped.
+Writes to output/sanity, the recipe to output/sanity-sft or -dpo, which it wipes first. Exits 0 only if every check
+passes, 1 if one fails, 2 on a mistake in the command, 143 or 130 when stopped.
 """
 
 import json
@@ -134,10 +134,9 @@ def ask(folder: Path, questions: list[Question]) -> list[str]:
     if any(report.values()):
         raise ValueError(f"weights do not fit: {report}")
     chats = [[{"role": "user", "content": question.prompt}] for question in questions]
-    form = dict(padding=True, return_dict=True, return_tensors="pt")
-    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, **form)
-    end = dict(max_new_tokens=MAX_NEW_TOKENS, pad_token_id=tokenizer.pad_token_id)
-    outputs = model.generate(**prompts, do_sample=False, **end)
+    form = dict(add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt")
+    prompts = tokenizer.apply_chat_template(chats, **form)
+    outputs = model.generate(**prompts, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
     return tokenizer.batch_decode(outputs[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

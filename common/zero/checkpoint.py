@@ -125,6 +125,8 @@ def _write_shard(parameters: Parameters, folder: Path, ranks: Ranks) -> dict[str
     """
     tensors: dict[str, torch.Tensor] = {}
     written: dict[str, Future] = {}
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # what the last update still writes to host memory
     with ThreadPoolExecutor(2) as pool:
         for i, (name, param) in enumerate(parameters.items(), start=1):
             start, end = shard_range(param.ds_numel, ranks.rank, ranks.world_size)
@@ -258,7 +260,7 @@ def load(engine, parameters: Parameters, path: Path, step: int, ranks: Ranks) ->
     manifest = json.loads((path / "manifest.json").read_text())
     if manifest["parameters"] != {name: list(p.ds_shape) for name, p in parameters.items()}:
         raise UserError(f"checkpoint {path} holds another model's parameters")
-    residency.set_state(engine, step)
+    residency.set_step(engine, step)
     writers = manifest["world_size"]
 
     @functools.cache

@@ -31,13 +31,24 @@ OWNED_BY_FLAGS = {
 REFUSED = ("zero_quantized_", "zero_hpz_", "mics_", "zenflow", "cpu_offload", "leaf_module", "module_granularity_")
 # What stays whole on a rank during a step. Where the file does not say it, common/zero/memory.py chooses.
 RESIDENCY = ("nothing", "gradients", "all")
-# `residency` is the one key that is not DeepSpeed's.
-PLACEMENT_KEYS = {"residency", "zero_optimization", "aio", "comms_logger", "wall_clock_breakdown", "memory_breakdown"}
+# `residency` and `optimizer_state` (the share of it on the device) are the keys that are not DeepSpeed's.
+STATE_ON_DEVICE = {"device": 1.0, "host": 0.0}
+PLACEMENT_KEYS = {
+    "residency",
+    "optimizer_state",
+    "zero_optimization",
+    "aio",
+    "comms_logger",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+}
 PLACEMENT_KEYS |= {"flops_profiler", "steps_per_print", "compile"}
 
 
 def deepspeed_config(config: TrainConfig) -> dict:
     """What deepspeed.initialize gets: the file's placement and the values that the flags own.
+
+    `optimizer_state`, where the file has one, becomes a share. An `offload_optimizer` to cpu means the same as "host".
 
     One micro-batch a call and no accumulation count: the loop says itself which backward pass is a step's last. Raises
     UserError for a file that cannot be read, is not ZeRO stage 3, or sets what a flag owns or DeepSpeed does not know.
@@ -69,11 +80,19 @@ def deepspeed_config(config: TrainConfig) -> dict:
         devices = offload_devices(DeepSpeedZeroConfig(**zero))
     if "nvme" in devices.values():
         raise wrong("offloading to nvme is not supported: checkpoints are written from memory; use cpu")
-    if devices:  # what lies in the host's memory cannot stay whole on the device
+    if zero.pop("offload_optimizer", None) and "offload_optimizer" in devices:  # DeepSpeed would update on the CPU
+        placement.setdefault("optimizer_state", "host")
+    if "offload_param" in devices:  # what lies in the host's memory cannot stay whole on the device
         placement.setdefault("residency", "nothing")
-    allowed = ("nothing",) if devices else RESIDENCY
+    allowed = ("nothing",) if "offload_param" in devices else RESIDENCY
     if placement.get("residency", "nothing") not in allowed:
-        raise wrong(f"`residency` must be {' or '.join(allowed)}{f' with {min(devices)}' if devices else ''}")
+        raise wrong(f"`residency` must be {' or '.join(allowed)}{' with offload_param' if len(allowed) == 1 else ''}")
+    if "optimizer_state" in placement:
+        share = placement["optimizer_state"]
+        share = STATE_ON_DEVICE.get(share, -1) if isinstance(share, str) else share
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise wrong("`optimizer_state` must be device, host, or the share on the device, from 0 to 1")
+        placement["optimizer_state"] = float(share)
     return {
         "steps_per_print": 2**62,
         **placement,

@@ -13,28 +13,32 @@ from common.failures import TrainingStopped, as_user_error, is_out_of_memory
 from common.model.packed import PackedModel
 from common.ranks import Ranks
 from common.zero import residency
+from common.zero.host_state import HostMemory
 
 
-def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict):
+def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict, host: HostMemory | None = None):
     """deepspeed.initialize with torch's fused AdamW over every parameter, weight decay on all of them.
 
-    ds_config's `residency` says what stays whole during a step (common/zero/residency.py). Raises UserError for what
-    DeepSpeed itself refuses, and for another version of it.
+    ds_config's `residency` says what stays whole during a step (common/zero/residency.py), its `optimizer_state` which
+    share of master weights and moments lies on the device; the rest lies in `host`, None for memory taken now. Raises
+    UserError for what DeepSpeed itself refuses.
     """
-    residency.require_known_deepspeed()
     betas, eps, decay = (config.adam_beta1, config.adam_beta2), config.adam_epsilon, config.weight_decay
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas, eps, decay, fused=True)
     # One gather and one reduction a layer, in place of one for every module in it.
     set_z3_leaf_modules(model, list({type(layer) for layer in model.decoder_layers()}))
     refusals = AssertionError, NotImplementedError, ValueError
-    with as_user_error(f"--ds_config {config.ds_config}: DeepSpeed refuses it", *refusals):
+    with (
+        residency.own_state(ds_config.get("optimizer_state", 1.0), host),
+        as_user_error(f"--ds_config {config.ds_config}: DeepSpeed refuses it", *refusals),
+    ):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
     stays_whole = ds_config.get("residency", "nothing")
-    clipping = residency.Clipping(engine, stays_whole != "nothing")
+    engine.updater = residency.Update(engine, model, stays_whole != "nothing", stays_whole == "all")
+    if stays_whole == "all":  # first: its wholes replace shards before sums take memory
+        residency.ResidentParameters(engine, model, engine.updater)
     if stays_whole != "nothing":
-        residency.WholeGradients(engine, model, clipping)
-    if stays_whole == "all":
-        residency.ResidentParameters(engine, model)
+        residency.WholeGradients(engine, model, engine.updater)
     return engine
 
 
@@ -60,8 +64,7 @@ def set_learning_rate(engine, learning_rate: float) -> None:
 
 def require_finite_weights(engine, step: int, ranks: Ranks) -> None:
     """Raises TrainingStopped if an update made weights that no model should be written with. Collective."""
-    shards = residency.master_weights(engine)
-    if not all(ranks.gather(lambda: all(bool(flat.isfinite().all()) for flat in shards))):
+    if not all(ranks.gather(lambda: residency.weights_are_finite(engine))):
         raise TrainingStopped(
             f"step {step}: there are weights that are not finite, after an update whose gradient was; they are not "
             f"written. Try a lower --learning_rate or --weight_decay; if a checkpoint was written, it stands"

@@ -1,15 +1,14 @@
-"""What stays whole on a rank during a step, how large micro-batches are, how many layers recompute their activations.
+"""The machine's figures, the plan that follows from them (common/zero/plan.py), and what shows that it fits.
 
-The peak memory of a micro-batch of t tokens with u layers that keep their activations is taken as B + t (D + A u).
-Before the model loads, B, D and A are estimated from its shape, and the fastest residency (common/zero/residency.py)
-that fits is taken. Once it is loaded, B is what the device holds, and on a GPU dry micro-batches, whose loss is
-multiplied by 0, show what activations really need, until one of the chosen size fits. Their gradients are exact zeros.
+Before the model loads, where its state lies is chosen by the estimate; a run for which nothing fits ends there. Once it
+is loaded, B is what the device holds, and on a GPU dry micro-batches, whose loss is multiplied by 0, show what
+activations really need, until those of the chosen sizes fit. Their gradients are exact zeros.
 """
 
 import os
 import resource
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,29 +17,18 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from common.config import TrainConfig
 from common.data.tokens import PreferencePair, SFTSample
 from common.failures import UserError
-from common.model.load import parameter_counts
+from common.model.load import parameter_sizes
 from common.model.packed import model_inputs
 from common.ranks import Ranks
 from common.step.packing import Document, pack, pair_documents, sft_documents
 from common.zero.checkpoint import RunState
-from common.zero.ds_config import RESIDENCY, offload_devices
+from common.zero.ds_config import RESIDENCY
 from common.zero.engine import out_of_memory_explained
+from common.zero.host_state import HostMemory
+from common.zero.plan import HEADROOM, HOST_RESERVE, LEAST_TRIED, Card, Plan, Shape, Workload, choose, plan_run
+from common.zero.residency import require_known_deepspeed
 
-LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
-LEAST_TRIED = 1024  # tokens
-HEADROOM = 0.06  # of the device's memory is left free
-# What one more micro-batch costs, in tokens' time. Measured for 8B on two H200; both grow with the parameters.
-MICRO_BATCH_TOKENS = {"nothing": 1300, "gradients": 550, "all": 150}
-
-
-class Workload(NamedTuple):
-    """What a run asks of its micro-batches."""
-
-    longest: int  # tokens of the longest sample (pair), the least that a micro-batch must hold
-    tokens_per_rank: float  # in a step
-    budget: int  # tokens that a micro-batch may hold
-    is_settled: bool  # by the flag or by the checkpoint that the run continues; else choose_micro_batch() decides
-    residency: str  # of the run that wrote that checkpoint; "" for none
+MOST_DRY_RUNS = 8
 
 
 def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state: RunState, ranks: Ranks) -> Workload:
@@ -51,185 +39,269 @@ def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state
     longest, budget, residency = int(lengths.max()), 0, ""
     if state.world_size == ranks.world_size:  # at another number of ranks nothing keeps a resume bitwise
         budget, residency = state.micro_batch_budget, state.residency
-    if config.max_tokens_per_micro_batch != "auto":
+    if not isinstance(config.max_tokens_per_micro_batch, str):  # auto
         budget = config.max_tokens_per_micro_batch
         if budget < longest:
             raise UserError(f"--max_tokens_per_micro_batch {budget} is less than the {longest} tokens of {longest_at}")
-    default = 16384 if ranks.device.type == "cuda" else 4096
+    default = max(longest, 16384 if ranks.device.type == "cuda" else 4096)
     tokens_per_rank = float(lengths.mean()) * config.global_batch_size / ranks.world_size
-    return Workload(longest, tokens_per_rank, max(longest, budget or default), budget > 0, residency)
-
-
-class Memory(NamedTuple):
-    """Bytes that a rank needs on its device; what lies in the host's memory does not count."""
-
-    residency: str
-    parameters: float  # whole, or the rank's shards
-    gathered: float  # layers that are whole only while they run
-    gradients: float
-    optimizer: float  # master weights and two moments, in equal parts
-    per_token: float  # D
-    per_token_and_layer: float  # A
-
-    @property
-    def fixed(self) -> float:  # B
-        return self.parameters + self.gathered + self.gradients + self.optimizer
-
-    def activations(self, tokens: int, keeping: int) -> float:
-        return tokens * (self.per_token + self.per_token_and_layer * keeping)
-
-
-def estimated(
-    model_config, counts: tuple[int, int], itemsize: int, world_size: int, residency: str, zero: DeepSpeedZeroConfig
-) -> Memory:
-    """From the shape alone. counts: of parameters, all and in a layer, of itemsize bytes each.
-
-    A compiled layer keeps half of its matrix products' outputs (its parameters over the hidden size) and some five rows
-    of the hidden size; outside the layers, the logits and some eight rows. Measured for Llama, within 10%.
-    """
-    (numel, layer_numel), hidden, offloaded = counts, model_config.hidden_size, offload_devices(zero)
-    parameters = 0 if "offload_param" in offloaded else numel / world_size
-    optimizer = 0 if "offload_optimizer" in offloaded else numel / world_size
-    gathered = min(numel, 3 * layer_numel + zero.prefetch_bucket_size)
-    if residency == "all" or parameters == numel:
-        parameters, gathered = numel, 0
-    gradients = 4 * (optimizer + 2 * zero.reduce_bucket_size if residency == "nothing" else numel)
-    per_token = itemsize * (model_config.vocab_size + 8 * hidden)
-    per_token_and_layer = itemsize * (layer_numel / hidden / 2 + 5 * hidden)
-    sizes = itemsize * parameters, itemsize * gathered, gradients, 12 * optimizer, per_token, per_token_and_layer
-    return Memory(residency, *sizes)
-
-
-def choose(memory: Memory, room: float, layers: int, workload: Workload, given: int | None = None) -> tuple:
-    """(cost, tokens of a micro-batch, layers that recompute) of the least cost whose activations fit `room` bytes.
-
-    The cost is a rank's time for a step, in tokens: a recomputed layer costs a third of its forward and backward passes
-    again, a micro-batch MICRO_BATCH_TOKENS; a step takes half a micro-batch more than the quotient, as steps differ. A
-    settled budget is the only size allowed. given: the layers that recompute, None for any number.
-    If nothing fits, the cost is infinite, the size the smallest, and every (or the given) layer recomputed.
-    """
-    tokens_per_rank, least = workload.tokens_per_rank, max(workload.longest, LEAST_TRIED)
-    budgets = range(least, max(least, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank))) + 1, 1024)
-
-    def candidate(budget: int) -> tuple[float, int, int]:
-        can_keep = int(max(0.0, (room / budget - memory.per_token) / memory.per_token_and_layer))
-        recomputing = layers - min(layers, can_keep) if given is None else given
-        overhead = (tokens_per_rank / budget + 0.5) * MICRO_BATCH_TOKENS[memory.residency]
-        fits = memory.activations(budget, layers - recomputing) <= room
-        cost = tokens_per_rank * (1 + recomputing / layers / 3) + overhead if fits else np.inf
-        return cost, budget, recomputing
-
-    return min(map(candidate, [workload.budget] if workload.is_settled else budgets))
+    # The largest of n drawn lengths is below their quantile q with probability q^n.
+    quantiles = np.array([1, 3, 5, 7, 9, 11, 13, 15]) / 16
+    largest = np.quantile(lengths, quantiles ** (1 / config.global_batch_size), method="higher")
+    of_steps = tuple(int(tokens) for tokens in largest)
+    return Workload(longest, tokens_per_rank, budget or default, budget > 0, residency, of_steps)
 
 
 def given_layers(config: TrainConfig, num_layers: int) -> int | None:
     """How many layers `--gradient_checkpointing` has recompute their activations; None for `auto`."""
     value = config.gradient_checkpointing
-    return None if value == "auto" else min({"none": 0, "full": num_layers}.get(value, value), num_layers)
+    if isinstance(value, str):
+        return {"auto": None, "none": 0, "full": num_layers}[value]
+    return min(value, num_layers)
+
+
+def shape_of(model_config, config: TrainConfig, is_compiled: bool) -> Shape:
+    """Of the model that a config.json describes."""
+    sizes, layer_numel = parameter_sizes(model_config)
+    layers, hidden, vocab = model_config.num_hidden_layers, model_config.hidden_size, model_config.vocab_size
+    return Shape(sizes, layer_numel, layers, hidden, vocab, getattr(torch, config.dtype).itemsize, is_compiled)
 
 
 def choose_residency(
     ds_config: dict, config: TrainConfig, model_config, workload: Workload, ranks: Ranks
-) -> tuple[dict, Memory]:
-    """ds_config with its `residency`, and the estimate for it. What its file says stands; a run that continues goes on
-    summing gradients as it did, which would else be rounded otherwise. Collective."""
-    allowed = RESIDENCY
+) -> tuple[dict, Plan]:
+    """ds_config with its `residency` and `optimizer_state`, and the plan. What its file says stands; a run that
+    continues goes on summing gradients as it did, which would else be rounded otherwise. Collective.
+
+    Raises UserError on a GPU where nothing fits, and for another version of DeepSpeed.
+    """
+    require_known_deepspeed()
+    share = ds_config.get("optimizer_state")
+    allowed: tuple[str, ...] = RESIDENCY
     if "residency" in ds_config:
         allowed = (ds_config["residency"],)
     elif workload.residency:
         allowed = ("nothing",) if workload.residency == "nothing" else ("gradients", "all")  # which sum alike
-    free, layers = min(ranks.gather(lambda: _free_bytes(ranks))), model_config.num_hidden_layers
-    counts, itemsize = parameter_counts(model_config), getattr(torch, config.dtype).itemsize
-    zero = DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+    is_gpu = ranks.device.type == "cuda"
+    shape = shape_of(model_config, config, config.compile_layers is not False or not is_gpu)
+    if not is_gpu and share is None:
+        share = 1.0  # it is one memory
+    card, zero = _card(ranks), DeepSpeedZeroConfig(**ds_config["zero_optimization"])
 
-    def cost(memory: Memory) -> tuple[float, float]:
-        """Where nothing fits, what needs the least memory is best; of equals, what keeps more whole."""
-        room = free * (1 - HEADROOM) - memory.fixed
-        return choose(memory, room, layers, workload, given_layers(config, layers))[0], memory.fixed
+    def planned(
+        card: Card = card, workload: Workload = workload, world_size: int = ranks.world_size, headroom=HEADROOM
+    ):
+        given = given_layers(config, shape.layers)
+        return plan_run(shape, card, workload, world_size, zero, allowed, share, given, headroom)
 
-    estimates = (estimated(model_config, counts, itemsize, ranks.world_size, name, zero) for name in reversed(allowed))
-    best = min(estimates, key=cost)
+    plan = planned()
+    if is_gpu and plan.cost == np.inf and planned(headroom=0).cost == np.inf:
+        raise UserError(_does_not_fit(plan, planned, config, workload, ranks))
+    memory = plan.memory
     ranks.say(
-        f"residency: {best.residency} (what stays whole on a rank during a step); {counts[0]:,} parameters, "
-        f"{free / 1e9:.1f} GB free for each of {ranks.world_size} ranks"
+        f"residency: {memory.residency} (what stays whole on a rank during a step); {shape.numel:,} parameters, "
+        f"{card.free / 1e9:.1f} GB free for each of {ranks.world_size} ranks; {memory.share:.0%} of the optimizer's "
+        f"state on the device, {memory.host / 1e9:.1f} GB in host memory ({card.host_link / 1e9:.0f} GB/s each way)"
     )
-    return ds_config | {"residency": best.residency}, best
+    return ds_config | {"residency": memory.residency, "optimizer_state": memory.share}, plan
 
 
-def _free_bytes(ranks: Ranks) -> int:
-    """Of this rank's GPU; on a CPU its share of half of the host's memory, so that a run is placed alike every time."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.mem_get_info(ranks.device)[0]
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 // ranks.local_world_size
+def _does_not_fit(plan: Plan, planned: Callable, config: TrainConfig, workload: Workload, ranks: Ranks) -> str:
+    """What is needed, what is free, and the smallest changes with which it would fit."""
+    memory, card, per_host = plan.memory, plan.card, ranks.local_world_size
+    tokens = max(plan.budget, workload.longest)
+    activations = memory.activations(tokens, plan.shape.layers - plan.recomputing)
+    parts = {
+        "parameters": memory.parameters + memory.gathered,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        f"activations of {tokens:,} tokens": activations,
+    }
+    changes = []
+    for world_size in range(ranks.world_size + 1, 65):
+        fewer = workload._replace(tokens_per_rank=workload.tokens_per_rank * ranks.world_size / world_size)
+        on_host = card._replace(host_free=card.host_free * per_host / min(world_size, max(8, per_host)))
+        if planned(on_host, fewer, world_size).cost < np.inf:
+            changes.append(f"{world_size} GPUs")
+            break
+    with_host = planned(card._replace(host_free=np.inf))
+    if with_host.cost < np.inf:
+        needed = (with_host.memory.host + HOST_RESERVE) * per_host
+        changes.append(f"{needed / 1e9:.0f} GB of host memory free for the {per_host} ranks of this host")
+    for sixteenths in range(15, 0, -1):
+        longest = max(1, workload.longest * sixteenths // 16)
+        of_steps = tuple(min(longest, tokens) for tokens in workload.longest_of_steps)
+        shorter = workload._replace(longest=longest, budget=min(workload.budget, longest), longest_of_steps=of_steps)
+        if planned(workload=shorter).cost < np.inf:
+            changes.append(f"--max_seq_length {max(1, config.max_seq_length * sixteenths // 16)}")
+            break
+    return (
+        f"this model does not fit on {ranks.world_size} GPUs: each needs "
+        + " + ".join(f"{size / 1e9:.1f} GB {name}" for name, size in parts.items())
+        + f" = {sum(parts.values()) / 1e9:.1f} GB, free are {card.free / 1e9:.1f} GB; and of host memory "
+        f"{memory.host / 1e9:.1f} GB, free are {card.host_free / 1e9:.1f} GB. It would fit with "
+        f"{', or '.join(changes) or 'none of: more GPUs, more host memory, a shorter --max_seq_length'}"
+    )
 
 
+# ------------------------------------------------------------------ the machine
+def _card(ranks: Ranks) -> Card:
+    """The least that any rank has. Collective."""
+    if ranks.device.type != "cuda":
+        # A share of half of the host's memory, so that a run is placed alike every time.
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / ranks.local_world_size
+        return Card(min(ranks.gather(lambda: free)), np.inf, 1e10, 1e11)
+    torch.distributed.barrier()  # the ranks of a host share its memory's bandwidth: they measure at the same time
+    seen = ranks.gather(lambda: _measured(ranks.device, ranks.local_world_size))
+    free, host_free, link, flops = (min(values) for values in zip(*seen, strict=True))
+    return Card(free, host_free, link, flops, ranks.world_size > ranks.local_world_size)
+
+
+def _measured(device: torch.device, local_world_size: int) -> tuple[float, float, float, float]:
+    """Bytes free on the device and in host memory, bytes a second each way between them, FLOP/s of a product."""
+    free = torch.cuda.mem_get_info(device)[0]
+    host = [torch.zeros(2**28, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    there = [torch.zeros(2**28, dtype=torch.uint8, device=device) for _ in range(2)]
+    square, back = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16), torch.cuda.Stream(device)
+
+    def copy() -> None:
+        back.wait_stream(torch.cuda.current_stream(device))
+        there[0].copy_(host[0], non_blocking=True)
+        with torch.cuda.stream(back):
+            host[1].copy_(there[1], non_blocking=True)
+        torch.cuda.current_stream(device).wait_stream(back)
+
+    def seconds(work: Callable[[], object]) -> float:
+        work()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        for _ in range(5):
+            work()
+        events[1].record()
+        events[1].synchronize()
+        return events[0].elapsed_time(events[1]) / 5e3
+
+    link, flops = 2**28 / seconds(copy), 2 * 8192**3 / seconds(lambda: square @ square)
+    return free, available_host_memory() / local_world_size, link, flops
+
+
+def available_host_memory(root: Path = Path("/")) -> float:
+    """Bytes that this host, or the container in which this process runs, has left."""
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    limit = root / "sys/fs/cgroup/memory.max"
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        used = int((root / "sys/fs/cgroup/memory.current").read_text())
+        cached = next(
+            int(line.split()[1])
+            for line in (root / "sys/fs/cgroup/memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
+        available = min(available, int(limit.read_text()) - used + cached)
+    return available
+
+
+def reserve_host_memory(plan: Plan, ranks: Ranks) -> HostMemory:
+    """Host memory for the state that does not lie on this rank's device; pinned beside what follows."""
+    num_threads = max(1, min(8, len(os.sched_getaffinity(0)) // ranks.local_world_size))
+    return HostMemory(int(plan.memory.host) // 4, ranks.device, num_threads)
+
+
+# ------------------------------------------------------------------ dry runs
 def choose_micro_batch(
-    engine, config: TrainConfig, estimate: Memory, kernel: str, workload: Workload, made_up: Callable, ranks: Ranks
+    engine, config: TrainConfig, plan: Plan, kernel: str, workload: Workload, made_up: Callable, ranks: Ranks
 ) -> int:
     """Sets the layers that recompute, says the plan and returns the micro-batch's tokens. Collective.
 
-    By dry runs on a GPU, if the flags leave anything open; on a CPU `auto` recomputes nothing. estimate: of
-    choose_residency. made_up: made_up_conversation or made_up_pair, whichever the run trains.
+    By dry runs on a GPU, if the flags leave anything open; on a CPU `auto` recomputes nothing. From then on each
+    micro-batch has as many layers recompute as its own tokens need. plan: of choose_residency. made_up:
+    made_up_conversation or made_up_pair, whichever the run trains.
     """
-    policy, device, budget = engine.module, ranks.device, workload.budget
+    policy, device, budget, estimate = engine.module, ranks.device, workload.budget, plan.memory
     layers = len(policy.decoder_layers())
     given = given_layers(config, layers)
     recomputing, how = given or 0, "nothing measured"
     if device.type == "cuda" and not (given is not None and workload.is_settled):
         ranks.say("measuring memory on made-up micro-batches; the first also compiles the layers")
         held = max(ranks.gather(lambda: torch.cuda.memory_allocated(device))) + estimate.gathered
-        moments = estimate.optimizer * 2 / 3  # which the first update allocates
-        free, total = torch.cuda.mem_get_info(device)
-        usable = min(ranks.gather(lambda: free + torch.cuda.memory_reserved(device) - HEADROOM * total))
+        free = torch.cuda.mem_get_info(device)[0]
+        usable = min(ranks.gather(lambda: (free + torch.cuda.memory_reserved(device)) * (1 - HEADROOM)))
 
         def activations_of(tokens: int, recomputing: int) -> float:
             policy.checkpoint_activations(recomputing)
             return _dry_run(engine, kernel, tokens, workload.longest, made_up, ranks) - held
 
-        room = usable - held - moments
-        budget, recomputing, activations = confirmed(estimate, room, layers, workload, given, activations_of)
-        how = f"{(held + moments + activations) / 1e9:.1f} seen of {usable / 1e9:.1f} usable"
-    else:
-        policy.checkpoint_activations(recomputing)
-        activations = estimate.activations(budget, layers - recomputing)
-    predicted = estimate.fixed + estimate.activations(budget, layers - recomputing)
+        budget, room, activations = confirmed(plan, usable - held, workload, given, activations_of)
+        how = f"{(held + activations) / 1e9:.1f} seen of {usable / 1e9:.1f} usable"
+        engine.updater.carrier.memory_limit = usable
+        if given is None:
+            recomputing = estimate.recomputing(max(budget, workload.longest), room, layers)
+            if recomputing:  # short rows may keep all: that is compiled now, and not in the middle of the run
+                activations_of(LEAST_TRIED, estimate.recomputing(LEAST_TRIED, room, layers))
+            _recompute_by_tokens(policy, lambda tokens: estimate.recomputing(tokens, room, layers))
+    policy.checkpoint_activations(recomputing)
+    largest = max(budget, workload.longest)
+    predicted = estimate.activations(largest, layers - recomputing)
     ranks.say(
         f"memory plan, GB on each rank: {(estimate.parameters + estimate.gathered) / 1e9:.1f} parameters, "
         f"{estimate.gradients / 1e9:.1f} gradients, {estimate.optimizer / 1e9:.1f} optimizer, "
-        f"{activations / 1e9:.1f} activations; {predicted / 1e9:.1f} by the model's shape, {how}; micro-batches of "
-        f"{budget:,} tokens, {recomputing} of {layers} layers recomputed"
+        f"{predicted / 1e9:.1f} activations; {(estimate.fixed + predicted) / 1e9:.1f} by the model's shape, {how}; "
+        f"micro-batches of {budget:,} tokens, {recomputing} of {layers} layers recomputed in one of {largest:,}"
     )
     return budget
 
 
+def _recompute_by_tokens(policy, needed: Callable[[int], int]) -> None:
+    """Before each forward pass: as many layers recompute as a row of its tokens needs."""
+
+    def set_layers(module, args, row: dict) -> None:
+        module.checkpoint_activations(needed(row["input_ids"].shape[1]))
+
+    policy.register_forward_pre_hook(set_layers, with_kwargs=True)
+
+
 def confirmed(
-    estimate: Memory, room: float, layers: int, workload: Workload, given: int | None, activations_of: Callable
-) -> tuple[int, int, float]:
-    """(tokens, layers that recompute, bytes of activations) of the first choice whose dry run is seen to fit `room`.
+    plan: Plan, room: float, workload: Workload, given: int | None, activations_of: Callable
+) -> tuple[int, float, float]:
+    """(tokens of a micro-batch, room in bytes of the estimate, bytes of activations) once that and the largest
+    micro-batch were seen to fit `room`.
 
     activations_of(tokens, recomputing) runs one and gives its bytes. The first run should take at most a quarter of the
     room and a later one at most twice what has been seen, so that a surprise shows before memory runs out. If nothing
     fits, the smallest choice is taken.
     """
-    room = max(1.0, room)
+    room, memory, layers = max(1.0, room), plan.memory, plan.shape.layers
     estimated_room = room  # in bytes of the estimate: what it may predict for activations that really fill the room
     used, has_compiled = 1 / 8, False  # the largest part of the room that was seen in use
-    _, tokens, recomputing = choose(estimate, room, layers, workload, given)
-    while True:
-        per_token = estimate.activations(1, layers - recomputing)
+    seen: dict[tuple[int, int], float] = {}  # of what fits, or is the smallest choice
+
+    def wanted() -> tuple[int, list[tuple[int, int]]]:
+        _, budget, _ = choose(memory, estimated_room, plan.shape, plan.card, workload, given)
+        sizes = sorted({budget, max(budget, workload.longest)})
+        layers_of = [memory.recomputing(n, estimated_room, layers) if given is None else given for n in sizes]
+        return budget, list(zip(sizes, layers_of, strict=True))
+
+    budget, targets = wanted()
+    for _ in range(MOST_DRY_RUNS):
+        unseen = [target for target in targets if target not in seen]
+        if not unseen:
+            break
+        tokens, recomputing = unseen[0]
+        per_token = memory.activations(1, layers - recomputing)
         size = min(tokens, max(LEAST_TRIED, int(2 * used * estimated_room / per_token)))
-        seen = activations_of(size, recomputing)
-        if size == tokens and seen <= room:
-            return tokens, recomputing, seen
+        bytes_seen = activations_of(size, recomputing)
+        if size == tokens and bytes_seen <= room:
+            seen[tokens, recomputing] = bytes_seen
+            continue
         if not has_compiled:  # which takes memory that no later run needs: the same run once more
             has_compiled = True
             continue
-        used = max(used, seen / room)
-        estimated_room = min(2 * estimated_room, size * per_token * room / max(1.0, seen))
-        last, (_, *choice) = [size, recomputing], choose(estimate, estimated_room, layers, workload, given)
-        if choice == last:
-            return tokens, recomputing, seen
-        tokens, recomputing = choice
+        used = max(used, bytes_seen / room)
+        estimated_room = min(2 * estimated_room, size * per_token * room / max(1.0, bytes_seen))
+        budget, targets = wanted()
+        if size == tokens and (size, recomputing) in targets:
+            seen[size, recomputing] = bytes_seen
+    return budget, estimated_room, max(seen.get(target, 0.0) for target in targets)
 
 
 def made_up_conversation(ids: np.ndarray) -> list[Document]:

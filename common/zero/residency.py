@@ -10,38 +10,47 @@ all        ResidentParameters, besides: parameters are gathered once a step, eac
 Methods that DeepSpeed calls are replaced, on one instance; what its step reads and writes, this rank's shards, stays
 the same. The step updates one group of parameters after another (`sub_group_size`): while one is updated the one before
 is gathered. All collectives go through DeepSpeed's communicator, and so run in the order in which they were started.
+Where parameters are kept whole a step runs on a stream of its own on a GPU, and a module of the next forward pass waits
+for its own parameters only, while groups whose state lies in host memory (common/zero/host_state.py) are under way.
 
 Undocumented names of engine.optimizer, DeepSpeed's ZeRO-3 optimizer  -> what DeepSpeed does: what is done here
   fp16_groups, fp16_partitioned_groups         -> parameters and their shards, by group: read
-  fp32_partitioned_groups_flat                 -> master weights of each group, flat: read, updated
+  fp16_partitioned_groups_flat                 -> the shards of each group, flat: read
+  fp32_partitioned_groups_flat                 -> master weights of each group, flat: made here, read, updated
+  _create_fp32_partitions, initialize_optimizer_states -> makes them, and gradients: replaced, moments are made too
+  defragment                                   -> makes shards one by way of host memory: replaced, stays on the device
   optimizer, sub_group_to_group_id             -> torch's AdamW, its group of options: moments set, updated
   averaged_gradients                           -> shards of the gradient, by group: read; set to those of the sums
-  dp_process_group, offload_optimizer          -> communicator of all ranks; is the state in host memory: read
+  dp_process_group                             -> communicator of all ranks
   clip_grad, _global_grad_norm                 -> --max_grad_norm; the norm before clipping: read; set
-  _get_norm_groups, unscale_and_clip_grads     -> norm; scaling of a group's gradient: replaced by Clipping's
-  step                                         -> norm and updates: followed by zeroing the sums
+  _get_norm_groups, unscale_and_clip_grads     -> norm; scaling of a group's gradient: replaced by Update's
+  step                                         -> norm and updates: run on a stream of their own
   is_gradient_accumulation_boundary            -> is this the step's last backward pass: called
   reduce_ready_partitions_and_remove_grads     -> a gradient is there: replaced, added to the parameter's sum
   independent_gradient_partition_epilogue      -> a backward pass ends: replaced, sums are reduced
   _prepare_sub_group, _optimizer_step          -> copies a group's gradient; updates it: replaced by update_group
-  _reassign_or_swap_out_partitioned_parameters -> rounds a group's master weights: if resident, gathers them too
+  _reassign_or_swap_out_partitioned_parameters -> rounds a group's master weights: replaced; if resident, gathers them
   _partition_all_parameters                    -> releases what is whole before a step: if resident, waits for it
   _post_step                                   -> ends a step: called once weights are loaded
   parameter_offload.{forward,backward}_hooks   -> gather and release modules: removed if resident
   lp_param_buffer, grad_partitions_flat_buffer, ipg_buckets -> memory of shards, of its own reduction: freed if unused
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 from torch.distributed.distributed_c10d import _coalescing_manager  # one launch for a layer's collectives
 
 from common.failures import UserError
 from common.model.summing import SummingEmbedding, SummingLinear
+from common.zero.host_state import Carrier, HostMemory, num_on_device, pieces_of
 
 DEEPSPEED = "0.19.8"
 
@@ -55,31 +64,82 @@ def require_known_deepspeed() -> None:
 
 
 # ------------------------------------------------------------------ what other files ask of DeepSpeed
-def master_weights(engine) -> list[torch.Tensor]:
-    """This rank's shards of the master weights, float32, in one flat tensor for each group."""
-    return engine.optimizer.fp32_partitioned_groups_flat
+def weights_are_finite(engine) -> bool:
+    """Whether this rank's shards of the model's weights are, after the last update."""
+    engine.module.finish_gathering()
+    return all(bool(shard.isfinite().all()) for group in engine.optimizer.fp16_partitioned_groups for shard in group)
 
 
-def set_state(engine, step: int) -> None:
-    """Gives every group the optimizer's state after `step` steps, with moments of zero."""
-    state = engine.optimizer.optimizer.state
-    for flat in master_weights(engine):
-        state[flat] = _zero_state(flat)
-        state[flat]["step"] += step
-
-
-def _zero_state(flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    moments = {name: torch.zeros_like(flat, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-    return {"step": torch.zeros((), device=flat.device), **moments}
+def set_step(engine, step: int) -> None:
+    """Gives every group the number of steps that its moments are of. Its state may be read and written after that."""
+    engine.updater.carrier.wait_until_written()
+    for state in engine.optimizer.optimizer.state.values():
+        state["step"].fill_(step)
 
 
 def round_master_weights(engine) -> None:
     """Rounds master weights that have been set to the model's own, as the end of a step does. Collective."""
     zero = engine.optimizer
     zero._partition_all_parameters()
-    for group in range(len(zero.fp16_groups)):
+    for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
+        shards = [shard.data for shard in zero.fp16_partitioned_groups[group]]
+        torch._foreach_copy_(shards, list(flat.detach().split([shard.numel() for shard in shards])))
         zero._reassign_or_swap_out_partitioned_parameters(group)
     zero._post_step(set())
+
+
+# ------------------------------------------------------------------ the optimizer's state
+def group_sizes(shard_sizes: list[int], sub_group_size: int) -> list[int]:
+    """Elements of each of DeepSpeed's groups: consecutive shards, closed once they hold sub_group_size elements."""
+    if sub_group_size >= sum(shard_sizes):
+        return [sum(shard_sizes)]
+    sizes, size = [], 0
+    for shard in shard_sizes:
+        size += shard
+        if size >= sub_group_size:
+            sizes.append(size)
+            size = 0
+    return [*sizes, size] if size else sizes
+
+
+@contextmanager
+def own_state(share_on_device: float, host: HostMemory | None) -> Iterator[None]:
+    """While an engine is made, its master weights and moments are made here, and those of the last groups in `host`.
+
+    DeepSpeed would make all of them on the device first. None: host memory is taken as it is needed.
+    """
+
+    def create(zero) -> None:
+        sizes = [flat.numel() for flat in zero.fp16_partitioned_groups_flat]
+        zero.num_on_device = num_on_device(sizes, share_on_device)
+        memory = host or HostMemory(3 * sum(sizes[zero.num_on_device :]), torch.device(zero.device))
+        memory.wait_until_pinned()
+        for group, shards in enumerate(zero.fp16_partitioned_groups_flat):
+            if group < zero.num_on_device:
+                flat = shards.to(zero.device, torch.float32)
+                moments = [torch.zeros_like(flat) for _ in range(2)]
+            else:
+                flat, *moments = (memory.take(sizes[group]) for _ in range(3))
+                flat.copy_(shards)
+            flat.requires_grad = True
+            zero.fp32_partitioned_groups_flat.append(flat)
+            step = torch.zeros((), device=zero.device)
+            zero.optimizer.state[flat] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+        for options in zero.optimizer.param_groups:
+            options["params"] = []
+
+    def join(shards: list[torch.Tensor]) -> torch.Tensor:
+        joined = shards[0].new_empty(sum(shard.numel() for shard in shards))
+        for shard, there in zip(shards, joined.split([shard.numel() for shard in shards]), strict=True):
+            shard.data = there.copy_(shard.data)
+        return joined
+
+    with (
+        patch.object(stage3.DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", create),
+        patch.object(stage3.DeepSpeedZeroOptimizer_Stage3, "initialize_optimizer_states", lambda zero: None),
+        patch.object(stage3, "defragment", join),
+    ):
+        yield
 
 
 # ------------------------------------------------------------------ the update
@@ -99,18 +159,51 @@ def _scalar(number: float, like: torch.Tensor) -> torch.Tensor:
     return torch.full((), number, dtype=torch.float32, device=like.device)
 
 
-class Clipping:
-    """The gradient's norm before clipping, and what an update divides the gradient by.
+class Update:
+    """An engine's step: the gradient's norm, AdamW on each group's shards, wherever their state lies, and its rounding.
 
-    divisor = max(1, (norm + 1e-6) / max_grad_norm), as torch's clip_grad_norm_; 1 where max_grad_norm is 0. It is one
-    float32 number whatever is kept whole, so that this does not change the update's bits.
+    Gradients are divided by max(1, (norm + 1e-6) / max_grad_norm), as by torch's clip_grad_norm_; not where
+    max_grad_norm is 0. It is one float32 number whatever is kept whole, so that this does not change the update's bits.
     """
 
-    def __init__(self, engine, keeps_gradients: bool):
-        self.zero, self.keeps_gradients, self.divisor = engine.optimizer, keeps_gradients, 1.0
-        if not self.zero.offload_optimizer:
-            self.zero._get_norm_groups = self._norm
-        self.zero.unscale_and_clip_grads = self._clip
+    def __init__(self, engine, policy: nn.Module, keeps_gradients: bool, keeps_weights: bool):
+        self.zero, self.divisor = engine.optimizer, 1.0
+        self.keeps_gradients, self.keeps_weights = keeps_gradients, keeps_weights
+        self.carrier = Carrier(engine.device)
+        self.stream = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
+        zero = self.zero
+        if keeps_gradients:  # before whole weights and sums take memory
+            zero.grad_partitions_flat_buffer.untyped_storage().resize_(0)
+            for bucket in zero.ipg_buckets.values():
+                bucket.buffer = None
+        for group in range(zero.num_on_device, len(zero.fp16_groups)):
+            flat = zero.fp32_partitioned_groups_flat[group]
+            state = flat.detach(), zero.optimizer.state[flat]["exp_avg"], zero.optimizer.state[flat]["exp_avg_sq"]
+            self.carrier.add(group, state, [shard.numel() for shard in self._shards(group)])
+        self.carrier.make_ring()
+        for layer in policy.decoder_layers():
+            layer.register_forward_pre_hook(lambda *_: self.carrier.give_up())
+        self.take_step = zero.step
+        zero.step = self._step
+        zero._get_norm_groups = self._norm
+        zero.unscale_and_clip_grads = self._clip
+        zero._prepare_sub_group = lambda group, timer_names: None
+        zero._optimizer_step = self._update
+        zero._reassign_or_swap_out_partitioned_parameters = lambda group: None  # _update has rounded them
+
+    def _shards(self, group: int) -> list[torch.Tensor]:
+        """A group's weights on this rank, each one-dimensional: as one, where DeepSpeed keeps them flat."""
+        if not self.keeps_gradients:
+            return [self.zero.fp16_partitioned_groups_flat[group].data]
+        return [shard.data for shard in self.zero.fp16_partitioned_groups[group]]
+
+    def _gradients(self, group: int) -> list[torch.Tensor]:
+        """Those of _shards."""
+        gradients, self.zero.averaged_gradients[group] = self.zero.averaged_gradients[group], None
+        if self.keeps_gradients:
+            return gradients
+        sizes = [flat.numel() for flat in self.zero.fp32_partitioned_groups_flat]
+        return [self.zero.grad_partitions_flat_buffer.split(sizes)[group]]
 
     def _norm(self) -> list[torch.Tensor]:
         """[float64]: 2-norm over all ranks, -1 if it is not finite. DeepSpeed's own makes copies in float64."""
@@ -120,13 +213,39 @@ class Clipping:
         return [torch.where(square.isfinite(), square.sqrt(), -1.0)]
 
     def _clip(self, group: int, norm: torch.Tensor) -> None:
-        """Divides the group's flat gradient, where update_group does not."""
         if group == 0:  # the host waits for the norm once, before an update is under way
             self.zero._global_grad_norm = norm = float(norm)
             self.divisor = max(1.0, (norm + 1e-6) / self.zero.clip_grad) if self.zero.clip_grad > 0 else 1.0
-        if not self.keeps_gradients and self.divisor > 1:
-            gradient = self.zero.fp32_partitioned_groups_flat[group].grad
-            gradient.div_(_scalar(self.divisor, gradient))
+
+    def _step(self, *arguments, **options) -> None:
+        self.carrier.bring()
+        if self.stream is None or not self.keeps_weights:  # DeepSpeed gathers weights from the stream that is here
+            self.take_step(*arguments, **options)
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.take_step(*arguments, **options)
+        self.carrier.end_step()
+
+    @torch.no_grad()
+    def _update(self, group: int) -> None:
+        """update_group on each parameter's stretch of the group's flat master weights and moments, then rounds them."""
+        zero, flat = self.zero, self.zero.fp32_partitioned_groups_flat[group]
+        state, options = zero.optimizer.state[flat], zero.optimizer.param_groups[zero.sub_group_to_group_id[group]]
+        state["step"] += 1
+        gradients, shards = self._gradients(group), self._shards(group)
+        chunks: Iterable[tuple[list[tuple[int, int, int]], list[torch.Tensor]]]
+        if group in self.carrier.by_group:
+            chunks = ((chunk.pieces, on_device) for chunk, on_device in self.carrier.carry(group))
+        else:
+            pieces = next(pieces_of([shard.numel() for shard in shards], flat.numel()))
+            chunks = [(pieces, [flat.detach(), state["exp_avg"], state["exp_avg_sq"]])]
+        for pieces, flats in chunks:
+            sizes = [end - start for _, start, end in pieces]
+            weights, exp_avgs, exp_avg_sqs = (list(x.split(sizes)) for x in flats)
+            parts = [gradients[i][start:end] for i, start, end in pieces]
+            update_group(weights, parts, exp_avgs, exp_avg_sqs, state["step"], self.divisor, options)
+            torch._foreach_copy_([shards[i][start:end] for i, start, end in pieces], weights)
 
 
 def _start(collective: Callable, pairs: list[tuple[torch.Tensor, torch.Tensor]], group, **options) -> list:
@@ -144,11 +263,12 @@ class WholeGradients:
     """Takes over an engine's gradients: what its backward passes leave, and what its step reads.
 
     After a step the sums are zeroed while the next forward pass runs.
-    policy: the engine's common.model.PackedModel, before its layers are compiled. clipping: the engine's.
+    policy: the engine's common.model.PackedModel, before its layers are compiled. update: the engine's.
     """
 
-    def __init__(self, engine, policy: nn.Module, clipping: Clipping):
-        self.zero, self.clipping, self.bucket_elements = engine.optimizer, clipping, engine.zero_reduce_bucket_size()
+    def __init__(self, engine, policy: nn.Module, update: Update):
+        self.zero, self.carrier = engine.optimizer, update.carrier
+        self.bucket_elements = engine.zero_reduce_bucket_size()
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.operation = dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM  # gloo only sums
         # [ranks, elements of a shard]: the flattened parameter, padded at the end with zeros, by owner
@@ -171,16 +291,11 @@ class WholeGradients:
         head.weight_sum = self._as_parameter(head.weight)
 
         self.take_step = self.zero.step
-        self.beside = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
+        self.beside = update.stream
         policy.register_forward_hook(self._wait_for_zeros)
         self.zero.reduce_ready_partitions_and_remove_grads = self._take
         self.zero.independent_gradient_partition_epilogue = self._end_backward
-        self.zero._prepare_sub_group = lambda group, timer_names: None
-        self.zero._optimizer_step = self._update
         self.zero.step = self._step
-        self.zero.grad_partitions_flat_buffer.untyped_storage().resize_(0)
-        for bucket in self.zero.ipg_buckets.values():
-            bucket.buffer = None
 
     def _as_parameter(self, param: nn.Parameter) -> torch.Tensor:
         """The parameter's sum in the parameter's shape."""
@@ -191,6 +306,8 @@ class WholeGradients:
         for param in layer.parameters():
             if param.grad is None:
                 param.grad = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
+        if self.zero.is_gradient_accumulation_boundary():  # the layer's activations are no longer needed
+            self.carrier.bring(in_free_memory=True)
 
     @torch.no_grad()
     def _take(self, param: nn.Parameter) -> None:
@@ -225,6 +342,7 @@ class WholeGradients:
             return
         self.ready += [param for param in self.sums if param in self.unseen]
         self.unseen = set()
+        self.carrier.bring(in_free_memory=True)
         self._reduce_ready()
         self._wait()
         shards = {param: whole[self.rank] for param, whole in self.sums.items()}
@@ -232,21 +350,6 @@ class WholeGradients:
             torch._foreach_div_(list(shards.values()), self.world_size)
         by_group = ([shards[param] for param in group] for group in self.zero.fp16_groups)
         self.zero.averaged_gradients = dict(enumerate(by_group))
-
-    @torch.no_grad()
-    def _update(self, group: int) -> None:
-        """update_group on each parameter's stretch of the group's flat master weights and moments."""
-        zero, flat = self.zero, self.zero.fp32_partitioned_groups_flat[group]
-        state = zero.optimizer.state[flat]
-        if not state:
-            state.update(_zero_state(flat))
-        state["step"] += 1
-        gradients, zero.averaged_gradients[group] = zero.averaged_gradients[group], None
-        sizes = [gradient.numel() for gradient in gradients]
-        flats = flat.detach(), state["exp_avg"], state["exp_avg_sq"]
-        weights, exp_avgs, exp_avg_sqs = (list(x.split(sizes)) for x in flats)
-        options = zero.optimizer.param_groups[zero.sub_group_to_group_id[group]]
-        update_group(weights, gradients, exp_avgs, exp_avg_sqs, state["step"], self.clipping.divisor, options)
 
     def _step(self, *arguments, **options) -> None:
         self.take_step(*arguments, **options)
@@ -271,8 +374,8 @@ class ResidentParameters:
     another way calls policy.finish_gathering first.
     """
 
-    def __init__(self, engine, policy: nn.Module):
-        self.zero, self.world_size = engine.optimizer, dist.get_world_size()
+    def __init__(self, engine, policy: nn.Module, update: Update):
+        self.zero, self.world_size, self.stream = engine.optimizer, dist.get_world_size(), update.stream
         offload = self.zero.parameter_offload
         for hook in (*offload.forward_hooks, *offload.backward_hooks):
             hook.remove()
@@ -293,26 +396,21 @@ class ResidentParameters:
             module.register_forward_pre_hook(self._wait)
         policy.finish_gathering = self._wait_for_all
         self.zero._partition_all_parameters = self._wait_for_all
-        self.zero._reassign_or_swap_out_partitioned_parameters = self._round
-        of_masters = {flat.untyped_storage().data_ptr() for flat in master_weights(engine)}
+        self.zero._reassign_or_swap_out_partitioned_parameters = self._gather
+        of_masters = {flat.untyped_storage().data_ptr() for flat in self.zero.fp32_partitioned_groups_flat}
         if (shards := self.zero.lp_param_buffer.untyped_storage()).data_ptr() not in of_masters:  # as float32's are
             shards.resize_(0)
         for group in range(len(self.last_in)):
             self._gather(group)
 
     @torch.no_grad()
-    def _round(self, group: int) -> None:
-        shards = [shard.data for shard in self.zero.fp16_partitioned_groups[group]]
-        flat = self.zero.fp32_partitioned_groups_flat[group]
-        torch._foreach_copy_(shards, list(flat.split([shard.numel() for shard in shards])))
-        self._gather(group)
-
-    @torch.no_grad()
     def _gather(self, group: int) -> None:
         """Starts to gather the modules of which the ranks' shards are now all rounded."""
-        if self.world_size > 1:
-            for module, pairs in self.last_in[group]:
+        for module, pairs in self.last_in[group]:
+            if self.world_size > 1:
                 self.arriving[module] = _start(dist.all_gather_into_tensor, pairs, self.zero.dp_process_group)
+            elif self.stream is not None:
+                self.arriving[module] = [torch.cuda.current_stream().record_event()]
 
     def _wait(self, module: nn.Module, _) -> None:
         for work in self.arriving.pop(module, ()):

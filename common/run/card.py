@@ -1,0 +1,93 @@
+"""README.md of an exported model: what the hub reads of it (the front matter), and what its reader needs."""
+
+import contextlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import yaml
+from huggingface_hub.repocard import metadata_load
+
+from common.config import TrainConfig, identity_values
+
+LICENSE = ("license", "license_name", "license_link")
+
+
+def base_of(folder: str) -> dict:
+    """What is known of the model in a folder: its commit if it came from the hub, and what of its README.md's front
+    matter holds for what is trained from it: the license, and the base_model of a folder that is on no hub."""
+    found = re.search(r"/snapshots/([0-9a-f]{40})/?$", folder)
+    front: dict = {}
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # none, or one that says nothing of a license
+        front = metadata_load(Path(folder) / "README.md") or {}
+    return {"commit": found and found[1]} | {key: front[key] for key in (*LICENSE, "base_model") if key in front}
+
+
+def model_card(config: TrainConfig, record: dict, last: dict | None, table: str) -> str:
+    """README.md of the model in output_dir.
+
+    record: run_config.json with its result; last: the last record of metrics.jsonl; table: of the data.
+    """
+    folder, method, base, result = Path(config.output_dir), record["method"], record["base"], record["result"]
+    name, commit, device = config.model_name_or_path, base["commit"], record["device"]
+    commits = {source["asked_for"]: source["revision"] for source in record["data"]["sources"] if "revision" in source}
+    datasets = [source["path"] for source in record["data"]["sources"] if "revision" in source]
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "datasets": datasets}
+    front |= {"base_model": name if commit else base.get("base_model"), "tags": [method.lower(), "conversational"]}
+    front |= {key: base.get(key) for key in LICENSE}
+    came = {"optimizer steps": f"{result['steps']} of {record['num_steps']} planned"}
+    came |= {"tokens": result["total_tokens"], "target tokens": result["target_tokens"], **(last or {})}
+    machine = f"{record['world_size']} x {device['name']} ({device['total_memory_gb']:.0f} GB each); "
+    sections = {
+        "How to talk to it": _how_to_talk(config, folder),
+        "Data": f"```\n{table}\n```",
+        "Result: sums, and the last step that was logged": "![curves](curves.png)\n\n"
+        * (folder / "curves.png").is_file()
+        + _table(came),
+        "Settings": _table(identity_values(config, (True, "contents"))),
+        "Machine": machine + ", ".join(f"{package} {number}" for package, number in record["versions"].items()),
+        "To repeat it": f"```\n{_command(config, record, commits)}\n```",
+    }
+    text = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
+    text = (
+        f"---\n{text}---\n\n# {folder.resolve().name}\n\n{method} of `{name}`{f' at commit {commit}' if commit else ''}"
+    )
+    text += ", full parameters, with Plaintune.\n"
+    return text + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
+
+
+def _table(values: dict) -> str:
+    rows = (f"\n| {name} | {' '.join(value) if isinstance(value, list) else value} |" for name, value in values.items())
+    return "| name | value |\n|---|---|" + "".join(rows)
+
+
+def _how_to_talk(config: TrainConfig, folder: Path) -> str:
+    """Code, the template's name, and the tokens that end an answer, as generation_config.json has them."""
+    ends = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    texts = {token["id"]: f"`{token['content']}`" for token in added}
+    stops = ", ".join(f"{texts.get(i, 'token')} ({i})" for i in (ends if isinstance(ends, list) else [ends]))
+    return (
+        f"```python\nfrom transformers import pipeline\n\n"
+        f'pipe = pipeline("text-generation", "{config.hub_model_id or folder.resolve().name}")\n'
+        f'print(pipe([{{"role": "user", "content": "What is a cloud?"}}], max_new_tokens=200))\n```\n\n'
+        f"Its tokenizer has the chat template of the training, `{config.chat_template}`. Answers end with {stops}."
+    )
+
+
+def _command(config: TrainConfig, record: dict, commits: dict[str, str]) -> str:
+    """The command that gives this result, with what came from the hub at the commits that it was read at."""
+    mixer = [
+        re.sub(r"^([^@:=]*)(@[^:=]+)?", rf"\g<1>@{commits[text]}", text) if text in commits else text
+        for text in config.dataset_mixer
+    ]
+    words = ["bash", "run.sh", record["method"].lower(), str(record["world_size"])]
+    values = identity_values(config, (True, "contents")) | {"stop_after_steps": config.stop_after_steps}
+    if record["result"]["stopped_early"]:
+        values["stop_after_steps"] = record["result"]["steps"]
+    values |= {"model_revision": record["base"]["commit"], "dataset_mixer": mixer}
+    for name, value in values.items():
+        if value != getattr(type(config)(), name) or name == "beta":  # whose default is the loss's
+            words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    return shlex.join(words)

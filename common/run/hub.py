@@ -1,0 +1,96 @@
+"""The hub: whose repository a run's model goes to, and the upload.
+
+huggingface_hub does all transfer. It finds its token in its own places, sends failed requests again, leaves out what
+the hub has already, and shows progress.
+"""
+
+import json
+import re
+import shlex
+import time
+from pathlib import Path
+
+from httpx2 import TransportError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import enable_progress_bars
+
+from common.config import TrainConfig
+from common.failures import as_user_error, one_line
+from common.files import digest
+
+INDEX, RECORD = "model.safetensors.index.json", "run_config.json"
+# What goes up beside the weights that the index names; run_config.json tells whose model it is.
+FILES = [INDEX, RECORD, "config.json", "generation_config.json", "README.md", "curves.png", "chat_template.jinja"]
+FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json"]
+LOADED = re.compile(r".*\.(safetensors|bin|json|jinja|model)")  # what a loader may take for a part of the model
+COMMIT_RETRIES = (5, 30)  # seconds before each
+
+
+def read_record(folder: str | Path) -> dict:
+    """run_config.json of a finished run. Raises UserError where there is none."""
+    with as_user_error(f"{folder} holds no finished run"):
+        record = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
+        return {**record, "result": record["result"]}
+
+
+def require_repository(config: TrainConfig, identity: dict) -> str:
+    """The ENTITY/NAME that the model goes to, made if need be. Raises UserError if the token may not write there, if it
+    holds another model without --hub_overwrite, or if it is public without --hub_private false."""
+    api, repo = HfApi(), config.hub_model_id or Path(config.output_dir).resolve().name
+    with as_user_error(f"--hub_model_id {repo}"):
+        account = api.whoami()
+        repo = repo if "/" in repo else f"{account['name']}/{repo}"
+        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise ValueError("the token may only read the hub; run `hf auth login` with one that may write")
+        api.create_repo(repo, private=config.hub_private, exist_ok=True)
+        api.auth_check(repo, write=True)
+        info = api.model_info(repo)
+        if config.hub_private and not info.private:
+            raise ValueError(f"{repo} is public there; name another, or allow it with --hub_private false")
+        names = [file.rfilename for file in info.siblings or []]
+        if not config.hub_overwrite and any(LOADED.fullmatch(name) for name in names):
+            text = Path(api.hf_hub_download(repo, RECORD)).read_text(encoding="utf-8") if RECORD in names else "{}"
+            if json.loads(text).get("identity") != json.loads(json.dumps(identity, default=str)):
+                raise ValueError(f"{repo} holds another model; name another, or replace it with --hub_overwrite true")
+    return repo
+
+
+def upload(config: TrainConfig) -> str:
+    """The address of the commit by which the repository has the files of output_dir's model, and no others that a
+    loader reads. Raises UserError for a folder without a finished run, a repository that may not be written, and an
+    upload that failed."""
+    folder, api, record = Path(config.output_dir), HfApi(), read_record(config.output_dir)
+    repo = require_repository(config, record["identity"])
+    run = digest(json.dumps(record["identity"], sort_keys=True).encode())[:12]
+    message = f"{folder.resolve().name}: {record['method']}, {record['result']['steps']} steps, run {run}"
+    if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()  # whoever loads the model tells transformers to show none, which holds for the hub's too
+    with as_user_error(f"the upload to {repo} failed"):
+        names = {path.name for pattern in FILES for path in folder.glob(pattern)}
+        names |= set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+
+        def commit() -> str:
+            stale = {*filter(LOADED.fullmatch, api.list_repo_files(repo))} - names
+            operations: list = [CommitOperationAdd(name, str(folder / name)) for name in sorted(names)]
+            operations += [CommitOperationDelete(name) for name in sorted(stale)]
+            return api.create_commit(repo, operations, commit_message=message).commit_url
+
+        for seconds in COMMIT_RETRIES:
+            try:
+                return commit()
+            except (HfHubHTTPError, TransportError) as e:  # a commit is the one request that is not sent again
+                status = e.response.status_code if isinstance(e, HfHubHTTPError) else 500
+                if status < 500 and status != 429:
+                    raise
+            time.sleep(seconds)
+        return commit()
+
+
+def push(config: TrainConfig) -> str:
+    """The end of a run, whatever becomes of its upload, in a line: where the model is, or what sends it there."""
+    try:
+        return f"uploaded: {upload(config)}"
+    except Exception as e:
+        command = f"bash run.sh push {shlex.quote(config.output_dir)}"
+        return f"{one_line(e)}; {config.output_dir} holds the model; to upload it: {command}"

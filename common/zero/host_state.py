@@ -1,0 +1,212 @@
+"""Master weights and moments in host memory, and their way to the device and back. Knows nothing of DeepSpeed.
+
+A link between host and device moves some 50 GB/s each way at once, and an update needs 12 bytes a parameter each way.
+On a GPU, copies run on two streams of their own, from and to memory that is pinned: a chunk arrives while the one
+before it is updated and the one before that is written back. On a CPU the same chunks are copied, one after another.
+"""
+
+import mmap
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from common.failures import as_user_error
+
+CHUNK_ELEMENTS = 2**25  # parameters whose state is brought at once: 0.4 GB
+ALIGNED = 64  # elements
+RING_BUFFERS = 4  # on the device, of one chunk each
+TOUCHED_AT_ONCE = 2**27  # elements
+BYTES_PER_PARAMETER = 12  # master weight and two moments, float32
+
+
+def num_on_device(group_sizes: list[int], share: float) -> int:
+    """How many of the first groups keep their state on the device: as many as fit in that share of all elements."""
+    kept = 0
+    for i, size in enumerate(group_sizes):
+        kept += size
+        if kept > share * sum(group_sizes) + 0.5:
+            return i
+    return len(group_sizes)
+
+
+class HostMemory:
+    """A stretch of zeros, float32, in host memory; for a GPU, a thread pins it beside whatever runs meanwhile.
+
+    Other threads touch its pages first, which is what takes the time (0.77 s a GB on one thread). It is pinned as one:
+    CUDA copies nothing from memory that was pinned in two pieces.
+    """
+
+    def __init__(self, num_elements: int, device: torch.device, num_threads: int = 1):
+        self.device = device
+        memory = mmap.mmap(-1, max(1, 4 * num_elements), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.unused = torch.frombuffer(memory, dtype=torch.float32, count=num_elements) if num_elements else None
+        self.pinning: Future | None = None
+        if device.type == "cuda" and self.unused is not None:
+            self.pinning = ThreadPoolExecutor(1).submit(self._pin, self.unused, num_threads)
+
+    def _pin(self, memory: torch.Tensor, num_threads: int) -> None:
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(lambda piece: piece[:: mmap.PAGESIZE // 4].zero_(), memory.split(TOUCHED_AT_ONCE)))
+        with torch.cuda.device(self.device), as_user_error("host memory for the optimizer's state cannot be pinned"):
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), 4 * memory.numel(), 0))
+
+    def wait_until_pinned(self) -> None:
+        if self.pinning is not None:
+            self.pinning.result()
+
+    def take(self, num_elements: int) -> torch.Tensor:
+        """The next num_elements of it, float32 zeros."""
+        assert self.unused is not None
+        taken, self.unused = self.unused[:num_elements], self.unused[num_elements:]
+        assert len(taken) == num_elements
+        return taken
+
+
+@dataclass
+class Chunk:
+    """A stretch of a group's state. pieces: (parameter of the group, start, end in its shard), one after another."""
+
+    state: tuple[torch.Tensor, ...]  # master weights, exp_avg, exp_avg_sq, float32 [n] in host memory
+    pieces: list[tuple[int, int, int]]
+
+
+def pieces_of(sizes: list[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """The shards of `sizes` elements, in order, cut into chunks of at most `most` elements.
+
+    A shard is cut at multiples of ALIGNED: on a CPU an update rounds a vector's elements in another way than the last
+    ones, of which there are too few for a vector.
+    """
+    pieces, room = [], most
+    for i, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            end = size if size - start <= room else start + room // ALIGNED * ALIGNED
+            if end > start:
+                pieces.append((i, start, end))
+                start, room = end, room - (end - start)
+            if end < size:
+                yield pieces
+                pieces, room = [], most
+    if pieces:
+        yield pieces
+
+
+@dataclass
+class _Buffer:
+    """A chunk's place on the device, float32 [3, n]."""
+
+    tensor: torch.Tensor
+    is_of_ring: bool = True
+    usable: "torch.cuda.Event | None" = None  # once what used the memory before is done
+    arrived: "torch.cuda.Event | None" = None
+    updated: "torch.cuda.Event | None" = None
+
+
+class Carrier:
+    """Brings chunks to the device in the order of the update, and writes them back.
+
+    memory_limit: bytes that the process may use on the device. What is free of it while a step's last backward pass
+    gives up activations takes chunks too, besides the ring. None: that is not known, so only the ring takes any.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.is_cuda = device, device.type == "cuda"
+        self.memory_limit: float | None = None
+        self.by_group: dict[int, list[Chunk]] = {}
+        self.inward, self.outward = (torch.cuda.Stream(device) if self.is_cuda else None for _ in range(2))
+        self.width = 0  # elements of the largest chunk
+        self.waiting: deque[Chunk] = deque()  # of this step, not yet on their way
+        self.brought: deque[_Buffer] = deque()
+        self.idle: deque[_Buffer] = deque()
+        self.extra: deque[tuple[_Buffer, Chunk]] = deque()  # written back and given up in the next forward pass
+
+    def add(self, group: int, state: tuple[torch.Tensor, ...], sizes: list[int]) -> None:
+        """state: a group's master weights and moments, in host memory; sizes: of the shards in it. In order."""
+        chunks, start = [], 0
+        for pieces in pieces_of(sizes, CHUNK_ELEMENTS):
+            end = start + sum(last - first for _, first, last in pieces)
+            chunks.append(Chunk(tuple(flat[start:end] for flat in state), pieces))
+            start, self.width = end, max(self.width, end - start)
+        self.by_group[group] = chunks
+        self.waiting.extend(chunks)
+
+    def make_ring(self) -> None:
+        """Once all groups are there."""
+        for _ in range(min(RING_BUFFERS, len(self.waiting))):
+            self.idle.append(_Buffer(torch.empty(3, self.width, device=self.device)))
+
+    def _mark(self) -> "torch.cuda.Event | None":
+        """What the current stream has been given to do until now."""
+        return torch.cuda.current_stream(self.device).record_event() if self.is_cuda else None
+
+    def _has_room(self) -> bool:
+        needed = BYTES_PER_PARAMETER * self.width
+        return self.memory_limit is not None and torch.cuda.memory_allocated(self.device) + needed <= self.memory_limit
+
+    def bring(self, in_free_memory: bool = False) -> None:
+        """Starts to bring the step's next chunks: as many as there are idle buffers; in_free_memory: as have room."""
+        while self.waiting and (self.idle or (in_free_memory and self._has_room())):
+            if self.idle:
+                buffer = self.idle.popleft()
+            else:  # the current stream has given up this memory, or will have
+                buffer = _Buffer(torch.empty(3, self.width, device=self.device), False, self._mark())
+            chunk = self.waiting.popleft()
+            with torch.cuda.stream(self.inward):
+                if buffer.usable is not None:
+                    buffer.usable.wait()
+                for there, here in zip(buffer.tensor, chunk.state, strict=True):
+                    there[: len(here)].copy_(here, non_blocking=True)
+                buffer.arrived = self._mark()
+            self.brought.append(buffer)
+
+    def carry(self, group: int) -> Iterator[tuple[Chunk, list[torch.Tensor]]]:
+        """Each chunk of a group with its state on the device, which is written back once the caller goes on."""
+        for chunk in self.by_group[group]:
+            self.bring()
+            buffer = self.brought.popleft()
+            if buffer.arrived is not None:
+                buffer.arrived.wait()
+            on_device = [flat[: len(chunk.state[0])] for flat in buffer.tensor]
+            yield chunk, on_device
+            buffer.updated = self._mark()
+            if buffer.is_of_ring:
+                self._write_back(buffer, chunk)
+                self.idle.append(buffer)
+            else:  # later: the ring's next chunk is not to wait for it
+                self.extra.append((buffer, chunk))
+
+    def _write_back(self, buffer: _Buffer, chunk: Chunk) -> None:
+        with torch.cuda.stream(self.outward):
+            if buffer.updated is not None:
+                buffer.updated.wait()
+            for here, there in zip(chunk.state, buffer.tensor, strict=True):
+                here.copy_(there[: len(here)], non_blocking=True)
+            buffer.usable = self._mark()
+
+    def end_step(self) -> None:
+        """The next step's chunks are not brought before this step's are written back."""
+        if self.waiting or self.brought:
+            return  # no update was made, and what has been brought is still right
+        for buffer, chunk in self.extra:
+            self._write_back(buffer, chunk)
+        self.waiting.extend(chunk for chunks in self.by_group.values() for chunk in chunks)
+        if self.inward is not None and self.outward is not None:
+            self.inward.wait_stream(self.outward)
+
+    def give_up(self) -> None:
+        """Before a layer runs: frees what has been written back, and waits for it where memory is short."""
+        while self.extra and (written := self.extra[0][0].usable) is not None:
+            if not written.query() and self._has_room():
+                break
+            written.synchronize()
+            self.extra.popleft()
+
+    def wait_until_written(self) -> None:
+        """Until host memory holds what the last update made: before anybody reads it."""
+        if self.outward is not None:
+            self.outward.synchronize()

@@ -1,0 +1,233 @@
+"""How a model fits on its devices, and how long a step takes: arithmetic alone, from shapes and figures of a card.
+
+The peak memory of a micro-batch of t tokens with u layers that keep their activations is taken as B + t (D + A u).
+A rank's time for a step is counted in tokens, in the time that one token's forward and backward passes take: a layer
+that recomputes costs a third of its own again, a micro-batch MICRO_BATCH_TOKENS, and an update what of its way over the
+host's link is neither beside the last backward pass nor beside the next forward pass.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from common.zero import host_state
+from common.zero.ds_config import offload_devices
+from common.zero.residency import group_sizes
+
+LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
+LEAST_TRIED = 1024  # tokens
+HEADROOM = 0.06  # of the device's memory is left free
+HOST_RESERVE = 4e9  # bytes of host memory for each rank's process, beside the optimizer's state
+# What one more micro-batch costs, in tokens' time. Measured for 8B on two H200; both grow with the parameters.
+MICRO_BATCH_TOKENS = {"nothing": 1300, "gradients": 550, "all": 150}
+BETWEEN_HOSTS = 8  # times as much, where the ranks' links leave the host: some 50 in place of 400 GB/s
+EAGER_ACTIVATIONS = 2.8  # times a compiled layer's
+SPEED = 0.75  # a step's, of that of a large matrix product alone
+SHARES_TRIED = 16
+ALIKE = 0.01  # a part of the cost, which is not known better than that
+
+
+class Workload(NamedTuple):
+    """What a run asks of its micro-batches."""
+
+    longest: int  # tokens of the longest sample (pair), the least that the largest micro-batch must hold
+    tokens_per_rank: float  # in a step
+    budget: int  # tokens that a micro-batch may hold, unless one of the step's samples has more
+    is_settled: bool  # by the flag or by the checkpoint that the run continues; else the plan decides
+    residency: str  # of the run that wrote that checkpoint; "" for none
+    longest_of_steps: tuple[int, ...]  # tokens of a step's longest sample: equally likely values
+
+
+class Card(NamedTuple):
+    """What a rank has of its machine."""
+
+    free: float  # bytes on the device
+    host_free: float  # bytes of host memory
+    host_link: float  # bytes a second each way between the two, both ways at once
+    flops: float  # FLOP/s of a large bf16 matrix product
+    spans_hosts: bool = False
+
+
+class Shape(NamedTuple):
+    """What counts of a model."""
+
+    sizes: list[int]  # elements of each parameter, tied ones once
+    layer_numel: int
+    layers: int
+    hidden: int
+    vocab: int
+    itemsize: int  # bytes of a parameter
+    is_compiled: bool = True
+
+    @property
+    def numel(self) -> int:
+        return sum(self.sizes)
+
+
+class Memory(NamedTuple):
+    """Bytes that a rank needs on its device and in host memory."""
+
+    residency: str
+    share: float  # of the optimizer's state on the device
+    parameters: float  # whole, or the rank's shards
+    gathered: float  # layers that are whole only while they run
+    gradients: float
+    optimizer: float  # master weights and two moments, in equal parts, and the ring
+    host: float
+    per_token: float  # D
+    per_token_and_layer: float  # A
+
+    @property
+    def fixed(self) -> float:  # B
+        return self.parameters + self.gathered + self.gradients + self.optimizer
+
+    def activations(self, tokens: int, keeping: int) -> float:
+        return tokens * (self.per_token + self.per_token_and_layer * keeping)
+
+    def recomputing(self, tokens: float, room: float, layers: int) -> int:
+        """The fewest layers that must recompute for the activations to fit `room` bytes."""
+        can_keep = int(max(0.0, (room / tokens - self.per_token) / self.per_token_and_layer))
+        return layers - min(layers, can_keep)
+
+
+class Plan(NamedTuple):
+    """Where a run's state lies, and its micro-batches. cost: a rank's step, in tokens; infinite if nothing fits."""
+
+    cost: float
+    budget: int
+    recomputing: int  # layers, in the largest micro-batch
+    memory: Memory
+    shape: Shape
+    card: Card
+
+    @property
+    def residency(self) -> str:
+        return self.memory.residency
+
+    def mfu(self, workload: Workload, peak_flops: float) -> float:
+        """6 FLOPs for each parameter and token, attention and recomputation left out, of a card's peak."""
+        seconds = self.cost * seconds_per_token(self.shape, self.card)
+        return 6 * self.shape.numel * workload.tokens_per_rank / seconds / peak_flops
+
+
+def shard_groups(shape: Shape, world_size: int, zero: DeepSpeedZeroConfig) -> list[int]:
+    """Elements of a rank's groups of shards."""
+    return group_sizes([-(-size // world_size) for size in shape.sizes], zero.sub_group_size)
+
+
+def estimated(shape: Shape, world_size: int, residency: str, share: float, zero: DeepSpeedZeroConfig) -> Memory:
+    """From the shape alone; share: of the optimizer's state on the device.
+
+    A compiled layer keeps half of its matrix products' outputs (its parameters over the hidden size) and some five rows
+    of the hidden size; outside the layers, the logits and some eight rows. Measured for Llama, within 10%.
+    """
+    groups = shard_groups(shape, world_size, zero)
+    parameters, state = shape.numel / world_size, sum(groups)
+    on_device = sum(groups[: host_state.num_on_device(groups, share)])
+    ring = min(state - on_device, host_state.RING_BUFFERS * host_state.CHUNK_ELEMENTS)
+    gathered = min(shape.numel, 3 * shape.layer_numel + zero.prefetch_bucket_size)
+    if residency == "all" or world_size == 1:
+        parameters, gathered = shape.numel, 0
+    if "offload_param" in offload_devices(zero):
+        parameters = 0
+    gradients = 4 * (state + 2 * zero.reduce_bucket_size if residency == "nothing" else shape.numel)
+    of_layer = shape.layer_numel / shape.hidden / 2 + 5 * shape.hidden
+    of_layer *= 1 if shape.is_compiled else EAGER_ACTIVATIONS
+    return Memory(
+        residency,
+        share,
+        shape.itemsize * parameters,
+        shape.itemsize * gathered,
+        gradients,
+        host_state.BYTES_PER_PARAMETER * (on_device + ring),
+        host_state.BYTES_PER_PARAMETER * (state - on_device),
+        shape.itemsize * (shape.vocab + 8 * shape.hidden),
+        shape.itemsize * of_layer,
+    )
+
+
+def seconds_per_token(shape: Shape, card: Card) -> float:
+    return 6 * shape.numel / (SPEED * card.flops)
+
+
+def exposed_update(memory: Memory, room: float, shape: Shape, card: Card, tokens: float) -> float:
+    """Seconds of an update for which nothing else runs; tokens: of a micro-batch, room: bytes for its activations.
+
+    State is brought into what activations give up in the last backward pass; where weights are kept whole the next
+    forward pass begins beside the rest.
+    """
+    seconds = tokens * seconds_per_token(shape, card)
+    hidden = seconds / 3 if memory.residency == "all" else 0.0
+    if memory.residency != "nothing":
+        hidden += min(seconds * 2 / 3, max(0.0, room) / card.host_link)
+    return max(0.0, memory.host / card.host_link - hidden)
+
+
+def choose(
+    memory: Memory, room: float, shape: Shape, card: Card, workload: Workload, given: int | None = None
+) -> tuple[float, int, int]:
+    """(cost, tokens of a micro-batch, layers of the largest that recompute) of the least cost that fits `room` bytes.
+
+    A settled budget is the only size allowed. given: the layers that recompute, None for as few as must. If nothing
+    fits, the cost is infinite, the size the smallest, and every (or the given) layer recomputed.
+    """
+    tokens_per_rank, layers = workload.tokens_per_rank, shape.layers
+    largest = max(LEAST_TRIED, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank)))
+    of_micro_batch = MICRO_BATCH_TOKENS[memory.residency] * (BETWEEN_HOSTS if card.spans_hosts else 1)
+
+    def layers_of(tokens: float) -> int:
+        return memory.recomputing(tokens, room, layers) if given is None else given
+
+    def of_step(budget: int) -> float:
+        micro_batches = tokens_per_rank / budget + 0.5  # half of one more than the quotient, as steps differ
+        tokens = tokens_per_rank / micro_batches
+        recomputing = layers_of(tokens)
+        update = exposed_update(memory, room, shape, card, tokens) / seconds_per_token(shape, card)
+        return tokens_per_rank * (1 + recomputing / layers / 3) + micro_batches * of_micro_batch + update
+
+    def candidate(budget: int) -> tuple[float, int, int]:
+        tokens = max(budget, workload.longest)
+        recomputing, cost = layers_of(tokens), np.inf
+        if memory.activations(tokens, layers - recomputing) <= room:
+            cost = float(np.mean([of_step(max(budget, longest)) for longest in workload.longest_of_steps]))
+        return cost, budget, recomputing
+
+    budgets = [workload.budget] if workload.is_settled else range(LEAST_TRIED, largest + 1, LEAST_TRIED)
+    return min(map(candidate, budgets))
+
+
+def plan_run(
+    shape: Shape,
+    card: Card,
+    workload: Workload,
+    world_size: int,
+    zero: DeepSpeedZeroConfig,
+    residencies: Iterable[str],
+    share: float | None = None,
+    given: int | None = None,
+    headroom: float = HEADROOM,
+) -> Plan:
+    """The fastest residency, share of state on the device, size of micro-batches and recomputation that fit.
+
+    Of those that are ALIKE, the one with the least host memory. Where nothing fits the cost is infinite, and the plan
+    the one that needs the least memory on the device. share, given: None for any.
+    """
+    plans = []
+    for residency in residencies:
+        groups = shard_groups(shape, world_size, zero)
+        shares = [int(kept) / sum(groups) for kept in np.cumsum([0, *groups])] if share is None else [share]
+        for tried in shares[:: max(1, len(shares) // SHARES_TRIED)] + shares[-1:]:
+            memory = estimated(shape, world_size, residency, tried, zero)
+            room = card.free * (1 - headroom) - memory.fixed
+            cost, budget, recomputing = choose(memory, room, shape, card, workload, given)
+            if memory.host and memory.host + HOST_RESERVE > card.host_free:
+                cost = np.inf
+            plans.append(Plan(cost, budget, recomputing, memory, shape, card))
+
+    least = min(plan.cost for plan in plans)
+    if least == np.inf:
+        return min(plans, key=lambda plan: plan.memory.fixed)
+    fastest = [plan for plan in plans if plan.cost <= (1 + ALIKE) * least]
+    return min(fastest, key=lambda plan: (plan.memory.host, plan.cost, -plan.memory.fixed))
