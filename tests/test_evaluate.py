@@ -256,5 +256,8 @@ def test_a_run_that_stalls_ends_well_says_so_and_is_finished_for_the_same_patien
     before = run.metrics
     assert "early stopping" in run.stdout and read_run_config(str(run.output_dir))["result"]["stopped_early"] == 2
     assert "nothing to do" in setting.run("sft", **changes).succeeded().stdout
+    resumed = changes | {"output_dir": setting.root / "stalls_resumed"}
+    setting.run("sft", **resumed, stop_after_steps=len(before) - 2).succeeded()
+    assert setting.run("sft", **resumed).succeeded().column("step") == [*range(1, len(before) + 1)]
     longer = setting.run("sft", **changes | {"early_stopping_patience": 3}).succeeded()
     assert longer.metrics[: len(before)] == before and len(longer.metrics) > len(before)

@@ -73,10 +73,11 @@ def judge(history: list[dict], run_config: dict, exit_code: int, output: str = "
     is_norm_good = is_norm_good and 0.1 <= norm <= 10
     logged, num_steps = [row["step"] for row in history], result.get("steps", 0)
     wanted = [i for i in range(1, num_steps + 1) if i % config["logging_steps"] == 0 or i == num_steps]
+    is_logged = [step for step in logged if step in {*wanted}] == wanted  # and others where there was an evaluation
     lines = f"{num_steps} steps in the result; {len(logged)} of {len(wanted)} lines, the last of step {logged[-1]}"
     agreed = "they do" if result.get("rank_agreement") is True else "they do NOT, or it is not known"
     return [
-        _finished(exit_code == 0 and {*wanted} <= {*logged}, exit_code, lines, output),
+        _finished(exit_code == 0 and is_logged, exit_code, lines, output),
         loss_falls,
         Check("loss value", "finite, at most 10", losses, is_loss_good),
         Check("grad norm", "median 0.1 to 10, none 0 or above 1000", f"median {norm:.3g}, {norms}", is_norm_good),
