@@ -46,6 +46,7 @@ class Ranks:
     step: int = 0  # that this rank is in, which the loop sets; 0: before the first
     seen: dict[int, tuple[float, str]] = field(default_factory=dict)  # rank -> (when it said something new, that)
     has_left: threading.Event = field(default_factory=threading.Event)
+    watcher: threading.Thread | None = None
 
     @property
     def is_main(self) -> bool:
@@ -180,6 +181,8 @@ def leave() -> None:
     """Leaves the group. Each rank has to do so: one that is gone without it is lost for the others."""
     if _joined is not None:
         _joined.has_left.set()
+        if _joined.watcher is not None:
+            _joined.watcher.join()  # Python's end, while the thread is in the store, would abort the process
     dist.destroy_process_group()
 
 
@@ -248,5 +251,6 @@ def start(timeout_minutes: float) -> Ranks:
     own_store.set_timeout(timedelta(seconds=10))
     _joined = Ranks(rank, world_size, local_rank, local_world_size, device, control, own_store)
     if world_size > 1:
-        threading.Thread(target=_joined.watch, args=[PATIENCE * 60 * timeout_minutes], daemon=True).start()
+        _joined.watcher = threading.Thread(target=_joined.watch, args=[PATIENCE * 60 * timeout_minutes], daemon=True)
+        _joined.watcher.start()
     return _joined

@@ -1,6 +1,7 @@
 """What each template renders and which characters of it are trained.   pytest tests/test_chat_template.py"""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_tokenizer
@@ -194,13 +195,8 @@ def calls(messages, tools):
             yield message["content"] + "<|im_end|>\n", False
             continue
         reasoning, answer = parts(message)
-        turn = (
-            answer
-            if message.get("reasoning_content")
-            else answer.lstrip("\n")
-            if "</think>" in str(message)
-            else answer
-        )
+        thought_in_content = "</think>" in (message.get("content") or "") and not message.get("reasoning_content")
+        turn = answer.lstrip("\n") if thought_in_content else answer
         texts = [
             f'<call>{{"name": "{call["function"]["name"]}", "arguments": '
             + (a if isinstance(a := call["function"]["arguments"], str) else dumped(a))
@@ -422,8 +418,9 @@ def test_a_template_that_never_ends_does(tmp_path, monkeypatch, jinja):
     row = tiny_tokenizer.CHATML + "{% if messages|length > 4 %}" + jinja + "{% endif %}"
     (tmp_path / "endless.jinja").write_text(row)
     template = resolve_template(str(tmp_path / "endless.jinja"), TOKENIZER)
-    with pytest.raises((UserError, Dropped)):
-        rendered(template, [USER, ANSWER] * 3)
+    for where in (lambda f, *words: f(*words), lambda f, *words: ThreadPoolExecutor().submit(f, *words).result()):
+        with pytest.raises((UserError, Dropped)):
+            where(rendered, template, [USER, ANSWER] * 3)  # a run renders in a thread
     assert trained(template, [USER, ANSWER]) == ["so.<|im_end|>"]  # nothing is limited any longer
 
 

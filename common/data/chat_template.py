@@ -11,14 +11,16 @@ a special token; else where `messages[:i + 1]` ends. A row for which none of tha
 """
 
 import copy
+import ctypes
 import hashlib
 import json
+import mmap
 import re
-import resource
-import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,6 +90,7 @@ class ChatTemplate:
         self.rests: dict[tuple, str] = {}  # of _Layout._offset
         self._shows_role: dict[str, bool] = {"user": True, "assistant": True}
         self._frames: dict[str, Frame] = {}
+        self._printed: dict[tuple, list[str]] = {}  # of _plain_spans
         with as_user_error(f"chat template {name!r} for a question and an answer", Dropped), bounded():
             self.closing = self.frame({}).closing
             self._shows_tools = self.attempt([QUESTION], tools=[TOOL]) != self.attempt([QUESTION])
@@ -126,13 +129,42 @@ class ChatTemplate:
                 messages = [m if m.get("content") is not None else {**m, "content": ""} for m in messages]
                 text = self.apply(messages, **options)
             turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+            asked_for = [i for i in (turns[-1:] if only_last else turns) if conversation.trained[i]]
             frame = self.frame(conversation.variables, bool(conversation.tools))
+            if not conversation.tools and (plain := self._plain_spans(messages, text, conversation.variables, frame)):
+                return Rendered(text, [plain[i] for i in asked_for], [])
             layout = _Layout(self, messages, text, options, frame)
-            asked_for = turns[-1:] if only_last else turns
-            spans = [span for i in asked_for if conversation.trained[i] for span in layout.spans(i)]
+            spans = [span for i in asked_for for span in layout.spans(i)]
         if conversation.tools and not self._shows_tools:
             layout.notes.append("tools that the template does not show")
         return Rendered(text, spans, layout.notes)
+
+    def _plain_spans(self, messages: list[dict], text: str, variables: dict, frame: Frame) -> dict:
+        """{assistant message: its span} of messages of a role and a content alone, each order of which is rendered with
+        marks once. {} where what is printed around contents depends on more than the roles: then _Layout tells."""
+        if not (frame.prompt and frame.closing) or any(len(m) != 2 or not m.get("content") for m in messages):
+            return {}
+        roles = tuple(message["role"] for message in messages)
+        key = roles, json.dumps(variables, sort_keys=True, default=str)
+        if key not in self._printed:
+            marked = [{"role": role, "content": f"{BEGIN}{i}{STOP}"} for i, role in enumerate(roles)]
+            if len(self._printed) > 1000:
+                self._printed.clear()
+            self._printed[key] = MARK.split(self.attempt(marked, **variables) or "")
+        printed, spans, position = self._printed[key], {}, 0
+        contents = [messages[int(i)]["content"] for i in printed[2::3]]
+        if "".join(part for pair in zip_longest(printed[::3], contents, fillvalue="") for part in pair) != text:
+            return {}
+        for i, before, content, after in zip(
+            map(int, printed[2::3]), printed[::3], contents, printed[3::3], strict=False
+        ):
+            start = position + len(before)
+            position = start + len(content)
+            if roles[i] == "assistant":
+                if not before.endswith(frame.prompt) or not after.startswith(frame.closing):
+                    return {}
+                spans[i] = start, position + len(frame.closing)
+        return spans if len(spans) == roles.count("assistant") else {}
 
     def frame(self, variables: dict, has_tools: bool = False) -> Frame:
         """What is printed around an answer, with these variables of the template. Raises Dropped."""
@@ -207,28 +239,58 @@ class ChatTemplate:
         return self._shows_role[role]
 
 
+class _Watch:
+    """Raises TimeoutError in a thread whose rendering takes too long or too much memory.
+
+    Between two steps of Python: a single one, such as a product of large numbers, is not ended.
+    """
+
+    def __init__(self):
+        self.lock, self.resident = threading.Lock(), 0
+        self.running: dict[int, tuple[float, int]] = {}  # thread -> when it has to be done, and bytes resident before
+        self.thread: threading.Thread | None = None
+
+    def begin(self, thread: int) -> None:
+        if self.thread is None or not self.thread.is_alive():  # none; a forked process has none either
+            self.resident = self._resident()
+            self.thread = threading.Thread(target=self._run, daemon=True)
+            self.thread.start()
+        self.running[thread] = time.monotonic() + RENDER_SECONDS, self.resident
+
+    def end(self, thread: int) -> None:
+        with self.lock:
+            self.running.pop(thread, None)
+
+    @staticmethod
+    def _resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(0.05)
+            self.resident = self._resident()
+            with self.lock:
+                for thread, (deadline, before) in list(self.running.items()):
+                    if time.monotonic() > deadline or self.resident > before + RENDER_BYTES:
+                        del self.running[thread]
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                            ctypes.c_ulong(thread), ctypes.py_object(TimeoutError)
+                        )
+
+
+_watch = _Watch()
+
+
 @contextmanager
 def bounded() -> Iterator[None]:
-    """In it, Python raises TimeoutError after RENDER_SECONDS (in the main thread), and MemoryError where RENDER_BYTES
-    more than now would be mapped: a template is a program of the user's, which may never end."""
-
-    def stop(*_):
-        raise TimeoutError
-
-    is_main, limit = threading.current_thread() is threading.main_thread(), resource.getrlimit(resource.RLIMIT_AS)
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    handler = signal.signal(signal.SIGALRM, stop) if is_main else None
+    """In it, TimeoutError is raised after RENDER_SECONDS, or where RENDER_BYTES more than before are in use: a template
+    is a program of the user's, which may never end."""
+    thread = threading.get_ident()
+    _watch.begin(thread)
     try:
-        if is_main and limit[0] == resource.RLIM_INFINITY:
-            resource.setrlimit(resource.RLIMIT_AS, (mapped + RENDER_BYTES, limit[1]))
-        if is_main:
-            signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS, 1)  # and again, should one be swallowed
         yield
     finally:
-        if is_main:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, handler)
-            resource.setrlimit(resource.RLIMIT_AS, limit)
+        _watch.end(thread)
 
 
 def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:

@@ -314,8 +314,11 @@ def made_up_pair(ids: np.ndarray, share_prompt: bool) -> list[Document]:
     copies = 1 if share_prompt else 2
     num_prompt = len(ids) // (2 * copies)
     num_chosen = (len(ids) - copies * num_prompt) // 2
-    parts = np.split(ids[(copies - 1) * num_prompt :], [num_prompt, num_prompt + num_chosen])
-    return pair_documents(PreferencePair(*parts, 1 - num_prompt, 0 if share_prompt else 1 - num_prompt), share_prompt)
+    ends = num_prompt, num_prompt + num_chosen
+    prompt, chosen, rejected = np.split(ids[(copies - 1) * num_prompt :], ends)
+    first = 1 - num_prompt  # scored token
+    pair = PreferencePair(prompt, chosen, rejected, first, 0 if share_prompt else first)
+    return pair_documents(pair, share_prompt)
 
 
 def _dry_run(engine, kernel: str, tokens: int, longest: int, made_up: Callable, ranks: Ranks) -> float:
