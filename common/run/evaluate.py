@@ -31,26 +31,25 @@ DEPENDENT = ("eval_steps", "early_stopping_patience")  # flags that need held-ou
 EVALUATIONS = 10  # in a run, unless --eval_steps says otherwise
 
 
-def training_and_held_out(
-    kind: str, config: TrainConfig, template: ChatTemplate, ranks: Ranks
-) -> tuple[TokenDataset, TokenDataset | None]:
-    """The run's data, and what it is evaluated on: None without --eval_dataset_mixer or --eval_holdout. Collective.
+def training_and_held_out(kind: str, config: TrainConfig, template: ChatTemplate, ranks: Ranks) -> tuple:
+    """(the run's TokenDataset, that of its evaluation or None). Collective.
 
     kind: "sft" or "dpo". Raises UserError for flags that contradict each other, and for data that cannot be used.
     """
-    if config.eval_dataset_mixer and config.eval_holdout:
+    mixer, amount = config.eval_dataset_mixer, config.eval_holdout
+    if mixer and amount:
         raise UserError("--eval_dataset_mixer and --eval_holdout: give one of them")
-    if not config.eval_dataset_mixer and not config.eval_holdout:
-        if given := [name for name in DEPENDENT if getattr(config, name) is not None]:
-            raise UserError(f"--{given[0]}: nothing is held out; give --eval_dataset_mixer or --eval_holdout")
-        return tokenized_data(kind, config, template, ranks), None
+    given = [name for name in DEPENDENT if getattr(config, name) is not None]
+    if given and not mixer and not amount:
+        raise UserError(f"--{given[0]}: nothing is held out; give --eval_dataset_mixer or --eval_holdout")
     data = tokenized_data(kind, config, template, ranks)
-    if config.eval_holdout:
-        return split(data, config.eval_holdout)
-    other = dataclasses.replace(config, dataset_mixer=config.eval_dataset_mixer)
-    held_out = tokenized_data(kind, other, template, ranks)
-    if len({*ranks.gather(lambda: held_out.digest)}) > 1:  # ranks with other plans would wait for one another
-        raise UserError(f"--eval_dataset_mixer {' '.join(config.eval_dataset_mixer)}: is not the same on all hosts")
+    if amount:
+        return split(data, amount)
+    held_out = None
+    if mixer:
+        held_out = tokenized_data(kind, dataclasses.replace(config, dataset_mixer=mixer), template, ranks)
+        if len({*ranks.gather(lambda: held_out.digest)}) > 1:  # ranks with other plans would wait for one another
+            raise UserError(f"--eval_dataset_mixer {' '.join(mixer)}: is not the same on all hosts")
     return data, held_out
 
 
@@ -82,10 +81,9 @@ def source_names(data: TokenDataset) -> list[str]:
     names: list[str] = []
     for source in data.stats["sources"]:
         name = Path(source["path"]).name
-        is_local = "sha256" in source
-        name = re.sub(r"[^\w.-]+", "_", name.split(".")[0] if is_local else name)
-        number = 1 + sum(other.split("~")[0] == name for other in names)
-        names.append(f"{name}~{number}" if number > 1 else name)
+        name = re.sub(r"[^\w.-]+", "_", name.split(".")[0] if "sha256" in source else name)
+        taken = sum(other.split("~")[0] == name for other in names)
+        names.append(f"{name}~{taken + 1}" if taken else name)
     return names
 
 
@@ -103,10 +101,10 @@ class Evaluation:
         self.every, self.record = config.eval_steps or math.ceil(schedule.num_steps / EVALUATIONS), None
         if held_out is None:
             return
-        names = source_names(held_out)
-        members = [np.flatnonzero(held_out.source == i) for i in range(len(names))]
         self.parts = {"eval": np.arange(len(held_out))}
-        self.parts |= {f"eval/{name}": part for name, part in zip(names, members, strict=True) if len(part)}
+        for i, name in enumerate(source_names(held_out)):
+            if len(part := np.flatnonzero(held_out.source == i)):
+                self.parts[f"eval/{name}"] = part
         self.reference_logps: np.ndarray = np.zeros((len(held_out), 2), np.float32)
         num_shared = ranks.once(lambda: num_also_in(held_out, data))
         sizes = {name: len(part) for name, part in self.parts.items()}
@@ -120,10 +118,9 @@ class Evaluation:
     def read_reference(self, engine, weights: str, kernel: str, budget: int) -> None:
         """Log-probabilities of the held-out pairs under the reference, as reference_pass. Collective."""
         if self.held_out is not None and isinstance(self.config, DPOConfig):
-            needed = [*range(len(self.held_out))]
-            self.reference_logps, _ = reference_pass(
-                engine, self.held_out, needed, weights, self.config, kernel, budget, self.ranks
-            )
+            data, needed = self.held_out, [*range(len(self.held_out))]
+            passed = reference_pass(engine, data, needed, weights, self.config, kernel, budget, self.ranks)
+            self.reference_logps = passed[0]
 
     def is_due(self, step: int) -> bool:
         """Whether there is an evaluation after `step` steps."""
@@ -135,10 +132,9 @@ class Evaluation:
         SFT: loss, nats a target token, and perplexity, its exponential. DPO: loss, accuracy and margin, as in training.
         """
         assert self.held_out is not None
-        started = time.perf_counter()
-        self.ranks.say(f"evaluating {len(self.held_out):,} samples")
+        started, everything = time.perf_counter(), [*range(len(self.held_out))]
         metrics: dict[str, float] = {}
-        everything = [*range(len(self.held_out))]
+        self.ranks.say(f"evaluating {len(everything):,} samples")
         logps = compute_logps(engine, self.held_out, everything, self.config, kernel, budget, self.ranks, "evaluation")
         for name, members in self.parts.items():
             means = self._means(logps[members], members)
@@ -165,10 +161,8 @@ class Evaluation:
         """Whether --early_stopping_patience ends the run here; says so. losses: `eval/loss` of the run so far."""
         if not has_stalled(losses, self.config.early_stopping_patience):
             return False
-        self.ranks.say(
-            f"early stopping: the last {self.config.early_stopping_patience} evaluations did not better eval/loss "
-            f"{min(losses):.4f}; writing the model as it is now"
-        )
+        since = f"the last {self.config.early_stopping_patience} evaluations did not better eval/loss {min(losses):.4f}"
+        self.ranks.say(f"early stopping: {since}; the model is written as it is now")
         return True
 
 

@@ -20,7 +20,7 @@ import safetensors.numpy
 import torch
 from safetensors import SafetensorError, safe_open
 
-from common.config import DPOConfig, TrainConfig
+from common.config import DPOConfig
 from common.data.dataset import TokenDataset
 from common.data.tokens import PreferencePair, SFTSample
 from common.failures import as_user_error, progress
@@ -72,7 +72,7 @@ def reference_pass(
     with progress("reference log-probabilities", len(missing), "pairs", ranks.say, ranks.is_main) as advance:
         for start in range(0, len(missing), PAIRS_PER_PART):
             pairs, started = missing[start : start + PAIRS_PER_PART], time.perf_counter()
-            logps[pairs] = compute_logps(engine, data, pairs, config, kernel, budget, ranks)
+            logps[pairs] = compute_logps(engine, data, pairs, config, kernel, budget, ranks, "the reference pass")
             seconds = time.perf_counter() - started
             ranks.once(lambda: _write_part(folder, np.array(pairs), logps[pairs]))
             advance(len(pairs))
@@ -83,26 +83,19 @@ def reference_pass(
 
 
 def compute_logps(
-    engine,
-    data: TokenDataset,
-    samples: list[int],
-    config: TrainConfig,
-    kernel: str,
-    budget: int,
-    ranks: Ranks,
-    what: str = "the reference pass",
+    engine, data: TokenDataset, samples: list[int], config, kernel: str, budget: int, ranks: Ranks, what: str
 ) -> np.ndarray:
     """Of samples, under the engine's present weights, by all ranks together; every rank gets all. Collective.
 
     float32 [len(samples), 2] of pairs (chosen, rejected), [len(samples), 1] of conversations, summed over the targets.
-    budget: tokens of a micro-batch; a longer sample has one of its own. what: it is, for messages.
+    budget: tokens of a micro-batch; a longer sample has one of its own. what: this is, for messages.
     """
-    lengths, share_prompt = data.lengths, isinstance(config, DPOConfig) and config.share_prompt
+    lengths, share_prompt, num_sequences = data.lengths, False, 1
     if data.pair_lengths is not None:
+        share_prompt, num_sequences = config.share_prompt, 2
         lengths = pair_lengths(data.pair_lengths, share_prompt)
     budget = max(budget, int(lengths[samples].max()))
     plan = plan_step(lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
-    num_sequences = 1 if data.pair_lengths is None else 2
     result = torch.zeros(len(samples), num_sequences, dtype=torch.float32, device=ranks.device)
 
     def documents(sample: SFTSample | PreferencePair) -> list[Document]:

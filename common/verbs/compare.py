@@ -38,9 +38,8 @@ def main(*argv: str) -> int:
         histories[label] = read_metrics(folder / "metrics.jsonl")
         if not histories[label]:
             raise UserError(f"{folder}: no step was logged yet")
-    settings = {label: settings_of(config) for label, config in configs.items()}
+    print_line(table("what differs", {label: settings_of(configs[label]) for label in labels}, only_differing=True))
     results = {label: results_of(histories[label], configs[label]) for label in labels}
-    print_line(table("what differs", settings, only_differing=True))
     print_line("\n" + table("where they stand", results, only_differing=False))
     with as_user_error(f"--picture {given.picture}", OSError, ValueError):
         draw(histories, Path(given.picture), [])
