@@ -147,7 +147,9 @@ def open_output_dir(
 
     def begin() -> None:
         num_checkpoints = min(config.keep_last_n_checkpoints + 1, schedule.last_step // schedule.save_every)
-        checkpoint.require_disk_space(dict(policy.lm.named_parameters()), config.output_dir, num_checkpoints)
+        num_models = 1 + num_checkpoints * config.export_at_checkpoints
+        parameters = dict(policy.lm.named_parameters())
+        checkpoint.require_disk_space(parameters, config.output_dir, num_checkpoints, num_models)
         checkpoint.clear_after(config.output_dir, state.step, config.resume)
         write_run_config(config.output_dir, record)
 
