@@ -90,7 +90,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench_checkpoint_", dir=given.folder))
     (folder / "checkpoints").mkdir()
     residency.state_shards = lambda engine: {p: p.local for p in parameters.values()}
-    residency.set_state = residency.round_master_weights = lambda *_: None
+    residency.set_step = residency.round_master_weights = lambda *_: None
     ranks = OneRank()
     ranks.device = device
     config = SFTConfig(output_dir=str(folder), keep_last_n_checkpoints=1)

@@ -49,7 +49,7 @@ class Slice:
 def patch_engine(monkeypatch):
     """The parameters stand for the engine."""
     monkeypatch.setattr(residency, "state_shards", lambda engine: {p: p.local for p in engine.values()})
-    monkeypatch.setattr(residency, "set_state", lambda engine, step: None)
+    monkeypatch.setattr(residency, "set_step", lambda engine, step: None)
     monkeypatch.setattr(residency, "round_master_weights", lambda engine: None)
 
 

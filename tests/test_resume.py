@@ -389,15 +389,15 @@ def exported_both_ways(root: str, words: list[str]) -> list[dict[str, bytes]]:
 
     model_export.SHARD_BYTES, checkpoint.SHARD_FILE_BYTES = 10_000, 4_000
     settings = config.parse_config(config.SFTConfig, words)
-    ds_config = placement.deepspeed_config(settings) | {"residency": "all"}
+    ds_config = placement.deepspeed_config(settings) | {"residency": "all", "optimizer_state": 0.5}
     ranks = distributed.start(settings.collective_timeout_minutes)
     folder, dtype = str(settings.model_name_or_path), getattr(torch, settings.dtype)
     policy = model.load_partitioned(folder, model.load_config(folder), dtype, "sdpa", ds_config, ranks)
     built = engine.build_engine(policy, settings, ds_config)
-    residency.set_state(built, 7)
+    residency.set_step(built, 7)
     torch.manual_seed(ranks.rank)
-    for flat in residency.master_weights(built):
-        flat.data += 0.01 * torch.randn_like(flat)  # no bfloat16 any more
+    for shard in residency.state_shards(built).values():
+        shard["master"] += 0.01 * torch.randn_like(shard["master"])  # no bfloat16 any more
     residency.round_master_weights(built)
     template = resolve_template("tulu", model.load_tokenizer(folder))
     writer = checkpoint.Writer(built, dict(policy.lm.named_parameters()), settings, ranks)

@@ -42,8 +42,7 @@ from common.files import digest, file_digest, naming, replace_file, sync_folder,
 from common.model.export import export_parameters
 from common.ranks import Ranks
 from common.zero import residency
-from common.zero.host_state import HostMemory
-from common.zero.memory import available_host_memory
+from common.zero.host_state import HostMemory, available_host_memory
 
 FOLDER = re.compile(r"step_(\d{8,})")
 FILE = re.compile(r"rank_(\d+)_of_\d+\.(\w+)_\d+\.safetensors")
@@ -135,7 +134,6 @@ class Writer:
         def prepare() -> None:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()  # not its parents: a run whose folder was deleted or renamed ends here
-            sync_folder(self.folder.parent)
 
         self.ranks.once(prepare)
         files = self._copied(residency.state_shards(self.engine))
@@ -171,7 +169,8 @@ class Writer:
         write_file(temporary / "COMPLETE", [entry["digest"].encode()])
         sync_folder(temporary)
         os.rename(temporary, self.path)
-        sync_folder(self.folder)
+        for folder in (self.folder, self.folder.parent):
+            sync_folder(folder)
         output_dir = self.config.output_dir
         whole = [path for path in newest_first(output_dir) if (path / "COMPLETE").is_file()]
         for old in whole[self.config.keep_last_n_checkpoints :]:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -30,6 +31,22 @@ def num_on_device(group_sizes: list[int], share: float) -> int:
         if kept > share * sum(group_sizes) + 0.5:
             return i
     return len(group_sizes)
+
+
+def available_host_memory(root: Path = Path("/")) -> float:
+    """Bytes that this host, or the container in which this process runs, has left."""
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    limit = root / "sys/fs/cgroup/memory.max"
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        used = int((root / "sys/fs/cgroup/memory.current").read_text())
+        cached = next(
+            int(line.split()[1])
+            for line in (root / "sys/fs/cgroup/memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
+        available = min(available, int(limit.read_text()) - used + cached)
+    return available
 
 
 class HostMemory:
