@@ -83,6 +83,7 @@ def main() -> None:
     arguments.add_argument("--gigabytes", type=float, default=2)
     arguments.add_argument("--rounds", type=int, default=5)
     given = arguments.parse_args()
+    torch.set_num_threads(1)  # a GPU's steps leave the processor alone, too
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = max(1, round(given.gigabytes * 1e9 / (12 * HIDDEN * HIDDEN)))
     parameters = {f"layer_{i}.weight": Parameter(device) for i in range(count)}

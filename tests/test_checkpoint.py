@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 from faults import Crash, Disk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from models import OneRank
 from safetensors.numpy import load_file
 
@@ -56,6 +58,7 @@ def patch_engine(monkeypatch):
 @pytest.fixture
 def output_dir(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(checkpoint, "SHARD_FILE_BYTES", 150)  # several files a rank
+    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 32)  # several blocks a tensor
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # thousands of them; faults.Disk knows which were asked for
     patch_engine(monkeypatch)
     return tmp_path / "run"
@@ -67,7 +70,6 @@ def parameters(step: int) -> dict:
 
 def save(output_dir: Path, step: int, keep: int = 3, beside: bool = False) -> Path:
     """beside: as a run that takes further steps meanwhile."""
-    (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     writer = make_writer(output_dir, step, keep)
     writer.save(RunState(step=step, samples=4 * step))
     while beside and writer.stage is not None:
@@ -77,6 +79,7 @@ def save(output_dir: Path, step: int, keep: int = 3, beside: bool = False) -> Pa
 
 
 def make_writer(output_dir: Path, step: int, keep: int = 3) -> checkpoint.Writer:
+    (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     values, config = parameters(step), SFTConfig(output_dir=str(output_dir), keep_last_n_checkpoints=keep)
     return checkpoint.Writer(values, values, config, OneRank())
 
@@ -128,7 +131,10 @@ def test_a_checkpoint_holds_every_number_and_a_manifest_of_every_file(output_dir
     assert {*manifest["files"]} == {*paths} - {"manifest.json", "COMPLETE"}
     assert len([name for name in paths if name.endswith(".safetensors")]) > 1
     for name, entry in manifest["files"].items():
+        places = entry.pop("tensors", {})
         assert entry == {"size": paths[name].stat().st_size, "digest": files.digest(paths[name].read_bytes())}
+        for tensor, (start, end) in places.items():
+            assert paths[name].read_bytes()[start:end] == load_file(paths[name])[tensor].tobytes()
     assert (folder / "COMPLETE").read_text() == files.digest((folder / "manifest.json").read_bytes())
     assert find(output_dir) == (folder, "")
 
@@ -179,10 +185,10 @@ def test_whatever_file_operation_fails_a_resume_finds_the_old_or_the_new_whole_c
 
 
 def test_a_folder_that_was_renamed_is_not_made_again(output_dir):
-    save(output_dir, 9)
+    writer = make_writer(output_dir, 10)
     output_dir.rename(output_dir.with_name("elsewhere"))
     with pytest.raises(OSError, match=r"\.step_00000010\.tmp"):
-        make_writer(output_dir, 10).save(RunState(step=10))
+        writer.save(RunState(step=10))
     assert not output_dir.exists()
 
 
@@ -197,6 +203,44 @@ def test_replace_file_leaves_the_old_text_or_the_new(tmp_path, how):
             disk.lose_power(tmp_path)
         assert path.read_text() in ("old " * 100, "new " * 100)
     assert disk.count < n and path.read_text() == "new " * 100
+
+
+def shard_of(rank: int, world_size: int) -> tuple[OneRank, dict]:
+    """A rank of several, and its shards at step 5: those of ZeRO-3, padded to equal sizes."""
+    ranks, values = OneRank(), parameters(5)
+    ranks.rank, ranks.world_size, ranks.is_main = rank, world_size, rank == 0
+    for p in values.values():
+        size = -(-p.ds_numel // world_size)
+        for kind, whole in p.local.items():
+            padded = torch.cat([whole[: p.ds_numel], torch.zeros(size * world_size - p.ds_numel)])
+            p.local[kind] = padded[rank * size : (rank + 1) * size].clone()
+    return ranks, values
+
+
+@given(writers=st.integers(1, 9), readers=st.integers(1, 9))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_number_of_ranks_reads_what_any_number_wrote_and_every_byte_is_verified(output_dir, writers, readers):
+    shutil.rmtree(output_dir, ignore_errors=True)
+    temporary, entries = output_dir / "checkpoints" / ".step_00000005.tmp", []
+    temporary.mkdir(parents=True)
+    for rank in reversed(range(writers)):
+        ranks, values = shard_of(rank, writers)
+        writer = checkpoint.Writer(values, values, SFTConfig(output_dir=str(output_dir)), ranks)
+        writer.memory.wait_until_pinned()
+        entries.append(checkpoint._write_files(temporary, writer._copied({p: p.local for p in values.values()})))
+    writer.path = output_dir / "checkpoints" / "step_00000005"
+    writer._publish(temporary, json.dumps({"step": 5}), entries)
+    manifest, verified = json.loads((writer.path / "manifest.json").read_text()), set()
+    for rank in range(readers):
+        ranks, values = shard_of(rank, readers)
+        shards = {p: {kind: torch.zeros_like(shard) for kind, shard in p.local.items()} for p in values.values()}
+        reader = checkpoint._Reader(writer.path, manifest, values, shards, ranks)
+        assert reader.read() is None
+        verified |= {file for file in manifest["files"] for w in reader.overlaps if file.startswith(f"rank_{w:05d}_")}
+        for p, read in shards.items():
+            for kind, values_read in read.items():
+                np.testing.assert_array_equal(values_read, p.local[kind])
+    assert verified == {*manifest["files"]} - {"state.json"}
 
 
 # ------------------------------------------------------------------ beside the next steps
@@ -222,30 +266,46 @@ def test_a_checkpoint_is_that_of_its_step_whatever_the_next_steps_do_meanwhile(o
     assert_holds(writer.path, 10)
 
 
-def test_it_is_published_once_all_ranks_have_written_theirs_and_a_failure_is_heard_before(output_dir, monkeypatch):
-    """Rank 0 of three, the others being sums of votes."""
-    save(output_dir, 9)
-    for other_votes, error in ((0, None), (1, None), (2, None), (3, OSError(errno.EIO, "another rank's")), (4, None)):
-        writer = make_writer(output_dir, 10)
+def raising(error: OSError):
+    raise error
+
+
+def test_it_is_published_once_all_ranks_have_written_theirs_and_not_if_one_has_failed(output_dir, monkeypatch):
+    """Rank 0 of three; the votes of the two others are given."""
+    for step, votes_of_others in ((9, (0, 1, 2)), (10, (0, 3))):
+        writer = make_writer(output_dir, step)
         writer.ranks.world_size = 3
-        writer.save(RunState(step=10))
+        writer.save(RunState(step=step))
         writer.stage.result()
         assert writer.vote() == 1
-        if error:
-            monkeypatch.setattr(writer.ranks, "gather", lambda work: [work(), (_ for _ in ()).throw(error)])
+        for votes in votes_of_others[:-1]:
+            writer.proceed(1 + votes)
+        assert len(writer.later) == 1 and f".step_{step:08d}.tmp" in names(output_dir)
+        if step == 9:
+            writer.proceed(1 + votes_of_others[-1])
+            writer.stage.result()
+        else:  # the third one's
+            error = OSError(errno.EIO, "another rank's")
+            monkeypatch.setattr(writer.ranks, "gather", lambda work, error=error: [work(), raising(error)])
             with pytest.raises(OSError, match="another rank's"):
-                writer.proceed(1 + other_votes)
-            assert names(output_dir) == [".step_00000010.tmp", "step_00000009"]
-        else:
-            writer.proceed(1 + other_votes)
-            assert bool(writer.later) == (other_votes < 2)
-    writer.stage.result()
-    assert writer.vote() == 1 and names(output_dir)[-1] == "step_00000010"
+                writer.proceed(1 + votes_of_others[-1])
+    assert names(output_dir) == [".step_00000010.tmp", "step_00000009"]
+
+
+def test_a_failure_of_this_rank_is_enough_for_all_to_look(output_dir, monkeypatch):
+    writer = make_writer(output_dir, 10)
+    writer.ranks.world_size = 3
+    monkeypatch.setattr(checkpoint, "write_file", lambda *_: raising(OSError(errno.EIO, "no")))
+    writer.save(RunState(step=10))
+    with contextlib.suppress(OSError):
+        writer.stage.result()
+    assert writer.vote() >= 3
+    with pytest.raises(OSError, match="no"):
+        writer.proceed(writer.vote())
 
 
 def test_where_host_memory_has_no_room_for_a_copy_training_waits_and_that_is_said_before(output_dir, monkeypatch):
     monkeypatch.setattr(checkpoint, "available_host_memory", lambda: 4 * 3 * 27)
-    (output_dir / "checkpoints").mkdir(parents=True)
     writer = make_writer(output_dir, 10)
     assert "Training stands still" in writer.ranks.said[0]
     writer.save(RunState(step=10))

@@ -227,21 +227,20 @@ def _write_files(folder: Path, files: Iterable[tuple[str, dict[str, torch.Tensor
         for file, tensors in files:
             for future in [*written.values()][: 1 - WRITERS]:
                 future.result()
-            written[file] = pool.submit(write_file, folder / file, _blocks(tensors))
+            written[file] = pool.submit(_write_tensors, folder / file, tensors)
         return {file: future.result() for file, future in written.items()}
 
 
-def _blocks(tensors: dict[str, torch.Tensor]) -> Iterator:
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict:
     """A safetensors file of float32 tensors. safetensors' own writer would copy them twice and hold up all threads."""
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [start, end]}
+    ends = [0, *itertools.accumulate(tensor.nbytes for tensor in tensors.values())]
+    places = {name: [*place] for name, place in zip(tensors, itertools.pairwise(ends), strict=True)}
+    header = {n: {"dtype": "F32", "shape": [*t.shape], "data_offsets": places[n]} for n, t in tensors.items()}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        yield tensor.numpy()
+    head = len(text).to_bytes(8, "little") + text
+    entry = write_file(path, [head, *(tensor.numpy() for tensor in tensors.values())])
+    return entry | {"tensors": {name: [len(head) + byte for byte in place] for name, place in places.items()}}
 
 
 def shard_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -395,8 +394,8 @@ def read_state(path: Path) -> RunState:
 def load(engine, parameters: Parameters, path: Path, state: RunState, resume: str, ranks: Ranks) -> None:
     """Puts a checkpoint's master weights, moments and step into an engine of any world size. Collective.
 
-    Verifying and loading are one pass: the digest of a file is compared before anything of it is used. If one is not as
-    written, `--resume auto` passes this checkpoint over and loads the one before, whose counters `state` then gets.
+    Verifying and loading are one pass. If a file turns out to be not as it was written, `--resume auto` passes this
+    checkpoint over and sets everything again from the one before, whose counters `state` then gets.
     """
     first = path
     while True:
@@ -432,25 +431,16 @@ class _Reader:
     """Reads what a rank takes of a checkpoint, each file as a whole, into its shards (of residency.state_shards)."""
 
     def __init__(self, path: Path, manifest: dict, parameters: Parameters, shards: dict, ranks: Ranks):
-        self.path, self.files, self.parameters, self.shards, self.ranks = (
-            path,
-            manifest["files"],
-            parameters,
-            shards,
-            ranks,
-        )
-        self.writers, us = manifest["world_size"], (ranks.rank, ranks.world_size)
-        # writer -> parameter -> where this rank's shard and the writer's overlap
-        overlaps = {
-            w: {name: _overlap(p.ds_numel, us, (w, self.writers)) for name, p in parameters.items()}
-            for w in range(self.writers)
-        }
-        # Files of which no rank needs anything are read all the same, by one rank.
-        self.overlaps = {
-            w: of
-            for w, of in overlaps.items()
-            if any(of.values()) or w * ranks.world_size // self.writers == ranks.rank
-        }
+        self.path, self.files, self.parameters = path, manifest["files"], parameters
+        self.shards, self.ranks, writers = shards, ranks, manifest["world_size"]
+        # writer -> parameter -> _overlap of this rank's shard and the writer's
+        self.overlaps: dict[int, dict[str, tuple[int, int, int] | None]] = {}
+        for writer in range(writers):
+            pair = (ranks.rank, ranks.world_size), (writer, writers)
+            overlaps = {name: _overlap(p.ds_numel, *pair) for name, p in parameters.items()}
+            # Files of which no rank needs anything are read all the same, by one rank.
+            if any(overlaps.values()) or writer * ranks.world_size // writers == ranks.rank:
+                self.overlaps[writer] = overlaps
 
     def read(self) -> str | None:
         """What is wrong with the files, None if nothing is. Raises OSError if one cannot be read."""
@@ -460,53 +450,51 @@ class _Reader:
         shown = progress(f"reading {self.path.name}", size // 10**6, "MB", self.ranks.say, self.ranks.is_main)
         try:
             with shown as advance, ThreadPoolExecutor(READERS) as pool:
-                for file, found in zip(mine, pool.map(lambda file: self._read(file, of_rank[file]), mine), strict=True):
-                    if found:
-                        return found
+                is_whole = pool.map(lambda file: self._read(file, of_rank[file]), mine)
+                for file, found in zip(mine, is_whole, strict=True):
+                    if not found:
+                        return f"{file} has been changed"
                     advance(self.files[file]["size"] // 10**6)
         except FileNotFoundError as e:
             return f"{Path(e.filename).name}: {e.strerror}"
         return None
 
-    def _read(self, file: str, writer: int) -> str | None:
-        content, state = np.empty(self.files[file]["size"], np.uint8), xxhash.xxh3_128()
+    def _read(self, file: str, writer: int) -> bool:
+        """Puts a file's elements in their places, block by block; whether the file is as it was written."""
+        entry, state, buffer = self.files[file], xxhash.xxh3_128(), np.zeros(BLOCK_BYTES, np.uint8)
+        header = min((start for start, _ in entry["tensors"].values()), default=entry["size"])
         with naming(self.path / file), open(self.path / file, "rb") as source:
-            for start in range(0, len(content), BLOCK_BYTES):
-                block = content[start : start + BLOCK_BYTES]
-                block = block[: source.readinto(block)]
-                state.update(block)
-        if state.hexdigest() != self.files[file]["digest"]:
-            return f"{file} has been changed"
-        for key, (start, end) in tensors_of(content.data).items():
-            kind, _, name = key.partition("/")
-            if stretch := self.overlaps[writer][name]:
-                ours, theirs = stretch
-                values = torch.from_numpy(content[start:end].view(np.float32)[theirs])
-                self.shards[self.parameters[name]][kind][ours].copy_(values)
-        return None
+            state.update(source.read(header))
+            for key, (start, end) in entry["tensors"].items():
+                kind, _, name = key.partition("/")
+                for first in range(start, end, BLOCK_BYTES):
+                    block = buffer[: min(BLOCK_BYTES, end - first)]
+                    if source.readinto(block.data) != len(block):
+                        return False
+                    state.update(block.data)
+                    if place := self.overlaps[writer][name]:
+                        _put(
+                            block.view(np.float32),
+                            (first - start) // 4,
+                            *place,
+                            self.shards[self.parameters[name]][kind],
+                        )
+        return state.hexdigest() == entry["digest"]
 
 
-def _overlap(numel: int, us: tuple[int, int], them: tuple[int, int]) -> tuple[slice, slice] | None:
-    """The stretch of a flattened parameter that two ranks hold, in the shard of either; None if there is none.
-
-    us, them: (rank, world size).
-    """
+def _overlap(numel: int, us: tuple[int, int], them: tuple[int, int]) -> tuple[int, int, int] | None:
+    """The stretch of a flattened parameter that two ranks, each (rank, world size), hold: where it begins in our shard
+    and in theirs, and its elements; None if there is none."""
     (our_start, our_end), (their_start, their_end) = shard_range(numel, *us), shard_range(numel, *them)
     start, end = max(our_start, their_start), min(our_end, their_end)
-    return (
-        (slice(start - our_start, end - our_start), slice(start - their_start, end - their_start))
-        if start < end
-        else None
-    )
+    return (start - our_start, start - their_start, end - start) if start < end else None
 
 
-def tensors_of(head) -> dict[str, tuple[int, int]]:
-    """The tensors of a safetensors file by name: the bytes [start, end) of the file that they are. head: its first
-    bytes, the header among them."""
-    data = 8 + int.from_bytes(head[:8], "little")
-    header = json.loads(bytes(head[8:data]))
-    offsets = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
-    return {name: (data + start, data + end) for name, (start, end) in offsets.items()}
+def _put(block: np.ndarray, at: int, ours: int, theirs: int, count: int, shard: torch.Tensor) -> None:
+    """Copies what a block, elements from `at` on of a writer's shard, holds of an _overlap to our shard."""
+    first, last = max(at, theirs), min(at + len(block), theirs + count)
+    if first < last:
+        shard[ours + first - theirs : ours + last - theirs].copy_(torch.from_numpy(block[first - at : last - at]))
 
 
 def export(path: Path, output_dir: Path) -> None:
@@ -519,12 +507,10 @@ def export(path: Path, output_dir: Path) -> None:
         raise UserError(f"checkpoint {path} is not whole: {found}")
     manifest = json.loads((path / "manifest.json").read_text())
     shards: dict[str, list] = {}  # parameter -> [(file, first byte, elements)] by rank
-    for file in [path / file for file in sorted(manifest["files"]) if ".master_" in file]:
-        with open(file, "rb") as source:
-            length = source.read(8)
-            tensors = tensors_of(length + source.read(int.from_bytes(length, "little")))
-        for key, (start, end) in tensors.items():
-            shards.setdefault(key.removeprefix("master/"), []).append((file, start, (end - start) // 4))
+    for file, entry in sorted(manifest["files"].items()):
+        for key, (start, end) in entry.get("tensors", {}).items():
+            if key.startswith("master/"):
+                shards.setdefault(key.removeprefix("master/"), []).append((path / file, start, (end - start) // 4))
 
     def fill(name: str, out: torch.Tensor) -> None:
         for file, start, count in shards[name]:

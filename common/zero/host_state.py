@@ -63,12 +63,14 @@ class HostMemory:
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.unused = torch.frombuffer(memory, dtype=torch.float32, count=num_elements) if num_elements else None
         self.pinning: Future | None = None
-        if device.type == "cuda" and self.unused is not None:
+        if self.unused is not None:
             self.pinning = ThreadPoolExecutor(1).submit(self._pin, self.unused, num_threads)
 
     def _pin(self, memory: torch.Tensor, num_threads: int) -> None:
         with ThreadPoolExecutor(num_threads) as pool:
             list(pool.map(lambda piece: piece[:: mmap.PAGESIZE // 4].zero_(), memory.split(TOUCHED_AT_ONCE)))
+        if self.device.type != "cuda":
+            return
         with torch.cuda.device(self.device), as_user_error("host memory for the optimizer's state cannot be pinned"):
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), 4 * memory.numel(), 0))
 
