@@ -20,7 +20,7 @@ from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel, to_device
-from common.model.export import export_model, rehearse_export
+from common.model.export import export_model, prepare_exports, rehearse_export
 from common.model.logprobs import sequence_logps
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
@@ -139,13 +139,15 @@ def main() -> None:
         reference_table, cached_in = reference_pass(engine, data, pairs, weights, config, kernel, budget, ranks)
         evaluation.read_reference(engine, weights, kernel, budget)
     if resume_from is not None:
-        checkpoint.load(engine, parameters, resume_from, state.step, ranks)
+        checkpoint.load(engine, parameters, resume_from, state, config.resume, ranks)
 
     # ------------------------------------------------------------------ loop
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
     resolved["evaluation"] = evaluation.record
     record = record_of("DPO", config, identity, state, policy, ranks, **resolved, reference_cache=cached_in)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
+    writer = checkpoint.Writer(engine, parameters, config, ranks)
+    ranks.once(lambda: prepare_exports(policy.lm, template, model_folder, writer.folder / "model"))
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 
@@ -184,18 +186,23 @@ def main() -> None:
                 sums += micro_batch_sums
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
-        # Over all ranks; the votes say how many ranks were asked to stop.
-        totals_and_votes = ranks.sum([*sums.tolist(), num_tokens, squared_lengths, *stop_request.votes()])
-        *all_sums, all_tokens, all_squared_lengths, terminate, interrupt = totals_and_votes
+        # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
+        totals_and_votes = ranks.sum(
+            [*sums.tolist(), num_tokens, squared_lengths, writer.vote(), *stop_request.votes()]
+        )
+        *all_sums, all_tokens, all_squared_lengths, written, terminate, interrupt = totals_and_votes
+        writer.proceed(written)
         means = {name: value / len(samples) for name, value in zip(SUMMED, all_sums, strict=True)}
         train_loss = means.pop("train_loss")
         if not math.isfinite(train_loss):
+            writer.wait()
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), lengths, data, ranks)
         if step == 0 and reference_folder is None:  # policy and reference are one model: the loss is known
             check_first_step(train_loss, means, preference, config)
         with out_of_memory_explained(f"step {step + 1}, update", budget, workload.longest):
             engine.step()
         if not engine.was_step_applied():  # DeepSpeed skips an update whose gradient norm is not finite
+            writer.wait()
             raise not_finite(step + 1, "gradient norm", math.nan, plan, None, lengths, data, ranks)
         # -------------------------------------------------------------- the step is done
 
@@ -213,15 +220,18 @@ def main() -> None:
 
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
         if stop_signal or state.step % schedule.save_every == 0:
+            writer.wait()
             require_finite_weights(engine, state.step, ranks)
             metrics.flush_to_disk()
-            checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
+            writer.save(state)
         if stop_signal:
+            writer.wait()
             raise Stopped(stop_signal)
         meter.start()
 
     # ------------------------------------------------------------------ export
     stop_request.finish_export_first()
+    writer.wait()
     metrics.flush_to_disk()
     require_finite_weights(engine, state.step, ranks)
     export_model(policy, config.output_dir, template, model_folder, ranks)

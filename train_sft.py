@@ -17,7 +17,7 @@ from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel
-from common.model.export import export_model, rehearse_export
+from common.model.export import export_model, prepare_exports, rehearse_export
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
 from common.run.agreement import agreed_identity
@@ -98,13 +98,15 @@ def main() -> None:
     ranks.say(packing_report(first, ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())
     if resume_from is not None:
-        checkpoint.load(engine, parameters, resume_from, state.step, ranks)
+        checkpoint.load(engine, parameters, resume_from, state, config.resume, ranks)
 
     # ------------------------------------------------------------------ loop
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
     resolved["evaluation"] = evaluation.record
     record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
+    writer = checkpoint.Writer(engine, parameters, config, ranks)
+    ranks.once(lambda: prepare_exports(policy.lm, template, model_folder, writer.folder / "model"))
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 
@@ -138,15 +140,18 @@ def main() -> None:
                 losses[m] = loss.detach()
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
-        # Over all ranks; the votes say how many ranks were asked to stop.
-        sums = ranks.sum([losses.sum().item(), num_tokens, squared_lengths, *stop_request.votes()])
-        nll, all_tokens, all_squared_lengths, terminate, interrupt = sums
+        # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
+        sums = ranks.sum([losses.sum().item(), num_tokens, squared_lengths, writer.vote(), *stop_request.votes()])
+        nll, all_tokens, all_squared_lengths, written, terminate, interrupt = sums
+        writer.proceed(written)
         train_loss = nll / num_targets
         if not math.isfinite(train_loss):
+            writer.wait()
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), data.lengths, data, ranks)
         with out_of_memory_explained(f"step {step + 1}, update", budget, workload.longest):
             engine.step()
         if not engine.was_step_applied():  # DeepSpeed skips an update whose gradient norm is not finite
+            writer.wait()
             raise not_finite(step + 1, "gradient norm", math.nan, plan, None, data.lengths, data, ranks)
         # -------------------------------------------------------------- the step is done
 
@@ -163,15 +168,18 @@ def main() -> None:
 
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
         if stop_signal or state.step % schedule.save_every == 0:
+            writer.wait()
             require_finite_weights(engine, state.step, ranks)
             metrics.flush_to_disk()
-            checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
+            writer.save(state)
         if stop_signal:
+            writer.wait()
             raise Stopped(stop_signal)
         meter.start()
 
     # ------------------------------------------------------------------ export
     stop_request.finish_export_first()
+    writer.wait()
     metrics.flush_to_disk()
     require_finite_weights(engine, state.step, ranks)
     export_model(policy, config.output_dir, template, model_folder, ranks)

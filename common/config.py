@@ -123,6 +123,7 @@ class TrainConfig:
     checkpointing_steps: int | str = _field(500, "steps between checkpoints", ("epoch",), least=1, identifies=False)
     keep_last_n_checkpoints: int = _field(3, "older checkpoints are deleted", least=1, identifies=False)
     clean_checkpoints_at_end: bool = _field(False, "delete the checkpoints after the export", identifies=False)
+    export_at_checkpoints: bool = _field(False, "the model of each checkpoint too", identifies=False)
     logging_steps: int = _field(1, "write metrics every so many steps", least=1, identifies=False)
     report_to: list[str] = _field(["none"], "trackers that metrics also go to", TRACKERS, identifies=False)
     push_to_hub: bool = _field(False, "upload the model to the hub when it is done", identifies=False)

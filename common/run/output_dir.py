@@ -156,7 +156,9 @@ def open_output_dir(
 
     def begin() -> None:
         num_checkpoints = min(config.keep_last_n_checkpoints + 1, schedule.last_step // schedule.save_every)
-        checkpoint.require_disk_space(dict(policy.lm.named_parameters()), config.output_dir, num_checkpoints)
+        num_models = 1 + num_checkpoints * config.export_at_checkpoints
+        parameters = dict(policy.lm.named_parameters())
+        checkpoint.require_disk_space(parameters, config.output_dir, num_checkpoints, num_models)
         checkpoint.clear_after(config.output_dir, state.step, config.resume)
         before = read_run_config(config.output_dir) if state.step else {}
         resumes = [step for step in before.get("resumed_after", []) if step < state.step] + [state.step]
