@@ -165,9 +165,10 @@ def main() -> None:
             if is_evaluated:
                 step_record |= evaluation(engine, kernel, budget)
             metrics.append(step_record)
+        is_kept = is_evaluated and evaluation.keeps(state.step, metrics.eval_losses)
 
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
-        if stop_signal or state.step % schedule.save_every == 0:
+        if stop_signal or is_kept or state.step % schedule.save_every == 0:
             writer.wait()
             require_finite_weights(engine, state.step, ranks)
             metrics.flush_to_disk()
@@ -181,6 +182,7 @@ def main() -> None:
     stop_request.finish_export_first()
     writer.wait()
     metrics.flush_to_disk()
+    record["exported_step"] = evaluation.load_best(engine, parameters) or state.step
     require_finite_weights(engine, state.step, ranks)
     export_model(policy, config.output_dir, template, model_folder, ranks)
     finish(config, record, state, metrics, data_table(data), ranks)

@@ -116,6 +116,8 @@ class TrainConfig:
     eval_holdout: str | None = _field(None, "held out of the training rows: 1% or 200")
     eval_steps: int | None = _field(None, "steps between evaluations; none: ten a run", least=1, identifies=False)
     early_stopping_patience: int | None = _field(None, "evaluations without a gain", least=1, identifies=False)
+    keep_best: str | None = _field(None, "keep its best checkpoint, too", ("eval/loss",), identifies=False)
+    export_best: bool = _field(False, "the model of that one, not of the last step", identifies=False)
 
     # run
     output_dir: str = _field("output/sft", "model, metrics and checkpoints go here", identifies=False, is_path=True)

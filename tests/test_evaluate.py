@@ -215,6 +215,8 @@ def test_sources_have_names_of_their_own(tmp_path):
         ({"eval_holdout": "1", "eval_dataset_mixer": ["x.jsonl"]}, "--eval_holdout"),
         ({"eval_steps": 3}, "--eval_steps"),
         ({"early_stopping_patience": 3}, "--early_stopping_patience"),
+        ({"keep_best": "eval/loss"}, "--keep_best"),
+        ({"export_best": True, "eval_holdout": "1"}, "--export_best"),
         *(({"eval_holdout": amount}, "--eval_holdout") for amount in ("0.1", "100%", "10", "0", "1%", "x", "-3")),
     ],
 )
@@ -261,3 +263,19 @@ def test_a_run_that_stalls_ends_well_says_so_and_is_finished_for_the_same_patien
     assert setting.run("sft", **resumed).succeeded().column("step") == [*range(1, len(before) + 1)]
     longer = setting.run("sft", **changes | {"early_stopping_patience": 3}).succeeded()
     assert longer.metrics[: len(before)] == before and len(longer.metrics) > len(before)
+
+
+@both
+def test_the_best_checkpoint_stays_and_is_exported_if_asked_for(setting, method):
+    """Its weights are those of a run that ends at that step on the same schedule; the state of a resume is the last."""
+    changes = setting.held_out(method) | {"keep_best": "eval/loss", "learning_rate": 0.3, "keep_last_n_checkpoints": 1}
+    changes |= {"lr_scheduler_type": "constant", "max_train_steps": 12, "checkpointing_steps": 4}
+    run = setting.run(method, **changes, export_best=True).succeeded()
+    losses = {record["step"]: record["eval/loss"] for record in run.metrics if "eval/loss" in record}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 12 and checkpoints(run.output_dir) == [best, 12]
+    record = read_run_config(str(run.output_dir))
+    assert record["exported_step"] == best and record["result"]["steps"] == 12
+    short = setting.run(method, **changes, stop_after_steps=best).succeeded()
+    ours, theirs = weights(run.output_dir), weights(short.output_dir)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)

@@ -65,7 +65,15 @@ FREE |= {
     "attn_implementation",
 }
 FREE |= {"compile_layers", "collective_timeout_minutes", "ds_config", "stop_after_steps", "share_prompt"}
-FREE |= {"eval_dataset_mixer", "eval_steps", "early_stopping_patience", "report_to", "allow_dropped"}
+FREE |= {
+    "eval_dataset_mixer",
+    "eval_steps",
+    "early_stopping_patience",
+    "keep_best",
+    "export_best",
+    "report_to",
+    "allow_dropped",
+}
 FREE |= {"push_to_hub", "hub_model_id", "hub_private", "hub_overwrite"}
 # Other words for the same rows, template or weights are the same run.
 BY_CONTENTS = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}

@@ -25,9 +25,10 @@ from common.ranks import Ranks
 from common.run.reference import compute_logps, reference_pass
 from common.step.losses import SUMMED, preference_loss_and_sums
 from common.step.schedule import Schedule
+from common.zero import checkpoint
 from common.zero.memory import memory_gb
 
-DEPENDENT = ("eval_steps", "early_stopping_patience")  # flags that need held-out data
+DEPENDENT = ("eval_steps", "early_stopping_patience", "keep_best")  # flags that need held-out data
 EVALUATIONS = 10  # in a run, unless --eval_steps says otherwise
 
 
@@ -42,6 +43,8 @@ def training_and_held_out(kind: str, config: TrainConfig, template: ChatTemplate
     given = [name for name in DEPENDENT if getattr(config, name) is not None]
     if given and not mixer and not amount:
         raise UserError(f"--{given[0]}: nothing is held out; give --eval_dataset_mixer or --eval_holdout")
+    if config.export_best and config.keep_best is None:
+        raise UserError("--export_best true: no checkpoint is kept as the best; give --keep_best eval/loss")
     data = tokenized_data(kind, config, template, ranks)
     if amount:
         return split(data, amount)
@@ -156,6 +159,23 @@ class Evaluation:
         _, sums = preference_loss_and_sums(*tensors, self.config)
         means = dict(zip(SUMMED, (sums / len(members)).tolist(), strict=True))
         return {"loss": means["train_loss"]} | {name: means[f"rewards/{name}"] for name in ("accuracy", "margin")}
+
+    def keeps(self, step: int, losses: list[float]) -> bool:
+        """Whether --keep_best keeps the checkpoint of `step`, after which losses[-1] was found. Collective."""
+        is_best = self.config.keep_best is not None and losses[-1] < min([math.inf, *losses[:-1]])
+        if is_best:
+            self.ranks.once(lambda: checkpoint.keep(self.config.output_dir, step))
+        return is_best
+
+    def load_best(self, engine, parameters: checkpoint.Parameters) -> int | None:
+        """With --export_best puts the kept checkpoint's weights into the engine; its step, else None. Collective."""
+        step = self.ranks.once(lambda: checkpoint.kept_step(self.config.output_dir))
+        if not self.config.export_best or step is None:
+            return None
+        path = Path(self.config.output_dir) / "checkpoints" / f"step_{step:08d}"
+        self.ranks.say(f"--export_best: the model will be that of step {step}")
+        checkpoint.load(engine, parameters, path, checkpoint.read_state(path), str(path), self.ranks)
+        return step
 
     def says_stop(self, losses: list[float]) -> bool:
         """Whether --early_stopping_patience ends the run here; says so. losses: `eval/loss` of the run so far."""

@@ -156,6 +156,7 @@ def open_output_dir(
 
     def begin() -> None:
         num_checkpoints = min(config.keep_last_n_checkpoints + 1, schedule.last_step // schedule.save_every)
+        num_checkpoints += config.keep_best is not None
         num_models = 1 + num_checkpoints * config.export_at_checkpoints
         parameters = dict(policy.lm.named_parameters())
         checkpoint.require_disk_space(parameters, config.output_dir, num_checkpoints, num_models)
