@@ -84,7 +84,7 @@ def _command(config: TrainConfig, record: dict, commits: dict[str, str]) -> str:
     ]
     words = ["bash", "run.sh", record["method"].lower(), str(record["world_size"])]
     values = identity_values(config, (True, "contents")) | {"stop_after_steps": config.stop_after_steps}
-    if record["result"]["stopped_early"]:
+    if record["result"].get("stopped_early"):
         values["stop_after_steps"] = record["result"]["steps"]
     values |= {"model_revision": record["base"]["commit"], "dataset_mixer": mixer}
     for name, value in values.items():
