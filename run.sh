@@ -17,7 +17,10 @@ usage: bash run.sh VERB [...]
   sft|dpo [N] [flags]       the full recipe on N GPUs (default: all; without a GPU: 2 CPU processes)
   push OUTPUT_DIR [flags]   upload a finished run's model to the hub, again if need be (--hub_model_id, --hub_overwrite, ...)
   data sft|dpo [flags]      what would be trained, and what not, without training (--show 5, --row FILE:ROW)
+  compare OUT1 [OUT2 ...]   what differs between runs, and their curves in one picture (--picture compare.png)
   bench sft|dpo [N] [flags] throughput of a named shape with random weights (--shape llama-8b --steps 10 --lengths tulu|full)
+  export CHECKPOINT OUT_DIR the Hugging Face folder of a checkpoint, no GPU needed
+  verify OUTPUT_DIR [--step K] digests of all checkpoints; step K computed again and compared bitwise
   test [pytest flags]       the test suite; without flags, on a machine with a GPU, also what needs one
   setup                     make .venv from requirements.txt (the other verbs do it when needed)
     TORCH_INDEX_URL=URL       where torch comes from; the CPU index saves gigabytes
@@ -97,7 +100,7 @@ main() {
         setup) setup ;;
         test) tests "${@:2}" ;;
         sft | dpo) verb launch "$@" ;;
-        sanity | bench | data | push) verb "$@" ;;
+        sanity | bench | data | push | compare | export | verify) verb "$@" ;;
         help | -h | --help) usage ;;
         *)
             [[ $# == 0 ]] || echo "error: \`$1\` is not a verb" >&2

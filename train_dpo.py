@@ -16,18 +16,18 @@ import numpy as np
 import torch
 
 from common.config import DPOConfig, parse_config
-from common.data.cache import tokenized_data
 from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel, to_device
-from common.model.export import export_model, rehearse_export
+from common.model.export import export_model, prepare_exports, rehearse_export
 from common.model.logprobs import sequence_logps
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
 from common.run.agreement import agreed_identity
 from common.run.card import base_of
-from common.run.metrics import StepMeter, StepTotals, progress_line
+from common.run.evaluate import Evaluation, largest, training_and_held_out
+from common.run.metrics import StepMeter, StepTotals
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.run.reference import reference_pass
 from common.step.losses import SUMMED, check_first_step, preference_loss, preference_loss_and_sums
@@ -66,13 +66,13 @@ def main() -> None:
     tokenizer_folder = ranks.once_per_node(lambda: load.find_tokenizer(config.tokenizer_name_or_path or model_folder))
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-    data = tokenized_data("dpo", config, template, ranks)
+    data, held_out = training_and_held_out("dpo", config, template, ranks)  # None if nothing is held out
     assert data.pair_lengths is not None  # every data set of preferences has them
     lengths = pair_lengths(data.pair_lengths, config.share_prompt)  # int [pairs]: tokens of each in a micro-batch
-    longest_side = int((data.pair_lengths[:, 0] + data.pair_lengths[:, 1:].max(1)).max())
-    load.check_supported(model_config, config.max_seq_length, longest_side, data.stats["largest_token_id"] + 1)
+    longest_side, num_token_ids = largest(data, held_out)
+    load.check_supported(model_config, config.max_seq_length, longest_side, num_token_ids)
     if reference_folder is not None:
-        load.check_supported(reference_config, config.max_seq_length, longest_side, data.stats["largest_token_id"] + 1)
+        load.check_supported(reference_config, config.max_seq_length, longest_side, num_token_ids)
         load.check_same_vocabulary(model_config, reference_config)
     ranks.say("\n".join([data_table(data), *load.warnings(template, model_config, longest_side)]))
     ranks.once(lambda: rehearse_export(model_config, template, model_folder))
@@ -80,7 +80,8 @@ def main() -> None:
 
     # ------------------------------------------------------------------ schedule
     schedule = Schedule(config, len(data))  # samples and learning rate of each step; the run ends after last_step
-    ranks.say(schedule.report(f"DPO ({config.loss_type})", "pairs"))
+    ranks.say(schedule.report(f"DPO ({config.loss_type}, beta {config.beta:g})", "pairs"))
+    evaluation = Evaluation(data, held_out, config, schedule, ranks)
     ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
     if config.share_prompt:
         unshared = pair_lengths(data.pair_lengths, share_prompt=False).sum()
@@ -117,6 +118,7 @@ def main() -> None:
             reference_table, cached_in = reference_pass(
                 engine, data, pairs, weights_digest, config, kernel, workload.budget, ranks
             )
+            evaluation.read_reference(engine, weights_digest, kernel, workload.budget)
         del model, engine
 
     # ------------------------------------------------------------------ model and engine
@@ -138,13 +140,17 @@ def main() -> None:
     if preference.needs_reference and reference_folder is None:
         weights_digest = identity["model_name_or_path (contents)"]
         reference_table, cached_in = reference_pass(engine, data, pairs, weights_digest, config, kernel, budget, ranks)
+        evaluation.read_reference(engine, weights_digest, kernel, budget)
     if resume_from is not None:
-        checkpoint.load(engine, parameters, resume_from, state.step, ranks)
+        checkpoint.load(engine, parameters, resume_from, state, config.resume, ranks)
 
     # ------------------------------------------------------------------ loop
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
+    resolved["evaluation"] = evaluation.record
     record = record_of("DPO", config, identity, state, policy, ranks, **resolved, reference_cache=cached_in)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
+    writer = checkpoint.Writer(engine, parameters, config, ranks)
+    ranks.once(lambda: prepare_exports(policy.lm, template, model_folder, writer.folder / "model"))
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 
@@ -161,6 +167,8 @@ def main() -> None:
     gc.freeze()  # what lives until the end is not searched for garbage again
     meter.start()
     for step, (samples, plan, micro_batches) in one_ahead(prepared, range(state.step, schedule.last_step)):
+        if evaluation.says_stop(metrics.eval_losses):
+            break
         ranks.step = step + 1  # for what is said of a rank that hangs
         # -------------------------------------------------------------- the recipe's step
         set_learning_rate(engine, schedule.learning_rate(step))
@@ -181,18 +189,23 @@ def main() -> None:
                 sums += micro_batch_sums
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
-        # Over all ranks; the votes say how many ranks were asked to stop.
-        totals_and_votes = ranks.sum([*sums.tolist(), num_tokens, squared_lengths, *stop_request.votes()])
-        *all_sums, all_tokens, all_squared_lengths, terminate, interrupt = totals_and_votes
+        # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
+        totals_and_votes = ranks.sum(
+            [*sums.tolist(), num_tokens, squared_lengths, writer.vote(), *stop_request.votes()]
+        )
+        *all_sums, all_tokens, all_squared_lengths, written, terminate, interrupt = totals_and_votes
+        writer.proceed(written)
         means = {name: value / len(samples) for name, value in zip(SUMMED, all_sums, strict=True)}
         train_loss = means.pop("train_loss")
         if not math.isfinite(train_loss):
+            writer.wait()
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), lengths, data, ranks)
         if step == 0 and reference_folder is None:  # policy and reference are one model: the loss is known
             check_first_step(train_loss, means, preference, config)
         with out_of_memory_explained(f"step {step + 1}, update", budget, workload.longest):
             engine.step()
         if not engine.was_step_applied():  # DeepSpeed skips an update whose gradient norm is not finite
+            writer.wait()
             raise not_finite(step + 1, "gradient norm", math.nan, plan, None, lengths, data, ranks)
         # -------------------------------------------------------------- the step is done
 
@@ -201,22 +214,30 @@ def main() -> None:
         totals = StepTotals(int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
         step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm) | means
-        if state.step % config.logging_steps == 0 or state.step == schedule.last_step:
+        is_evaluated = evaluation.is_due(state.step)
+        if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
+            ranks.say(meter.line(step_record, schedule.last_step))
+            if is_evaluated:
+                step_record |= evaluation(engine, kernel, budget)
             metrics.append(step_record)
-            ranks.say(progress_line(step_record, schedule.last_step))
+        is_kept = is_evaluated and evaluation.keeps(state.step, metrics.eval_losses)
 
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
-        if stop_signal or state.step % schedule.save_every == 0:
+        if stop_signal or is_kept or state.step % schedule.save_every == 0:
+            writer.wait()
             require_finite_weights(engine, state.step, ranks)
             metrics.flush_to_disk()
-            checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
+            writer.save(state)
         if stop_signal:
+            writer.wait()
             raise Stopped(stop_signal)
         meter.start()
 
     # ------------------------------------------------------------------ export
     stop_request.finish_export_first()
+    writer.wait()
     metrics.flush_to_disk()
+    record["exported_step"] = evaluation.load_best(engine, parameters) or state.step
     require_finite_weights(engine, state.step, ranks)
     export_model(policy, config.output_dir, template, model_folder, ranks)
     finish(config, record, state, metrics, data_table(data), ranks)

@@ -13,17 +13,17 @@ import math
 import torch
 
 from common.config import SFTConfig, parse_config
-from common.data.cache import tokenized_data
 from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel
-from common.model.export import export_model, rehearse_export
+from common.model.export import export_model, prepare_exports, rehearse_export
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
 from common.run.agreement import agreed_identity
 from common.run.card import base_of
-from common.run.metrics import StepMeter, StepTotals, progress_line
+from common.run.evaluate import Evaluation, largest, training_and_held_out
+from common.run.metrics import StepMeter, StepTotals
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
 from common.step.schedule import Schedule
@@ -55,9 +55,9 @@ def main() -> None:
     tokenizer_folder = ranks.once_per_node(lambda: load.find_tokenizer(config.tokenizer_name_or_path or model_folder))
     tokenizer = load.load_tokenizer(tokenizer_folder)
     template = resolve_template(config.chat_template, tokenizer)
-    data = tokenized_data("sft", config, template, ranks)
-    longest = int(data.lengths.max())
-    load.check_supported(model_config, config.max_seq_length, longest, data.stats["largest_token_id"] + 1)
+    data, held_out = training_and_held_out("sft", config, template, ranks)  # None if nothing is held out
+    longest, num_token_ids = largest(data, held_out)
+    load.check_supported(model_config, config.max_seq_length, longest, num_token_ids)
     ranks.say("\n".join([data_table(data), *load.warnings(template, model_config, longest)]))
     ranks.once(lambda: rehearse_export(model_config, template, model_folder))
     ranks.say(preview(data, 0, tokenizer))
@@ -65,6 +65,7 @@ def main() -> None:
     # ------------------------------------------------------------------ schedule
     schedule = Schedule(config, len(data))  # samples and learning rate of each step; the run ends after last_step
     ranks.say(schedule.report("SFT", "samples"))
+    evaluation = Evaluation(data, held_out, config, schedule, ranks)
     ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
 
     # ------------------------------------------------------------------ output folder
@@ -100,12 +101,15 @@ def main() -> None:
     ranks.say(packing_report(first_steps, ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())  # lm: transformers' model
     if resume_from is not None:
-        checkpoint.load(engine, parameters, resume_from, state.step, ranks)
+        checkpoint.load(engine, parameters, resume_from, state, config.resume, ranks)
 
     # ------------------------------------------------------------------ loop
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
+    resolved["evaluation"] = evaluation.record
     record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
+    writer = checkpoint.Writer(engine, parameters, config, ranks)
+    ranks.once(lambda: prepare_exports(policy.lm, template, model_folder, writer.folder / "model"))
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 
@@ -121,6 +125,8 @@ def main() -> None:
     gc.freeze()  # what lives until the end is not searched for garbage again
     meter.start()
     for step, (samples, plan, micro_batches) in one_ahead(prepared, range(state.step, schedule.last_step)):
+        if evaluation.says_stop(metrics.eval_losses):
+            break
         ranks.step = step + 1  # for what is said of a rank that hangs
         # -------------------------------------------------------------- the recipe's step
         num_targets = int(data.num_targets[samples].sum())  # of the whole step: all ranks, all micro-batches
@@ -137,15 +143,18 @@ def main() -> None:
                 losses[m] = loss.detach()
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
-        # Over all ranks; the votes say how many ranks were asked to stop.
-        sums = ranks.sum([losses.sum().item(), num_tokens, squared_lengths, *stop_request.votes()])
-        nll, all_tokens, all_squared_lengths, terminate, interrupt = sums
+        # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
+        sums = ranks.sum([losses.sum().item(), num_tokens, squared_lengths, writer.vote(), *stop_request.votes()])
+        nll, all_tokens, all_squared_lengths, written, terminate, interrupt = sums
+        writer.proceed(written)
         train_loss = nll / num_targets
         if not math.isfinite(train_loss):
+            writer.wait()
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), data.lengths, data, ranks)
         with out_of_memory_explained(f"step {step + 1}, update", budget, workload.longest):
             engine.step()
         if not engine.was_step_applied():  # DeepSpeed skips an update whose gradient norm is not finite
+            writer.wait()
             raise not_finite(step + 1, "gradient norm", math.nan, plan, None, data.lengths, data, ranks)
         # -------------------------------------------------------------- the step is done
 
@@ -153,22 +162,30 @@ def main() -> None:
         totals = StepTotals(int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
         step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm)
-        if state.step % config.logging_steps == 0 or state.step == schedule.last_step:
+        is_evaluated = evaluation.is_due(state.step)
+        if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
+            ranks.say(meter.line(step_record, schedule.last_step))
+            if is_evaluated:
+                step_record |= evaluation(engine, kernel, budget)
             metrics.append(step_record)
-            ranks.say(progress_line(step_record, schedule.last_step))
+        is_kept = is_evaluated and evaluation.keeps(state.step, metrics.eval_losses)
 
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
-        if stop_signal or state.step % schedule.save_every == 0:
+        if stop_signal or is_kept or state.step % schedule.save_every == 0:
+            writer.wait()
             require_finite_weights(engine, state.step, ranks)
             metrics.flush_to_disk()
-            checkpoint.save(parameters, state, config.output_dir, config.keep_last_n_checkpoints, ranks)
+            writer.save(state)
         if stop_signal:
+            writer.wait()
             raise Stopped(stop_signal)
         meter.start()
 
     # ------------------------------------------------------------------ export
     stop_request.finish_export_first()
+    writer.wait()
     metrics.flush_to_disk()
+    record["exported_step"] = evaluation.load_best(engine, parameters) or state.step
     require_finite_weights(engine, state.step, ranks)
     export_model(policy, config.output_dir, template, model_folder, ranks)
     finish(config, record, state, metrics, data_table(data), ranks)

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import importlib.metadata
 import math
 import os
 import sys
@@ -35,8 +36,40 @@ def _field(default, help, choices=(), least=-math.inf, most=math.inf, below=math
 
 LR_SCHEDULERS = ["linear", "cosine", "constant", "constant_with_warmup"]
 LR_SCHEDULERS += ["inverse_sqrt", "cosine_with_restarts", "polynomial"]
+TRACKERS = ("none", "tensorboard", "wandb", "trackio")
 RECOMPUTED = ("auto", "none", "full")
 KERNELS = ("auto", "flash_attention_4", "flash_attention_2", "varlen", "sdpa")
+OWN_BETA = {"dpo_norm": 5.0, "sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0}  # of each loss, where beta is left out
+
+# A flag, as it is to be written here: what TRL and Hugging Face call it.
+OTHER_NAMES = {
+    "--model_name_or_path": "model model_id model_name",
+    "--ref_model_name_or_path": "ref_model ref_model_name",
+    "--tokenizer_name_or_path": "tokenizer tokenizer_name processing_class",
+    "--dtype bfloat16": "bf16 fp16",
+    "--dtype": "torch_dtype fp32",
+    "--dataset_mixer SOURCE[:SPLIT][=AMOUNT]": "dataset dataset_name dataset_config dataset_train_split train_file",
+    "--eval_dataset_mixer SOURCE[:SPLIT][=AMOUNT]": "eval_dataset dataset_test_split validation_file",
+    "--eval_holdout 1%": "validation_split_percentage",
+    "--max_seq_length": "max_length max_prompt_length max_completion_length model_max_length",
+    "--max_tokens_per_micro_batch (samples are always packed)": "packing padding_free per_device_eval_batch_size",
+    "--global_batch_size (over all ranks)": "per_device_train_batch_size gradient_accumulation_steps batch_size",
+    "--optimizer": "optim",
+    "--learning_rate": "lr",
+    "--lr_scheduler_type": "lr_scheduler scheduler",
+    "--warmup_ratio": "warmup_steps",
+    "--num_train_epochs": "epochs num_epochs",
+    "--max_train_steps": "max_steps",
+    "--seed": "data_seed",
+    "--checkpointing_steps": "save_steps save_strategy",
+    "--keep_last_n_checkpoints": "save_total_limit",
+    "--resume": "resume_from_checkpoint",
+    "--resume never": "overwrite_output_dir",
+    "--eval_steps": "eval_strategy evaluation_strategy",
+    "--collective_timeout_minutes": "ddp_timeout",
+    "--compile_layers": "torch_compile",
+    "--ds_config": "deepspeed",
+}
 
 
 @dataclasses.dataclass
@@ -78,13 +111,23 @@ class TrainConfig:
     max_train_steps: int | None = _field(None, "optimizer steps, in place of num_train_epochs", least=1, most=10**9)
     stop_after_steps: int | None = _field(None, "end early, on the same schedule", least=1, identifies=False)
 
+    # evaluation
+    eval_dataset_mixer: list[str] = _field([], "held-out data, as dataset_mixer", identifies=False, is_path=True)
+    eval_holdout: str | None = _field(None, "held out of the training rows: 1% or 200")
+    eval_steps: int | None = _field(None, "steps between evaluations; none: ten a run", least=1, identifies=False)
+    early_stopping_patience: int | None = _field(None, "evaluations without a gain", least=1, identifies=False)
+    keep_best: str | None = _field(None, "keep its best checkpoint, too", ("eval/loss",), identifies=False)
+    export_best: bool = _field(False, "the model of that one, not of the last step", identifies=False)
+
     # run
     output_dir: str = _field("output/sft", "model, metrics and checkpoints go here", identifies=False, is_path=True)
     resume: str = _field("auto", "auto, never (start over), or a checkpoint's path", identifies=False, is_path=True)
     checkpointing_steps: int | str = _field(500, "steps between checkpoints", ("epoch",), least=1, identifies=False)
     keep_last_n_checkpoints: int = _field(3, "older checkpoints are deleted", least=1, identifies=False)
     clean_checkpoints_at_end: bool = _field(False, "delete the checkpoints after the export", identifies=False)
+    export_at_checkpoints: bool = _field(False, "the model of each checkpoint too", identifies=False)
     logging_steps: int = _field(1, "write metrics every so many steps", least=1, identifies=False)
+    report_to: list[str] = _field(["none"], "trackers that metrics also go to", TRACKERS, identifies=False)
     push_to_hub: bool = _field(False, "upload the model to the hub when it is done", identifies=False)
     hub_model_id: str | None = _field(None, "ENTITY/NAME, or NAME [output_dir's] of your own", identifies=False)
     hub_private: bool = _field(True, "the repository is private", identifies=False)
@@ -125,7 +168,7 @@ class DPOConfig(TrainConfig):
 
     # loss
     loss_type: str = _field("dpo_norm", "the preference loss", ("sigmoid", "dpo_norm", "ipo", "simpo"))
-    beta: float = _field(5.0, "how strongly the policy is held to the reference", least=1e-30)
+    beta: float = _field(5.0, "how strongly the reference holds; left out: 0.1 (sigmoid, ipo), 2 (simpo)", least=1e-30)
     label_smoothing: float = _field(0.0, "share of flipped preferences (sigmoid and dpo_norm)", least=0, most=0.5)
     gamma_beta_ratio: float = _field(0.3, "simpo's target margin over beta", least=0)
     ref_model_name_or_path: str | None = _field(None, "another reference", identifies="contents", is_path=True)
@@ -160,11 +203,17 @@ def parse_config(cls: type, argv: list[str] | None = None):
             print_line(parser.format_help())
         raise SystemExit(0)
 
+    parser.set_defaults(beta=None)
     given = _parsed(parser, argv, {*defaults, "config", "local_rank"})
     if given.config is not None:
         words = _yaml_words(given.config)
         _parsed(parser, words, {*defaults}, source=f"{given.config}: ")
         given = _parsed(parser, [*words, *argv], {*defaults, "config", "local_rank"})
+    for name in {*given.report_to} - {"none"}:
+        with as_user_error(f"--report_to {name}: {sys.executable} -m pip install {name}"):
+            importlib.metadata.version(name)
+    if given.beta is None and cls is DPOConfig:
+        given.beta = OWN_BETA[given.loss_type]
     return cls(**{name: getattr(given, name) for name in defaults})
 
 
@@ -177,9 +226,15 @@ def _underscored(word: str) -> str:
 def _parsed(parser, words: list[str], known: set[str], source: str = "") -> argparse.Namespace:
     """The values in words, else the defaults. known: the names allowed; source: how the text of an error begins."""
     flags = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
-    near = {flag: difflib.get_close_matches(flag, known, 1, 0.5) or ["help"] for flag in flags if flag not in known}
-    if near:
-        raise UserError(source + " ".join(f"unknown flag --{flag}; did you mean --{n[0]}?" for flag, n in near.items()))
+    names = {name: flag for flag, others in OTHER_NAMES.items() for name in others.split()}
+    advice = {}
+    for flag in flags:
+        if flag in names:
+            advice[flag] = f"here it is {names[flag]}"
+        elif flag not in known:
+            advice[flag] = f"did you mean --{(difflib.get_close_matches(flag, known, 1, 0.5) or ['help'])[0]}?"
+    if advice:
+        raise UserError(source + "; ".join(f"unknown flag --{flag}: {text}" for flag, text in advice.items()))
     try:
         given, unknown = parser.parse_known_args(words)
     except argparse.ArgumentError as e:

@@ -1,12 +1,15 @@
 """How a run ends early on purpose (its exit codes), what an error means to whoever started it, and lines of output."""
 
+import contextlib
 import errno
 import os
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
 PROGRESS_SECONDS = 30  # between progress lines, where there is no terminal for a bar
@@ -84,8 +87,30 @@ def is_out_of_memory(error: Exception) -> bool:
     return is_hosts or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
+_said: deque[str] = deque(maxlen=10_000)  # lines of this process that no log holds yet, with their times
+_log_path: Path | None = None
+
+
+def log_to(path: Path) -> None:
+    """From here on each line that this process prints, and those before, also go to the end of a file, with times."""
+    global _log_path
+    path.parent.mkdir(exist_ok=True)
+    _log_path = path
+
+
+def _log(text: str) -> None:
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    _said.extend(f"{now}  {line}\n" for line in text.splitlines())
+    if _log_path is not None and _said:
+        with contextlib.suppress(OSError), open(_log_path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("".join(_said))  # a log is not worth a run that goes on
+        _said.clear()
+
+
 def print_line(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
-    """print; once nobody can read the stream (None: stdout), as of a closed terminal or pipe, it goes nowhere."""
+    """print, and to the log; once nobody can read the stream (None: stdout), as of a closed terminal or pipe, it goes
+    nowhere."""
+    _log(text)
     stream = stream or sys.stdout
     try:
         print(text, file=stream, end=end, flush=True)

@@ -91,6 +91,10 @@ class Ranks:
         """As once, on one rank of each node; every rank gets its own node's result."""
         return self._while_others_wait(work, self.local_rank == 0)[self.rank - self.local_rank]
 
+    def on_all(self, work: Callable[[], object]) -> list:
+        """As once, but every rank runs `work`; every rank gets all results in rank order, or raises the first error."""
+        return self._while_others_wait(work, True)
+
     def _while_others_wait(self, work: Callable[[], object], is_worker: bool) -> list:
         """No rank waits longer than the time-out: a thread works, and the ranks meet until it is done."""
         thread = ThreadPoolExecutor(1)

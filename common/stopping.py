@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from common.failures import TrainingStopped, explained, one_line, print_line, sh
 from common.ranks import Ranks, is_first_to_tell, leave, lost
 
 SAME_REQUEST = 2.0  # seconds
+EXIT_SECONDS = 30.0  # that before_exit may take
+before_exit: list[Callable[[], None]] = []  # called before this process ends, whatever ends it but a kill
 # What gloo says where a rank has ended or hangs.
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
 
@@ -51,6 +54,9 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
                 told, text = "a rank is lost", lost(one_line(e))
             if not getattr(e, "is_told", False) and is_first_to_tell(told):
                 print_line(text, sys.stderr)
+        closing = threading.Thread(target=lambda: [close() for close in before_exit], daemon=True)
+        closing.start()
+        closing.join(EXIT_SECONDS)
         for stream in (sys.stdout, sys.stderr):
             print_line("", stream, end="")
         if dist.is_initialized():

@@ -1,10 +1,13 @@
-"""How long a save blocks training, and its bytes/s against the disk's own sequential rate, measured in turns.
+"""What a checkpoint costs a training run, and what a resume costs beside the disk's own rate, measured in turns.
 
     python tests/bench_checkpoint.py [FOLDER] [--gigabytes 2] [--rounds 5]
 
-One rank, a model of random weights and its moments on whatever device there is. The disk's own rate is that of one
-file of the same size, written in blocks of 16 MB and flushed, like `dd conv=fsync`. Neighbours make a
-disk's rate swing: the ratio is the median over rounds, each of which measures both, in changing order.
+One rank, a model of random weights and its moments on whatever device there is. Each round measures:
+  blocked   seconds until training may go on, as a share of the whole write
+  beside    steps (products of matrices) a second beside the write / without it
+  write     bytes a second against those of one file of the same size, written and flushed
+  resume    seconds of verifying and loading / seconds of `dd` for the same files; the page cache is told to drop them
+Neighbours make a disk's rate swing: what is shown last are medians over rounds.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +26,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import OneRank
 
-from common.zero import checkpoint
+from common.config import SFTConfig
+from common.zero import checkpoint, residency
 
 HIDDEN = 2048
 
@@ -49,11 +54,26 @@ def sequential_write(path: Path, num_bytes: int) -> float:
     return seconds
 
 
-def save(parameters: dict, folder: Path, step: int) -> float:
-    """Seconds that training would have been blocked; deleting the checkpoint before is part of it."""
-    os.sync()
+def steps_a_second(matrix: torch.Tensor, is_over) -> float:
+    """Products of matrices a second, as long as is_over() is false."""
+    count, started = 0, time.perf_counter()
+    while not is_over():
+        (matrix @ matrix)[0, 0].item()
+        count += 1
+    return count / (time.perf_counter() - started)
+
+
+def without_cache(files: list[Path]) -> None:
+    for file in files:
+        handle = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def dd(files: list[Path]) -> float:
     started = time.perf_counter()
-    checkpoint.save(parameters, checkpoint.RunState(step=step), str(folder), 1, OneRank())
+    for file in files:
+        subprocess.run(["dd", f"if={file}", "of=/dev/null", "bs=16M"], check=True, capture_output=True)
     return time.perf_counter() - started
 
 
@@ -63,27 +83,54 @@ def main() -> None:
     arguments.add_argument("--gigabytes", type=float, default=2)
     arguments.add_argument("--rounds", type=int, default=5)
     given = arguments.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(1)  # a GPU's steps leave the processor alone, too
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     count = max(1, round(given.gigabytes * 1e9 / (12 * HIDDEN * HIDDEN)))
     parameters = {f"layer_{i}.weight": Parameter(device) for i in range(count)}
     num_bytes = 12 * HIDDEN * HIDDEN * count
     folder = Path(tempfile.mkdtemp(prefix="bench_checkpoint_", dir=given.folder))
     (folder / "checkpoints").mkdir()
-    rows = []
-    checkpoint.safe_get_local_fp32_param = lambda p: p.local["master"]
-    checkpoint.safe_get_local_optimizer_state = lambda p, kind: p.local[kind]
+    residency.state_shards = lambda engine: {p: p.local for p in parameters.values()}
+    residency.set_step = residency.round_master_weights = lambda *_: None
+    ranks = OneRank()
+    ranks.device = device
+    config = SFTConfig(output_dir=str(folder), keep_last_n_checkpoints=1)
+    writer = checkpoint.Writer(None, parameters, config, ranks)
+    matrix = (
+        torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) if device.type == "cuda" else torch.ones(512, 512)
+    )
+    rows: dict[str, list[float]] = {name: [] for name in ("seconds_blocked", "blocked", "beside", "write", "resume")}
     try:
         for i in range(given.rounds):
-            measures = [("save", lambda: save(parameters, folder, i + 1))]
-            measures += [("disk", lambda: sequential_write(folder / "one_file", num_bytes))]
-            seconds = {what: measure() for what, measure in measures[:: 1 if i % 2 else -1]}
-            rows.append((seconds["save"], seconds["disk"]))
-            print(f"round {i + 1}: blocked {rows[-1][0]:.2f} s; ratio to the disk {rows[-1][1] / rows[-1][0]:.0%}")
+            end = time.perf_counter() + 3
+            alone = steps_a_second(matrix, lambda: time.perf_counter() > end)
+            os.sync()
+            started = time.perf_counter()
+            writer.save(checkpoint.RunState(step=i + 1))
+            blocked = time.perf_counter() - started
+            beside = steps_a_second(matrix, lambda: writer.proceed(writer.vote()) or writer.stage is None)
+            written = time.perf_counter() - started
+            disk = sequential_write(folder / "one_file", num_bytes)
+            files = sorted(writer.path.glob("*.safetensors"))
+            seconds = {}
+            for what in ("dd", "load")[:: 1 if i % 2 else -1]:
+                without_cache(files)
+                started = time.perf_counter()
+                if what == "dd":
+                    dd(files)
+                else:
+                    state = checkpoint.RunState(step=i + 1)
+                    checkpoint.load(None, parameters, writer.path, state, "auto", ranks)
+                seconds[what] = time.perf_counter() - started
+            measured = (blocked, blocked / written, beside / alone, disk / written, seconds["load"] / seconds["dd"])
+            for values, value in zip(rows.values(), measured, strict=True):
+                values.append(value)
+            shown = ", ".join(f"{name} {values[-1]:.3f}" for name, values in rows.items())
+            print(f"round {i + 1}: {shown}; written in {written:.2f} s, dd {seconds['dd']:.2f} s")
     finally:
         shutil.rmtree(folder)
-    blocked, ratio = statistics.median(s for s, _ in rows), statistics.median(d / s for s, d in rows)
-    result = {"gigabytes": num_bytes / 1e9, "device": device, "seconds_blocked": blocked, "ratio_to_disk": ratio}
-    print(json.dumps(result))
+    medians = {name: round(statistics.median(values), 4) for name, values in rows.items()}
+    print(json.dumps({"gigabytes": num_bytes / 1e9, "device": device.type, **medians}))
 
 
 if __name__ == "__main__":

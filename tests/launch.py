@@ -201,7 +201,7 @@ def run_script(logs: str, script: str, words: list[str], patches: dict) -> None:
     import_module(script).main()
 
 
-def _no_curves(output_dir: str) -> None:
+def _no_curves(*_) -> None:
     pass
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +19,15 @@ import numpy as np
 import pytest
 import torch
 from faults import Crash, Disk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from models import OneRank
 from safetensors.numpy import load_file
 
 from common import files
+from common.config import SFTConfig
 from common.failures import UserError, explained
-from common.zero import checkpoint
+from common.zero import checkpoint, residency
 from common.zero.checkpoint import RunState
 
 SHAPES = {"embed.weight": (7, 3), "layer.weight": (5,), "norm.weight": (1,)}
@@ -45,13 +49,16 @@ class Slice:
 
 
 def patch_engine(monkeypatch):
-    monkeypatch.setattr(checkpoint, "safe_get_local_fp32_param", lambda p: p.local["master"])
-    monkeypatch.setattr(checkpoint, "safe_get_local_optimizer_state", lambda p, kind: p.local[kind])
+    """The parameters stand for the engine."""
+    monkeypatch.setattr(residency, "state_shards", lambda engine: {p: p.local for p in engine.values()})
+    monkeypatch.setattr(residency, "set_step", lambda engine, step: None)
+    monkeypatch.setattr(residency, "round_master_weights", lambda engine: None)
 
 
 @pytest.fixture
 def output_dir(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(checkpoint, "SHARD_FILE_BYTES", 150)  # several files a rank
+    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 32)  # several blocks a tensor
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # thousands of them; faults.Disk knows which were asked for
     patch_engine(monkeypatch)
     return tmp_path / "run"
@@ -61,15 +68,35 @@ def parameters(step: int) -> dict:
     return {name: Slice(shape, step) for name, shape in SHAPES.items()}
 
 
-def save(output_dir: Path, step: int, keep: int = 3) -> Path:
+def save(output_dir: Path, step: int, keep: int = 3, beside: bool = False) -> Path:
+    """beside: as a run that takes further steps meanwhile."""
+    writer = make_writer(output_dir, step, keep)
+    writer.save(RunState(step=step, samples=4 * step))
+    while beside and writer.stage is not None:
+        writer.proceed(writer.vote())
+    writer.wait()
+    return writer.path
+
+
+def make_writer(output_dir: Path, step: int, keep: int = 3) -> checkpoint.Writer:
     (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    return checkpoint.save(parameters(step), RunState(step=step, samples=4 * step), str(output_dir), keep, OneRank())
+    values, config = parameters(step), SFTConfig(output_dir=str(output_dir), keep_last_n_checkpoints=keep)
+    return checkpoint.Writer(values, values, config, OneRank())
 
 
 def find(output_dir: Path, resume: str = "auto") -> tuple[Path | None, str]:
     """(what a resume takes, what it says)."""
-    ranks = OneRank()
-    return checkpoint.find(str(output_dir), resume, ranks), "\n".join(ranks.said)
+    ranks, into = OneRank(), parameters(0)
+    path = checkpoint.find(str(output_dir), resume, ranks)
+    if path is not None:
+        state = checkpoint.read_state(path)
+        checkpoint.load(into, into, path, state, resume, ranks)
+        path = path.with_name(f"step_{state.step:08d}")
+        assert state.samples == 4 * state.step
+        for name, p in parameters(state.step).items():
+            for kind in checkpoint.KINDS:
+                np.testing.assert_array_equal(into[name].local[kind][:-2], p.local[kind][:-2])
+    return path, "\n".join(line for line in ranks.said if not line.startswith("resuming"))
 
 
 def names(output_dir: Path) -> list[str]:
@@ -104,7 +131,10 @@ def test_a_checkpoint_holds_every_number_and_a_manifest_of_every_file(output_dir
     assert {*manifest["files"]} == {*paths} - {"manifest.json", "COMPLETE"}
     assert len([name for name in paths if name.endswith(".safetensors")]) > 1
     for name, entry in manifest["files"].items():
+        places = entry.pop("tensors", {})
         assert entry == {"size": paths[name].stat().st_size, "digest": files.digest(paths[name].read_bytes())}
+        for tensor, (start, end) in places.items():
+            assert paths[name].read_bytes()[start:end] == load_file(paths[name])[tensor].tobytes()
     assert (folder / "COMPLETE").read_text() == files.digest((folder / "manifest.json").read_bytes())
     assert find(output_dir) == (folder, "")
 
@@ -128,7 +158,7 @@ def test_whatever_file_operation_fails_a_resume_finds_the_old_or_the_new_whole_c
         patch, ended = pytest.MonkeyPatch(), None
         with Disk(patch, [checkpoint, files], n, "full" if how == "full" else "crash") as disk:
             try:
-                save(output_dir, 10, keep)
+                save(output_dir, 10, keep, beside=keep == 2)
             except (Crash, OSError) as e:
                 ended = e
                 assert isinstance(e, OSError) == (how == "full")
@@ -155,10 +185,10 @@ def test_whatever_file_operation_fails_a_resume_finds_the_old_or_the_new_whole_c
 
 
 def test_a_folder_that_was_renamed_is_not_made_again(output_dir):
-    save(output_dir, 9)
+    writer = make_writer(output_dir, 10)
     output_dir.rename(output_dir.with_name("elsewhere"))
     with pytest.raises(OSError, match=r"\.step_00000010\.tmp"):
-        checkpoint.save(parameters(10), RunState(step=10), str(output_dir), 3, OneRank())
+        writer.save(RunState(step=10))
     assert not output_dir.exists()
 
 
@@ -173,6 +203,128 @@ def test_replace_file_leaves_the_old_text_or_the_new(tmp_path, how):
             disk.lose_power(tmp_path)
         assert path.read_text() in ("old " * 100, "new " * 100)
     assert disk.count < n and path.read_text() == "new " * 100
+
+
+def shard_of(rank: int, world_size: int) -> tuple[OneRank, dict]:
+    """A rank of several, and its shards at step 5: those of ZeRO-3, padded to equal sizes."""
+    ranks, values = OneRank(), parameters(5)
+    ranks.rank, ranks.world_size, ranks.is_main = rank, world_size, rank == 0
+    for p in values.values():
+        size = -(-p.ds_numel // world_size)
+        for kind, whole in p.local.items():
+            padded = torch.cat([whole[: p.ds_numel], torch.zeros(size * world_size - p.ds_numel)])
+            p.local[kind] = padded[rank * size : (rank + 1) * size].clone()
+    return ranks, values
+
+
+@given(writers=st.integers(1, 9), readers=st.integers(1, 9))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_number_of_ranks_reads_what_any_number_wrote_and_every_byte_is_verified(output_dir, writers, readers):
+    shutil.rmtree(output_dir, ignore_errors=True)
+    temporary, entries = output_dir / "checkpoints" / ".step_00000005.tmp", []
+    temporary.mkdir(parents=True)
+    for rank in reversed(range(writers)):
+        ranks, values = shard_of(rank, writers)
+        writer = checkpoint.Writer(values, values, SFTConfig(output_dir=str(output_dir)), ranks)
+        writer.memory.wait_until_pinned()
+        entries.append(checkpoint._write_files(temporary, writer._copied({p: p.local for p in values.values()})))
+    writer.path = output_dir / "checkpoints" / "step_00000005"
+    writer._publish(temporary, json.dumps({"step": 5}), entries)
+    manifest, verified = json.loads((writer.path / "manifest.json").read_text()), set()
+    for rank in range(readers):
+        ranks, values = shard_of(rank, readers)
+        shards = {p: {kind: torch.zeros_like(shard) for kind, shard in p.local.items()} for p in values.values()}
+        reader = checkpoint._Reader(writer.path, manifest, values, shards, ranks)
+        assert reader.read() is None
+        verified |= {file for file in manifest["files"] for w in reader.overlaps if file.startswith(f"rank_{w:05d}_")}
+        for p, read in shards.items():
+            for kind, values_read in read.items():
+                np.testing.assert_array_equal(values_read, p.local[kind])
+    assert verified == {*manifest["files"]} - {"state.json"}
+
+
+# ------------------------------------------------------------------ beside the next steps
+
+
+def test_a_checkpoint_is_that_of_its_step_whatever_the_next_steps_do_meanwhile(output_dir, monkeypatch):
+    """Held before its first file: training goes on, and neither publishes it nor deletes an older one."""
+    before, may_write = save(output_dir, 9), threading.Event()
+    write = checkpoint.write_file
+    monkeypatch.setattr(checkpoint, "write_file", lambda *args: may_write.wait() and write(*args))
+    writer = make_writer(output_dir, 10, keep=1)
+    writer.save(RunState(step=10))
+    for p in writer.parameters.values():
+        for values in p.local.values():
+            values.fill_(-1)
+    assert writer.vote() == 0
+    writer.proceed(0)
+    assert find(output_dir)[0] == before and len(names(output_dir)) == 2
+    may_write.set()
+    writer.wait()
+    assert writer.ranks.said == [f"waiting for {writer.path} to be written", f"checkpoint {writer.path}"]
+    assert names(output_dir) == ["step_00000010"]
+    assert_holds(writer.path, 10)
+
+
+def raising(error: OSError):
+    raise error
+
+
+def test_it_is_published_once_all_ranks_have_written_theirs_and_not_if_one_has_failed(output_dir, monkeypatch):
+    """Rank 0 of three; the votes of the two others are given."""
+    for step, votes_of_others in ((9, (0, 1, 2)), (10, (0, 3))):
+        writer = make_writer(output_dir, step)
+        writer.ranks.world_size = 3
+        writer.save(RunState(step=step))
+        writer.stage.result()
+        assert writer.vote() == 1
+        for votes in votes_of_others[:-1]:
+            writer.proceed(1 + votes)
+        assert len(writer.later) == 1 and f".step_{step:08d}.tmp" in names(output_dir)
+        if step == 9:
+            writer.proceed(1 + votes_of_others[-1])
+            writer.stage.result()
+        else:  # the third one's
+            error = OSError(errno.EIO, "another rank's")
+            monkeypatch.setattr(writer.ranks, "gather", lambda work, error=error: [work(), raising(error)])
+            with pytest.raises(OSError, match="another rank's"):
+                writer.proceed(1 + votes_of_others[-1])
+    assert names(output_dir) == [".step_00000010.tmp", "step_00000009"]
+
+
+def test_a_failure_of_this_rank_is_enough_for_all_to_look(output_dir, monkeypatch):
+    writer = make_writer(output_dir, 10)
+    writer.ranks.world_size = 3
+    monkeypatch.setattr(checkpoint, "write_file", lambda *_: raising(OSError(errno.EIO, "no")))
+    writer.save(RunState(step=10))
+    with contextlib.suppress(OSError):
+        writer.stage.result()
+    assert writer.vote() >= 3
+    with pytest.raises(OSError, match="no"):
+        writer.proceed(writer.vote())
+
+
+def test_where_host_memory_has_no_room_for_a_copy_training_waits_and_that_is_said_before(output_dir, monkeypatch):
+    monkeypatch.setattr(checkpoint, "available_host_memory", lambda: 4 * 3 * 27)
+    writer = make_writer(output_dir, 10)
+    assert "Training stands still" in writer.ranks.said[0]
+    writer.save(RunState(step=10))
+    assert writer.stage is None
+    assert_holds(writer.path, 10)
+
+
+def test_one_checkpoint_may_stay_beyond_the_newest(output_dir):
+    save(output_dir, 1, keep=1)
+    checkpoint.keep(str(output_dir), 2)
+    for step in (2, 3, 4):
+        save(output_dir, step, keep=1)
+    assert names(output_dir) == ["kept.json", "step_00000002", "step_00000004"]
+    checkpoint.keep(str(output_dir), 4)
+    for step in (5, 6):
+        save(output_dir, step, keep=1)
+    assert names(output_dir) == ["kept.json", "step_00000004", "step_00000006"]
+    checkpoint.clear_after(str(output_dir), 0, "never")  # another run's step 4 is none of this one's
+    assert names(output_dir) == []
 
 
 # ------------------------------------------------------------------ damage
@@ -209,17 +361,29 @@ def test_damage_to_any_file_is_said_and_the_checkpoint_before_is_used(output_dir
                 find(output_dir, str(newest))
 
 
+def test_a_damaged_checkpoint_that_was_planned_in_another_way_is_set_aside_for_the_next_run(output_dir):
+    """Micro-batches and residency come from the newest one's state, before its bytes are read."""
+    save(output_dir, 9)
+    writer = make_writer(output_dir, 10)
+    writer.save(RunState(step=10, samples=40, micro_batch_budget=4096))
+    writer.wait()
+    damage(next(writer.path.glob("*.exp_avg_*")), "flip", random.Random(0))
+    with pytest.raises(UserError, match=r"step_00000010.*step_00000009.*micro_batch_budget"):
+        find(output_dir)
+    assert find(output_dir)[0].name == "step_00000009" and "damaged_step_00000010" in names(output_dir)
+
+
 @pytest.mark.parametrize("error", [errno.EIO, errno.EACCES])
 def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(output_dir, monkeypatch, error):
     for step in (1, 2):
         save(output_dir, step)
     before = sorted(output_dir.rglob("*"))
 
-    def failing(path):
+    def failing(path, mode):
         raise OSError(error, os.strerror(error), str(path))
 
-    monkeypatch.setattr(checkpoint, "file_digest", failing)
-    with pytest.raises(OSError, match=r"step_00000002.*part_000") as told:
+    monkeypatch.setattr(checkpoint, "open", failing, raising=False)
+    with pytest.raises(OSError, match=r"step_00000002.*_000.safetensors") as told:
         find(output_dir)
     assert explained(told.value).EXIT_CODE == 3 and sorted(output_dir.rglob("*")) == before
 
@@ -269,7 +433,7 @@ def test_checkpoints_of_which_none_is_whole_are_no_fresh_start(output_dir, monke
 
 def test_a_checkpoint_under_the_name_of_another_step_is_refused_by_name(output_dir):
     folder = save(output_dir, 9).rename(output_dir / "checkpoints" / "step_00000012")
-    assert find(output_dir)[0] == folder
+    assert checkpoint.find(str(output_dir), "auto", OneRank()) == folder
     with pytest.raises(UserError, match=r"step_00000012 .*step 9"):
         checkpoint.read_state(folder)
 

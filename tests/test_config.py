@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from common.config import DPOConfig, SFTConfig, identity_values, parse_config
+from common.config import OTHER_NAMES, DPOConfig, SFTConfig, identity_values, parse_config
 from common.failures import UserError
 
 
@@ -40,7 +40,9 @@ compile_layers auto, optimizer adamw, learning_rate 5e-06, lr_scheduler_type lin
 0.0, adam_beta1 0.9, adam_beta2 0.999, adam_epsilon 1e-08, max_grad_norm 1.0, num_train_epochs 2, max_train_steps
 None, stop_after_steps None, seed 42, output_dir output/sft, checkpointing_steps 500, keep_last_n_checkpoints 3,
 clean_checkpoints_at_end False, resume auto, collective_timeout_minutes 30, logging_steps 1, ds_config
-ds_configs/zero3.json, push_to_hub False, hub_model_id None, hub_private True, hub_overwrite False"""
+ds_configs/zero3.json, push_to_hub False, hub_model_id None, hub_private True, hub_overwrite False,
+eval_dataset_mixer [], eval_holdout None, eval_steps None, early_stopping_patience None,
+keep_best None, export_best False, report_to ['none']"""
 DPO = """model_name_or_path output/sft, dataset_mixer ['allenai/llama-3.1-tulu-3-8b-preference-mixture=10%'],
 max_seq_length 2048, learning_rate 5e-07, warmup_ratio 0.1, num_train_epochs 1, output_dir output/dpo,
 checkpointing_steps 100, loss_type dpo_norm, beta 5.0, label_smoothing 0.0, gamma_beta_ratio 0.3,
@@ -131,7 +133,24 @@ def test_a_typo_in_a_flag_names_the_nearest(yaml_file, flag, nearest):
 
 def test_all_unknown_flags_are_named_at_once():
     message = refusal(sft, "--lerning_rate", "1", "--seed", "x", "--sead=1")
-    assert "--lerning_rate; did you mean --learning_rate?" in message and "--sead; did you mean --seed?" in message
+    assert "--lerning_rate: did you mean --learning_rate?" in message and "--sead: did you mean --seed?" in message
+
+
+def test_names_of_other_trainers_are_answered_with_the_flag_here():
+    flags = {field.name for field in dataclasses.fields(DPOConfig)}
+    names = {name: flag for flag, others in OTHER_NAMES.items() for name in others.split()}
+    assert not names.keys() & flags and {flag[2:].split()[0].split("=")[0] for flag in OTHER_NAMES} <= flags
+    assert len(names) == sum(len(others.split()) for others in OTHER_NAMES.values())
+    message = refusal(sft, *(f"--{name}=1" for name in names), "--sead", "3")
+    for name, flag in names.items():
+        assert f"unknown flag --{name}: here it is {flag}" in message
+    assert "--sead: did you mean --seed?" in message
+
+
+@pytest.mark.parametrize(("loss", "beta"), [("dpo_norm", 5.0), ("sigmoid", 0.1), ("ipo", 0.1), ("simpo", 2.0)])
+def test_beta_left_out_is_the_losss_own(yaml_file, loss, beta):
+    assert dpo("--loss_type", loss).beta == beta == dpo("--config", yaml_file(f"loss_type: {loss}")).beta
+    assert dpo("--loss_type", loss, "--beta", "5").beta == 5.0 == dpo("--beta=5.0", f"--loss_type={loss}").beta
 
 
 ALIASES = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(12))  # 9 ** 12 words

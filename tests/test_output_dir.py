@@ -46,16 +46,35 @@ def folder(tmp_path) -> Path:
 def save(folder: Path, step: int, identity: dict) -> Path:
     """A checkpoint that holds no parameter."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    return checkpoint.save({}, RunState(step=step, identity=identity), str(folder), 9, OneRank())
+    engine = SimpleNamespace(optimizer=SimpleNamespace(fp16_groups=[], fp32_partitioned_groups_flat=[]))
+    writer = checkpoint.Writer(engine, {}, SFTConfig(output_dir=str(folder), keep_last_n_checkpoints=9), OneRank())
+    writer.save(RunState(step=step, identity=identity))
+    writer.wait()
+    return writer.path
 
 
 # ------------------------------------------------------------------ which run
 
 # A field is here or it must be the same in a resume.
 FREE = {"output_dir", "cache_dir", "resume", "logging_steps", "checkpointing_steps", "keep_last_n_checkpoints"}
-FREE |= {"clean_checkpoints_at_end", "max_tokens_per_micro_batch", "gradient_checkpointing", "attn_implementation"}
+FREE |= {
+    "export_at_checkpoints",
+    "clean_checkpoints_at_end",
+    "max_tokens_per_micro_batch",
+    "gradient_checkpointing",
+    "attn_implementation",
+}
 FREE |= {"compile_layers", "collective_timeout_minutes", "ds_config", "stop_after_steps", "share_prompt"}
-FREE |= {"push_to_hub", "hub_model_id", "hub_private", "hub_overwrite", "allow_dropped"}
+FREE |= {
+    "eval_dataset_mixer",
+    "eval_steps",
+    "early_stopping_patience",
+    "keep_best",
+    "export_best",
+    "report_to",
+    "allow_dropped",
+}
+FREE |= {"push_to_hub", "hub_model_id", "hub_private", "hub_overwrite"}
 # Other words for the same rows, template or weights are the same run.
 BY_CONTENTS = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}
 

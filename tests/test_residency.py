@@ -335,14 +335,18 @@ def save_and_go_on(folder: str, out: str, resume: bool, residency: str, share: f
     policy, engine = make_engine(folder, residency, ranks, share)
     parameters = dict(policy.lm.named_parameters())
     path = Path(out) / "checkpoints" / "step_00000001"
+    config = SFTConfig(output_dir=out)
+    saved = checkpoint.RunState(step=1, world_size=ranks.world_size)
     if resume:
-        checkpoint.load(engine, parameters, path, 1, ranks)
+        checkpoint.load(engine, parameters, path, saved, config.resume, ranks)
     for step in range(int(resume), 2):
         for _ in backward_passes(engine, ranks):
             pass
         engine.step()
         if step == 0:
-            checkpoint.save(parameters, checkpoint.RunState(step=1, world_size=ranks.world_size), out, 9, ranks)
+            writer = checkpoint.Writer(engine, parameters, config, ranks)
+            writer.save(saved)
+            writer.wait()
     policy.finish_gathering()
     if residency == "all":
         return {name: param.detach().cpu().clone() for name, param in parameters.items()}

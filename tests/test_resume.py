@@ -30,9 +30,12 @@ from faults import Disk
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from common.failures import UserError
 from common.files import replace_file
 from common.run.metrics import MetricsFile
 from common.run.output_dir import read_run_config
+from common.verbs import export, verify
+from common.zero.checkpoint import _write_files as write_files
 
 METHODS = ("sft", "dpo")
 LAST_STEP = 12
@@ -209,6 +212,21 @@ def kill_in_a_file_operation(setting: Setting, method: str, rng: random.Random) 
     rerun_until_done(setting, method, output_dir, whole)
 
 
+def written_slowly(folder: Path, files) -> dict:
+    time.sleep(1)
+    return write_files(folder, files)
+
+
+def kill_beside_a_write(setting: Setting, method: str, rng: random.Random) -> None:
+    """While the files of a checkpoint are on their way and steps go on, one rank or all."""
+    whole, output_dir = setting.whole(method), setting.folder()
+    run = setting.start(method, output_dir, patches={"common.zero.checkpoint._write_files": written_slowly})
+    wait_for(run, f"\nstep {rng.choice((4, 7, 10))}/")
+    time.sleep(rng.uniform(0, 1.2))
+    kill_some(run, rng)
+    rerun_until_done(setting, method, output_dir, whole)
+
+
 def dying_rank(logs: str, script: str, words: list[str], rank: int, operation: int) -> None:
     """In a rank's process: `rank` gets SIGKILL at its n-th change to the disk once it has an engine."""
     from common import files
@@ -229,12 +247,13 @@ def dying_rank(logs: str, script: str, words: list[str], rank: int, operation: i
 
 @both
 def test_a_killed_run_ends_as_if_nothing_had_happened(setting, method):
-    """One kill at a random moment, one at a random file operation; a new seed every day, shown where it fails."""
+    """At a random moment, at a random file operation, beside a write; a new seed every day, shown where it fails."""
     seed = int(time.time()) // 86400
     print(f"seed {seed} {method}")
     rng = random.Random(f"{seed} {method}")
     kill_at_a_moment(setting, method, rng)
     kill_in_a_file_operation(setting, method, rng)
+    kill_beside_a_write(setting, method, rng)
 
 
 @pytest.mark.soak
@@ -244,7 +263,7 @@ def test_killed_at_a_random_moment(setting, method, number):
     seed = time.time_ns()
     print(f"seed {seed}")
     rng = random.Random(seed)
-    (kill_at_a_moment if number % 2 else kill_in_a_file_operation)(setting, method, rng)
+    (kill_at_a_moment, kill_in_a_file_operation, kill_beside_a_write)[number % 3](setting, method, rng)
 
 
 @pytest.mark.soak
@@ -305,7 +324,7 @@ def engine_states(script: str, words: list[str], checkpoint_path: str, residency
     policy = model.load_partitioned(folder, model.load_config(folder), dtype, "sdpa", ds_config, ranks)
     built = engine.build_engine(policy, settings, ds_config)
     parameters = dict(policy.lm.named_parameters())
-    checkpoint.load(built, parameters, Path(checkpoint_path), 9, ranks)
+    checkpoint.load(built, parameters, Path(checkpoint_path), checkpoint.RunState(step=9), "auto", ranks)
     policy.finish_gathering()
     states = {}
     for name, param in parameters.items():
@@ -351,6 +370,90 @@ def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, metho
         assert any(np.abs(values).max() > 0 for key, values in held.items() if key.startswith("exp_avg_sq"))
 
 
+# ------------------------------------------------------------------ the model of a checkpoint, and an auditor's look
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def exported_both_ways(root: str, words: list[str]) -> list[dict[str, bytes]]:
+    """In a rank's process: the files that a run exports, and those of its checkpoint of the same step."""
+    from common import config
+    from common import ranks as distributed
+    from common.data.chat_template import resolve_template
+    from common.model import export as model_export
+    from common.model import load as model
+    from common.zero import checkpoint, engine, residency
+    from common.zero import ds_config as placement
+
+    model_export.SHARD_BYTES, checkpoint.SHARD_FILE_BYTES = 10_000, 4_000
+    settings = config.parse_config(config.SFTConfig, words)
+    ds_config = placement.deepspeed_config(settings) | {"residency": "all", "optimizer_state": 0.5}
+    ranks = distributed.start(settings.collective_timeout_minutes)
+    folder, dtype = str(settings.model_name_or_path), getattr(torch, settings.dtype)
+    policy = model.load_partitioned(folder, model.load_config(folder), dtype, "sdpa", ds_config, ranks)
+    built = engine.build_engine(policy, settings, ds_config)
+    residency.set_step(built, 7)
+    torch.manual_seed(ranks.rank)
+    for shard in residency.state_shards(built).values():
+        shard["master"] += 0.01 * torch.randn_like(shard["master"])  # no bfloat16 any more
+    residency.round_master_weights(built)
+    template = resolve_template("tulu", model.load_tokenizer(folder))
+    writer = checkpoint.Writer(built, dict(policy.lm.named_parameters()), settings, ranks)
+    ranks.once(lambda: writer.folder.mkdir(parents=True))
+    ranks.once(lambda: model_export.prepare_exports(policy.lm, template, folder, writer.folder / "model"))
+    writer.save(checkpoint.RunState(step=7))
+    writer.wait()
+    model_export.export_model(policy, settings.output_dir, template, folder, ranks)
+    return [files_of(path) for path in (Path(settings.output_dir), writer.path / "model")]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype", "num_ranks"),
+    [("qwen2", "bfloat16", 2), ("apertus", "float32", 3), ("gpt_neox", "bfloat16", 1)],
+)
+def test_an_export_of_a_checkpoint_is_the_runs_own_byte_for_byte(setting, architecture, dtype, num_ranks):
+    """With tied weights, buffers, several shards of the export and files of a rank."""
+    root = setting.folder()
+    folder = models.make_model(root / "model", architecture, getattr(torch, dtype))
+    changes = {"model_name_or_path": folder, "dtype": dtype, "export_at_checkpoints": "true"}
+    words = launch.argv(setting.flags("sft", root / "output", **changes))
+    own, ours = launch.on_ranks(exported_both_ways, num_ranks, str(root), words)[0]
+    assert own == ours
+    assert len([name for name in own if name.startswith("model-")]) > 2
+
+
+@both
+def test_export_and_verify_take_what_a_run_leaves(setting, method, capfd, monkeypatch):
+    """The model of the last step; step 11 again, of 2 ranks, from step 9."""
+    output_dir, out = setting.copy_of_whole(method), setting.folder()
+    folder = output_dir / "checkpoints" / "step_00000012"
+    assert export.main(str(folder), str(out)) == 0
+    theirs = files_of(setting.whole(method).output_dir)
+    assert {name: theirs[name] for name in files_of(out)} == files_of(out)
+    assert {name for name in theirs if name.startswith("model")} <= {*files_of(out)}
+    with pytest.raises(UserError, match=str(out)):
+        export.main(str(folder), str(out))  # a second time: it is not empty
+    monkeypatch.setenv("PYTHONPATH", str(launch.REPO))
+    before = sorted(output_dir.rglob("*"))
+    assert verify.main(str(output_dir), "--step", "11") == 0, capfd.readouterr()
+    said = capfd.readouterr().out
+    assert all(name in said.splitlines()[-1] for name in ("bit by bit", "train_loss", "grad_norm", "total_tokens"))
+    assert sorted(output_dir.rglob("*")) == before
+    metrics = (output_dir / "metrics.jsonl").read_text()
+    (output_dir / "metrics.jsonl").write_text(metrics.replace('"grad_norm": ', '"grad_norm": 1'))
+    file = next(folder.glob("*exp_avg_sq*"))
+    if method == "sft":
+        assert verify.main(str(output_dir), "--step", "11") == 1
+        assert "grad_norm was 1" in capfd.readouterr().out
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    assert verify.main(str(output_dir)) == 1 and file.name in capfd.readouterr().out
+    with pytest.raises(UserError, match=str(folder)):
+        (folder / "COMPLETE").unlink()
+        export.main(str(folder), str(setting.folder()))
+
+
 # ------------------------------------------------------------------ the same command, and others
 
 
@@ -358,7 +461,7 @@ def test_resume_auto_never_and_a_path(setting):
     """The newest one damaged: the one before it goes on, with other flags that are free to differ."""
     whole, output_dir = setting.whole("dpo"), setting.copy_of_whole("dpo")
     folder = output_dir / "checkpoints"
-    file = folder / "step_00000012" / "rank_00001_of_00002.part_000.safetensors"
+    file = folder / "step_00000012" / "rank_00001_of_00002.master_000.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
     changes = {"logging_steps": 2, "checkpointing_steps": 50, "collective_timeout_minutes": 5}
     done = setting.run("dpo", output_dir, **changes).succeeded()
@@ -424,6 +527,18 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(setting, method, numbe
     assert_same_run(done, whole)
 
 
+def test_a_stop_waits_for_the_checkpoint_in_flight_and_says_so(setting):
+    output_dir = setting.folder()
+    run = setting.start("sft", output_dir, patches={"common.zero.checkpoint._write_files": written_slowly})
+    wait_for(run, "\nstep 4/")
+    os.kill(run.processes[1].pid, signal.SIGTERM)
+    done = run.wait()
+    assert done.exit_codes == [143, 143]
+    stopped_after = steps_run(done.stdout)[-1]
+    assert checkpoints(output_dir) == sorted({3, stopped_after})
+    assert f"waiting for {output_dir}/checkpoints/step_00000003 to be written" in done.stdout
+
+
 def slow_save(*_) -> None:
     print("saving", flush=True)
     time.sleep(60)
@@ -431,7 +546,7 @@ def slow_save(*_) -> None:
 
 def test_a_second_request_leaves_at_once(setting):
     output_dir = setting.folder()
-    patches = {"common.zero.checkpoint.save": slow_save, "common.stopping.SAME_REQUEST": 0.2}
+    patches = {"common.zero.checkpoint._write_files": slow_save, "common.stopping.SAME_REQUEST": 0.2}
     run = setting.start("sft", output_dir, patches=patches)
     wait_for(run, "\nstep 1/")
     os.kill(run.processes[0].pid, signal.SIGTERM)
@@ -488,14 +603,14 @@ def limited_rank(logs: str, script: str, words: list[str], num_bytes: int) -> No
     """In a rank's process: from step 6's checkpoint on, the system refuses rank 1 larger files."""
     from common.zero import checkpoint
 
-    real = checkpoint.save
+    real = checkpoint._write_files
 
-    def limited(parameters, state, *arguments):
-        if state.step >= 6 and os.environ["RANK"] == "1":
+    def limited(folder, files):
+        if "step_00000006" in folder.name and os.environ["RANK"] == "1":
             resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
-        return real(parameters, state, *arguments)
+        return real(folder, files)
 
-    launch.run_script(logs, script, words, {"common.zero.checkpoint.save": limited})
+    launch.run_script(logs, script, words, {"common.zero.checkpoint._write_files": limited})
 
 
 def test_a_checkpoint_that_one_rank_cannot_write_stops_all_and_the_one_before_stands(setting):
@@ -542,7 +657,7 @@ METRICS = "common.run.output_dir.MetricsFile"
 @pytest.mark.parametrize(
     ("method", "patches", "file", "last_step", "left"),
     [
-        ("sft", {METRICS: Full}, "metrics.jsonl", 4, [3]),
+        ("sft", {METRICS: Full}, "metrics.jsonl", 4, None),  # step 3's may have been in flight
         ("dpo", {METRICS: NotFlushed}, "metrics.jsonl", 6, [3]),
         ("sft", {"common.run.metrics.replace_file": partial(refusing, "metrics.jsonl")}, "metrics.jsonl", 0, []),
         ("dpo", {"common.run.output_dir.replace_file": partial(refusing, "README.md")}, "README.md", 12, [9, 12]),
@@ -554,7 +669,7 @@ def test_a_file_that_cannot_be_written_stops_all_ranks_before_the_next_update(
     whole, output_dir = setting.whole(method), setting.folder() / "output"
     done = setting.run(method, output_dir, patches=patches)
     assert f"{output_dir}/{file}: " in done.refused(3)
-    assert checkpoints(output_dir) == left
+    assert checkpoints(output_dir) == left or left is None
     assert steps_run(done.stdout) == list(range(1, last_step + 1))
     rerun_until_done(setting, method, output_dir, whole)
 

@@ -1,5 +1,6 @@
 """A finished token cache, as every rank reads it."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -22,6 +23,8 @@ class TokenDataset:
     stats: what cache.py's `_stats` returned.
     lengths: int32 [n], tokens of each sample (of a pair: its prompt once, and both completions).
     num_targets: int32 [n], its target tokens (of a pair: the scored tokens of both sides).
+    source: int32 [n], which of stats["sources"] each is from.
+    rows: int64 [n, 2], the file (of stats["files"]) and row of each.
     pair_lengths: DPO only, int32 [n, 3], tokens of the prompt, the rest of chosen, the rest of rejected.
     ds[i]: SFTSample or PreferencePair, read-only views.
     """
@@ -43,18 +46,38 @@ class TokenDataset:
         )
         self.lengths, self.num_targets = (self._samples[name].astype(np.int32) for name in ("length", "num_targets"))
         self.pair_lengths = self._marks.reshape(-1, 5)[:, :3] if self.kind == "dpo" else None
+        kept = [source["rows_used"] - source["rows_dropped"] for source in self.stats["sources"]]
+        self.source: np.ndarray = np.repeat(np.arange(len(kept), dtype=np.int32), kept)
         self._ends, self._mark_ends = (np.cumsum(self._samples[name]) for name in ("length", "num_marks"))
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, i: int) -> SFTSample | PreferencePair:
-        ids = self._tokens[self._ends[i] - self.lengths[i] : self._ends[i]]
+        ids = self.tokens_of(i)
         marks = self._marks[self._mark_ends[i] - self._samples["num_marks"][i] : self._mark_ends[i]]
         if self.kind == "sft":
             return SFTSample(ids, marks.reshape(-1, 2))
         prompt, chosen, _, *starts = marks.tolist()
         return PreferencePair(*np.split(ids, [prompt, prompt + chosen]), *starts)
+
+    def tokens_of(self, i: int) -> np.ndarray:
+        """int32 [lengths[i]]: all tokens of sample i; of a pair, its prompt, chosen, rejected end to end."""
+        return self._tokens[self._ends[i] - self.lengths[i] : self._ends[i]]
+
+    @property
+    def rows(self) -> np.ndarray:
+        return np.stack([self._samples["file"], self._samples["row"]], axis=1)
+
+    def select(self, indices: np.ndarray) -> "TokenDataset":
+        """The samples `indices`, int [m], in that order, with a digest of their own; stats are the whole's."""
+        part = copy.copy(self)
+        part._samples, part.source = self._samples[indices], self.source[indices]
+        part.lengths, part.num_targets = self.lengths[indices], self.num_targets[indices]
+        part.pair_lengths = None if self.pair_lengths is None else self.pair_lengths[indices]
+        part._ends, part._mark_ends = self._ends[indices], self._mark_ends[indices]
+        part.digest = json_digest([self.digest, indices.tolist()])
+        return part
 
     def source_of(self, i: int) -> str:
         """`file:row` of sample i, for messages."""
@@ -76,8 +99,10 @@ class TokenDataset:
         """int32: the last token of each trained span; of a pair, of its chosen and its rejected side."""
         if self.pair_lengths is not None:
             return self._tokens[np.concatenate([self._ends - self.pair_lengths[:, 2], self._ends]) - 1]
-        starts: np.ndarray = np.repeat(self._ends - self.lengths, self._samples["num_marks"] // 2)
-        return self._tokens[starts + self._marks[1::2] - 1]
+        counts = self._samples["num_marks"] // 2
+        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # 0, 1, ... in each sample
+        ends = self._marks[np.repeat(self._mark_ends - 2 * counts, counts) + 2 * number + 1]
+        return self._tokens[np.repeat(self._ends - self.lengths, counts) + ends - 1]
 
 
 def flattened(sample: SFTSample | PreferencePair) -> tuple[np.ndarray, np.ndarray | list[int], int]:

@@ -62,7 +62,7 @@ def parse_source(text: str) -> Source:
         if ends and (tail["revision"] or (tail["split"] not in (None, "train") and not Path(path).is_dir())):
             raise ValueError("a local file has neither revisions nor splits")
         if tail["amount"] is not None:
-            _check_amount(tail["amount"])
+            check_amount(tail["amount"])
     return Source(text, path, tail["revision"], tail["split"] or "train", tail["amount"], bool(ends))
 
 
@@ -79,7 +79,7 @@ def _kind(path: str) -> re.Match | None:
     return next((match for match in LOCAL_FILE.finditer(path) if match.end() == len(path)), None)
 
 
-def _check_amount(amount: str) -> None:
+def check_amount(amount: str) -> None:
     """Raises ValueError unless it is a percentage or a number of rows. How many it may be, the rows decide."""
     if re.fullmatch(r"\d*\.\d+|\d+\.", amount):
         number = float(amount)

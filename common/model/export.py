@@ -1,14 +1,15 @@
-"""The trained model written back: an ordinary folder of transformers."""
+"""The trained model written back: an ordinary folder of transformers, from an engine or from a checkpoint."""
 
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import deepspeed
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -21,6 +22,9 @@ from common.ranks import Ranks
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
+# Besides an export's small files, where a run keeps them for its checkpoints: each parameter's name in the export and
+# type, and the buffers.
+PARAMETERS, BUFFERS = "parameters.json", "buffers.safetensors"
 
 
 def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, source_folder: str, ranks: Ranks) -> None:
@@ -31,30 +35,87 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
     them. Everything is written to a temporary folder first; the index, which makes the shards a model, is moved last.
     """
     model.finish_gathering()
-    temporary, saved = Path(output_dir) / ".export", model.lm.state_dict().keys()
-    tensors = dict(model.lm.named_parameters())
-    tensors |= {name: buffer for name, buffer in model.lm.named_buffers() if name in saved}
-    sizes = {name: getattr(t, "ds_numel", t.numel()) * t.element_size() for name, t in tensors.items()}  # bytes
-    shards: list[list[str]] = [[]]  # names
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(name)
+    temporary, tensors = Path(output_dir) / ".export", _parameters(model.lm) | _buffers(model.lm)
     ranks.once(lambda: shutil.rmtree(temporary, ignore_errors=True))
-    ranks.once(temporary.mkdir)
-    weight_map: dict[str, str] = {}
-    for i, names in enumerate(shards):
+    ranks.once(lambda: _write_small_files(model.lm, template, source_folder, temporary))
+    for file, names in _shards(tensors).items():
         gathered: dict[str, torch.Tensor] = {}
         for name in names:
             with deepspeed.zero.GatheredParameters([tensors[name]]):  # of a buffer, which is whole: nothing
                 if ranks.is_main:
                     gathered[name] = tensors[name].detach().to("cpu", copy=True).contiguous()
         gathered = revert_weight_conversion(model.lm, gathered)  # the names in the folder that rank 0 loaded it from
-        path = temporary / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(gathered, path.name)
-        ranks.once(lambda: _write_shard(gathered, path))
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-    ranks.once(lambda: _finish_export(model.lm, template, source_folder, temporary, index))
+        ranks.once(lambda: _write_shard(gathered, temporary / file))
+    ranks.once(lambda: _move_up(temporary))
+
+
+def prepare_exports(lm, template: ChatTemplate, source_folder: str, folder: Path) -> None:
+    """Writes to `folder` what an export needs besides the parameters' values. On one rank."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    for old in (temporary, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    _write_small_files(lm, template, source_folder, temporary)
+    dtypes = {name: str(param.dtype).removeprefix("torch.") for name, param in _parameters(lm).items()}
+    exported = {name: (_name_in_folder(lm, name), dtype) for name, dtype in dtypes.items()}
+    (temporary / PARAMETERS).write_text(json.dumps(exported), encoding="utf-8")
+    buffers = {_name_in_folder(lm, name): buffer.cpu().contiguous() for name, buffer in _buffers(lm).items()}
+    _write_shard(buffers, temporary / BUFFERS)
+    os.rename(temporary, folder)
+
+
+def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int]], fill: Callable) -> None:
+    """Writes export_model's folder of other parameters, one shard in memory at a time.
+
+    folder: of prepare_exports. fill(name, out) sets a parameter's elements in `out`, one-dimensional, of its type.
+    Raises UserError where `folder` is not whole, or output_dir holds anything.
+    """
+    with as_user_error(f"{folder}: what the run wrote for exports of its checkpoints cannot be read"):
+        parameters = json.loads((folder / PARAMETERS).read_text(encoding="utf-8"))
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        buffers = load_file(folder / BUFFERS)
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(f"{output_dir} is not empty; name another folder")
+    temporary = output_dir / ".export"
+    shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(PARAMETERS, BUFFERS))
+    for file in dict.fromkeys(weight_map.values()):
+        tensors = {name: buffers[name] for name in buffers if weight_map[name] == file}
+        for name, (exported, dtype) in parameters.items():
+            if weight_map[exported] == file:
+                tensors[exported] = torch.empty(shapes[name], dtype=getattr(torch, dtype))
+                fill(name, tensors[exported].view(-1))
+        _write_shard(tensors, temporary / file)
+    _move_up(temporary)
+
+
+def _parameters(lm) -> dict[str, torch.Tensor]:
+    return dict(lm.named_parameters())
+
+
+def _buffers(lm) -> dict[str, torch.Tensor]:
+    """Those that a model folder holds."""
+    saved = lm.state_dict().keys()
+    return {name: buffer for name, buffer in lm.named_buffers() if name in saved}
+
+
+def _name_in_folder(lm, name: str) -> str:
+    """The name that a tensor has in the folder that this rank loaded the model from."""
+    (found,) = revert_weight_conversion(lm, {name: torch.empty(0)})
+    return found
+
+
+def _size(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor or of a whole partitioned parameter."""
+    return getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
+
+
+def _shards(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:
+    """The names of the tensors in each file."""
+    shards: list[list[str]] = [[]]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(_size(tensors[other]) for other in shards[-1]) + _size(tensor) > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, start=1)}
 
 
 def rehearse_export(config: PretrainedConfig, template: ChatTemplate, source_folder: str) -> None:
@@ -87,12 +148,21 @@ def _write_shard(tensors: dict, path: Path) -> None:
         save_file(tensors, path, {"format": "pt"})
 
 
-def _finish_export(lm, template: ChatTemplate, source_folder: str, temporary: Path, index: dict) -> None:
-    """Writes all but the weights, and moves everything to the folder above. What goes there is the model that its index
-    names; whatever else lies there stays."""
-    target, lm.config.architectures = temporary.parent, [type(lm).__name__]
-    _write_settings(lm.config, template, source_folder, temporary)
-    (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _write_small_files(lm, template: ChatTemplate, source_folder: str, folder: Path) -> None:
+    """Makes the folder of an export with all but its weights."""
+    folder.mkdir()
+    lm.config.architectures = [type(lm).__name__]
+    _write_settings(lm.config, template, source_folder, folder)
+    tensors = _parameters(lm) | _buffers(lm)
+    weight_map = {_name_in_folder(lm, name): file for file, names in _shards(tensors).items() for name in names}
+    index = {"metadata": {"total_size": sum(map(_size, tensors.values()))}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _move_up(temporary: Path) -> None:
+    """Moves a whole export to the folder above. What goes there is the model that its index names; whatever else lies
+    there stays."""
+    target = temporary.parent
     if (target / INDEX).is_file():
         replaced = json.loads((target / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         for name in [INDEX, *set(replaced)]:

@@ -37,6 +37,7 @@ def model_card(config: TrainConfig, record: dict, last: dict | None, table: str)
     front |= {"base_model": name if commit else base.get("base_model"), "tags": [method.lower(), "conversational"]}
     front |= {key: base.get(key) for key in LICENSE}
     came = {"optimizer steps": f"{result['steps']} of {record['num_steps']} planned"}
+    came["step of the exported model"] = record.get("exported_step", result["steps"])
     came |= {"tokens": result["total_tokens"], "target tokens": result["target_tokens"], **(last or {})}
     machine = f"{record['world_size']} x {device['name']} ({device['total_memory_gb']:.0f} GB each); "
     sections = {
@@ -85,8 +86,10 @@ def _command(config: TrainConfig, record: dict, commits: dict[str, str]) -> str:
     ]
     words = ["bash", "run.sh", record["method"].lower(), str(record["world_size"])]
     values = identity_values(config, (True, "contents")) | {"stop_after_steps": config.stop_after_steps}
+    if record["result"].get("stopped_early"):
+        values["stop_after_steps"] = record["result"]["steps"]
     values |= {"model_revision": record["base"]["commit"], "dataset_mixer": mixer}
     for name, value in values.items():
-        if value != getattr(type(config)(), name):
+        if value != getattr(type(config)(), name) or name == "beta":  # whose default is the loss's
             words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
     return shlex.join(words)

@@ -1,20 +1,21 @@
-"""What a run reports: metrics.jsonl, curves.png, model FLOPs utilization."""
+"""What a run reports: metrics.jsonl, a line a step, model FLOPs utilization."""
 
 import errno
 import json
-import math
 import os
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from common.failures import as_user_error
 from common.files import naming, replace_file
 from common.ranks import Ranks
+from common.run.curves import read_metrics
+from common.run.trackers import Trackers
 from common.zero.checkpoint import RunState
 from common.zero.memory import memory_gb
 
@@ -58,6 +59,24 @@ class StepMeter:
         self.num_parameters = sum(p.ds_numel for p in lm.parameters() if p is not embedding or p is head)
         self.config, self.budget, self.num_samples, self.ranks = lm.config, budget, num_samples, ranks
         self.peak_flops = device_peak_flops(ranks.device)
+        self.began = time.monotonic()
+        self.paced_from: tuple[int, float] | None = None
+
+    def line(self, record: dict, last_step: int) -> str:
+        """A step for a person. The time left is that of the steps to come at this process's pace so far, without the
+        first one, which also compiles, and with what comes between steps."""
+        step, now = record["step"], time.monotonic()
+        shown = f"step {step}/{last_step}  epoch {record['epoch']:.2f}  loss {record['train_loss']:.4f}"
+        if "rewards/accuracy" in record:
+            shown += f"  accuracy {record['rewards/accuracy']:.3f}  margin {record['rewards/margin']:.4f}"
+        shown += f"  grad_norm {record['grad_norm']:.3f}  lr {record['learning_rate']:.2e}"
+        shown += f"  {record['tokens_per_second']:,.0f} tokens/s"
+        shown += f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
+        shown += f"  elapsed {_clock(now - self.began)}"
+        if self.paced_from is None:
+            self.paced_from = step, now
+        since, began = self.paced_from
+        return shown + (f"  left {_clock((now - began) / (step - since) * (last_step - step))}" if step > since else "")
 
     def start(self) -> None:
         """Called when the wait for a step's micro-batches begins."""
@@ -93,35 +112,34 @@ class StepMeter:
         return record
 
 
-def progress_line(record: dict, last_step: int) -> str:
-    """One line for a person."""
-    shown = f"step {record['step']}/{last_step}  loss {record['train_loss']:.4f}"
-    if "rewards/accuracy" in record:
-        shown += f"  accuracy {record['rewards/accuracy']:.3f}  margin {record['rewards/margin']:.4f}"
-    shown += f"  grad_norm {record['grad_norm']:.3f}  lr {record['learning_rate']:.2e}"
-    shown += f"  {record['tokens_per_second']:,.0f} tokens/s"
-    return shown + (f"  mfu {record['mfu']:.1%}" if "mfu" in record else "")
+def _clock(seconds: float) -> str:
+    """Hours, minutes, seconds: 1:02:03."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 class MetricsFile:
     """metrics.jsonl: one JSON object a logged step. Every rank holds one; rank 0's writes."""
 
-    def __init__(self, output_dir: str, step: int, ranks: Ranks):
+    def __init__(self, output_dir: str, step: int, ranks: Ranks, trackers: Trackers | None = None):
         """Keeps the records of steps up to `step`, so that a resumed run leaves neither gap nor double. Collective."""
-        self.path, self.ranks = Path(output_dir) / "metrics.jsonl", ranks
+        self.path, self.ranks, self.trackers = Path(output_dir) / "metrics.jsonl", ranks, trackers
 
-        def keep() -> dict | None:
+        def keep() -> tuple[list[dict], list[float]]:
             kept = [record for record in read_metrics(self.path) if record["step"] <= step]
             replace_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             self.file = open(self.path, "a", encoding="utf-8")
-            return kept[-1] if kept else None
+            return kept[-1:], [record["eval/loss"] for record in kept if "eval/loss" in record]
 
-        self.last = ranks.gather(lambda: keep() if ranks.is_main else None)[0]  # the newest record
+        newest, self.eval_losses = ranks.gather(lambda: keep() if ranks.is_main else None)[0]
+        self.last = newest[0] if newest else None  # the newest record
 
     def append(self, record: dict) -> None:
         """Collective: where rank 0 cannot write, every rank raises its OSError, before the next update."""
         self.last = record
+        self.eval_losses += [record["eval/loss"]] if "eval/loss" in record else []
         self.ranks.gather(lambda: self._write(json.dumps(record) + "\n") if self.ranks.is_main else None)
+        if self.trackers is not None:
+            self.trackers.log(record)
 
     def flush_to_disk(self) -> None:
         """On disk before the checkpoint that continues from here. Collective."""
@@ -140,41 +158,3 @@ class MetricsFile:
             self.file.flush()
         if not os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
             raise OSError(errno.ESTALE, "it was replaced during the run", str(self.path))
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, in order; [] if there is none. A last line that a crash tore is left out.
-
-    Raises UserError for any other line that is no record, or whose step does not come after the one before.
-    """
-    records: list[dict] = []
-    *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    for number, line in enumerate(lines, start=1):
-        with as_user_error(f"{path} line {number} is not the record of a step; mend it, or move the file", Exception):
-            record = json.loads(line)
-            if record["step"] <= (records[-1]["step"] if records else 0):
-                raise ValueError(f"step {record['step']} does not come after the one before")
-        records.append(record)
-    return records
-
-
-def draw_curves(output_dir: Path) -> None:
-    """curves.png from metrics.jsonl: loss, gradient norm, learning rate, speed, and the rewards of DPO."""
-    from matplotlib.figure import Figure
-
-    records = read_metrics(output_dir / "metrics.jsonl")
-    if not records:
-        return
-    panels = [["train_loss"], ["grad_norm"], ["learning_rate"], ["tokens_per_second"]]
-    if "rewards/accuracy" in records[0]:
-        rewards = ["rewards/chosen", "rewards/rejected", "rewards/margin"]
-        panels[2:] = [["rewards/accuracy"], rewards, ["logps/chosen", "logps/rejected"], ["learning_rate"]]
-    figure = Figure(figsize=(11, 1.6 * len(panels)), layout="constrained")
-    steps = [record["step"] for record in records]
-    for axis, names in zip(figure.subplots(len(panels) // 2, 2).flat, panels, strict=True):
-        for name in names:
-            axis.plot(steps, [record.get(name, math.nan) for record in records], label=name, linewidth=1)
-        axis.set_xlabel("step")
-        axis.legend(fontsize=8)
-        axis.grid(alpha=0.3)
-    figure.savefig(output_dir / "curves.png", dpi=110)

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import platform
+import secrets
 from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
@@ -11,12 +12,15 @@ from typing import TextIO
 import torch
 
 from common.config import TrainConfig, identity_values
-from common.failures import UserError, as_user_error, one_line, print_line
+from common.failures import UserError, as_user_error, log_to, one_line, print_line
 from common.files import replace_file, weights_digest
 from common.ranks import Ranks
 from common.run import hub
 from common.run.card import model_card
-from common.run.metrics import MetricsFile, draw_curves
+from common.run.curves import draw_curves
+from common.run.evaluate import has_stalled
+from common.run.metrics import MetricsFile
+from common.run.trackers import Trackers
 from common.step.schedule import Schedule
 from common.zero import checkpoint
 from common.zero.checkpoint import RunState
@@ -45,8 +49,10 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     Raises UserError if the folder cannot be written, is a model that this run reads, is written by another run now, or
     holds another run that `--resume auto` would continue or overwrite; or if the hub would not take the model.
     """
-    if ranks.once(lambda: _is_finished(config, identity, last_step)):
-        ranks.say(f"{config.output_dir} holds this run, finished after {last_step} steps; nothing to do")
+    steps = ranks.once(lambda: _finished_after(config, identity, last_step))
+    log_to(Path(config.output_dir) / "logs" / f"rank_{ranks.rank}.log")
+    if steps is not None:
+        ranks.say(f"{config.output_dir} holds this run, finished after {steps} steps; nothing to do")
         return None
     if config.push_to_hub:
         ranks.once(lambda: hub.require_repository(config, identity))
@@ -58,7 +64,8 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     return state, path
 
 
-def _is_finished(config: TrainConfig, identity: dict, last_step: int) -> bool:
+def _finished_after(config: TrainConfig, identity: dict, last_step: int) -> int | None:
+    """The steps of the finished run that the folder holds, None if it holds none. Raises UserError, as claim."""
     output_dir = Path(config.output_dir)
     for flag in ("model_name_or_path", "ref_model_name_or_path"):
         if (read := getattr(config, flag, None)) and Path(read).resolve() == output_dir.resolve():
@@ -72,12 +79,14 @@ def _is_finished(config: TrainConfig, identity: dict, last_step: int) -> bool:
     record = read_run_config(config.output_dir)
     steps = record.get("result", {}).get("steps")
     if config.resume != "auto" or steps is None:
-        return False
+        return None
     _require_same_run(f"the model in {output_dir}", record.get("identity", {}), identity, steps, last_step)
-    is_finished = steps == last_step and _holds_model(output_dir)
+    # A run that stopped early is finished for as long as the same patience is asked for.
+    has_ended = steps == last_step or record["result"].get("stopped_early") == (config.early_stopping_patience or 0)
+    is_finished = has_ended and _holds_model(output_dir)
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
         checkpoint.delete_all(config.output_dir, "the run is done")
-    return is_finished
+    return steps if is_finished else None
 
 
 def _require_same_run(what: str, old: dict, new: dict, steps: int, last_step: int) -> None:
@@ -147,12 +156,20 @@ def open_output_dir(
 
     def begin() -> None:
         num_checkpoints = min(config.keep_last_n_checkpoints + 1, schedule.last_step // schedule.save_every)
-        checkpoint.require_disk_space(dict(policy.lm.named_parameters()), config.output_dir, num_checkpoints)
+        num_checkpoints += config.keep_best is not None
+        num_models = 1 + num_checkpoints * config.export_at_checkpoints
+        parameters = dict(policy.lm.named_parameters())
+        checkpoint.require_disk_space(parameters, config.output_dir, num_checkpoints, num_models)
         checkpoint.clear_after(config.output_dir, state.step, config.resume)
+        before = read_run_config(config.output_dir) if state.step else {}
+        resumes = [step for step in before.get("resumed_after", []) if step < state.step] + [state.step]
+        record["resumed_after"] = resumes if state.step else []
+        record["run_id"] = before.get("run_id") or secrets.token_hex(4)
         write_run_config(config.output_dir, record)
 
     ranks.once(begin)
-    return MetricsFile(config.output_dir, state.step, ranks)
+    trackers = Trackers(config, record.get("run_id", ""), state.step, ranks)
+    return MetricsFile(config.output_dir, state.step, ranks, trackers)
 
 
 def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsFile, table: str, ranks: Ranks) -> None:
@@ -162,18 +179,20 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
     table: of the data, for the model card.
     """
     # What each rank has counted and read by itself.
+    is_early = has_stalled(metrics.eval_losses, config.early_stopping_patience)
     agreement = ranks.gather(lambda: [state.step, state.samples, state.target_tokens, record["identity"]])
     result = {
         "steps": state.step,
         "total_tokens": state.total_tokens,
         "target_tokens": state.target_tokens,
         "train_loss": metrics.last and metrics.last["train_loss"],
+        "stopped_early": config.early_stopping_patience if is_early else None,
         "rank_agreement": all(a == agreement[0] for a in agreement),
     }
 
     def write() -> None:
         try:
-            draw_curves(Path(config.output_dir))
+            draw_curves(Path(config.output_dir), record.get("resumed_after"))
         except Exception as e:  # a picture is not worth a run that is done
             print_line(f"warning: {config.output_dir}/curves.png was not drawn: {type(e).__name__}: {one_line(e)}")
         finished = {**record, "result": result}

@@ -21,13 +21,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.config import DPOConfig
+from common.data.dataset import TokenDataset
+from common.data.tokens import PreferencePair, SFTSample
 from common.failures import as_user_error, progress
 from common.files import digest, replace_file
 from common.model import attention, load, logprobs, packed
 from common.model.logprobs import sequence_logps
 from common.ranks import Ranks
 from common.step import packing
-from common.step.packing import MicroBatch, one_ahead, pack, pair_documents, pair_lengths, plan_step
+from common.step.packing import (
+    Document,
+    MicroBatch,
+    one_ahead,
+    pack,
+    pair_documents,
+    pair_lengths,
+    plan_step,
+    sft_documents,
+)
 from common.zero.engine import out_of_memory_explained
 
 PAIRS_PER_PART = 256
@@ -61,7 +72,7 @@ def reference_pass(
     with progress("reference log-probabilities", len(missing), "pairs", ranks.say, ranks.is_main) as advance:
         for start in range(0, len(missing), PAIRS_PER_PART):
             pairs, started = missing[start : start + PAIRS_PER_PART], time.perf_counter()
-            logps[pairs] = compute_logps(engine, data, pairs, config, kernel, budget, ranks)
+            logps[pairs] = compute_logps(engine, data, pairs, config, kernel, budget, ranks, "the reference pass")
             seconds = time.perf_counter() - started
             ranks.once(lambda: _write_part(folder, np.array(pairs), logps[pairs]))
             advance(len(pairs))
@@ -71,22 +82,35 @@ def reference_pass(
     return logps, str(folder)
 
 
-def compute_logps(engine, data, pairs: list[int], config: DPOConfig, kernel: str, budget: int, ranks: Ranks):
-    """float32 array [len(pairs), 2] under the engine's present weights, by all ranks together; every rank gets all."""
-    lengths = pair_lengths(data.pair_lengths, config.share_prompt)
-    plan = plan_step(lengths[pairs].tolist(), ranks.world_size, budget)[ranks.rank]
-    result = torch.zeros(len(pairs), 2, dtype=torch.float32, device=ranks.device)
+def compute_logps(
+    engine, data: TokenDataset, samples: list[int], config, kernel: str, budget: int, ranks: Ranks, what: str
+) -> np.ndarray:
+    """Of samples, under the engine's present weights, by all ranks together; every rank gets all. Collective.
+
+    float32 [len(samples), 2] of pairs (chosen, rejected), [len(samples), 1] of conversations, summed over the targets.
+    budget: tokens of a micro-batch; a longer sample has one of its own. what: this is, for messages.
+    """
+    lengths, share_prompt, num_sequences = data.lengths, False, 1
+    if data.pair_lengths is not None:
+        share_prompt, num_sequences = config.share_prompt, 2
+        lengths = pair_lengths(data.pair_lengths, share_prompt)
+    budget = max(budget, int(lengths[samples].max()))
+    plan = plan_step(lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
+    result = torch.zeros(len(samples), num_sequences, dtype=torch.float32, device=ranks.device)
+
+    def documents(sample: SFTSample | PreferencePair) -> list[Document]:
+        return sft_documents(sample) if isinstance(sample, SFTSample) else pair_documents(sample, share_prompt)
 
     def prepared(m: int) -> MicroBatch:
-        return pack([pair_documents(data[pairs[i]], config.share_prompt) for i in plan[m]], config.share_prompt)
+        return pack([documents(data[samples[i]]) for i in plan[m]], share_prompt)
 
-    with torch.no_grad(), out_of_memory_explained("the reference pass", budget, int(lengths.max())) as size:
+    with torch.no_grad(), out_of_memory_explained(what, budget, int(lengths.max())) as size:
         for m, micro_batch in one_ahead(prepared, range(len(plan))):
             size.tokens = micro_batch.num_tokens
             values = engine(**packed.model_inputs(micro_batch, kernel, ranks.device))
             rows = attention.to_device(np.array(plan[m], np.int64), ranks.device)
-            result[rows] = sequence_logps(values, micro_batch.sequence_targets).view(len(plan[m]), 2)
-    torch.distributed.all_reduce(result)  # each pair was computed by one rank and is zero on the others
+            result[rows] = sequence_logps(values, micro_batch.sequence_targets).view(len(plan[m]), num_sequences)
+    torch.distributed.all_reduce(result)  # each sample was computed by one rank and is zero on the others
     return result.cpu().numpy()
 
 

@@ -12,6 +12,7 @@ from statistics import mean, median
 
 from common.config import DPOConfig
 from common.failures import TrainingStopped, one_line
+from common.run.curves import read_metrics
 
 WINDOW = 10  # logged steps at either end of a history that are averaged
 WARMUP_STEPS = 5  # logged steps whose duration is not judged: allocators, compilers and caches warm up
@@ -52,8 +53,6 @@ def judge_run(output_dir: Path, exit_code: int, output: str = "", floor: float =
 
     output: what the run printed. floor: seconds; a step shorter than this is never called slow, as of a tiny model.
     """
-    from common.run.metrics import read_metrics  # here: it imports torch, which takes seconds
-
     seen = "metrics.jsonl: no step was logged"
     try:
         run_config = json.loads((output_dir / "run_config.json").read_text(encoding="utf-8"))
@@ -74,10 +73,11 @@ def judge(history: list[dict], run_config: dict, exit_code: int, output: str = "
     is_norm_good = is_norm_good and 0.1 <= norm <= 10
     logged, num_steps = [row["step"] for row in history], result.get("steps", 0)
     wanted = [i for i in range(1, num_steps + 1) if i % config["logging_steps"] == 0 or i == num_steps]
+    is_logged = [step for step in logged if step in {*wanted}] == wanted  # and others where there was an evaluation
     lines = f"{num_steps} steps in the result; {len(logged)} of {len(wanted)} lines, the last of step {logged[-1]}"
     agreed = "they do" if result.get("rank_agreement") is True else "they do NOT, or it is not known"
     return [
-        _finished(exit_code == 0 and logged == wanted, exit_code, lines, output),
+        _finished(exit_code == 0 and is_logged, exit_code, lines, output),
         loss_falls,
         Check("loss value", "finite, at most 10", losses, is_loss_good),
         Check("grad norm", "median 0.1 to 10, none 0 or above 1000", f"median {norm:.3g}, {norms}", is_norm_good),

@@ -1,50 +1,55 @@
 """Checkpoints: complete or absent, verified before use, readable by any number of ranks.
 
 checkpoints/step_00000500/
-    rank_00000_of_00002.part_000.safetensors ...  each rank's shard of every parameter: `master/NAME`,
-                                  `exp_avg/NAME`, `exp_avg_sq/NAME`, float32, one-dimensional
+    rank_00000_of_00002.master_000.safetensors ...  each rank's shard of every parameter: `master/NAME`,
+                                  `exp_avg/NAME`, `exp_avg_sq/NAME`, float32, one-dimensional; a file holds one kind
     state.json                    RunState
     manifest.json                 size and digest of each file above, shape of each parameter, world size
     COMPLETE                      the manifest's digest
+    model/                        with --export_at_checkpoints: its Hugging Face folder
+checkpoints/model/                what an export needs besides weights (common/model/export.py)
+checkpoints/kept.json             {"step": 500}: the one checkpoint that stays beyond keep_last_n
 
 ZeRO-3 gives rank r of n the elements [r k, (r + 1) k) of a flattened parameter, k = ceil(numel / n): a file's name says
 which elements it holds, and another number of ranks reads the overlapping parts. The model's own weights are the master
 weights rounded to its dtype, so they are not stored: 12 bytes a parameter. DeepSpeed's own formats are not used: they
 take a second copy on disk and a conversion for another number of ranks, and nothing says whether one is whole.
 
-A checkpoint is written to `.step_X.tmp`, every file and folder flushed to disk, and renamed; it is deleted by renaming
-it to `.step_X.old` first. Whatever a crash leaves behind begins with a dot and is removed by the next run. Else only
-keep_last_n and `--resume never` delete checkpoints: one that a run could not read, or did not continue from, it renames
-to `damaged_step_X` or `abandoned_step_X`, and never looks at again.
+A checkpoint is written beside the steps that follow it, from a copy in host memory, to `.step_X.tmp`; once every file
+of every rank and the folder are flushed to disk it is renamed. It is deleted by renaming it to `.step_X.old` first.
+Whatever a crash leaves behind begins with a dot and is removed by the next run. Else only keep_last_n and
+`--resume never` delete checkpoints: one that a run could not read, or did not continue from, it renames to
+`damaged_step_X` or `abandoned_step_X`, and never looks at again.
 """
 
-import functools
 import itertools
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import safetensors.torch
+import numpy as np
 import torch
-from deepspeed.utils import (
-    safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
-from safetensors import safe_open
+import xxhash
 
-from common.failures import UserError, as_user_error, print_line
-from common.files import digest, file_digest, naming, sync_folder, write_file
+from common.config import TrainConfig
+from common.failures import UserError, as_user_error, print_line, progress
+from common.files import digest, file_digest, naming, replace_file, sync_folder, write_file
+from common.model.export import export_parameters
 from common.ranks import Ranks
 from common.zero import residency
+from common.zero.host_state import HostMemory, available_host_memory
 
 FOLDER = re.compile(r"step_(\d{8,})")
-SHARD_FILE_BYTES = 2**29  # of a file, about; a rank holds three of them in memory while it saves
+FILE = re.compile(r"rank_(\d+)_of_\d+\.(\w+)_\d+\.safetensors")
+SHARD_FILE_BYTES = 2**29  # of a file, about; a reading thread holds one in memory
+BLOCK_BYTES = 2**24  # read at once
+WRITERS, READERS, PINNERS = 2, 4, 4  # threads of a rank
+USABLE = 0.8  # of the host memory that is free before training, for copies of checkpoints
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 Parameters = dict[str, torch.nn.Parameter]  # by name, under ZeRO-3
 
@@ -71,80 +76,171 @@ class RunState:
 
 
 # ---------------------------------------------------------------------- writing
-def require_disk_space(parameters: Parameters, output_dir: str, num_checkpoints: int) -> None:
-    """Raises UserError if num_checkpoints checkpoints and the exported model do not fit where output_dir is.
+def require_disk_space(parameters: Parameters, output_dir: str, num_checkpoints: int, num_models: int = 1) -> None:
+    """Raises UserError if so many checkpoints and exported models do not fit where output_dir is.
 
     What its checkpoints take already counts as free, for new ones replace them; what was set aside does not.
     """
     # 12 bytes: master weight and two moments in float32
-    needed = sum(p.ds_numel * (num_checkpoints * 12 + p.element_size()) for p in parameters.values())
-    replaced = [file for folder in _all(output_dir) for file in folder.rglob("*") if file.is_file()]
+    needed = sum(p.ds_numel * (num_checkpoints * 12 + num_models * p.element_size()) for p in parameters.values())
+    replaced = [file for folder in newest_first(output_dir) for file in folder.rglob("*") if file.is_file()]
     free = shutil.disk_usage(output_dir).free + sum(file.stat().st_size for file in replaced)
     if needed > free:
-        sizes = f"{needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and the model, {free / 1e9:,.1f} GB are free"
+        what = f"{num_checkpoints} checkpoints and {num_models} models"
+        sizes = f"{needed / 1e9:,.1f} GB for {what}, {free / 1e9:,.1f} GB are free"
         raise UserError(f"--output_dir {output_dir} needs {sizes}; free some, or lower --keep_last_n_checkpoints")
 
 
-def save(parameters: Parameters, state: RunState, output_dir: str, keep_last_n: int, ranks: Ranks) -> Path:
-    """Writes the checkpoint of `state.step`, says so, deletes all but the newest keep_last_n, and returns its folder.
+class Writer:
+    """Writes a run's checkpoints beside its steps. Each rank has one; all but `vote` is collective.
 
-    Collective. Where any rank cannot write, every rank raises its OSError, and older checkpoints are intact.
+    A checkpoint is written in stages: each rank's thread writes its files; then rank 0's thread publishes them and
+    deletes older checkpoints, and exports the model if that is asked for. A stage begins once the ranks have agreed, on
+    their main threads, that the one before is done everywhere. The threads take part in no collective.
     """
-    path = Path(output_dir) / "checkpoints" / f"step_{state.step:08d}"
-    temporary = path.with_name(f".{path.name}.tmp")
 
-    def prepare() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()  # not its parents: a run whose folder was deleted or renamed ends here
-        sync_folder(Path(output_dir))
+    def __init__(self, engine, parameters: Parameters, config: TrainConfig, ranks: Ranks):
+        self.engine, self.parameters, self.config, self.ranks = engine, parameters, config, ranks
+        self.folder = Path(config.output_dir) / "checkpoints"
+        self.thread = ThreadPoolExecutor(1)
+        self.path = self.folder  # of the checkpoint in flight
+        self.stage: Future | None = None  # that it is in
+        self.later: list[Callable[[list], object]] = []  # its further stages, given what the last one's ranks returned
+        self.files = _files(parameters, ranks)
+        self.copies = self._reserve()
 
-    def publish(shards: list[dict]) -> None:
+    def _reserve(self) -> dict[str, torch.Tensor] | None:
+        """A place in host memory for each tensor of this rank, by name; None if a host has too little. Collective."""
+        counts = {name: count for counts in self.files.values() for name, count in counts.items()}
+        size = sum(counts.values())  # elements
+        needed, free = 4 * size * self.ranks.local_world_size, available_host_memory()
+        if too_small := [sizes for sizes in self.ranks.gather(lambda: (needed, free)) if sizes[0] > USABLE * sizes[1]]:
+            sizes = "a host has {1:,.1f} GB of memory free, a copy takes {0:,.1f} GB".format(
+                *(n / 1e9 for n in too_small[0])
+            )
+            self.ranks.say(f"checkpoints are not written beside the steps: {sizes}. Training stands still meanwhile")
+            return None
+        self.memory = HostMemory(max(size, 1), self.ranks.device, PINNERS)
+        return {name: self.memory.take(count) for name, count in counts.items()}
+
+    def save(self, state: RunState) -> None:
+        """Takes a copy of the checkpoint of `state.step`, and begins to write it; none may be in flight.
+
+        Where host memory has no room for a copy, returns when it is written. Raises OSError, on every rank.
+        """
+        self.path = self.folder / f"step_{state.step:08d}"
+        temporary, text = self.path.with_name(f".{self.path.name}.tmp"), json.dumps(asdict(state), indent=2)
+
+        def prepare() -> None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()  # not its parents: a run whose folder was deleted or renamed ends here
+
+        self.ranks.once(prepare)
+        files = self._copied(residency.state_shards(self.engine))
+        if self.copies is not None:
+            self.memory.wait_until_pinned()
+            files = iter([*files])  # now, before the next update
+            if self.ranks.device.type == "cuda":
+                torch.cuda.synchronize()
+        self.later = [lambda shards: self._publish(temporary, text, shards)]
+        if self.config.export_at_checkpoints:
+            self.later.append(lambda _: export(self.path, self.path / "model"))
+        self.stage = self.thread.submit(_write_files, temporary, files)
+        if self.copies is None:
+            self.wait()
+
+    def _copied(self, shards: dict) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Each file of this rank with its tensors, copied when their turn comes."""
+        for file, counts in self.files.items():
+            tensors = {}
+            for key, count in counts.items():
+                kind, _, name = key.partition("/")
+                shard = shards[self.parameters[name]][kind][:count]
+                place = self.copies[key] if self.copies is not None else torch.empty(count)
+                tensors[key] = place.copy_(shard, non_blocking=self.copies is not None)
+            yield file, tensors
+
+    def _publish(self, temporary: Path, state: str, shards: list[dict[str, dict]]) -> None:
         files = {file: entry for shard in shards for file, entry in shard.items()}
-        files["state.json"] = write_file(temporary / "state.json", [json.dumps(asdict(state), indent=2).encode()])
-        shapes = {name: list(p.ds_shape) for name, p in parameters.items()}
-        manifest = {"world_size": ranks.world_size, "files": files, "parameters": shapes}
+        files["state.json"] = write_file(temporary / "state.json", [state.encode()])
+        shapes = {name: list(p.ds_shape) for name, p in self.parameters.items()}
+        manifest = {"world_size": self.ranks.world_size, "files": files, "parameters": shapes}
         entry = write_file(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
         write_file(temporary / "COMPLETE", [entry["digest"].encode()])
         sync_folder(temporary)
-        os.rename(temporary, path)
-        sync_folder(path.parent)
-        for old in [path for path in _all(output_dir) if (path / "COMPLETE").is_file()][keep_last_n:]:
-            _delete(old)
+        os.rename(temporary, self.path)
+        for folder in (self.folder, self.folder.parent):
+            sync_folder(folder)
+        output_dir = self.config.output_dir
+        whole = [path for path in newest_first(output_dir) if (path / "COMPLETE").is_file()]
+        for old in whole[self.config.keep_last_n_checkpoints :]:
+            if step_of(old) != kept_step(output_dir):
+                _delete(old)
 
-    ranks.once(prepare)
-    shards = ranks.gather(lambda: _write_shard(parameters, temporary, ranks))
-    ranks.once(lambda: publish(shards))
-    ranks.say(f"checkpoint {path}")
-    return path
+    def vote(self) -> float:
+        """What this rank adds to the sum that `proceed` gets: 1 if its stage is done, enough for all if it failed."""
+        if self.stage is None or not self.stage.done():
+            return 0
+        return self.ranks.world_size if self.stage.exception() else 1
+
+    def proceed(self, votes: float) -> None:
+        """At a step's boundary: goes on to the next stage if all ranks are done. Raises the OSError of any rank's."""
+        if self.stage is not None and votes >= self.ranks.world_size:
+            stage = self.stage
+            self._begin_next(self.ranks.gather(lambda: stage.result() if stage.done() else None))
+
+    def wait(self) -> None:
+        """Until no checkpoint is in flight. Raises the OSError of any rank's write."""
+        if self.stage is not None and self.copies is not None:
+            self.ranks.say(f"waiting for {self.path} to be written")
+        while self.stage is not None:
+            self._begin_next(self.ranks.on_all(self.stage.result))
+
+    def _begin_next(self, results: list) -> None:
+        self.stage = None
+        if self.later:
+            stage = self.later.pop(0)
+            self.stage = self.thread.submit(stage, results) if self.ranks.is_main else self.thread.submit(lambda: None)
+        else:
+            self.ranks.say(f"checkpoint {self.path}")
 
 
-def _write_shard(parameters: Parameters, folder: Path, ranks: Ranks) -> dict[str, dict]:
-    """This rank's shard, in files of about SHARD_FILE_BYTES; their manifest entries by file name.
-
-    Two files are on their way to the disk while the next one is copied from the device.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    written: dict[str, Future] = {}
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # what the last update still writes to host memory
-    with ThreadPoolExecutor(2) as pool:
-        for i, (name, param) in enumerate(parameters.items(), start=1):
+def _files(parameters: Parameters, ranks: Ranks) -> dict[str, dict[str, int]]:
+    """The files of a rank's shard, of about SHARD_FILE_BYTES: {file: {tensor: elements}}."""
+    files: dict[str, dict[str, int]] = {}
+    for kind in KINDS:
+        number, size = 0, 0
+        for name, param in parameters.items():
             start, end = shard_range(param.ds_numel, ranks.rank, ranks.world_size)
-            for kind in KINDS:
-                is_master = kind == "master"
-                local = safe_get_local_fp32_param(param) if is_master else safe_get_local_optimizer_state(param, kind)
-                tensors[f"{kind}/{name}"] = local[: end - start].detach().to("cpu", copy=True)
-            if i == len(parameters) or sum(tensor.nbytes for tensor in tensors.values()) >= SHARD_FILE_BYTES:
-                for future in [*written.values()][:-1]:
-                    future.result()
-                file = f"rank_{ranks.rank:05d}_of_{ranks.world_size:05d}.part_{len(written):03d}.safetensors"
-                written[file] = pool.submit(_write_tensors, folder / file, tensors)
-                tensors = {}
+            file = f"rank_{ranks.rank:05d}_of_{ranks.world_size:05d}.{kind}_{number:03d}.safetensors"
+            files.setdefault(file, {})[f"{kind}/{name}"] = end - start
+            size += 4 * (end - start)
+            if size >= SHARD_FILE_BYTES:
+                number, size = number + 1, 0
+    return files
+
+
+def _write_files(folder: Path, files: Iterable[tuple[str, dict[str, torch.Tensor]]]) -> dict[str, dict]:
+    """Writes files from their tensors, WRITERS at a time; their manifest entries by file name."""
+    written: dict[str, Future] = {}
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for file, tensors in files:
+            for future in [*written.values()][: 1 - WRITERS]:
+                future.result()
+            written[file] = pool.submit(_write_tensors, folder / file, tensors)
         return {file: future.result() for file, future in written.items()}
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict:
-    return write_file(path, [safetensors.torch.save(tensors)])
+    """A safetensors file of float32 tensors. safetensors' own writer would copy them twice and hold up all threads."""
+    ends = [0, *itertools.accumulate(tensor.nbytes for tensor in tensors.values())]
+    places = {name: [*place] for name, place in zip(tensors, itertools.pairwise(ends), strict=True)}
+    header = {n: {"dtype": "F32", "shape": [*t.shape], "data_offsets": places[n]} for n, t in tensors.items()}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    entry = write_file(path, [head, *(tensor.numpy() for tensor in tensors.values())])
+    return entry | {"tensors": {name: [len(head) + byte for byte in place] for name, place in places.items()}}
 
 
 def shard_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -153,14 +249,29 @@ def shard_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
     return min(rank * k, numel), min((rank + 1) * k, numel)
 
 
+# ---------------------------------------------------------------------- keeping one
+def keep(output_dir: str, step: int) -> None:
+    """The checkpoint of `step`, written or about to be, stays beyond keep_last_n, in place of the one that did.
+
+    Call it on one rank.
+    """
+    replace_file(Path(output_dir) / "checkpoints" / "kept.json", json.dumps({"step": step}))
+
+
+def kept_step(output_dir: str) -> int | None:
+    """The step that `keep` was last called for, None if it was not."""
+    path = Path(output_dir) / "checkpoints" / "kept.json"
+    return json.loads(path.read_text())["step"] if path.is_file() else None
+
+
 # ---------------------------------------------------------------------- finding
-def _all(output_dir: str) -> list[Path]:
+def newest_first(output_dir: str) -> list[Path]:
     """Checkpoint folders, whole or not, newest first, by step as a number."""
     folders = [path for path in (Path(output_dir) / "checkpoints").glob("step_*") if FOLDER.fullmatch(path.name)]
-    return sorted(folders, key=_step, reverse=True)
+    return sorted(folders, key=step_of, reverse=True)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
@@ -175,7 +286,7 @@ def _delete(path: Path) -> None:
 
 def delete_all(output_dir: str, why: str) -> None:
     """Deletes the checkpoints of a folder, but for those that were set aside."""
-    for path in _all(output_dir):
+    for path in newest_first(output_dir):
         print_line(f"deleting {path}: {why}")
         _delete(path)
 
@@ -188,57 +299,82 @@ def clear_after(output_dir: str, step: int, resume: str) -> None:
     """
     if resume == "never":
         delete_all(output_dir, "--resume never starts over")
-    for path in [path for path in _all(output_dir) if _step(path) > step]:
-        name = f"{'damaged' if resume == 'auto' else 'abandoned'}_{path.name}"
-        numbered = (path.with_name(f"{name}_{i}" if i > 1 else name) for i in itertools.count(1))
-        aside = next(free for free in numbered if not free.exists())
-        print_line(f"{path} is now {aside.name}: this run continues after step {step}")
-        os.rename(path, aside)
+    for path in [path for path in newest_first(output_dir) if step_of(path) > step]:
+        _set_aside(path, "damaged" if resume == "auto" else "abandoned", f"this run continues after step {step}")
     for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
+    if (kept_step(output_dir) or 0) > step:
+        (Path(output_dir) / "checkpoints" / "kept.json").unlink()
+
+
+def _set_aside(path: Path, how: str, why: str) -> None:
+    numbered = (path.with_name(f"{how}_{path.name}" + f"_{i}" * (i > 1)) for i in itertools.count(1))
+    aside = next(free for free in numbered if not free.exists())
+    print_line(f"{path} is now {aside.name}: {why}")
+    os.rename(path, aside)
 
 
 def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
-    """The newest whole checkpoint, or the one that `resume` names; None to start from the beginning. Collective.
+    """The newest checkpoint that looks whole, or the one that `resume` names; None to start from the beginning.
+    Collective. Only the sizes of shards are compared here: `load` compares the digests of what it reads.
 
     A torn or edited checkpoint is named and passed over. Raises UserError if there are checkpoints and none is
     whole for all ranks, and for one that was asked for by path and is not whole, or not of this folder.
     """
     if resume == "never":
         return None
-    paths = ranks.once(lambda: _all(output_dir))
+    paths = ranks.once(lambda: newest_first(output_dir))
     if resume != "auto":
         paths = [path for path in paths if path.resolve() == Path(resume).resolve()]
         if not paths:
             raise UserError(f"--resume {resume}: neither auto, never nor a checkpoint of --output_dir {output_dir}")
+    return _first_whole(output_dir, paths, "", resume, ranks) if paths else None
+
+
+def _first_whole(output_dir: str, paths: list[Path], found: str, resume: str, ranks: Ranks) -> Path:
+    """The first of some checkpoints that looks whole. found: what was wrong with the one before these."""
     for path in paths:
-        faults = enumerate(ranks.gather(lambda: _fault(path, ranks)))
-        fault = next((f"{fault} (as rank {rank} sees it)" for rank, fault in faults if fault), None)
-        if not fault:
+        found = _passed_over(path, ranks.gather(lambda: fault(path)), resume, ranks)
+        if not found:
             return path
-        if resume != "auto":
-            raise UserError(f"--resume {resume}: {fault}")
-        ranks.say(f"checkpoint {path} is not whole, passing it over: {fault}")
-    if paths:
-        advice = f"{path.name}: {fault}; mend them, or use --resume never to start over"
-        raise UserError(f"--output_dir {output_dir}: none of its {len(paths)} checkpoints is whole; {advice}")
-    return None
+    advice = f"{found}; mend them, or use --resume never to start over"
+    raise UserError(f"--output_dir {output_dir}: none of its checkpoints is whole; {advice}")
 
 
-def _fault(path: Path, ranks: Ranks) -> str | None:
-    """What is wrong with this rank's share of a checkpoint's files, None if every byte is as written.
+def _passed_over(path: Path, faults: list[str | None], resume: str, ranks: Ranks) -> str:
+    """Says that a checkpoint is not whole, by what each rank found, and returns that; `` if it is whole.
+
+    Raises UserError if `resume` names it.
+    """
+    found = next((f"{fault} (as rank {rank} sees it)" for rank, fault in enumerate(faults) if fault), "")
+    if found and resume != "auto":
+        raise UserError(f"--resume {resume}: {found}")
+    if found:
+        ranks.say(f"checkpoint {path} is not whole, passing it over: {found}")
+    return found and f"{path.name}: {found}"
+
+
+def fault(path: Path, kind: str = "-", advance: Callable[[int], None] = lambda size: None) -> str | None:
+    """What is wrong with a checkpoint's files: their names, their sizes, and the digests of state.json and of those
+    whose name contains `kind`; None if nothing is. advance: called with the bytes of each file that was read.
 
     Raises OSError if it cannot be read: then it may be whole, and must not be passed over, nor set aside later.
     """
     try:
         if not all((path / name).is_file() for name in ("manifest.json", "COMPLETE")):
             return "manifest.json or COMPLETE is no file"  # a device or a FIFO may never end
-        with naming(path):
+        with naming(path), ThreadPoolExecutor(READERS) as pool:
             manifest = (path / "manifest.json").read_bytes()
             if (path / "COMPLETE").read_bytes() != digest(manifest).encode():
                 return "manifest.json is not the one that COMPLETE names"
-            for file, entry in sorted(json.loads(manifest)["files"].items())[ranks.rank :: ranks.world_size]:
-                if (path / file).stat().st_size != entry["size"] or file_digest(path / file) != entry["digest"]:
+            files = json.loads(manifest)["files"]
+            for file, entry in files.items():
+                if (path / file).stat().st_size != entry["size"]:
+                    return f"{file} has been changed"
+            read = [file for file in files if kind in file or file == "state.json"]
+            for file, found in zip(read, pool.map(lambda file: file_digest(path / file), read), strict=True):
+                advance(files[file]["size"])
+                if found != files[file]["digest"]:
                     return f"{file} has been changed"
     except FileNotFoundError as e:
         return f"{Path(e.filename).name}: {e.strerror}"
@@ -250,38 +386,138 @@ def read_state(path: Path) -> RunState:
     """Raises UserError for a checkpoint of another version of this project, or under the name of another step."""
     with as_user_error(f"checkpoint {path} is of another version of this project, use that", TypeError):
         state = RunState(**json.loads((path / "state.json").read_text()))
-    if state.step != _step(path):
+    if state.step != step_of(path):
         raise UserError(f"checkpoint {path} is that of step {state.step} by its state.json; give it its name back")
     return state
 
 
-def load(engine, parameters: Parameters, path: Path, step: int, ranks: Ranks) -> None:
-    """Puts a verified checkpoint's master weights, moments and step into an engine of any world size. Collective."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    if manifest["parameters"] != {name: list(p.ds_shape) for name, p in parameters.items()}:
-        raise UserError(f"checkpoint {path} holds another model's parameters")
-    residency.set_step(engine, step)
-    writers = manifest["world_size"]
+def load(engine, parameters: Parameters, path: Path, state: RunState, resume: str, ranks: Ranks) -> None:
+    """Puts a checkpoint's master weights, moments and step into an engine of any world size. Collective.
 
-    @functools.cache
-    def open_shard(writer: int) -> dict:
-        """The open files of a rank's shard, by the names of the tensors in them."""
-        names = [file for file in sorted(manifest["files"]) if file.startswith(f"rank_{writer:05d}_")]
-        return {name: file for file in (safe_open(path / name, "pt") for name in names) for name in file.keys()}  # noqa: SIM118
-
-    for name, param in parameters.items():
-        start, end = shard_range(param.ds_numel, ranks.rank, ranks.world_size)
-        for kind in KINDS:
-            local = torch.zeros(param.ds_tensor.numel(), dtype=torch.float32)
-            for writer in range(writers):
-                their_start, their_end = shard_range(param.ds_numel, writer, writers)
-                first, last = max(start, their_start), min(end, their_end)
-                if first < last:
-                    source = open_shard(writer)[f"{kind}/{name}"].get_slice(f"{kind}/{name}")
-                    local[first - start : last - start] = source[first - their_start : last - their_start]
-            if kind == "master":
-                safe_set_local_fp32_param(param, local)
-            else:
-                safe_set_local_optimizer_state(param, local, kind)
+    Verifying and loading are one pass. If a file turns out to be not as it was written, `--resume auto` passes this
+    checkpoint over and sets everything again from the one before, whose counters `state` then gets.
+    """
+    first = path
+    while True:
+        manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["parameters"] != {name: list(p.ds_shape) for name, p in parameters.items()}:
+            raise UserError(f"checkpoint {path} holds another model's parameters")
+        residency.set_step(engine, step_of(path))
+        reader = _Reader(path, manifest, parameters, residency.state_shards(engine), ranks)
+        found = _passed_over(path, ranks.on_all(reader.read), resume, ranks)
+        if not found:
+            break
+        output_dir = str(path.parents[1])
+        older = [other for other in ranks.once(lambda: newest_first(output_dir)) if step_of(other) < step_of(path)]
+        path = _first_whole(output_dir, older, found, resume, ranks)
+        _take_counters(state, path, first, ranks)
     residency.round_master_weights(engine)
-    ranks.say(f"resuming after step {step} from {path}")
+    ranks.say(f"resuming after step {state.step} from {path}")
+
+
+def _take_counters(state: RunState, path: Path, damaged: Path, ranks: Ranks) -> None:
+    """Gives state the counters of a checkpoint in place of those of a damaged one. Raises UserError if what the run has
+    been planned from, micro-batches and residency, was not the same in both: the next run plans from this one."""
+    planned, found = read_state(damaged), read_state(path)
+    for name in ("identity", "world_size", "micro_batch_budget", "residency"):
+        if getattr(planned, name) != getattr(found, name):
+            ranks.once(lambda: _set_aside(damaged, "damaged", "it is not whole"))
+            raise UserError(f"checkpoint {damaged} is damaged, and {path.name} is of another {name}: run this again")
+    for name in ("step", "samples", "total_tokens", "target_tokens"):
+        setattr(state, name, getattr(found, name))
+
+
+class _Reader:
+    """Reads what a rank takes of a checkpoint, each file as a whole, into its shards (of residency.state_shards)."""
+
+    def __init__(self, path: Path, manifest: dict, parameters: Parameters, shards: dict, ranks: Ranks):
+        self.path, self.files, self.parameters = path, manifest["files"], parameters
+        self.shards, self.ranks, writers = shards, ranks, manifest["world_size"]
+        # writer -> parameter -> _overlap of this rank's shard and the writer's
+        self.overlaps: dict[int, dict[str, tuple[int, int, int] | None]] = {}
+        for writer in range(writers):
+            pair = (ranks.rank, ranks.world_size), (writer, writers)
+            overlaps = {name: _overlap(p.ds_numel, *pair) for name, p in parameters.items()}
+            # Files of which no rank needs anything are read all the same, by one rank.
+            if any(overlaps.values()) or writer * ranks.world_size // writers == ranks.rank:
+                self.overlaps[writer] = overlaps
+
+    def read(self) -> str | None:
+        """What is wrong with the files, None if nothing is. Raises OSError if one cannot be read."""
+        of_rank = {file: int(name[1]) for file in sorted(self.files) if (name := FILE.fullmatch(file))}
+        mine = [file for file, writer in of_rank.items() if writer in self.overlaps]
+        size = sum(self.files[file]["size"] for file in mine)
+        shown = progress(f"reading {self.path.name}", size // 10**6, "MB", self.ranks.say, self.ranks.is_main)
+        try:
+            with shown as advance, ThreadPoolExecutor(READERS) as pool:
+                is_whole = pool.map(lambda file: self._read(file, of_rank[file]), mine)
+                for file, found in zip(mine, is_whole, strict=True):
+                    if not found:
+                        return f"{file} has been changed"
+                    advance(self.files[file]["size"] // 10**6)
+        except FileNotFoundError as e:
+            return f"{Path(e.filename).name}: {e.strerror}"
+        return None
+
+    def _read(self, file: str, writer: int) -> bool:
+        """Puts a file's elements in their places, block by block; whether the file is as it was written."""
+        entry, state = self.files[file], xxhash.xxh3_128()
+        buffer: np.ndarray = np.zeros(BLOCK_BYTES, np.uint8)
+        header = min((start for start, _ in entry["tensors"].values()), default=entry["size"])
+        with naming(self.path / file), open(self.path / file, "rb") as source:
+            state.update(source.read(header))
+            for key, (start, end) in entry["tensors"].items():
+                kind, _, name = key.partition("/")
+                for first in range(start, end, BLOCK_BYTES):
+                    block = buffer[: min(BLOCK_BYTES, end - first)]
+                    if source.readinto(block.data) != len(block):
+                        return False
+                    state.update(block.data)
+                    if place := self.overlaps[writer][name]:
+                        _put(
+                            block.view(np.float32),
+                            (first - start) // 4,
+                            *place,
+                            self.shards[self.parameters[name]][kind],
+                        )
+        return state.hexdigest() == entry["digest"]
+
+
+def _overlap(numel: int, us: tuple[int, int], them: tuple[int, int]) -> tuple[int, int, int] | None:
+    """The stretch of a flattened parameter that two ranks, each (rank, world size), hold: where it begins in our shard
+    and in theirs, and its elements; None if there is none."""
+    (our_start, our_end), (their_start, their_end) = shard_range(numel, *us), shard_range(numel, *them)
+    start, end = max(our_start, their_start), min(our_end, their_end)
+    return (start - our_start, start - their_start, end - start) if start < end else None
+
+
+def _put(block: np.ndarray, at: int, ours: int, theirs: int, count: int, shard: torch.Tensor) -> None:
+    """Copies what a block, elements from `at` on of a writer's shard, holds of an _overlap to our shard."""
+    first, last = max(at, theirs), min(at + len(block), theirs + count)
+    if first < last:
+        shard[ours + first - theirs : ours + last - theirs].copy_(torch.from_numpy(block[first - at : last - at]))
+
+
+def export(path: Path, output_dir: Path) -> None:
+    """Writes the model of a checkpoint, the very files of export_model after its step: master weights, rounded.
+
+    No more than one of its shards is in memory. Raises UserError for a checkpoint that is not whole, or without the
+    `model` folder that its run wrote beside it, and if output_dir holds anything.
+    """
+    if found := fault(path, ".master_"):
+        raise UserError(f"checkpoint {path} is not whole: {found}")
+    manifest = json.loads((path / "manifest.json").read_text())
+    shards: dict[str, list] = {}  # parameter -> [(file, first byte, elements)] by rank
+    for file, entry in sorted(manifest["files"].items()):
+        for key, (start, end) in entry.get("tensors", {}).items():
+            if key.startswith("master/"):
+                shards.setdefault(key.removeprefix("master/"), []).append((path / file, start, (end - start) // 4))
+
+    def fill(name: str, out: torch.Tensor) -> None:
+        for file, start, count in shards[name]:
+            for first in range(0, count, BLOCK_BYTES):
+                values = np.fromfile(file, np.float32, min(BLOCK_BYTES, count - first), offset=start + 4 * first)
+                out[: len(values)].copy_(torch.from_numpy(values))
+                out = out[len(values) :]
+
+    export_parameters(path.parent / "model", output_dir, manifest["parameters"], fill)

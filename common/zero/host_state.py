@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -32,6 +33,22 @@ def num_on_device(group_sizes: list[int], share: float) -> int:
     return len(group_sizes)
 
 
+def available_host_memory(root: Path = Path("/")) -> float:
+    """Bytes that this host, or the container in which this process runs, has left."""
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    limit = root / "sys/fs/cgroup/memory.max"
+    if limit.is_file() and limit.read_text().strip().isdigit():
+        used = int((root / "sys/fs/cgroup/memory.current").read_text())
+        cached = next(
+            int(line.split()[1])
+            for line in (root / "sys/fs/cgroup/memory.stat").read_text().splitlines()
+            if line.startswith("inactive_file ")
+        )
+        available = min(available, int(limit.read_text()) - used + cached)
+    return available
+
+
 class HostMemory:
     """A stretch of zeros, float32, in host memory; for a GPU, a thread pins it beside whatever runs meanwhile.
 
@@ -46,12 +63,14 @@ class HostMemory:
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.unused = torch.frombuffer(memory, dtype=torch.float32, count=num_elements) if num_elements else None
         self.pinning: Future | None = None
-        if device.type == "cuda" and self.unused is not None:
+        if self.unused is not None:
             self.pinning = ThreadPoolExecutor(1).submit(self._pin, self.unused, num_threads)
 
     def _pin(self, memory: torch.Tensor, num_threads: int) -> None:
         with ThreadPoolExecutor(num_threads) as pool:
             list(pool.map(lambda piece: piece[:: mmap.PAGESIZE // 4].zero_(), memory.split(TOUCHED_AT_ONCE)))
+        if self.device.type != "cuda":
+            return
         with torch.cuda.device(self.device), as_user_error("host memory for the optimizer's state cannot be pinned"):
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), 4 * memory.numel(), 0))
 

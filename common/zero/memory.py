@@ -8,7 +8,6 @@ activations really need, until those of the chosen sizes fit. Their gradients ar
 import os
 import resource
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from common.step.packing import Document, pack, pair_documents, sft_documents
 from common.zero.checkpoint import RunState
 from common.zero.ds_config import RESIDENCY
 from common.zero.engine import out_of_memory_explained
-from common.zero.host_state import HostMemory
+from common.zero.host_state import HostMemory, available_host_memory
 from common.zero.plan import HEADROOM, HOST_RESERVE, LEAST_TRIED, Card, Plan, Shape, Workload, choose, plan_run
 from common.zero.residency import require_known_deepspeed
 
@@ -183,22 +182,6 @@ def _measured(device: torch.device, local_world_size: int) -> tuple[float, float
 
     link, flops = 2**28 / seconds(copy), 2 * 8192**3 / seconds(lambda: square @ square)
     return free, available_host_memory() / local_world_size, link, flops
-
-
-def available_host_memory(root: Path = Path("/")) -> float:
-    """Bytes that this host, or the container in which this process runs, has left."""
-    lines = (root / "proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    limit = root / "sys/fs/cgroup/memory.max"
-    if limit.is_file() and limit.read_text().strip().isdigit():
-        used = int((root / "sys/fs/cgroup/memory.current").read_text())
-        cached = next(
-            int(line.split()[1])
-            for line in (root / "sys/fs/cgroup/memory.stat").read_text().splitlines()
-            if line.startswith("inactive_file ")
-        )
-        available = min(available, int(limit.read_text()) - used + cached)
-    return available
 
 
 def reserve_host_memory(plan: Plan, ranks: Ranks) -> HostMemory:

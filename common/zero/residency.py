@@ -77,6 +77,21 @@ def set_step(engine, step: int) -> None:
         state["step"].fill_(step)
 
 
+def state_shards(engine) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
+    """This rank's shard of each parameter's master weights (`master`) and moments (`exp_avg`, `exp_avg_sq`): views,
+    float32 [elements, padding included], wherever they lie. Nothing that has been started writes to them any more."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    zero = engine.optimizer
+    shards: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+    for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+        sizes, state = [param.ds_tensor.numel() for param in params], zero.optimizer.state[flat]
+        flats = {"master": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+        split = zip(*(whole.split(sizes) for whole in flats.values()), strict=True)
+        shards |= {param: dict(zip(flats, views, strict=True)) for param, views in zip(params, split, strict=True)}
+    return shards
+
+
 def round_master_weights(engine) -> None:
     """Rounds master weights that have been set to the model's own, as the end of a step does. Collective."""
     zero = engine.optimizer

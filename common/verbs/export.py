@@ -1,0 +1,29 @@
+"""bash run.sh export CHECKPOINT OUT_DIR: the Hugging Face folder of a run's checkpoint; no GPU is needed.
+
+CHECKPOINT is a folder like output/sft/checkpoints/step_00000500, with the run's checkpoints/model beside it.
+"""
+
+import os
+from pathlib import Path
+
+from common.failures import UserError, print_line
+from common.verbs.launch import exit_with
+
+
+def main(*argv: str) -> int:
+    """Raises UserError."""
+    if {"-h", "--help"} & {*argv}:
+        print_line(__doc__)
+        return 0
+    if len(argv) != 2:
+        raise UserError("it is export CHECKPOINT OUT_DIR")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from common.zero import checkpoint
+
+    checkpoint.export(Path(argv[0]), Path(argv[1]))
+    print_line(f"{argv[1]} holds the model of {argv[0]}")
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,93 @@
+"""bash run.sh verify OUTPUT_DIR [--step K]: is what a run left behind as it was written?
+
+Compares the digests of every checkpoint. With --step K also runs step K again, from the newest checkpoint before it
+(from the start if there is none), on as many ranks, and compares what metrics.jsonl says of it, but for times, bit by
+bit. Relative paths of the run's flags start where you stand. Exits 0 if all is as it was, 1 if something is not.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from common.failures import UserError, print_line, progress
+from common.verbs.launch import exit_with, lines_of, on_request_to_stop, start_run, visible_gpus
+
+# What may differ in another run of the same step.
+NOT_COMPARED = {"step_seconds", "tokens_per_second", "per_device_tps", "max_memory_gb", "mfu", "compiled_graphs"}
+# Of the run that is repeated; the rest of its flags stay. Names that are no flags are left out.
+CHANGED = {"resume": "auto", "checkpointing_steps": 10**9, "logging_steps": 1, "export_at_checkpoints": False}
+CHANGED |= {"push_to_hub": False, "report_to": "none"}
+
+
+def main(*argv: str) -> int:
+    """Returns the exit code. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        prog="verify", usage="bash run.sh verify OUTPUT_DIR [--step K]", description=__doc__
+    )
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--step", type=int)
+    given = parser.parse_args(argv)
+    if not visible_gpus():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    from common.run.metrics import read_metrics
+    from common.run.output_dir import read_run_config
+    from common.zero import checkpoint
+
+    record = read_run_config(str(given.output_dir))
+    if not record:
+        raise UserError(f"{given.output_dir}: there is no run_config.json, as a run writes it")
+    whole, num_damaged = [], 0
+    for path in checkpoint.newest_first(str(given.output_dir)):
+        size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        with progress(f"reading {path.name}", size // 10**6, "MB") as advance:
+            found = checkpoint.fault(path, ".safetensors", lambda read: advance(read // 10**6))
+        print_line(f"{path}: {found or f'whole, {size / 1e9:,.1f} GB'}")
+        whole += [] if found else [path]
+        num_damaged += found is not None
+    if given.step is None or num_damaged:
+        return int(num_damaged > 0)
+    logged = {entry["step"]: entry for entry in read_metrics(given.output_dir / "metrics.jsonl")}
+    if given.step not in logged:
+        raise UserError(f"--step {given.step}: {given.output_dir}/metrics.jsonl has no record of that step")
+    before = next((path for path in whole if checkpoint.step_of(path) < given.step), None)
+    return repeat(given.output_dir, record, logged[given.step], before)
+
+
+def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None) -> int:
+    """Runs up to a logged step again in a temporary folder; 0 if all that it says is the same, 1 if not."""
+    from common.run.metrics import read_metrics
+
+    step, num_ranks = logged["step"], round(logged["tokens_per_second"] / logged["per_device_tps"])
+    print_line(f"running step {step} again on {num_ranks} ranks, from {before or 'the start'}")
+    with tempfile.TemporaryDirectory(prefix=".verify_", dir=output_dir) as folder:
+        if before is not None:
+            (Path(folder) / "checkpoints").mkdir()
+            (Path(folder) / "checkpoints" / before.name).symlink_to(before.resolve())
+        flags = record["config"] | {name: value for name, value in CHANGED.items() if name in record["config"]}
+        flags |= {"output_dir": folder, "stop_after_steps": step}
+        words = [
+            [f"--{name}", *map(str, value if isinstance(value, list) else [value])] for name, value in flags.items()
+        ]
+        run = start_run([record["method"].lower(), str(num_ranks), *(word for flag in words for word in flag)])
+        on_request_to_stop(run.send_signal)
+        for line in lines_of(run):
+            print_line(f"  {line}", end="")
+        if code := run.wait():
+            return code
+        repeated = {entry["step"]: entry for entry in read_metrics(Path(folder) / "metrics.jsonl")}[step]
+    names = sorted({*logged, *repeated} - NOT_COMPARED)
+    different = [name for name in names if json.dumps(logged.get(name)) != json.dumps(repeated.get(name))]
+    for name in different:
+        print_line(f"step {step}: {name} was {logged.get(name)!r}, is {repeated.get(name)!r}")
+    print_line(
+        f"step {step}: {len(different)} of {len(names)} values differ"
+        if different
+        else f"step {step}: all {len(names)} values are the same, bit by bit: {', '.join(names)}"
+    )
+    return int(bool(different))
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,72 @@
+"""bash run.sh compare: pytest tests/test_compare.py"""
+
+import json
+import subprocess
+import sys
+
+import launch
+import pytest
+from test_metrics import history
+
+from common.failures import UserError
+from common.verbs.compare import labels_of, main, settings_of, table
+
+
+def run_folder(path, finished: bool = True, num_steps: int = 20, **config):
+    path.mkdir(parents=True)
+    record = {"config": {"learning_rate": 1e-5, "seed": 42, "output_dir": str(path), **config}, "num_steps": 100}
+    record |= {"kernel": "sdpa", "versions": {"torch": "2"}} | ({"result": {}} if finished else {})
+    (path / "run_config.json").write_text(json.dumps(record))
+    rows = [row | {"total_tokens": 7, "step_seconds": 1800.0} for row in history(num_steps, sources=("a",))]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99, "tra')
+    return path
+
+
+def test_what_differs_and_where_runs_stand_is_told_and_drawn(tmp_path, capsys):
+    one, two = run_folder(tmp_path / "one"), run_folder(tmp_path / "two", False, 9, learning_rate=3e-5, loss_type="ipo")
+    assert main(str(one), str(two), "--picture", str(tmp_path / "both.png")) == 0
+    rows = {line.split("  ")[0]: line.split()[-2:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["learning_rate"] == ["1e-05", "3e-05"] and rows["loss_type"] == ["-", "ipo"]
+    assert not {"seed", "output_dir", "kernel", "versions.torch"} & {*rows}
+    assert rows["state"] == ["not", "finished"] and rows["hours of logged steps"] == ["10.00", "4.50"]
+    assert rows["eval/loss"] == [f"{1 + 20 / 7:.4f}", f"{1 + 5 / 7:.4f}"]
+    assert rows["eval/loss, lowest"] == [f"{1 + 5 / 7:.4f}"] * 2
+    assert rows["train_loss, last 10"][0] == f"{1 + 15.5 / 7:.4f}"
+    assert (tmp_path / "both.png").stat().st_size > 10_000
+
+
+def test_one_run_is_drawn_too_and_equal_ones_differ_in_nothing(tmp_path, capsys):
+    one = run_folder(tmp_path / "one")
+    assert main(str(one), "--picture", str(tmp_path / "one.png")) == 0
+    assert "what differs  one\nnothing\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--picture", "x.png"], ["nowhere"], ["empty"], ["one", "--what"]])
+def test_what_is_no_run_is_refused_by_name(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    run_folder(tmp_path / "one")
+    (run_folder(tmp_path / "empty") / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=words[0] if words[:1] in (["nowhere"], ["empty"]) else "compare OUT1"):
+        main(*words)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+    folders = [tmp_path / "a" / "sft", tmp_path / "b" / "sft", tmp_path / "dpo"]
+    assert [*labels_of([*map(str, folders), str(folders[0])])] == [str(folders[0]), str(folders[1]), "dpo"]
+
+
+def test_columns_of_a_table_stand_under_their_names():
+    text = table("t", {"x": {"a": "1", "b": "2222"}, "yyyyy": {"a": "1", "c": "3"}}, True)
+    assert [line.split() for line in text.splitlines()] == [["t", "x", "yyyyy"], ["b", "2222", "-"], ["c", "-", "3"]]
+    starts = [
+        [i for i, c in enumerate(line) if c != " " and (i == 0 or line[i - 1] == " ")] for line in text.splitlines()
+    ]
+    assert starts[0] == starts[1] == starts[2]
+    assert settings_of({"config": {"seed": 1}, "device": {"name": "x"}})["device.name"] == "x"
+
+
+def test_it_answers_without_importing_torch(tmp_path):
+    run_folder(tmp_path / "one")
+    script = "import sys; from common.verbs.compare import main; main('one'); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(launch.REPO)})
+    assert done.returncode == 0

@@ -1,0 +1,281 @@
+"""Held-out evaluation: its numbers, what it leaves alone, and how it ends a run: pytest tests/test_evaluate.py"""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import launch
+import models
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+from models import OneRank
+from test_model import load_silently
+from test_resume import TIMES, checkpoints, weights
+
+from common.config import SFTConfig
+from common.data.cache import prepare_tokens
+from common.data.chat_template import resolve_template
+from common.data.dataset import TokenDataset
+from common.failures import UserError
+from common.run import evaluate
+from common.run.evaluate import has_stalled, num_also_in, source_names, split, training_and_held_out
+from common.run.output_dir import read_run_config
+
+METHODS = ("sft", "dpo")
+both = pytest.mark.parametrize("method", METHODS)
+MADE = {"sft": models.conversations, "dpo": models.preferences}
+
+
+class Setting:
+    """A model; 10 rows to train on; two held-out files, of 5 and 3 rows, the longest row of all in the first."""
+
+    def __init__(self, root: Path):
+        self.root, self.model = root, models.make_model(root / "llama")
+        self.rows = {method: make(18) for method, make in MADE.items()}
+        nothing = {"zero_optimization": {"stage": 3}, "residency": "nothing"}
+        self.nothing = root / "nothing.json"
+        self.nothing.write_text(json.dumps(nothing))
+        self.num_folders = 0
+
+    def file(self, method: str, name: str, start: int, end: int) -> Path:
+        path = self.root / method / name
+        path.parent.mkdir(exist_ok=True)
+        return models.write_jsonl(path, self.rows[method][start:end])
+
+    def flags(self, method: str, **changes) -> dict:
+        self.num_folders += 1
+        own = {"global_batch_size": 4, "max_train_steps": 6, "learning_rate": 3e-3, "warmup_ratio": 0}
+        own |= {"output_dir": self.root / f"run_{self.num_folders}", "max_tokens_per_micro_batch": 300}
+        if method == "dpo":
+            own["ds_config"] = self.nothing
+        return launch.flags(self.model, self.file(method, "train.jsonl", 0, 10), self.root, **own | changes)
+
+    def held_out(self, method: str) -> dict:
+        """Flags: two sources, evaluated after steps 2, 4 and 6."""
+        files = [self.file(method, "one.jsonl", 10, 15), self.file(method, "two.jsonl", 15, 18)]
+        return {"eval_dataset_mixer": files, "eval_steps": 2}
+
+    def run(self, method: str, num_ranks: int = 2, patches=None, **changes) -> launch.Finished:
+        return launch.launch(f"train_{method}", self.flags(method, **changes), num_ranks, patches)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory) -> Setting:
+    return Setting(tmp_path_factory.mktemp("evaluate"))
+
+
+@pytest.fixture(scope="module")
+def evaluated(setting) -> dict[str, launch.Finished]:
+    return {method: setting.run(method, **setting.held_out(method)).succeeded() for method in METHODS}
+
+
+# ------------------------------------------------------------------ the numbers
+
+
+def plain(method: str, model, rows: list[dict], start, tokenizer) -> dict[str, float]:
+    """The plain loop's step over all of rows: what it reports is of the weights before its update."""
+    once = {"global_batch_size": len(rows), "num_steps": 1}
+    if method == "sft":
+        samples = [reference.conversation_tokens(tokenizer, row["messages"], 512) for row in rows]
+        loss = reference.train_sft(model, samples, **once)[0]["train_loss"]
+        return {"loss": loss, "perplexity": math.exp(loss)}
+    pairs = [reference.pair_tokens(tokenizer, row, 512) for row in rows]
+    record = reference.train_dpo(model, pairs, "dpo_norm", beta=5.0, reference_model=start, **once)[0]
+    names = {"loss": "train_loss", "accuracy": "rewards/accuracy", "margin": "rewards/margin"}
+    return {name: record[there] for name, there in names.items()}
+
+
+@both
+def test_numbers_of_each_source_and_of_all_are_the_plain_loops(setting, evaluated, method):
+    """Under the exported model, those of the last step: sums over tokens or pairs, no means of means."""
+    run, tokenizer = evaluated[method], reference.load_tokenizer(setting.model)
+    parts = {"eval": (10, 18), "eval/one": (10, 15), "eval/two": (15, 18)}
+    for prefix, (start, end) in parts.items():
+        model, first = load_silently(run.output_dir), reference.load(setting.model)
+        for name, value in plain(method, model, setting.rows[method][start:end], first, tokenizer).items():
+            assert run.metrics[-1][f"{prefix}/{name}"] == pytest.approx(value, rel=2e-5), (prefix, name)
+
+
+@both
+def test_training_is_the_same_to_all_digits_with_and_without(setting, evaluated, method):
+    without = setting.run(method).succeeded()
+    for with_it, plain_record in zip(evaluated[method].metrics, without.metrics, strict=True):
+        assert {name: with_it[name] for name in plain_record if name not in TIMES} == {
+            name: value for name, value in plain_record.items() if name not in TIMES
+        }
+    ours, theirs = weights(evaluated[method].output_dir), weights(without.output_dir)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+@both
+def test_it_is_in_the_metrics_where_it_is_due_and_in_the_record_and_card(setting, evaluated, method):
+    run = evaluated[method]
+    assert [record["step"] for record in run.metrics if "eval/loss" in record] == [2, 4, 6]
+    record = read_run_config(str(run.output_dir))
+    assert record["evaluation"]["samples"] == {"eval": 8, "eval/one": 5, "eval/two": 3}
+    assert f"| eval/two/loss | {run.metrics[-1]['eval/two/loss']} |" in (run.output_dir / "README.md").read_text()
+
+
+def test_an_evaluation_at_a_step_that_is_not_logged_is_written_with_it(setting):
+    run = setting.run("sft", 1, **setting.held_out("sft") | {"logging_steps": 5, "eval_steps": 3}).succeeded()
+    assert run.column("step") == [3, 5, 6]
+
+
+@both
+def test_a_killed_run_that_goes_on_neither_loses_nor_doubles_an_evaluation(setting, evaluated, method):
+    """Killed in the evaluation after step 4, behind the checkpoint of step 3; the reference comes from the cache."""
+    changes = setting.held_out(method) | {"output_dir": setting.root / f"killed_{method}", "checkpointing_steps": 3}
+    killed = setting.run(method, patches={f"train_{method}.Evaluation": KilledInTheSecond}, **changes)
+    assert -9 in killed.exit_codes and checkpoints(killed.output_dir) == [3]
+    resumed = setting.run(method, **changes).succeeded()
+    for ours, theirs in zip(resumed.metrics, evaluated[method].metrics, strict=True):
+        assert {n: v for n, v in ours.items() if n not in TIMES} == {n: v for n, v in theirs.items() if n not in TIMES}
+
+
+class KilledInTheSecond(evaluate.Evaluation):
+    calls = 0
+
+    def __call__(self, *args):
+        type(self).calls += 1
+        if self.calls == 2:
+            os.kill(os.getpid(), 9)
+        return super().__call__(*args)
+
+
+# ------------------------------------------------------------------ what is held out
+
+
+def tokenized(path: Path, folder: Path, tokenizer, method: str = "sft", amount: str = "") -> TokenDataset:
+    config = dataclasses.replace(SFTConfig(), dataset_mixer=[f"{path}{amount}"], cache_dir=str(folder))
+    config.max_seq_length = 512
+    return TokenDataset(prepare_tokens(method, config, resolve_template("tulu", tokenizer)))
+
+
+@pytest.mark.parametrize(("method", "amount", "expected"), [("sft", "20%", 8), ("dpo", "3", 3), ("sft", "=150%", 8)])
+def test_a_split_takes_the_drawn_rows_with_all_their_copies_and_leaves_the_rest(tmp_path, method, amount, expected):
+    data = models.write_jsonl(tmp_path / "rows.jsonl", MADE[method](40))
+    source, amount = (amount, "20%") if amount.startswith("=") else ("", amount)
+    whole = tokenized(data, tmp_path, models.make_tokenizer(), method, source)
+    rest, held_out = split(whole, amount)
+    drawn = np.random.RandomState(42).choice(40, size=expected, replace=False) + 1
+    assert {row for _, row in held_out.rows.tolist()} == {*drawn.tolist()}
+    assert {row for _, row in rest.rows.tolist()} == {*range(1, 41)} - {*drawn.tolist()}
+    for part in (rest, held_out):
+        mine = {part.source_of(i) for i in range(len(part))}
+        same = [i for i in range(len(whole)) if whole.source_of(i) in mine]
+        for i, j in zip(range(len(part)), same, strict=True):
+            assert all(np.array_equal(a, b) for a, b in zip(part[i], whole[j], strict=True))
+            assert part.lengths[i] == whole.lengths[j] and part.num_targets[i] == whole.num_targets[j]
+        if method == "sft":
+            ends = [part[i].input_ids[part[i].trained_spans[:, 1] - 1] for i in range(len(part))]
+            assert part.last_tokens().tolist() == np.concatenate(ends).tolist()
+    assert len(rest) + len(held_out) == len(whole) and len({rest.digest, held_out.digest, whole.digest}) == 3
+
+
+def test_a_run_without_its_held_out_rows_is_a_run_on_a_file_without_them(setting):
+    run = setting.run("sft", eval_holdout="20%").succeeded()
+    held_out = read_run_config(str(run.output_dir))["evaluation"]["rows"]
+    numbers = {int(place.rpartition(":")[2]) for place in held_out}
+    assert numbers == {*(np.random.RandomState(42).choice(10, size=2, replace=False) + 1).tolist()}
+    rows = [row for number, row in enumerate(setting.rows["sft"][:10], 1) if number not in numbers]
+    other = setting.run("sft", dataset_mixer=models.write_jsonl(setting.root / "rest.jsonl", rows)).succeeded()
+    for name in ("train_loss", "grad_norm"):
+        assert run.column(name) == other.column(name)
+    assert [record["step"] for record in run.metrics if "eval/loss" in record] == [1, 2, 3, 4, 5, 6]
+    again = setting.run("sft", eval_holdout="3", output_dir=run.output_dir)
+    assert "eval_holdout" in again.refused(2)
+
+
+def test_samples_in_both_sets_are_counted_by_their_tokens(tmp_path):
+    rows = models.conversations(6)
+    tokenizer = models.make_tokenizer()
+    data = tokenized(models.write_jsonl(tmp_path / "a.jsonl", rows[:4]), tmp_path, tokenizer)
+    held_out = tokenized(models.write_jsonl(tmp_path / "b.jsonl", [rows[5], rows[1], rows[0]]), tmp_path, tokenizer)
+    assert num_also_in(held_out, data) == 2 and num_also_in(data, data) == 4
+
+
+def test_sources_have_names_of_their_own(tmp_path):
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        models.write_jsonl(tmp_path / folder / "my chats.v2.jsonl", models.conversations(2))
+    ds = tokenized(tmp_path / "*" / "*.jsonl", tmp_path, models.make_tokenizer())
+    paths = [tmp_path / "x" / "my chats.v2.jsonl", tmp_path / "y" / "my chats.v2.jsonl"]
+    ds.stats["sources"] = [{"path": str(path), "sha256": ""} for path in paths] + [{"path": "org/set-3.1"}]
+    assert source_names(ds) == ["my_chats", "my_chats~2", "set-3.1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"eval_holdout": "1", "eval_dataset_mixer": ["x.jsonl"]}, "--eval_holdout"),
+        ({"eval_steps": 3}, "--eval_steps"),
+        ({"early_stopping_patience": 3}, "--early_stopping_patience"),
+        ({"keep_best": "eval/loss"}, "--keep_best"),
+        ({"export_best": True, "eval_holdout": "1"}, "--export_best"),
+        *(({"eval_holdout": amount}, "--eval_holdout") for amount in ("0.1", "100%", "10", "0", "1%", "x", "-3")),
+    ],
+)
+def test_flags_that_hold_out_nothing_or_everything_are_refused(tmp_path, flags, named):
+    path = models.write_jsonl(tmp_path / "rows.jsonl", models.conversations(10))
+    config = dataclasses.replace(SFTConfig(), dataset_mixer=[str(path)], cache_dir=str(tmp_path), **flags)
+    with pytest.raises(UserError, match=named):
+        training_and_held_out("sft", config, resolve_template("tulu", models.make_tokenizer()), PerNode())
+
+
+class PerNode(OneRank):
+    def once_per_node(self, work):
+        return work()
+
+
+# ------------------------------------------------------------------ early stopping
+
+
+@given(st.lists(st.one_of(st.integers(0, 5).map(float), st.just(math.nan)), max_size=8), st.integers(1, 4))
+def test_a_run_stalls_once_the_last_evaluations_bettered_nothing(losses, patience):
+    """As a counter would see it: a loss that is no number betters nothing."""
+    best, waited, stalled = math.inf, 0, False
+    for loss in losses:
+        if loss < best:
+            best, waited = loss, 0
+        else:
+            waited += 1
+        stalled = stalled or waited >= patience
+    first = next((n for n in range(len(losses) + 1) if has_stalled(losses[:n], patience)), None)
+    assert (first is not None) == stalled and not has_stalled(losses, None)
+
+
+def test_a_run_that_stalls_ends_well_says_so_and_is_finished_for_the_same_patience(setting):
+    changes = setting.held_out("sft") | {"early_stopping_patience": 2, "learning_rate": 3.0, "max_train_steps": 30}
+    changes |= {"output_dir": setting.root / "stalls", "checkpointing_steps": 2}
+    run = setting.run("sft", **changes).succeeded()
+    losses = [record["eval/loss"] for record in run.metrics if "eval/loss" in record]
+    assert has_stalled(losses, 2) and not has_stalled(losses[:-1], 2) and len(run.metrics) == 2 * len(losses) < 30
+    before = run.metrics
+    assert "early stopping" in run.stdout and read_run_config(str(run.output_dir))["result"]["stopped_early"] == 2
+    assert "nothing to do" in setting.run("sft", **changes).succeeded().stdout
+    resumed = changes | {"output_dir": setting.root / "stalls_resumed"}
+    setting.run("sft", **resumed, stop_after_steps=len(before) - 2).succeeded()
+    assert setting.run("sft", **resumed).succeeded().column("step") == [*range(1, len(before) + 1)]
+    longer = setting.run("sft", **changes | {"early_stopping_patience": 3}).succeeded()
+    assert longer.metrics[: len(before)] == before and len(longer.metrics) > len(before)
+
+
+@both
+def test_the_best_checkpoint_stays_and_is_exported_if_asked_for(setting, method):
+    """Its weights are those of a run that ends at that step on the same schedule; the state of a resume is the last."""
+    changes = setting.held_out(method) | {"keep_best": "eval/loss", "learning_rate": 0.3, "keep_last_n_checkpoints": 1}
+    changes |= {"lr_scheduler_type": "constant", "max_train_steps": 12, "checkpointing_steps": 4}
+    run = setting.run(method, **changes, export_best=True).succeeded()
+    losses = {record["step"]: record["eval/loss"] for record in run.metrics if "eval/loss" in record}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 12 and checkpoints(run.output_dir) == [best, 12]
+    record = read_run_config(str(run.output_dir))
+    assert record["exported_step"] == best and record["result"]["steps"] == 12
+    short = setting.run(method, **changes, stop_after_steps=best).succeeded()
+    ours, theirs = weights(run.output_dir), weights(short.output_dir)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
