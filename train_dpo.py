@@ -20,7 +20,7 @@ from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel, to_device
-from common.model.export import export_model, prepare_exports, rehearse_export
+from common.model.export import export_model, rehearse_export, settings_of_exports
 from common.model.logprobs import sequence_logps
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
@@ -150,7 +150,7 @@ def main() -> None:
     record = record_of("DPO", config, identity, state, policy, ranks, **resolved, reference_cache=cached_in)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     writer = checkpoint.Writer(engine, parameters, config, ranks)
-    ranks.once(lambda: prepare_exports(policy.lm, template, model_folder, writer.folder / "model"))
+    writer.settings = ranks.once(lambda: settings_of_exports(policy.lm, template, model_folder))
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 

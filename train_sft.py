@@ -17,7 +17,7 @@ from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel
-from common.model.export import export_model, prepare_exports, rehearse_export
+from common.model.export import export_model, rehearse_export, settings_of_exports
 from common.model.packed import model_inputs, verify_packed_forward
 from common.ranks import start
 from common.run.agreement import agreed_identity
@@ -109,7 +109,7 @@ def main() -> None:
     record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     writer = checkpoint.Writer(engine, parameters, config, ranks)
-    ranks.once(lambda: prepare_exports(policy.lm, template, model_folder, writer.folder / "model"))
+    writer.settings = ranks.once(lambda: settings_of_exports(policy.lm, template, model_folder))
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 

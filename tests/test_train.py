@@ -211,10 +211,10 @@ def test_run_config_says_what_was_run_and_that_parameters_were_partitioned(runs,
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_finished_run_is_not_run_again(runs, method):
     number = next(i for i, run in enumerate(RUNS) if PLAIN[run[0]][0] == method)
-    before = {path: path.stat().st_mtime_ns for path in runs(number).output_dir.rglob("[!.]*.*")}
+    before = {path: path.stat().st_mtime_ns for path in runs(number).output_dir.glob("[!.]*.*")}
     again = runs.__call__.__wrapped__(runs, number)
     assert "nothing to do" in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in again.output_dir.rglob("[!.]*.*")} == before
+    assert {path: path.stat().st_mtime_ns for path in again.output_dir.glob("[!.]*.*")} == before
 
 
 # ------------------------------------------------------------------ mistakes: exit 2, one line, before the model loads

@@ -22,8 +22,7 @@ from common.ranks import Ranks
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
-# Besides an export's small files, where a run keeps them for its checkpoints: each parameter's name in the export and
-# type, and the buffers.
+# Besides an export's small files, in a checkpoint: each parameter's name in the export and type, and the buffers.
 PARAMETERS, BUFFERS = "parameters.json", "buffers.safetensors"
 
 
@@ -49,30 +48,28 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
     ranks.once(lambda: _move_up(temporary))
 
 
-def prepare_exports(lm, template: ChatTemplate, source_folder: str, folder: Path) -> None:
-    """Writes to `folder` what an export needs besides the parameters' values. On one rank."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for old in (temporary, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    _write_small_files(lm, template, source_folder, temporary)
-    dtypes = {name: str(param.dtype).removeprefix("torch.") for name, param in _parameters(lm).items()}
-    exported = {name: (_name_in_folder(lm, name), dtype) for name, dtype in dtypes.items()}
-    (temporary / PARAMETERS).write_text(json.dumps(exported), encoding="utf-8")
-    buffers = {_name_in_folder(lm, name): buffer.cpu().contiguous() for name, buffer in _buffers(lm).items()}
-    _write_shard(buffers, temporary / BUFFERS)
-    os.rename(temporary, folder)
+def settings_of_exports(lm, template: ChatTemplate, source_folder: str) -> dict[str, bytes]:
+    """The files that an export needs besides the parameters' values, which each checkpoint holds. On one rank."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "settings"
+        _write_small_files(lm, template, source_folder, folder)
+        dtypes = {name: str(param.dtype).removeprefix("torch.") for name, param in _parameters(lm).items()}
+        exported = {name: (_name_in_folder(lm, name), dtype) for name, dtype in dtypes.items()}
+        (folder / PARAMETERS).write_text(json.dumps(exported), encoding="utf-8")
+        buffers = {_name_in_folder(lm, name): buffer.cpu().contiguous() for name, buffer in _buffers(lm).items()}
+        _write_shard(buffers, folder / BUFFERS)
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int]], fill: Callable) -> None:
     """Writes export_model's folder of other parameters, one shard in memory at a time.
 
-    folder: of prepare_exports. fill(name, out) sets a parameter's elements in `out`, one-dimensional, of its type.
-    Raises UserError where `folder` is not whole, or output_dir holds anything.
+    folder: the files of settings_of_exports. fill(name, out) sets a parameter's elements in `out`, one-dimensional.
+    Raises UserError where output_dir holds anything.
     """
-    with as_user_error(f"{folder}: what the run wrote for exports of its checkpoints cannot be read"):
-        parameters = json.loads((folder / PARAMETERS).read_text(encoding="utf-8"))
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        buffers = load_file(folder / BUFFERS)
+    parameters = json.loads((folder / PARAMETERS).read_text(encoding="utf-8"))
+    weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    buffers = load_file(folder / BUFFERS)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir} is not empty; name another folder")
     temporary = output_dir / ".export"
@@ -146,13 +143,15 @@ def _write_settings(config: PretrainedConfig, template: ChatTemplate, source_fol
 def _write_shard(tensors: dict, path: Path) -> None:
     with naming(path):
         save_file(tensors, path, {"format": "pt"})
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it its owner's alone, whatever the umask
 
 
 def _write_small_files(lm, template: ChatTemplate, source_folder: str, folder: Path) -> None:
     """Makes the folder of an export with all but its weights."""
     folder.mkdir()
     lm.config.architectures = [type(lm).__name__]
-    _write_settings(lm.config, template, source_folder, folder)
+    with naming(folder):
+        _write_settings(lm.config, template, source_folder, folder)
     tensors = _parameters(lm) | _buffers(lm)
     weight_map = {_name_in_folder(lm, name): file for file, names in _shards(tensors).items() for name in names}
     index = {"metadata": {"total_size": sum(map(_size, tensors.values()))}, "weight_map": weight_map}
@@ -170,7 +169,6 @@ def _move_up(temporary: Path) -> None:
     for path in sorted(temporary.iterdir(), key=lambda p: p.name == INDEX):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-        path.chmod(temporary.stat().st_mode & 0o666)  # safetensors' files are for their owner alone, whatever the umask
         os.replace(path, target / path.name)
     temporary.rmdir()
     sync_folder(target)

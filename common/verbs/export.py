@@ -1,6 +1,6 @@
 """bash run.sh export CHECKPOINT OUT_DIR: the Hugging Face folder of a run's checkpoint; no GPU is needed.
 
-CHECKPOINT is a folder like output/sft/checkpoints/step_00000500, with the run's checkpoints/model beside it.
+CHECKPOINT is a folder like output/sft/checkpoints/step_00000500.
 """
 
 import os

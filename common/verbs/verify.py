@@ -42,7 +42,7 @@ def main(*argv: str) -> int:
     for path in checkpoint.newest_first(str(given.output_dir)):
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         with progress(f"reading {path.name}", size // 10**6, "MB") as advance:
-            found = checkpoint.fault(path, ".safetensors", lambda read: advance(read // 10**6))
+            found = checkpoint.fault(path, "", lambda read: advance(read // 10**6))
         print_line(f"{path}: {found or f'whole, {size / 1e9:,.1f} GB'}")
         whole += [] if found else [path]
         num_damaged += found is not None
@@ -68,7 +68,9 @@ def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None) ->
         flags = record["config"] | {name: value for name, value in CHANGED.items() if name in record["config"]}
         flags |= {"output_dir": folder, "stop_after_steps": step}
         words = [
-            [f"--{name}", *map(str, value if isinstance(value, list) else [value])] for name, value in flags.items()
+            [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            for name, value in flags.items()
+            if value != []
         ]
         run = start_run([record["method"].lower(), str(num_ranks), *(word for flag in words for word in flag)])
         on_request_to_stop(run.send_signal)

@@ -107,6 +107,7 @@ class Writer:
         self.stage: Future | None = None  # that it is in
         self.later: list[Callable[[list], object]] = []  # its further stages, given what the last one's ranks returned
         self.files = _files(parameters, ranks)
+        self.settings: dict[str, bytes] = {}  # files that exports of its checkpoints need besides weights
         self.copies = self._reserve()
 
     def _reserve(self) -> dict[str, torch.Tensor] | None:
@@ -162,7 +163,10 @@ class Writer:
 
     def _publish(self, temporary: Path, state: str, shards: list[dict[str, dict]]) -> None:
         files = {file: entry for shard in shards for file, entry in shard.items()}
-        files["state.json"] = write_file(temporary / "state.json", [state.encode()])
+        small = {"state.json": state.encode()} | {f"settings/{file}": data for file, data in self.settings.items()}
+        for name, data in small.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            files[name] = write_file(temporary / name, [data])
         shapes = {name: list(p.ds_shape) for name, p in self.parameters.items()}
         manifest = {"world_size": self.ranks.world_size, "files": files, "parameters": shapes}
         entry = write_file(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
@@ -354,9 +358,9 @@ def _passed_over(path: Path, faults: list[str | None], resume: str, ranks: Ranks
     return found and f"{path.name}: {found}"
 
 
-def fault(path: Path, kind: str = "-", advance: Callable[[int], None] = lambda size: None) -> str | None:
-    """What is wrong with a checkpoint's files: their names, their sizes, and the digests of state.json and of those
-    whose name contains `kind`; None if nothing is. advance: called with the bytes of each file that was read.
+def fault(path: Path, read: str = "state.json", advance: Callable[[int], None] = lambda size: None) -> str | None:
+    """What is wrong with a checkpoint's files: their names, their sizes, and the digests of those in whose name `read`,
+    a regular expression, is found; None if nothing is. advance: called with the bytes of each file that was read.
 
     Raises OSError if it cannot be read: then it may be whole, and must not be passed over, nor set aside later.
     """
@@ -371,8 +375,8 @@ def fault(path: Path, kind: str = "-", advance: Callable[[int], None] = lambda s
             for file, entry in files.items():
                 if (path / file).stat().st_size != entry["size"]:
                     return f"{file} has been changed"
-            read = [file for file in files if kind in file or file == "state.json"]
-            for file, found in zip(read, pool.map(lambda file: file_digest(path / file), read), strict=True):
+            names = [file for file in files if re.search(read, file)]
+            for file, found in zip(names, pool.map(lambda file: file_digest(path / file), names), strict=True):
                 advance(files[file]["size"])
                 if found != files[file]["digest"]:
                     return f"{file} has been changed"
@@ -501,10 +505,10 @@ def _put(block: np.ndarray, at: int, ours: int, theirs: int, count: int, shard: 
 def export(path: Path, output_dir: Path) -> None:
     """Writes the model of a checkpoint, the very files of export_model after its step: master weights, rounded.
 
-    No more than one of its shards is in memory. Raises UserError for a checkpoint that is not whole, or without the
-    `model` folder that its run wrote beside it, and if output_dir holds anything.
+    No more than one of its shards is in memory. Raises UserError for a checkpoint that is not whole, or if output_dir
+    holds anything.
     """
-    if found := fault(path, ".master_"):
+    if found := fault(path, r"state\.json|settings/|\.master_"):
         raise UserError(f"checkpoint {path} is not whole: {found}")
     manifest = json.loads((path / "manifest.json").read_text())
     shards: dict[str, list] = {}  # parameter -> [(file, first byte, elements)] by rank
@@ -520,4 +524,4 @@ def export(path: Path, output_dir: Path) -> None:
                 out[: len(values)].copy_(torch.from_numpy(values))
                 out = out[len(values) :]
 
-    export_parameters(path.parent / "model", output_dir, manifest["parameters"], fill)
+    export_parameters(path / "settings", output_dir, manifest["parameters"], fill)
