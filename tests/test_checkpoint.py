@@ -68,9 +68,10 @@ def parameters(step: int) -> dict:
     return {name: Slice(shape, step) for name, shape in SHAPES.items()}
 
 
-def save(output_dir: Path, step: int, keep: int = 3, beside: bool = False) -> Path:
-    """beside: as a run that takes further steps meanwhile."""
+def save(output_dir: Path, step: int, keep: int = 3, beside: bool = False, settings: dict | None = None) -> Path:
+    """beside: as a run that takes further steps meanwhile. settings: what its export needs."""
     writer = make_writer(output_dir, step, keep)
+    writer.settings = settings or {}
     writer.save(RunState(step=step, samples=4 * step))
     while beside and writer.stage is not None:
         writer.proceed(writer.vote())
@@ -158,7 +159,7 @@ def test_whatever_file_operation_fails_a_resume_finds_the_old_or_the_new_whole_c
         patch, ended = pytest.MonkeyPatch(), None
         with Disk(patch, [checkpoint, files], n, "full" if how == "full" else "crash") as disk:
             try:
-                save(output_dir, 10, keep, beside=keep == 2)
+                save(output_dir, 10, keep, beside=keep == 2, settings={"config.json": b"{}"})
             except (Crash, OSError) as e:
                 ended = e
                 assert isinstance(e, OSError) == (how == "full")

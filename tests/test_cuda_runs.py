@@ -49,7 +49,9 @@ def test_killed_and_resumed_on_two_gpus_then_on_one_each_time_the_plain_loop(tmp
     flags = launch.flags(model, data, tmp_path, **changes, **settings, compile_layers="false")
     run = start(method, flags, 2)
     deadline = time.monotonic() + launch.TIMEOUT
-    while "\nstep 2/" not in (text := (run.logs / "stdout").read_text() if (run.logs / "stdout").exists() else ""):
+    while "/step_00000001\n" not in (
+        text := (run.logs / "stdout").read_text() if (run.logs / "stdout").exists() else ""
+    ):
         assert run.is_alive() and time.monotonic() < deadline, text
         time.sleep(0.01)
     run.kill()

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from common.failures import UserError, print_line, progress
+from common.run.curves import read_metrics
 from common.verbs.launch import exit_with, lines_of, on_request_to_stop, start_run, visible_gpus
 
 # What may differ in another run of the same step.
@@ -31,7 +32,6 @@ def main(*argv: str) -> int:
     given = parser.parse_args(argv)
     if not visible_gpus():
         os.environ["DS_ACCELERATOR"] = "cpu"
-    from common.run.metrics import read_metrics
     from common.run.output_dir import read_run_config
     from common.zero import checkpoint
 
@@ -57,8 +57,6 @@ def main(*argv: str) -> int:
 
 def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None) -> int:
     """Runs up to a logged step again in a temporary folder; 0 if all that it says is the same, 1 if not."""
-    from common.run.metrics import read_metrics
-
     step, num_ranks = logged["step"], round(logged["tokens_per_second"] / logged["per_device_tps"])
     print_line(f"running step {step} again on {num_ranks} ranks, from {before or 'the start'}")
     with tempfile.TemporaryDirectory(prefix=".verify_", dir=output_dir) as folder:

@@ -4,10 +4,10 @@ checkpoints/step_00000500/
     rank_00000_of_00002.master_000.safetensors ...  each rank's shard of every parameter: `master/NAME`,
                                   `exp_avg/NAME`, `exp_avg_sq/NAME`, float32, one-dimensional; a file holds one kind
     state.json                    RunState
+    settings/                     what an export needs besides weights (common/model/export.py)
     manifest.json                 size and digest of each file above, shape of each parameter, world size
     COMPLETE                      the manifest's digest
     model/                        with --export_at_checkpoints: its Hugging Face folder
-checkpoints/model/                what an export needs besides weights (common/model/export.py)
 checkpoints/kept.json             {"step": 500}: the one checkpoint that stays beyond keep_last_n
 
 ZeRO-3 gives rank r of n the elements [r k, (r + 1) k) of a flattened parameter, k = ceil(numel / n): a file's name says
@@ -171,7 +171,8 @@ class Writer:
         manifest = {"world_size": self.ranks.world_size, "files": files, "parameters": shapes}
         entry = write_file(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
         write_file(temporary / "COMPLETE", [entry["digest"].encode()])
-        sync_folder(temporary)
+        for folder in {(temporary / name).parent for name in small}:
+            sync_folder(folder)
         os.rename(temporary, self.path)
         for folder in (self.folder, self.folder.parent):
             sync_folder(folder)
