@@ -6,6 +6,7 @@ huggingface_hub's own client, and a hub on the loopback interface.
 import dataclasses
 import json
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -265,7 +266,7 @@ def test_a_run_may_push_again_and_with_hub_overwrite_over_another_model_of_which
     assert hub.newest("org/m")["README.md"] == b"mended" and len(hub.messages) == 2
 
 
-def push(hub: Hub, home: Path, folder: Path, *flags: str) -> subprocess.Popen:
+def push(hub: Hub, home: Path, folder: str | Path, *flags: str) -> subprocess.Popen:
     words = [sys.executable, "-m", "common.verbs.push", str(folder), *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": launch.REPO}
     return subprocess.Popen(words, env=loopback_hub.environment(hub, home), **pipes)
@@ -287,6 +288,21 @@ def test_an_upload_that_is_killed_is_whole_after_the_next_and_what_was_there_is_
     assert process.returncode == 0 and f"uploaded: {hub.address}/someone/my-run/commit/" in output
     assert arrived(hub, "someone/my-run") == files and len(hub.messages) == 1
     assert sum("PUT /lfs/" in request for request in hub.log) == 3  # the parts of one shard
+
+
+def test_the_command_that_retries_an_upload_names_what_the_run_was_not_asked_for(tmp_path, finished):
+    folder, _ = finished
+    record = json.loads((folder / "run_config.json").read_text())
+    record["config"] = {"hub_model_id": None, "hub_private": False, "hub_overwrite": False}
+    (folder / "run_config.json").write_text(json.dumps(record))
+    given = {"output_dir": str(folder), "hub_model_id": "org/m"}
+    with loopback_hub.serving(Hub()) as hub:
+        hub.faults = [Fault("/repos/create", 403)]
+        (line,), _ = loopback_hub.ask(UPLOAD.replace("hub.upload", "hub.push"), [given], hub, tmp_path / "home")
+        words = shlex.split(line.partition("bash run.sh push ")[2])
+        with push(hub, tmp_path / "home", *words) as process:
+            assert process.wait() == 0
+    assert words == [str(folder), "--hub_model_id=org/m", "--hub_private=True"] and hub.private == {"org/m": True}
 
 
 @pytest.mark.parametrize("lost", ["model-00002-of-00002.safetensors", "run_config.json", "the result"])
@@ -338,9 +354,11 @@ def test_a_run_whose_upload_fails_keeps_its_model_and_tells_the_command_and_no_o
         (line,) = (line for line in run.stdout.splitlines() if "bash run.sh push " in line)
         assert line.endswith(f"bash run.sh push {run.output_dir}") and arrived(hub, "org/new") == {}
         hub.faults.clear()
+        again = launch.launch("train_sft", given, 2, constants(hub, tmp_path / "home")).succeeded()
+        assert f"uploaded: {hub.address}/org/new/commit/" in again.stdout and "loading " not in again.stdout
         with push(hub, tmp_path / "home", run.output_dir) as process:
             output = process.communicate()[0]
-    assert process.returncode == 0, output
+    assert process.returncode == 0 and len(hub.messages) == 1, output
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     names |= {"model-00001-of-00001.safetensors", "model.safetensors.index.json", "README.md", "run_config.json"}
     assert arrived(hub, "org/new") == {name: (run.output_dir / name).read_bytes() for name in names}
@@ -348,7 +366,7 @@ def test_a_run_whose_upload_fails_keeps_its_model_and_tells_the_command_and_no_o
     assert front["base_model"] == "org/model" and front["license"] == "llama3.1" and front["tags"][0] == "sft"
     assert json.loads((run.output_dir / "run_config.json").read_text())["base"]["commit"] == NEWEST
     everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "token"]
-    everything += [text.encode() for text in (run.stdout, run.stderr, output)]
+    everything += [text.encode() for text in (run.stdout, run.stderr, again.stdout, again.stderr, output)]
     assert len(everything) > 20 and not any(TOKEN.encode() in content for content in everything)
 
 

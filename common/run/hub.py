@@ -23,6 +23,7 @@ INDEX, RECORD = "model.safetensors.index.json", "run_config.json"
 FILES = [INDEX, RECORD, "config.json", "generation_config.json", "README.md", "curves.png", "chat_template.jinja"]
 FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json"]
 LOADED = re.compile(r".*\.(safetensors|bin|json|jinja|model)")  # what a loader may take for a part of the model
+FLAGS = ("hub_model_id", "hub_private", "hub_overwrite")  # that `bash run.sh push` takes from run_config.json
 COMMIT_RETRIES = (5, 30)  # seconds before each
 
 
@@ -90,5 +91,7 @@ def push(config: TrainConfig) -> str:
     try:
         return f"uploaded: {upload(config)}"
     except Exception as e:
-        command = f"bash run.sh push {shlex.quote(config.output_dir)}"
+        saved, asked = read_record(config.output_dir)["config"], vars(config)
+        changed = [f"--{name}={asked[name]}" for name in FLAGS if name in saved and saved[name] != asked[name]]
+        command = shlex.join(["bash", "run.sh", "push", config.output_dir, *changed])
         return f"{one_line(e)}; {config.output_dir} holds the model; to upload it: {command}"
