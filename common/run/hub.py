@@ -16,10 +16,10 @@ from huggingface_hub.utils import enable_progress_bars
 
 from common.config import TrainConfig
 from common.failures import as_user_error, one_line
-from common.files import digest
+from common.files import INDEX, digest, weight_files
 
-INDEX, RECORD, CARD = "model.safetensors.index.json", "run_config.json", "README.md"
-# What goes up beside the weights that the index names; run_config.json tells whose model it is.
+RECORD, CARD = "run_config.json", "README.md"
+# What goes up beside the weights; run_config.json tells whose model it is.
 FILES = [INDEX, RECORD, CARD, "config.json", "generation_config.json", "curves.png", "chat_template.jinja"]
 FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json"]
 LOADED = re.compile(r".*\.(safetensors|bin|json|jinja|model)")  # what a loader may take for a part of the model
@@ -80,7 +80,7 @@ def upload(config: TrainConfig) -> str:
         enable_progress_bars()  # whoever loads the model tells transformers to show none, which holds for the hub's too
     with as_user_error(f"the upload to {repo} failed"):
         names = {path.name for pattern in FILES for path in folder.glob(pattern)}
-        names |= set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        names |= {*weight_files(folder)}
         read = {name: (folder / name).read_text(encoding="utf-8") for name in (RECORD, CARD) if name in names}
         texts = {name: without_folders(text, read[RECORD]).encode() for name, text in read.items()}
 

@@ -13,7 +13,7 @@ import torch
 
 from common.config import TrainConfig, identity_values
 from common.failures import UserError, as_user_error, log_to, one_line, print_line
-from common.files import replace_file, weights_digest
+from common.files import replace_file, weight_files, weights_digest
 from common.ranks import Ranks
 from common.run import hub
 from common.run.card import model_card
@@ -102,10 +102,9 @@ def _require_same_run(what: str, old: dict, new: dict, steps: int, last_step: in
 
 
 def _holds_model(output_dir: Path) -> bool:
-    """Whether the index of an export is there, and every file that it names."""
+    """Whether every file of an export is there."""
     try:
-        index = json.loads((output_dir / "model.safetensors.index.json").read_bytes())
-        return all((output_dir / name).is_file() for name in index["weight_map"].values())
+        return all((output_dir / name).is_file() for name in weight_files(output_dir))
     except Exception:  # whatever is there is no export
         return False
 
