@@ -412,6 +412,7 @@ def card_of(folder: Path, base: dict, **flags) -> tuple[dict, str]:
     source = {"asked_for": "org/data@v1:train=25%", "path": "org/data", "revision": NEWEST, "split": "train"}
     record = {"method": "SFT", "base": base, "data": {"sources": [source, {"asked_for": "a.jsonl", "path": "a.jsonl"}]}}
     record |= {"num_steps": 9, "versions": {"torch": "2"}, "world_size": 4, "device": {"name": "GPU"}}
+    record |= {"micro_batch_budget": 16384, "residency": "all", "kernel": "varlen", "layers": {"recomputed": 4}}
     record["device"]["total_memory_gb"] = 80.0
     record["result"] = {"steps": 7, "total_tokens": 70, "target_tokens": 30}
     models.make_tokenizer().save_pretrained(folder)
@@ -442,6 +443,7 @@ def test_a_card_tells_the_hub_its_base_data_and_license_and_a_reader_how_to_talk
         "--chat_template auto",
         "| train_loss | 0.25 |",
         "7 of 9",
+        "| micro_batch_budget | 16384 |",
         "4 x GPU (80 GB",
         "org/data  5 rows",
     ):

@@ -154,7 +154,8 @@ def test_an_export_leaves_nothing_over_and_ends_where_answers_do(loaded):
         assert not list(output.glob(".*")), "leftovers"
         tokenizer = AutoTokenizer.from_pretrained(output)
         ends = [0, tokenizer.convert_tokens_to_ids("|")]  # EOS, and what closes an answer
-        assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == ends
+        for name in ("generation_config.json", "config.json"):
+            assert json.loads((output / name).read_text())["eos_token_id"] == ends
 
 
 def load_silently(folder):
@@ -227,7 +228,7 @@ def test_an_export_takes_less_host_memory_than_two_of_its_files(tmp_path):
     (above,) = launch.on_ranks(memory_of_exports, 1, str(folder), str(tmp_path))
     files = [path.stat().st_size for path in folder.glob("*.safetensors")]
     assert sum(files) > 3.5 * max(files)
-    assert all(0.5 * max(files) < bytes_ < 2 * max(files) for bytes_ in above), (above, files)
+    assert max(above) < 2 * max(files), (above, files)
 
 
 # ------------------------------------------------------------------ weights that are refused

@@ -122,8 +122,10 @@ def rehearse_export(config: PretrainedConfig, template: ChatTemplate, source_fol
 
 def _write_settings(config: PretrainedConfig, template: ChatTemplate, source_folder: str, folder: Path) -> None:
     config = type(config).from_dict(config.to_dict())
+    generation = generation_config(source_folder, config, template.end_ids())
+    config.eos_token_id = generation.eos_token_id
     config.save_pretrained(folder)
-    generation_config(source_folder, config, template.end_ids()).save_pretrained(folder)
+    generation.save_pretrained(folder)
     template.tokenizer.chat_template = template.jinja
     template.tokenizer.save_pretrained(folder)
 
