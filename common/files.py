@@ -91,13 +91,26 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+INDEX = "model.safetensors.index.json"
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor of a model's folder; {} where one file, model.safetensors, holds all: from_pretrained
+    reads no index beside it."""
+    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
+        return {}
+    return {**json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]}
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The files that from_pretrained reads weights from."""
+    return sorted({*weight_map(folder).values()} or {"model.safetensors"})
+
+
 def weights_digest(folder: str) -> str:
     """Of a model's safetensors files, by name, and its config.json: all that decides what its parameters are."""
-    index, names = Path(folder) / "model.safetensors.index.json", {"model.safetensors"}
     with as_user_error(f"model {folder}: its weights cannot be read"):
-        if index.is_file() and not (Path(folder) / "model.safetensors").is_file():  # as from_pretrained reads it
-            names = {*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        files = ["config.json", *sorted(names)]
+        files = ["config.json", *weight_files(Path(folder))]
         with ThreadPoolExecutor(8) as threads:
             digests = list(threads.map(lambda name: file_digest(Path(folder) / name), files))
     return digest(json.dumps(dict(zip(files, digests, strict=True))).encode())

@@ -101,15 +101,18 @@ def make_config(architecture: str = "llama", **changes):
 
 
 def make_model(
-    folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes
+    folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, shard="1GB", **changes
 ) -> Path:
-    """A model folder with the tokenizer. Every weight is drawn, biases and norms too, so that none is idle."""
+    """A model folder with the tokenizer. Every weight is drawn, biases and norms too, so that none is idle.
+
+    shard: the most bytes of a file; one file has no index.
+    """
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(make_config(architecture, **changes), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.ndim == 1 and "norm" in parameter_name(model, parameter) else 0.0, 0.15)
-    model.to(dtype).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     make_tokenizer().save_pretrained(folder)
     return Path(folder)
 

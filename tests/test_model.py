@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import logging.handlers
+import resource
 import shutil
 import warnings
 from pathlib import Path
@@ -32,6 +33,7 @@ from common.model import export, packed
 from common.model import load as model
 from common.model.attention import registered_name
 from common.model.packed import PackedModel
+from common.run.output_dir import _holds_model
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import build_engine
 
@@ -49,8 +51,7 @@ CASES = {
 
 
 def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
-    """On each rank: what the partitioned model holds and computes; then its export, in shards of a few tensors."""
-    export.SHARD_BYTES = 9000
+    """On each rank: what the partitioned model holds and computes; then its export."""
     ranks = distributed.start(5)
     seen = []
     for folder, output in zip(folders, outputs, strict=True):
@@ -82,7 +83,10 @@ def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
 def loaded(tmp_path_factory):
     """{case: (folder, exported folder, what each of the two ranks saw)}"""
     root = tmp_path_factory.mktemp("models")
-    folders = [models.make_model(root / name, case[0], torch.bfloat16, **case[1]) for name, case in CASES.items()]
+    folders = [
+        models.make_model(root / name, case[0], torch.bfloat16, shard="1GB" if "llama" in name else "9KB", **case[1])
+        for name, case in CASES.items()
+    ]
     outputs = [root / f"{name}-exported" for name in CASES]
     per_rank = launch.on_ranks(load_and_export, 2, list(map(str, folders)), list(map(str, outputs)))
     return {name: (folders[i], outputs[i], [seen[i] for seen in per_rank]) for i, name in enumerate(CASES)}
@@ -113,7 +117,6 @@ def test_partitioned_model_is_what_a_plain_load_gives(loaded, case):
 @pytest.mark.parametrize("case", CASES)
 def test_export_loads_without_a_word_and_holds_the_same_bits(loaded, case):
     folder, output, seen = loaded[case]
-    assert len(list(output.glob("model-*.safetensors"))) > 2
     exported = load_silently(output)
     expected = reference.load(folder, torch.bfloat16).state_dict()
     assert exported.dtype == torch.bfloat16
@@ -126,29 +129,33 @@ def test_export_loads_without_a_word_and_holds_the_same_bits(loaded, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_export_names_and_stores_each_tensor_once_as_the_folder_that_it_was_loaded_from(loaded, case):
+def test_export_has_each_tensor_in_the_file_and_by_the_name_of_the_folder_that_it_was_loaded_from(loaded, case):
+    """And nothing of the model that was there before, but what was none of its files."""
+    folder, output, _ = loaded[case]
+    (output / "model-mine.safetensors").rename(output / "mine")
     stored = [
         {
-            name: (tensor.shape, tensor.dtype)
-            for path in folder.glob("model*.safetensors")
-            for name, tensor in load_file(path).items()
+            path.name: {name: (tensor.shape, tensor.dtype) for name, tensor in load_file(path).items()}
+            for path in place.glob("*.safetensors")
         }
-        for folder in loaded[case][:2]
+        for place in (folder, output)
     ]
-    assert stored[0] == stored[1]
+    assert stored[0] == stored[1] and len(stored[0]) in (1, *range(3, 99))
+    indices = [place / "model.safetensors.index.json" for place in (folder, output)]
+    assert indices[0].is_file() == indices[1].is_file() == (len(stored[0]) > 1)
+    if indices[1].is_file():
+        theirs, ours = (json.loads(index.read_text()) for index in indices)
+        assert ours["weight_map"] == theirs["weight_map"]
+        assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
 
 
-def test_export_has_an_index_of_all_its_files_and_replaces_those_of_the_index_before_alone(loaded):
+def test_an_export_leaves_nothing_over_and_ends_where_answers_do(loaded):
     for _, output, _ in loaded.values():
-        index = json.loads((output / "model.safetensors.index.json").read_text())
-        mine = output / "model-mine.safetensors"
-        files = [path for path in output.glob("*.safetensors") if path != mine]
-        assert mine.is_file() and set(index["weight_map"].values()) == {path.name for path in files}
-        assert index["metadata"]["total_size"] == sum(t.nbytes for path in files for t in load_file(path).values())
         assert not list(output.glob(".*")), "leftovers"
         tokenizer = AutoTokenizer.from_pretrained(output)
         ends = [0, tokenizer.convert_tokens_to_ids("|")]  # EOS, and what closes an answer
-        assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == ends
+        for name in ("generation_config.json", "config.json"):
+            assert json.loads((output / name).read_text())["eos_token_id"] == ends
 
 
 def load_silently(folder):
@@ -166,12 +173,12 @@ def load_silently(folder):
     return loaded.eval()
 
 
-def test_a_crash_in_an_export_leaves_no_model_or_the_whole_new_one(tmp_path, monkeypatch):
-    """Over the model of another run, at each change to the disk in turn."""
-    monkeypatch.setattr(export, "SHARD_BYTES", 9000)
-    folders = [models.make_model(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+@pytest.mark.parametrize("sizes", [("9KB", "8KB"), ("9KB", "1GB"), ("1GB", "9KB"), ("1GB", "1GB")])
+def test_a_crash_in_an_export_leaves_no_model_or_the_whole_new_one(tmp_path, sizes):
+    """Over the model of another run, in as many files or in one, at each change to the disk in turn."""
+    folders = [models.make_model(tmp_path / str(seed), seed=seed, shard=sizes[seed]) for seed in (0, 1)]
     template = ChatTemplate("bar", TULU, model.load_tokenizer(str(folders[0])))
-    old, new = (PackedModel(reference.load(folder)) for folder in folders)
+    old, new = (PackedModel(read(folder, model.load_config(str(folder)))) for folder in folders)
     expected, output, is_whole = new.lm.state_dict(), tmp_path / "output", []
     output.mkdir()
     export.export_model(old, str(output), template, str(folders[0]), models.OneRank())
@@ -181,16 +188,47 @@ def test_a_crash_in_an_export_leaves_no_model_or_the_whole_new_one(tmp_path, mon
         shutil.copytree(before, output)
         with Disk(pytest.MonkeyPatch(), [export, files], n) as disk, contextlib.suppress(Crash):
             export.export_model(new, str(output), template, str(folders[1]), models.OneRank())
-        index = output / export.INDEX
-        is_whole.append(index.is_file() and {*json.loads(index.read_text())["weight_map"]} == expected.keys())
+        is_whole.append(_holds_model(output))
         if is_whole[-1]:
-            read = AutoModelForCausalLM.from_pretrained(output).state_dict()
-            is_new = torch.equal(read["lm_head.weight"], expected["lm_head.weight"])
-            assert all(torch.equal(read[name], (expected if is_new else old.lm.state_dict())[name]) for name in read), n
+            stored = load_silently(output).state_dict()
+            is_new = torch.equal(stored["lm_head.weight"], expected["lm_head.weight"])
+            assert not (is_new and [*output.glob(".export/*")]), "its other files are not there"
+            kept = expected if is_new else old.lm.state_dict()
+            assert all(torch.equal(kept[name], stored[name]) for name in kept), n
             is_whole[-1] = "new" if is_new else "old"
         if disk.count < n:
             break
     assert [name for name, _ in itertools.groupby(is_whole)] == ["old", False, "new"]
+
+
+def memory_of_exports(folder: str, output: str) -> list[float]:
+    """The most host memory, in bytes above what was there before, of an export and of one of a checkpoint."""
+    lm, template = read(folder, model.load_config(folder)), ChatTemplate("bar", TULU, model.load_tokenizer(folder))
+    shapes = {name: [*param.shape] for name, param in lm.named_parameters() if param.sum().isfinite()}  # reads its file
+    settings, above = Path(output) / "settings", []
+    settings.mkdir()
+    for name, data in export.settings_of_exports(lm, template, folder).items():
+        (settings / name).write_bytes(data)
+    for write in (
+        lambda to: export.export_model(PackedModel(lm), str(to), template, folder, models.OneRank()),
+        lambda to: export.export_parameters(settings, to, shapes, lambda _, out: out.fill_(1)),
+    ):
+        to = Path(output) / str(len(above))
+        to.mkdir()
+        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
+        write(to)
+        above.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    return above
+
+
+def test_an_export_takes_less_host_memory_than_two_of_its_files(tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
+    folder = models.make_model(tmp_path / "model", shard="50MB", **sizes)
+    (above,) = launch.on_ranks(memory_of_exports, 1, str(folder), str(tmp_path))
+    files = [path.stat().st_size for path in folder.glob("*.safetensors")]
+    assert sum(files) > 3.5 * max(files)
+    assert max(above) < 2 * max(files), (above, files)
 
 
 # ------------------------------------------------------------------ weights that are refused

@@ -387,7 +387,7 @@ def exported_both_ways(root: str, words: list[str]) -> list[dict[str, bytes]]:
     from common.zero import checkpoint, engine, residency
     from common.zero import ds_config as placement
 
-    model_export.SHARD_BYTES, checkpoint.SHARD_FILE_BYTES = 10_000, 4_000
+    checkpoint.SHARD_FILE_BYTES = 4_000
     settings = config.parse_config(config.SFTConfig, words)
     ds_config = placement.deepspeed_config(settings) | {"residency": "all", "optimizer_state": 0.5}
     ranks = distributed.start(settings.collective_timeout_minutes)
@@ -414,14 +414,15 @@ def exported_both_ways(root: str, words: list[str]) -> list[dict[str, bytes]]:
     [("qwen2", "bfloat16", 2), ("apertus", "float32", 3), ("gpt_neox", "bfloat16", 1)],
 )
 def test_an_export_of_a_checkpoint_is_the_runs_own_byte_for_byte(setting, architecture, dtype, num_ranks):
-    """With tied weights, buffers, several shards of the export and files of a rank."""
+    """With tied weights, buffers, several files of the export or one, and files of a rank."""
     root = setting.folder()
-    folder = models.make_model(root / "model", architecture, getattr(torch, dtype))
+    shard = "1GB" if num_ranks == 3 else "10KB"
+    folder = models.make_model(root / "model", architecture, getattr(torch, dtype), shard=shard)
     changes = {"model_name_or_path": folder, "dtype": dtype, "export_at_checkpoints": "true"}
     words = launch.argv(setting.flags("sft", root / "output", **changes))
     own, ours = launch.on_ranks(exported_both_ways, num_ranks, str(root), words)[0]
     assert own == ours
-    assert len([name for name in own if name.startswith("model-")]) > 2
+    assert len([name for name in own if name.endswith(".safetensors")]) in ((1,) if num_ranks == 3 else range(3, 99))
 
 
 @both

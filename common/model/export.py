@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,35 +16,34 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from common.data.chat_template import ChatTemplate
 from common.failures import UserError, as_user_error
-from common.files import naming, sync_folder
+from common.files import INDEX, naming, sync_folder, weight_files
 from common.model.load import SAMPLES, generation_config, load_config, load_tokenizer
 from common.model.packed import PackedModel
 from common.ranks import Ranks
 
-SHARD_BYTES = 5 * 10**9
-INDEX = "model.safetensors.index.json"
-# Besides an export's small files, in a checkpoint: each parameter's name in the export and type, and the buffers.
-PARAMETERS, BUFFERS = "parameters.json", "buffers.safetensors"
+# Besides an export's small files, in a checkpoint: its _layout, and the buffers.
+LAYOUT, BUFFERS = "layout.json", "buffers.safetensors"
 
 
 def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, source_folder: str, ranks: Ranks) -> None:
     """Writes what AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load; generate() stops where
     the template's answers end. An OSError is every rank's. Collective.
 
-    Parameters are gathered one at a time; rank 0 writes shards of at most 5 GB, buffers that a model folder holds among
-    them. Everything is written to a temporary folder first; the index, which makes the shards a model, is moved last.
+    The files and the names in them are those of the folder that the model was loaded from, with the buffers that it
+    holds. Parameters are gathered one at a time; rank 0 has one file's in memory. Everything is written to a temporary
+    folder first; the index, which makes the files a model, or the only one of them is moved last.
     """
     model.finish_gathering()
-    temporary, tensors = Path(output_dir) / ".export", _parameters(model.lm) | _buffers(model.lm)
+    temporary, tensors = Path(output_dir) / ".export", _tensors(model.lm)
     ranks.once(lambda: shutil.rmtree(temporary, ignore_errors=True))
-    ranks.once(lambda: _write_small_files(model.lm, template, source_folder, temporary))
-    for file, names in _shards(tensors).items():
+    layout = ranks.once(lambda: _write_small_files(model.lm, template, source_folder, temporary))
+    for file, names in layout.items():
         gathered: dict[str, torch.Tensor] = {}
         for name in names:
             with deepspeed.zero.GatheredParameters([tensors[name]]):  # of a buffer, which is whole: nothing
                 if ranks.is_main:
                     gathered[name] = tensors[name].detach().to("cpu", copy=True).contiguous()
-        gathered = revert_weight_conversion(model.lm, gathered)  # the names in the folder that rank 0 loaded it from
+        gathered = revert_weight_conversion(model.lm, gathered)
         ranks.once(lambda: _write_shard(gathered, temporary / file))
     ranks.once(lambda: _move_up(temporary))
 
@@ -52,67 +52,55 @@ def settings_of_exports(lm, template: ChatTemplate, source_folder: str) -> dict[
     """The files that an export needs besides the parameters' values, which each checkpoint holds. On one rank."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "settings"
-        _write_small_files(lm, template, source_folder, folder)
-        dtypes = {name: str(param.dtype).removeprefix("torch.") for name, param in _parameters(lm).items()}
-        exported = {name: (_name_in_folder(lm, name), dtype) for name, dtype in dtypes.items()}
-        (folder / PARAMETERS).write_text(json.dumps(exported), encoding="utf-8")
-        buffers = {_name_in_folder(lm, name): buffer.cpu().contiguous() for name, buffer in _buffers(lm).items()}
-        _write_shard(buffers, folder / BUFFERS)
+        layout = _write_small_files(lm, template, source_folder, folder)
+        (folder / LAYOUT).write_text(json.dumps(layout), encoding="utf-8")
+        buffers = {name: tensor for name, tensor in _tensors(lm).items() if not isinstance(tensor, torch.nn.Parameter)}
+        _write_shard({name: buffer.cpu().contiguous() for name, buffer in buffers.items()}, folder / BUFFERS)
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int]], fill: Callable) -> None:
-    """Writes export_model's folder of other parameters, one shard in memory at a time.
+    """Writes export_model's folder of other parameters, one file in memory at a time.
 
     folder: the files of settings_of_exports. fill(name, out) sets a parameter's elements in `out`, one-dimensional.
     Raises UserError where output_dir holds anything.
     """
-    parameters = json.loads((folder / PARAMETERS).read_text(encoding="utf-8"))
-    weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
     buffers = load_file(folder / BUFFERS)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir} is not empty; name another folder")
     temporary = output_dir / ".export"
-    shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(PARAMETERS, BUFFERS))
-    for file in dict.fromkeys(weight_map.values()):
-        tensors = {name: buffers[name] for name in buffers if weight_map[name] == file}
-        for name, (exported, dtype) in parameters.items():
-            if weight_map[exported] == file:
+    shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(LAYOUT, BUFFERS))
+    for file, names in layout.items():
+        tensors: dict[str, torch.Tensor] = {}
+        for name, (exported, dtype) in names.items():
+            if name in buffers:
+                tensors[exported] = buffers[name]
+            else:
                 tensors[exported] = torch.empty(shapes[name], dtype=getattr(torch, dtype))
                 fill(name, tensors[exported].view(-1))
         _write_shard(tensors, temporary / file)
     _move_up(temporary)
 
 
-def _parameters(lm) -> dict[str, torch.Tensor]:
-    return dict(lm.named_parameters())
-
-
-def _buffers(lm) -> dict[str, torch.Tensor]:
-    """Those that a model folder holds."""
+def _tensors(lm) -> dict[str, torch.Tensor]:
+    """The parameters, tied ones once, and the buffers that a model folder holds."""
     saved = lm.state_dict().keys()
-    return {name: buffer for name, buffer in lm.named_buffers() if name in saved}
+    return dict(lm.named_parameters()) | {name: buffer for name, buffer in lm.named_buffers() if name in saved}
 
 
-def _name_in_folder(lm, name: str) -> str:
-    """The name that a tensor has in the folder that this rank loaded the model from."""
-    (found,) = revert_weight_conversion(lm, {name: torch.empty(0)})
-    return found
-
-
-def _size(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor or of a whole partitioned parameter."""
-    return getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size()
-
-
-def _shards(tensors: dict[str, torch.Tensor]) -> dict[str, list[str]]:
-    """The names of the tensors in each file."""
-    shards: list[list[str]] = [[]]
-    for name, tensor in tensors.items():
-        if shards[-1] and sum(_size(tensors[other]) for other in shards[-1]) + _size(tensor) > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(name)
-    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, start=1)}
+def _layout(lm) -> dict[str, dict[str, tuple[str, str]]]:
+    """File -> a tensor's name -> its name in the file, and its type: as in the folder that this rank loaded the model
+    from. What that does not hold goes to its last file."""
+    layout: dict[str, dict[str, tuple[str, str]]] = {}
+    for name, tensor in _tensors(lm).items():
+        (exported,) = revert_weight_conversion(lm, {name: torch.empty(0)})
+        file = "model.safetensors"
+        if lm.file_of:
+            file = Path(lm.file_of.get(exported, max(lm.file_of.values()))).name
+            file = file if re.fullmatch(r"model.+\.safetensors", file) else f"model-{file}"
+        layout.setdefault(file, {})[name] = (exported, str(tensor.dtype).removeprefix("torch."))
+    return layout
 
 
 def rehearse_export(config: PretrainedConfig, template: ChatTemplate, source_folder: str) -> None:
@@ -134,8 +122,10 @@ def rehearse_export(config: PretrainedConfig, template: ChatTemplate, source_fol
 
 def _write_settings(config: PretrainedConfig, template: ChatTemplate, source_folder: str, folder: Path) -> None:
     config = type(config).from_dict(config.to_dict())
+    generation = generation_config(source_folder, config, template.end_ids())
+    config.eos_token_id = generation.eos_token_id
     config.save_pretrained(folder)
-    generation_config(source_folder, config, template.end_ids()).save_pretrained(folder)
+    generation.save_pretrained(folder)
     template.tokenizer.chat_template = template.jinja
     template.tokenizer.save_pretrained(folder)
 
@@ -146,27 +136,27 @@ def _write_shard(tensors: dict, path: Path) -> None:
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it its owner's alone, whatever the umask
 
 
-def _write_small_files(lm, template: ChatTemplate, source_folder: str, folder: Path) -> None:
-    """Makes the folder of an export with all but its weights."""
+def _write_small_files(lm, template: ChatTemplate, source_folder: str, folder: Path) -> dict:
+    """Makes the folder of an export with all but its weights. Their _layout."""
     folder.mkdir()
     lm.config.architectures = [type(lm).__name__]
     with naming(folder):
         _write_settings(lm.config, template, source_folder, folder)
-    tensors = _parameters(lm) | _buffers(lm)
-    weight_map = {_name_in_folder(lm, name): file for file, names in _shards(tensors).items() for name in names}
-    index = {"metadata": {"total_size": sum(map(_size, tensors.values()))}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    layout = _layout(lm)
+    if [*layout] != ["model.safetensors"]:
+        weight_map = {exported: file for file, names in layout.items() for exported, _ in names.values()}
+        sizes = (getattr(t, "ds_numel", t.numel()) * t.element_size() for t in _tensors(lm).values())
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return layout
 
 
 def _move_up(temporary: Path) -> None:
-    """Moves a whole export to the folder above. What goes there is the model that its index names; whatever else lies
-    there stays."""
+    """Moves a whole export to the folder above, in place of the model there; whatever else lies there stays."""
     target = temporary.parent
-    if (target / INDEX).is_file():
-        replaced = json.loads((target / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        for name in [INDEX, *set(replaced)]:
-            (target / name).unlink(missing_ok=True)
-    for path in sorted(temporary.iterdir(), key=lambda p: p.name == INDEX):
+    for name in [INDEX, "model.safetensors", *weight_files(target)]:
+        (target / name).unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda p: p.name in (INDEX, "model.safetensors")):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         os.replace(path, target / path.name)

@@ -1,6 +1,5 @@
 """A causal LM under ZeRO-3: found, checked, read, and handed out to the ranks as shards."""
 
-import json
 import re
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers.utils import logging
 
 from common.data.chat_template import QUESTION, ChatTemplate
 from common.failures import UserError, as_user_error
+from common.files import weight_files, weight_map
 from common.model.attention import registered_name
 from common.model.packed import PackedModel
 from common.ranks import Ranks
@@ -238,6 +238,7 @@ def _from_folder(folder: str, config: PretrainedConfig, options: dict, expected:
         untied = {name for name, _ in model.named_parameters()} - {name for name, _ in expected.named_parameters()}
         if untied:
             raise ValueError(f"config.json ties {', '.join(sorted(untied))} to weights that differ from it")
+        model.file_of = weight_map(Path(folder))  # for the export: the folder may be gone by then
     return model
 
 
@@ -246,10 +247,7 @@ def _refuse_quantized(folder: Path) -> None:
 
     Reads the headers of the files that from_pretrained reads, which would convert them without a word.
     """
-    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
-    if not (folder / "model.safetensors").is_file() and index.is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    for file in sorted(files):
+    for file in weight_files(folder):
         with safe_open(folder / file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (it is no dict)
                 dtype = weights.get_slice(name).get_dtype()

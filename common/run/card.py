@@ -12,6 +12,7 @@ from huggingface_hub.repocard import metadata_load
 from common.config import TrainConfig, identity_values
 
 LICENSE = ("license", "license_name", "license_link")
+PLAN = ("num_steps", "micro_batch_budget", "residency", "kernel", "layers")  # of run_config.json
 
 
 def base_of(folder: str) -> dict:
@@ -47,8 +48,10 @@ def model_card(config: TrainConfig, record: dict, last: dict | None, table: str)
         * (folder / "curves.png").is_file()
         + _table(came),
         "Settings": _table(identity_values(config, (True, "contents"))),
+        "Plan": _table({name: record[name] for name in PLAN}),
         "Machine": machine + ", ".join(f"{package} {number}" for package, number in record["versions"].items()),
-        "To repeat it": f"```\n{_command(config, record, commits)}\n```",
+        "To repeat it": f"```\n{_command(config, record, commits)}\n```\n\n"
+        "On the hub this page and `run_config.json` name files of the trainer's machine without their folders.",
     }
     text = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
     text = (

@@ -13,7 +13,7 @@ import torch
 
 from common.config import TrainConfig, identity_values
 from common.failures import UserError, as_user_error, log_to, one_line, print_line
-from common.files import replace_file, weights_digest
+from common.files import replace_file, weight_files, weights_digest
 from common.ranks import Ranks
 from common.run import hub
 from common.run.card import model_card
@@ -45,14 +45,15 @@ def run_identity(config: TrainConfig, data: str, template: str, model: str, refe
 def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> tuple[RunState, Path | None] | None:
     """Where the run of `identity` begins in output_dir, which from here on is this process's alone. Collective.
 
-    None: it has ended there, and nothing is to do. Else its state, and the checkpoint to load, None for a fresh start.
+    None: it has ended there, and nothing is left but the upload, if asked for, which is done here. Else its state, and
+    the checkpoint to load, None for a fresh start.
     Raises UserError if the folder cannot be written, is a model that this run reads, is written by another run now, or
     holds another run that `--resume auto` would continue or overwrite; or if the hub would not take the model.
     """
     steps = ranks.once(lambda: _finished_after(config, identity, last_step))
     log_to(Path(config.output_dir) / "logs" / f"rank_{ranks.rank}.log")
     if steps is not None:
-        ranks.say(f"{config.output_dir} holds this run, finished after {steps} steps; nothing to do")
+        _end(config, f"{config.output_dir} holds this run, finished after {steps} steps; nothing to do", ranks)
         return None
     if config.push_to_hub:
         ranks.once(lambda: hub.require_repository(config, identity))
@@ -101,10 +102,9 @@ def _require_same_run(what: str, old: dict, new: dict, steps: int, last_step: in
 
 
 def _holds_model(output_dir: Path) -> bool:
-    """Whether the index of an export is there, and every file that it names."""
+    """Whether every file of an export is there."""
     try:
-        index = json.loads((output_dir / "model.safetensors.index.json").read_bytes())
-        return all((output_dir / name).is_file() for name in index["weight_map"].values())
+        return all((output_dir / name).is_file() for name in weight_files(output_dir))
     except Exception:  # whatever is there is no export
         return False
 
@@ -202,7 +202,12 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
             checkpoint.delete_all(config.output_dir, "the run is done")
 
     ranks.once(write)
-    ranks.say(f"done: {config.output_dir} holds the model after {state.step} steps")
+    _end(config, f"done: {config.output_dir} holds the model after {state.step} steps", ranks)
+
+
+def _end(config: TrainConfig, line: str, ranks: Ranks) -> None:
+    """Says how the run stands, and uploads its model, if asked for. Collective."""
+    ranks.say(line)
     if config.push_to_hub:
         ranks.say(ranks.once(lambda: hub.push(config)))
 

@@ -15,7 +15,7 @@ def main(folder: str = "", *flags: str) -> int:
     if folder.startswith("-") or not folder:
         raise UserError("which folder? write: bash run.sh push OUTPUT_DIR")
     saved = hub.read_record(folder)["config"]
-    words = [f"--{name}={saved[name]}" for name in ("hub_model_id", "hub_private", "hub_overwrite") if name in saved]
+    words = [f"--{name}={saved[name]}" for name in hub.FLAGS if name in saved]
     print_line(f"uploaded: {hub.upload(parse_config(TrainConfig, [*words, *flags, '--output_dir', folder]))}")
     return 0
 
