@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.data import chat_template
@@ -116,15 +116,13 @@ def reference(name, messages):
 SNIPPETS = ["so.", "why?", "\n", "\n\n", " ", "\t", "<|assistant|>\n", "<eos>", "ü漢🙂", "42", "</think>", "<think>"]
 SNIPPETS += ["### user:", "<|im_end|>\n", "{{ eos_token }}", "[/INST]", "'ll"]
 CONTENTS = st.lists(st.sampled_from(SNIPPETS), max_size=5).map("".join)
-ROLES = {"TULU": ("system", "user", "assistant", "tool"), "MISTRAL": ("user", "assistant")}
+ROLES = ("system", "user", "assistant", "tool")
 
 
 @st.composite
-def conversations(draw, roles):
-    messages = [
-        {"role": role, "content": draw(CONTENTS)}
-        for role in draw(st.lists(st.sampled_from(roles), min_size=1, max_size=6))
-    ]
+def conversations(draw):
+    message = st.builds(lambda role, content: {"role": role, "content": content}, st.sampled_from(ROLES), CONTENTS)
+    messages = draw(st.lists(message, min_size=1, max_size=6))
     if len(messages) > 2 and draw(st.booleans()):  # somebody quotes somebody else word for word
         i, j = draw(st.integers(0, len(messages) - 1)), draw(st.integers(0, len(messages) - 1))
         messages[i]["content"] = messages[j]["content"]
@@ -150,9 +148,9 @@ def test_what_closes_an_answer_ends_generation_where_it_is_one_token(templates, 
 
 @pytest.mark.parametrize("name", REFERENCES)
 @settings(deadline=None, max_examples=50)
-@given(data=st.data())
-def test_trained_text_is_every_assistant_content_and_what_closes_it(templates, name, data):
-    messages = data.draw(conversations(ROLES.get(name, ("system", "user", "assistant"))))
+@given(messages=conversations())
+@example([{"role": "system", "content": ""}, {"role": "assistant", "content": "<think></think>\n"}])
+def test_trained_text_is_every_assistant_content_and_what_closes_it(templates, name, messages):
     if name == "MISTRAL":
         for i, message in enumerate(messages):
             message["role"] = "assistant" if i % 2 else "user"

@@ -319,9 +319,9 @@ def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
     marked = message | {key: put(text, "reasoning") for key, text in reasoning.items()}
     if isinstance(message.get("content"), str):
         thought, closing, answer = message["content"].rpartition("</think>")
-        if not is_assistant or not (answer.strip() or thought.strip() or has_blank):
-            thought, closing, answer = "", "", message["content"]
         before, opening, thought = thought.rpartition("<think>")
+        if not is_assistant or not (answer.strip() or thought.strip() or has_blank):
+            before, opening, thought, closing, answer = "", "", "", "", message["content"]
         answer = put(answer, "content", has_blank and not calls)
         marked["content"] = f"{before}{opening}{put(thought, 'reasoning')}{closing}{answer}"
     return {**marked, "tool_calls": in_calls(calls)} if calls else marked
