@@ -37,6 +37,13 @@ def shown(text: str, longest: int = 2000) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in cut)
 
 
+def named_file(path: str | Path) -> Path:
+    """The path of a file that is asked for. Raises OSError where it names a device or a FIFO, which may never end."""
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise OSError(errno.EINVAL, "neither a file nor a folder", str(path))
+    return Path(path)
+
+
 def one_line(error: object) -> str:
     """An error's text as part of a line."""
     return shown(" ".join(str(error).split())[:300])

@@ -490,9 +490,9 @@ def test_a_template_that_cannot_serve_is_refused_by_name(tmp_path, jinja, said):
     assert "bad.jinja" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_template_that_is_not_there_is_refused(tmp_path):
+def test_a_template_that_is_not_there_or_never_ends_is_refused(tmp_path, endless_file):
     (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe\x00")
-    for name in ("tuluu", str(tmp_path), str(tmp_path / "binary.jinja"), "tokenizer"):
+    for name in (endless_file, "tuluu", str(tmp_path), str(tmp_path / "binary.jinja"), "tokenizer"):
         with pytest.raises(UserError, match="tulu") as error:
             resolve_template(name, TOKENIZER)
         assert name in str(error.value)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jinja2
 
 from common.data.conversations import Conversation, Dropped
-from common.failures import UserError, as_user_error, one_line
+from common.failures import UserError, as_user_error, named_file, one_line
 
 # The reference run's template: <|role|>, a new line, the content (and EOS, if the assistant's), a new line except at
 # the end. Other roles render nothing.
@@ -451,5 +451,5 @@ def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
         elif name_or_path == "tokenizer":
             jinja = tokenizer.get_chat_template()
         else:
-            jinja = TULU if name_or_path == "tulu" else Path(name_or_path).read_text(encoding="utf-8-sig")
+            jinja = TULU if name_or_path == "tulu" else named_file(name_or_path).read_text(encoding="utf-8-sig")
     return ChatTemplate(name_or_path, jinja, tokenizer)
