@@ -58,6 +58,9 @@ def explained(error: Exception) -> UserError | TrainingStopped | None:
         return TrainingStopped(
             f"out of memory outside a micro-batch ({what}): more devices, or a --ds_config that offloads"
         )
+    if "/dev/shm/nccl" in str(error):
+        why = one_line(str(error).rpartition("Last error:")[2])
+        return UserError(f"/dev/shm cannot hold what ranks share ({why}): free it, or mount a larger one")
     refused = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives an OSError as text
     if refused or (isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError)):
         why = f"a file could not be read or written: {_reason(error, '')}"
