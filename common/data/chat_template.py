@@ -7,7 +7,8 @@ rendering, never by searching for its content. The conversation is rendered agai
 reasoning, name and argument; if the text without the marks is the same, then between the marks of two messages lies
 only what the template prints. There a turn begins where the generation prompt ends that follows a question; else where
 that of `messages[:i]` ends; else after the header of other answers. It ends with what closes other answers; else with
-a special token; else where `messages[:i + 1]` ends. A row for which none of that holds is dropped.
+a special token; else where `messages[:i + 1]` ends. Within a turn of several answers, calls and results (Apertus) the
+text and that of the first messages need only begin alike. A row for which none of that holds is dropped.
 """
 
 import copy
@@ -67,7 +68,7 @@ class Frame(NamedTuple):
     prompt: the generation prompt; None where a header is printed only together with the answer.  headers: what precedes
     an answer within a conversation, and the last one.  closing: what closes an answer, without white space; "" if
     nothing does, and without an EOS that only the end of a text has (Phi-3).  after_last: what follows it at the end.
-    closing_within: closing, or special tokens that close an answer only where a question follows (Apertus).
+    closing_within: closing; where there is none, a special token that closes an answer if a question follows (Apertus).
     """
 
     prompt: str | None
