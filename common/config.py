@@ -14,11 +14,10 @@ import math
 import os
 import sys
 import typing
-from pathlib import Path
 
 import yaml
 
-from common.failures import UserError, as_user_error, print_line
+from common.failures import UserError, as_user_error, named_file, print_line
 
 
 def _field(default, help, choices=(), least=-math.inf, most=math.inf, below=math.inf, identifies=True, is_path=False):
@@ -264,7 +263,7 @@ def _yaml_words(path: str) -> list[str]:
     """A file's settings as words of a command line."""
     words: list[str] = []
     with as_user_error(f"--config {path}: must hold `name: value` lines"):
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _AsWritten) or {}
+        content = yaml.load(named_file(path).read_text(encoding="utf-8"), _AsWritten) or {}
         for name, value in content.items():
             words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     return words

@@ -37,6 +37,13 @@ def shown(text: str, longest: int = 2000) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in cut)
 
 
+def named_file(path: str | Path) -> Path:
+    """The path of a file that is asked for. Raises OSError where it names a device or a FIFO, which may never end."""
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise OSError(errno.EINVAL, "neither a file nor a folder", str(path))
+    return Path(path)
+
+
 def one_line(error: object) -> str:
     """An error's text as part of a line."""
     return shown(" ".join(str(error).split())[:300])
@@ -51,6 +58,9 @@ def explained(error: Exception) -> UserError | TrainingStopped | None:
         return TrainingStopped(
             f"out of memory outside a micro-batch ({what}): more devices, or a --ds_config that offloads"
         )
+    if "/dev/shm/nccl" in str(error):
+        why = one_line(str(error).rpartition("Last error:")[2])
+        return UserError(f"/dev/shm cannot hold what ranks share ({why}): free it, or mount a larger one")
     refused = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives an OSError as text
     if refused or (isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError)):
         why = f"a file could not be read or written: {_reason(error, '')}"

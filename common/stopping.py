@@ -50,7 +50,7 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
             known = explained(e)
             code = known.EXIT_CODE if known else 1
             told = text = f"error: {shown(str(known))}" if known else traceback.format_exc()
-            if isinstance(e, dist.DistError) or any(sign in str(e) for sign in LOST_CONNECTION):
+            if not known and (isinstance(e, dist.DistError) or any(sign in str(e) for sign in LOST_CONNECTION)):
                 told, text = "a rank is lost", lost(one_line(e))
             if not getattr(e, "is_told", False) and is_first_to_tell(told):
                 print_line(text, sys.stderr)

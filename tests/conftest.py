@@ -25,6 +25,14 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(params=["fifo", "/dev/zero"])
+def endless_file(request, tmp_path) -> str:
+    """What may be named in place of a file and never ends."""
+    if request.param == "fifo":
+        os.mkfifo(tmp_path / "fifo.jsonl")
+    return request.param if request.param[0] == "/" else str(tmp_path / "fifo.jsonl")
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> Path:
     """A float32 Llama with its tokenizer."""

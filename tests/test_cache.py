@@ -200,6 +200,8 @@ def test_preview_and_table_show_what_is_trained(tmp_path, monkeypatch):
     assert "\033[32mso 0.<eos>\033[0m" in preview(ds, 0, TOKENIZER)
 
 
+COMMON = "a style {% for tool in tools or [] %}{{ tool.name + tool['function'].name }}{% endfor %}" + TULU
+READING = "{% set m = messages[0] %}{{ m['user'] if 'a' in m and m.get('b') else m.reasoning_content }}"
 NAMED = "{% for m in messages %}{{ m.role + m.name + style + m.content + eos_token }}{% endfor %}"
 
 
@@ -217,6 +219,13 @@ NAMED = "{% for m in messages %}{{ m.role + m.name + style + m.content + eos_tok
         ({"messages": [{**ANSWER, "loss_weight": 0.3, "name": "x"}]}, NAMED, {"key 'loss_weight'"}),
         ({"messages": [{**ANSWER, "name": None, "weight": 1}]}, TULU, set()),
         ({**ROWS[0], "chat_template_kwargs": {"style": "a"}}, TULU, {"'style' of chat"}),
+        ({**ROWS[0], "chat_template_kwargs": {"role": "a"}}, "a role of your own" + TULU, {"'role' of chat"}),
+        (
+            {"messages": [{**ANSWER, "user": "x", "style": 1, "name": "y"}]},
+            COMMON,
+            {"key 'user'", "key 'style'", "key 'name'"},
+        ),
+        ({"messages": [{**ANSWER, "user": "x", "a": 1, "b": 1, "reasoning": "y"}]}, READING + COMMON, set()),
     ],
 )
 def test_what_nothing_acts_on_is_named_with_its_place(tmp_path, row, jinja, ignored):
@@ -244,17 +253,17 @@ ODD = {"messages": [{"role": "user", "content": 3}]}
 def test_a_source_that_loses_more_than_a_tenth_of_its_rows_stops_a_run(tmp_path, said, num_odd):
     """With the table, each time; not the other sources of a run, and not with --allow_dropped."""
     odd = write(tmp_path / "odd.jsonl", [ODD] * num_odd + ROWS[num_odd:])
-    good = write(tmp_path / "good.jsonl", ROWS * 10)
+    good = write(tmp_path / "good.jsonl", [{"messages": 3}, *ROWS * 10])  # its reason is not the other's
     mixer = [str(good), str(odd)]
     for _ in range(2):
         if num_odd <= 4:
             prepare(mixer, tmp_path, allow_dropped=False)
         else:
-            with pytest.raises(UserError, match=rf"odd\.jsonl: {num_odd} of 40 .*allow_dropped"):
+            with pytest.raises(UserError, match=rf"odd\.jsonl: {num_odd} of 40 .*\({num_odd} x [^;]*int\); --allow_dr"):
                 prepare(mixer, tmp_path, allow_dropped=False)
             assert re.search(rf"the content of .* {num_odd}; first {odd}:1$", said[-1], re.MULTILINE)
     ds = TokenDataset(prepare(mixer, tmp_path))
-    assert [source["rows_dropped"] for source in ds.stats["sources"]] == [0, num_odd] and len(ds) == 440 - num_odd
+    assert [source["rows_dropped"] for source in ds.stats["sources"]] == [1, num_odd] and len(ds) == 440 - num_odd
 
 
 @settings(deadline=None, max_examples=60)

@@ -260,7 +260,30 @@ def channels(messages, tools):
             yield f"<|im_start|>{header}<|im_end|>{content}<|stop|>", False
 
 
-GRAMMARS = {function.__name__.upper(): function for function in (calls, brackets, blocks, channels)}
+def turns(messages, tools):
+    results = "["  # what a result follows
+    yield "<bos>", False
+    for before, message, after in zip([None, *messages], messages, [*messages[1:], {"role": ""}], strict=False):
+        if message["role"] == "tool":
+            yield results + message["content"], False
+            results = ", "
+        elif message["role"] == "user":
+            yield "<|user|>" + message["content"], False
+        else:
+            yield ("<|im_start|>" if before is None or before["role"] == "user" else ""), False
+            if message.get("content"):
+                yield ("]" if results == ", " else ""), False
+                results = "["
+            yield message.get("content") or "", True
+            for call in message.get("tool_calls", []):
+                arguments = call["function"]["arguments"]
+                text = arguments if isinstance(arguments, str) else dumped(arguments)
+                yield f"<|call|>{call['function']['name']}{text}<|im_end|>", True
+            yield ("<|stop|>" if after["role"] == "user" else ""), True
+    yield ("]" if results == ", " else ""), False
+
+
+GRAMMARS = {function.__name__.upper(): function for function in (calls, brackets, blocks, channels, turns)}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 99) | CONTENTS,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(CONTENTS, inner, max_size=2),
@@ -490,9 +513,9 @@ def test_a_template_that_cannot_serve_is_refused_by_name(tmp_path, jinja, said):
     assert "bad.jinja" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_template_that_is_not_there_is_refused(tmp_path):
+def test_a_template_that_is_not_there_or_never_ends_is_refused(tmp_path, endless_file):
     (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe\x00")
-    for name in ("tuluu", str(tmp_path), str(tmp_path / "binary.jinja"), "tokenizer"):
+    for name in (endless_file, "tuluu", str(tmp_path), str(tmp_path / "binary.jinja"), "tokenizer"):
         with pytest.raises(UserError, match="tulu") as error:
             resolve_template(name, TOKENIZER)
         assert name in str(error.value)

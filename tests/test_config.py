@@ -172,6 +172,10 @@ def test_yaml_of_the_wrong_kind(yaml_file, text, named):
     assert path in message and named in message
 
 
+def test_a_config_that_never_ends_is_refused(endless_file):
+    assert endless_file in refusal(dpo, "--config", endless_file)
+
+
 NO_FLAGS = ["5", "-x", "--seed", "--seed 1 2", "--config", "-- 1", "--seed=", "--config no.yaml"]
 
 

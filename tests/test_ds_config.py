@@ -83,9 +83,10 @@ def test_a_file_that_cannot_be_used_is_refused_by_name(ds_config, content, named
     assert all(name in str(error.value) for name in (*named, config.ds_config)) and "\n" not in str(error.value)
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no\.json"):
-        deepspeed_config(SFTConfig(ds_config=str(tmp_path / "no.json")))
+def test_a_file_that_is_not_there_or_never_ends_is_refused(tmp_path, endless_file):
+    for file in (str(tmp_path / "no.json"), endless_file):
+        with pytest.raises(UserError, match=file):
+            deepspeed_config(SFTConfig(ds_config=file))
 
 
 @pytest.mark.parametrize(

@@ -297,6 +297,11 @@ def test_an_unusable_file_is_refused_by_name(tmp_path, name, content, amount, sa
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_file_that_never_ends_is_refused_by_name(endless_file):
+    with pytest.raises(UserError, match=endless_file):
+        load_source(parse_source(endless_file))
+
+
 @pytest.mark.parametrize("raw", [b'{"messages": [', b"[1, 2]", b"\xff\xfe{}", b"null", b"[" * 100_000, ["x"]])
 def test_a_row_that_is_not_an_object_is_refused(raw):
     with pytest.raises(UserError, match="JSON"):

@@ -180,3 +180,24 @@ CHANNELS = """\
 {%- else %}{{- '<|im_start|>' + message.role + '<|im_end|>' + message.content + '<|stop|>' }}{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"""
+
+# Apertus: one turn of answers, calls and results, closed only where a question follows.
+TURNS = """\
+{{- bos_token }}
+{%- set turn = namespace(is_open=false, has_results=false) %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{{- (', ' if turn.has_results else '[') + message.content }}{%- set turn.has_results = true %}
+{%- elif message.role == 'assistant' %}
+{{- '' if turn.is_open else '<|im_start|>' }}{%- set turn.is_open = true %}
+{%- if message.content %}{{- (']' if turn.has_results else '') + message.content }}
+{%- set turn.has_results = false %}{%- endif %}
+{%- for call in message.tool_calls or [] %}
+{{- '<|call|>' + call.function.name + call.function.arguments + '<|im_end|>' }}
+{%- endfor %}
+{%- else %}
+{{- ('<|stop|>' if turn.is_open else '') + '<|user|>' + message.content }}{%- set turn.is_open = false %}
+{%- endif %}
+{%- endfor %}
+{{- ']' if turn.has_results else '' }}
+{%- if add_generation_prompt %}{{- '<|im_start|>' }}{%- endif %}"""

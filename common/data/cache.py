@@ -19,7 +19,7 @@ import tokenizers
 import transformers
 
 from common.data import chat_template, conversations, dataset, sources, tokens
-from common.data.chat_template import ChatTemplate
+from common.data.chat_template import REASONING_KEYS, ChatTemplate
 from common.data.conversations import Conversation, Dropped, preference_example, sft_example
 from common.data.dataset import FILES, TokenDataset, flattened, json_digest
 from common.data.report import data_table
@@ -77,7 +77,7 @@ def too_much_dropped(ds: TokenDataset) -> str | None:
     for source in ds.stats["sources"]:
         if source["rows_dropped"] * 10 > source["rows_used"]:
             lost = f"{source['rows_dropped']:,} of {source['rows_used']:,} rows are dropped, more than a tenth"
-            reasons = _reasons(ds.stats["dropped"])
+            reasons = _reasons(source["dropped"])
             return f"{source['asked_for']}: {lost} ({reasons}); --allow_dropped true trains on the rest"
     return None
 
@@ -127,8 +127,9 @@ def _build(tokenize: "BlockTokenizer", all_rows: list[Rows], final: Path) -> Non
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed, or it would hold the lock
     folder.mkdir()
     try:
-        _write_files(tokenize, all_rows, folder)
-        stats, digests = _stats(tokenize, all_rows, folder), {name: file_digest(folder / name) for name in FILES}
+        dropped = _write_files(tokenize, all_rows, folder)
+        stats = _stats(tokenize, all_rows, folder, dropped)
+        digests = {name: file_digest(folder / name) for name in FILES}
         manifest = {"kind": tokenize.kind, "stats": stats, "files": digests}
         (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": json_digest(manifest)}, indent=1))
         shutil.rmtree(final, ignore_errors=True)  # what is there is not what was written
@@ -138,8 +139,9 @@ def _build(tokenize: "BlockTokenizer", all_rows: list[Rows], final: Path) -> Non
     print_line(f"data: {stats['kept']:,} of {stats['rows_read']:,} rows kept, tokenized in {final}")
 
 
-def _write_files(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path) -> None:
-    """Tokenizes all rows into FILES. Raises UserError if no row is left."""
+def _write_files(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path) -> list[Counter]:
+    """Tokenizes all rows into FILES; of each source, its dropped rows by reason. Raises UserError if no row is left."""
+    dropped = []
     num_rows = sum(len(rows.indices) for rows in all_rows)
     with ExitStack() as stack:
         stack.enter_context(naming(folder))
@@ -147,6 +149,7 @@ def _write_files(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path)
         advance = stack.enter_context(progress("tokenizing", num_rows, "rows"))
         num_files = 0
         for rows in all_rows:
+            before = tokenize.counts["dropped"].copy()
             for start in range(0, len(rows.indices), BLOCK_ROWS):
                 block = rows.indices[start : start + BLOCK_ROWS]
                 for sample in tokenize(rows, block, num_files):
@@ -154,21 +157,25 @@ def _write_files(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path)
                         file.write(np.array(values, dtype).tobytes())
                 advance(len(block))
             num_files += len(rows.files)
+            dropped.append(tokenize.counts["dropped"] - before)
     if (folder / "samples.bin").stat().st_size == 0:
         sources = ", ".join(rows.source.text for rows in all_rows)
         raise UserError(f"{sources}: no row is left to train on ({_reasons(tokenize.counts['dropped'])})")
+    return dropped
 
 
-def _stats(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path) -> dict:
+def _stats(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path, dropped: list[Counter]) -> dict:
     """What data_table shows and run_config.json records."""
     samples = np.fromfile(folder / "samples.bin", FILES["samples.bin"])
     percentiles = {f"p{q}": int(np.percentile(samples["length"], q)) for q in (5, 50, 95)}
-    kept = np.histogram(samples["file"], np.cumsum([0, *(len(rows.files) for rows in all_rows)]))[0].tolist()
     for rows in all_rows:
         for column in rows.unread:
             tokenize.count("ignored", f"column {column!r}", rows.source.path, len(rows.indices))
     return {
-        "sources": [{**r.identity, "rows_dropped": len(r.indices) - n} for r, n in zip(all_rows, kept, strict=True)],
+        "sources": [
+            {**rows.identity, "rows_dropped": reasons.total(), "dropped": dict(reasons.most_common())}
+            for rows, reasons in zip(all_rows, dropped, strict=True)
+        ],
         "files": [name for rows in all_rows for name in rows.files],
         "rows_read": sum(len(rows.indices) for rows in all_rows),
         "kept": len(samples),
@@ -187,6 +194,22 @@ def _stats(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path) -> di
 COUNTED = ("formats", "dropped", "notes", "ignored", "unrendered_roles")
 
 
+def _names_read(jinja: str) -> tuple[set[str], set[str]]:
+    """Keys of messages and variables that a template's code reads. A key of a tool or of a call is none of a message's,
+    though it may have the same name."""
+    lexed = jinja2.Environment().lex(re.sub(r"(?<=[\w\])])\[\s*['\"](\w+)['\"]\s*\]", r".\1", jinja))  # x["y"] as x.y
+    words = ["", "", *(word for _, kind, word in lexed if kind in ("name", "string", "operator")), ""]
+    keys, variables = set(), set()
+    for owner, sign, word, after in zip(words, words[1:], words[2:], words[3:], strict=False):
+        name = word.strip("'\"")
+        is_item = name != word and (owner.endswith(("get", "attr", "attribute")) or after in ("in", "not"))
+        if (is_item or sign == ".") and not owner.endswith(("tool", "call", "function")):
+            keys.add(name)
+        elif name == word and sign != ".":
+            variables.add(name)
+    return keys | ({*REASONING_KEYS} if keys & {*REASONING_KEYS} else set()), variables  # transformers fills them all
+
+
 class BlockTokenizer:
     """Tokenizes blocks of rows, and counts what it met.
 
@@ -198,7 +221,7 @@ class BlockTokenizer:
         self.kind, self.template, self.encoder, self.variables = kind, template, encoder, variables or {}
         self.counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTED}
         self.places: dict[str, dict[str, str]] = {name: {} for name in COUNTED}
-        self._is_named: dict[str, bool] = {}
+        self._keys_read, self._variables_read = _names_read(template.jinja)
 
     def count(self, name: str, text: str, place: str, number: int = 1) -> None:
         """Of a kind only the first 50 texts are told apart."""
@@ -261,21 +284,16 @@ class BlockTokenizer:
         return texts, sample_of
 
     def _count_what_is_not_shown(self, conversation: Conversation, place: str) -> None:
-        """Of roles by a rendering; of keys and variables by whether the template's text names them."""
+        """Of roles by a rendering; of keys and variables by whether the template's code reads them."""
         for message in conversation.messages:
             if not self.template.shows_role(message["role"]):
                 self.count("unrendered_roles", message["role"], place)
             for key in message.keys() - {"role", "content"}:
-                if message[key] is not None and not self._names(key):
+                if message[key] is not None and key not in self._keys_read:
                     self.count("ignored", f"key {key!r} of messages", place)
         for name in conversation.variables:
-            if not self._names(name):
+            if name not in self._variables_read:
                 self.count("ignored", f"{name!r} of chat_template_kwargs", place)
-
-    def _names(self, name: str) -> bool:
-        if name not in self._is_named:
-            self._is_named[name] = re.search(rf"\b{re.escape(name)}\b", self.template.jinja) is not None
-        return self._is_named[name]
 
     @contextmanager
     def _in_row(self, place: str) -> Iterator[None]:

@@ -7,7 +7,8 @@ rendering, never by searching for its content. The conversation is rendered agai
 reasoning, name and argument; if the text without the marks is the same, then between the marks of two messages lies
 only what the template prints. There a turn begins where the generation prompt ends that follows a question; else where
 that of `messages[:i]` ends; else after the header of other answers. It ends with what closes other answers; else with
-a special token; else where `messages[:i + 1]` ends. A row for which none of that holds is dropped.
+a special token; else where `messages[:i + 1]` ends. Within a turn of several answers, calls and results (Apertus) the
+text and that of the first messages need only begin alike. A row for which none of that holds is dropped.
 """
 
 import copy
@@ -20,14 +21,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import jinja2
 
 from common.data.conversations import Conversation, Dropped
-from common.failures import UserError, as_user_error, one_line
+from common.failures import UserError, as_user_error, named_file, one_line
 
 # The reference run's template: <|role|>, a new line, the content (and EOS, if the assistant's), a new line except at
 # the end. Other roles render nothing.
@@ -67,12 +68,14 @@ class Frame(NamedTuple):
     prompt: the generation prompt; None where a header is printed only together with the answer.  headers: what precedes
     an answer within a conversation, and the last one.  closing: what closes an answer, without white space; "" if
     nothing does, and without an EOS that only the end of a text has (Phi-3).  after_last: what follows it at the end.
+    closing_within: closing; where there is none, a special token that closes an answer if a question follows (Apertus).
     """
 
     prompt: str | None
     headers: tuple[str, ...]
     closing: str
     after_last: str
+    closing_within: str
 
 
 class ChatTemplate:
@@ -87,6 +90,7 @@ class ChatTemplate:
         self.digest = hashlib.sha256(jinja.encode()).hexdigest()
         special = "|".join(map(re.escape, sorted(tokenizer.added_tokens_encoder, reverse=True)))
         self.special = re.compile(rf"\s*({special or '$^'})")
+        self.piece = re.compile(rf"{special or '$^'}|.", re.DOTALL)
         self.rests: dict[tuple, str] = {}  # of _Layout._offset
         self._shows_role: dict[str, bool] = {"user": True, "assistant": True}
         self._frames: dict[str, Frame] = {}
@@ -185,13 +189,22 @@ class ChatTemplate:
             before_eos = closing.removesuffix(eos).rstrip()
             if before_eos and after.startswith(before_eos) and not after.startswith(closing):
                 closing = before_eos
+            opening, opening_within = asked.rpartition("question")[0], after.partition("question")[0]
+            between = opening_within.removesuffix(self.shared(opening, opening_within, -1)).rstrip()
             is_header = prompted == asked and header.rstrip() != asked.rstrip()
             prompt = prompted[len(asked) :] if prompted.startswith(asked) and not is_header else None
             headers = tuple(h.removeprefix(asked) for h in (header_within, header) if h.startswith(asked))
             if len(self._frames) > 1000:  # variables that differ in each row
                 self._frames.clear()
-            self._frames[key] = Frame(prompt, headers, closing, tail[len(closing) :])
+            closing_within = closing or (between if self.special.fullmatch(between) else "")
+            self._frames[key] = Frame(prompt, headers, closing, tail[len(closing) :], closing_within)
         return self._frames[key]
+
+    def shared(self, text: str, other: str, step: int = 1) -> str:
+        """What both begin with (step -1: end with), in whole special tokens and other characters."""
+        pieces = [self.piece.findall(of_text)[::step] for of_text in (text, other)]
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(*pieces, strict=False))
+        return "".join([piece for piece, _ in same][::step])
 
     def _with_arguments(self, message: dict) -> dict:
         """The message, with its calls' arguments as the template wants them. Raises Dropped for bad text."""
@@ -397,7 +410,8 @@ class _Layout:
             header = next((header for header in self.headers if header in region), "")
             if header or prompt:
                 self.notes.append(f"answers after {header!r}, where the generation prompt is {prompt or ''!r}")
-            offset = find(header) + len(header) if header else self._offset(i, first - 1, region)
+            in_part = self._is_within_turn(i - 1)
+            offset = find(header) + len(header) if header else self._offset(i, first - 1, region, in_part=in_part)
         offset = 0 if offset is None and not region.strip() else offset
         if offset is None:
             raise Dropped("where an assistant's turn begins in the template's text cannot be told")
@@ -405,21 +419,28 @@ class _Layout:
 
     def _end(self, i: int, last: int) -> int:
         """Where the turn ends whose last mark is number `last`."""
-        (end, _, is_begin), closing = self.marks[last], self.frame.closing
+        (end, _, is_begin), closing = self.marks[last], self.frame.closing_within
         after = self.text[end : self.marks[last + 1][0] if last + 1 < len(self.marks) else None]
         offset = after.index(closing) + len(closing) if closing and closing in after else None
         if offset is None:
             offset = self._offset(i + 1, last, after)
         if offset is None and (special := self.template.special.match(after)):
             offset = special.end()
+        if offset is None and self._is_within_turn(i + 1):
+            offset = self._offset(i + 1, last, after, in_part=True)
         if offset is None or is_begin:
             raise Dropped("where an assistant's turn ends in the template's text cannot be told")
-        return end + (len(after[:offset].rstrip()) if closing else offset)
+        return end + (len(after[:offset].rstrip()) if self.frame.closing else offset)
 
-    def _offset(self, num_messages: int, k: int, region: str, is_prompt: bool = False) -> int | None:
-        """How much of `region`, the text behind mark k, the first messages render to; None if it begins otherwise.
-        Rendered once for each region; numbers in it, and names with digits, do not count."""
-        rests, key = self.template.rests, (is_prompt, self.frame, re.sub(r"\w*\d\w*", "0", region))
+    def _is_within_turn(self, i: int) -> bool:
+        """Whether message i may lie within one turn of several answers and results (Apertus)."""
+        return 0 <= i < len(self.marked) and self.marked[i]["role"] not in ("system", "user")
+
+    def _offset(self, num_messages: int, k: int, region: str, is_prompt=False, in_part=False) -> int | None:
+        """How much of `region`, the text behind mark k, the first messages render to; in_part: as far as both are the
+        same, else None if they are not. Rendered once for each region; numbers in it, and names with digits, do not
+        count."""
+        rests, key = self.template.rests, (is_prompt, in_part, self.frame, re.sub(r"\w*\d\w*", "0", region))
         if key not in self.failed and not (key in rests and region.endswith(rests[key])):
             shorter = self.marked[:num_messages]
             text = self.template.attempt(shorter, is_prompt, **self.options) if shorter else None
@@ -428,6 +449,7 @@ class _Layout:
             printed, marks = _without_marks(text)
             tail = printed[marks[-1][0] if marks else 0 :]
             tail = tail if is_prompt else tail.removesuffix(self.frame.after_last)
+            tail = self.template.shared(tail, region) if in_part else tail
             is_same_mark = [mark[1:] for mark in marks[-1:]] == [mark[1:] for mark in self.marks[max(k, 0) : k + 1]]
             if not is_same_mark or not region.startswith(tail):
                 self.failed.add(key)
@@ -451,5 +473,5 @@ def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
         elif name_or_path == "tokenizer":
             jinja = tokenizer.get_chat_template()
         else:
-            jinja = TULU if name_or_path == "tulu" else Path(name_or_path).read_text(encoding="utf-8-sig")
+            jinja = TULU if name_or_path == "tulu" else named_file(name_or_path).read_text(encoding="utf-8-sig")
     return ChatTemplate(name_or_path, jinja, tokenizer)

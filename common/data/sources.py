@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from common.data.conversations import COLUMNS
-from common.failures import UserError, as_user_error
+from common.failures import UserError, as_user_error, named_file
 
 LOCAL_FILE = re.compile(r"\.(?P<kind>jsonl|json|csv|parquet|arrow)(\.(?P<packed>gz|zst))?(?=$|[@:=])")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*(/[\w.+-]+)?)?")
@@ -182,7 +182,7 @@ def _open_local(source: Source) -> tuple[dict, list[str], list[tuple]]:
     digests, opened = [], []
     for name in names:
         with as_user_error(name, OSError, ValueError, RuntimeError, csv.Error):
-            content = Path(name).read_bytes()
+            content = named_file(name).read_bytes()
             digests.append(hashlib.sha256(content).hexdigest())
             opened.append(_open_file(name, content))
     whole = digests[0] if names == [source.path] else hashlib.sha256("\n".join([*names, *digests]).encode()).hexdigest()

@@ -6,7 +6,7 @@ from pathlib import Path
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from common.config import TrainConfig
-from common.failures import UserError, as_user_error
+from common.failures import UserError, as_user_error, named_file
 from common.files import unique_names
 
 OWNED_BY_FLAGS = {
@@ -62,7 +62,7 @@ def deepspeed_config(config: TrainConfig) -> dict:
     if not path.is_file() and not path.is_absolute():
         path = Path(__file__).parents[2] / path  # a path of the project's own, from any working directory
     with as_user_error(file, OSError), as_user_error(f"{file}: not JSON", ValueError, RecursionError):
-        text = path.read_text(encoding="utf-8")
+        text = named_file(path).read_text(encoding="utf-8")
         placement = json.loads(text, object_pairs_hook=unique_names)
     zero = placement.get("zero_optimization") if isinstance(placement, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") != 3:
