@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from common.data.chat_template import TULU
 from common.failures import UserError
 from common.run import plan_table
+from common.run.forecast import beside
 from common.run.plan_table import CARDS, Machine
 from common.verbs.plan import WIDTH, main
 from common.zero.plan import estimated
@@ -157,3 +158,22 @@ def test_more_than_eight_gpus_are_several_hosts():
     card, peak, _ = Machine(16, "h200", 800).card()
     assert card.spans_hosts and card.host_free == 100e9 and peak == 989e12 and len(CARDS) == 4
     assert not Machine(8, "b200", None).card()[0].spans_hosts
+
+
+def test_what_was_planned_stands_beside_what_came():
+    """Of a run that logs every second step, and was planned for a device whose peak is known."""
+    records = [
+        {
+            "step": 2 * i,
+            "total_tokens": 10_000 * i,
+            "step_seconds": 900 * i,
+            "max_memory_gb": 70.0 + i,
+            "mfu": 0.4 + i / 50,
+        }
+        for i in (1, 2, 3)
+    ]
+    planned = {"tokens": 30_000, "mfu": 0.5, "hours": 2.5, "memory_gb": 75.04}
+    text = (
+        "30,000 tokens (30,000 tokens), 2.5 hours of steps (3 hours of steps), 75.0 GB (73.0 GB), 50.0% MFU (44.0% MFU)"
+    )
+    assert beside(planned, records) == f"planned (came): {text}"
