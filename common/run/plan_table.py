@@ -38,8 +38,9 @@ MOST_ROWS = 2000  # that are tokenized only for a plan
 LOSS = 0.05  # of a source's rows, dropped or cut, that is worth a warning
 GPUS_PER_HOST = 8
 HOST_GB_PER_GPU = 200  # assumed
-# Bytes free once CUDA has its part, bytes a second each way over the host's link, FLOP/s of a large bf16 product. Those
-# of an H200 were measured, the H100's product and link are taken as the same, and the others in the datasheets' ratio.
+# Bytes free once CUDA has its part, bytes a second each way over the host's link, FLOP/s of a large bf16 product. The
+# link of the H200 was measured once. All else is assumed: the product of H100 and H200 is 77% of the peak, as that of
+# A100 and B200; the A100's link has half the speed. A card that is here is measured.
 CARDS = {
     "a100-80gb": (84.0e9, 19e9, 240e12),
     "h100": (84.0e9, 37e9, 760e12),
