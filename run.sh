@@ -16,6 +16,7 @@ usage: bash run.sh VERB [...]
   sanity sft|dpo [N] [flags]  the real recipe for 100 steps on N GPUs (default 1), judged; output/sanity-sft or -dpo
   sft|dpo [N] [flags]       the full recipe on N GPUs (default: all; without a GPU: 2 CPU processes)
   push OUTPUT_DIR [flags]   upload a finished run's model to the hub, again if need be (--hub_model_id, --hub_overwrite, ...)
+  plan sft|dpo [N] [flags]  steps, memory, disk, hours and cost of a run, and what is wrong with it; no GPU needed (--gpu h100)
   data sft|dpo [flags]      what would be trained, and what not, without training (--show 5, --row FILE:ROW)
   compare OUT1 [OUT2 ...]   what differs between runs, and their curves in one picture (--picture compare.png)
   bench sft|dpo [N] [flags] throughput of a named shape with random weights (--shape llama-8b --steps 10 --lengths tulu|full)
@@ -100,7 +101,7 @@ main() {
         setup) setup ;;
         test) tests "${@:2}" ;;
         sft | dpo) verb launch "$@" ;;
-        sanity | bench | data | push | compare | export | verify) verb "$@" ;;
+        sanity | bench | plan | data | push | compare | export | verify) verb "$@" ;;
         help | -h | --help) usage ;;
         *)
             [[ $# == 0 ]] || echo "error: \`$1\` is not a verb" >&2

@@ -23,6 +23,7 @@ from common.ranks import start
 from common.run.agreement import agreed_identity
 from common.run.card import base_of
 from common.run.evaluate import Evaluation, largest, training_and_held_out
+from common.run.forecast import forecast
 from common.run.metrics import StepMeter, StepTotals
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
@@ -106,6 +107,7 @@ def main() -> None:
     # ------------------------------------------------------------------ loop
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
     resolved["evaluation"] = evaluation.record
+    resolved["planned"] = forecast(estimate, workload, schedule, data.lengths, model_config, ranks)
     record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     writer = checkpoint.Writer(engine, parameters, config, ranks)

@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,17 +32,18 @@ from common.files import file_digest, locked, naming
 BLOCK_ROWS = 512  # rows that are rendered and then encoded together, by the tokenizer's threads
 
 
-def tokenized_data(kind: str, config, template: ChatTemplate, ranks) -> TokenDataset:
+def tokenized_data(kind: str, config, template: ChatTemplate, ranks, most_rows: int | None = None) -> TokenDataset:
     """prepare_tokens by one rank of each node; opened by every rank. Collective. Raises their errors."""
-    return TokenDataset(ranks.once_per_node(lambda: prepare_tokens(kind, config, template)))
+    return TokenDataset(ranks.once_per_node(lambda: prepare_tokens(kind, config, template, most_rows)))
 
 
 # --------------------------------------------------------------------------------- building
-def prepare_tokens(kind: str, config, template: ChatTemplate) -> str:
+def prepare_tokens(kind: str, config, template: ChatTemplate, most_rows: int | None = None) -> str:
     """The path of the finished cache of a run's data, built if it is not there yet.
 
     kind: "sft" or "dpo".  config: common.config.TrainConfig; its dataset_mixer, max_seq_length, chat_template_kwargs,
     allow_dropped and cache_dir count.
+    most_rows: of more rows than that, which no cache holds yet, a draw of so many is tokenized in their place.
     Of several processes one builds, the others wait for it. Raises UserError, with file and row, for data that cannot
     be used, and leaves nothing of it in cache_dir; and, once it is built, if more than a tenth of a source is dropped.
     """
@@ -49,6 +51,9 @@ def prepare_tokens(kind: str, config, template: ChatTemplate) -> str:
     tokenize = block_tokenizer(kind, config, template)
     root = Path(config.cache_dir) / "tokens"
     final = root / f"{kind}-{cache_key(tokenize, all_rows)}"
+    if most_rows and sum(len(rows.indices) for rows in all_rows) > most_rows and not _finished(final):
+        all_rows = drawn_rows(all_rows, most_rows)
+        final = root / f"{kind}-{cache_key(tokenize, all_rows)}"
     warning = f"warning: chat template {template.name!r}"
     if "strftime_now" in template.jinja:
         print_line(f"{warning} can print the day's date; a run resumes only while {final} is there")
@@ -70,6 +75,19 @@ def prepare_tokens(kind: str, config, template: ChatTemplate) -> str:
         print_line(data_table(ds))
         raise UserError(lost)
     return str(final)
+
+
+def drawn_rows(all_rows: list[Rows], number: int) -> list[Rows]:
+    """`number` of all these rows, the same ones each time; identity["drawn_from"] says of how many of each source."""
+    ends = np.cumsum([len(rows.indices) for rows in all_rows])
+    drawn = np.sort(np.random.RandomState(42).choice(int(ends[-1]), size=number, replace=False))
+    parts = np.split(drawn, np.searchsorted(drawn, ends[:-1]))
+    result = []
+    for rows, part, end in zip(all_rows, parts, ends, strict=True):
+        sizes = {"rows_used": len(part), "drawn_from": len(rows.indices)}
+        indices = rows.indices[part - end + len(rows.indices)]
+        result.append(replace(rows, indices=indices, identity={**rows.identity, **sizes}))
+    return result
 
 
 def too_much_dropped(ds: TokenDataset) -> str | None:

@@ -79,6 +79,11 @@ class TokenDataset:
         part.digest = json_digest([self.digest, indices.tolist()])
         return part
 
+    @property
+    def is_truncated(self) -> np.ndarray:
+        """bool [n]: whether a sample was cut."""
+        return self._samples["truncated"] > 0
+
     def source_of(self, i: int) -> str:
         """`file:row` of sample i, for messages."""
         return f"{self.stats['files'][self._samples['file'][i]]}:{self._samples['row'][i]}"

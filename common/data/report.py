@@ -74,6 +74,17 @@ def data_table(ds: TokenDataset) -> str:
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
 
 
+def losses_of_sources(ds: TokenDataset, share: float) -> list[str]:
+    """A line for each source of which more than `share` is dropped, or was cut. ds: with all that was kept."""
+    lines = []
+    for i, source in enumerate(ds.stats["sources"]):
+        num_cut = int(ds.is_truncated[ds.source == i].sum())
+        for what, count in (("dropped", source["rows_dropped"]), ("cut to --max_seq_length", num_cut)):
+            if count > share * source["rows_used"]:
+                lines.append(f"{one_line(source['asked_for'])}: {count:,} of {source['rows_used']:,} rows are {what}")
+    return lines
+
+
 def quality_report(ds: TokenDataset, end_ids: list[int]) -> str:
     """Lengths in BARS bars, exact duplicates, samples cut off, answers without an end. end_ids: tokens that end one."""
     edges = np.unique(np.linspace(0, int(ds.lengths.max()) + 1, BARS + 1).astype(int))

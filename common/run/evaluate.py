@@ -32,10 +32,13 @@ DEPENDENT = ("eval_steps", "early_stopping_patience", "keep_best")  # flags that
 EVALUATIONS = 10  # in a run, unless --eval_steps says otherwise
 
 
-def training_and_held_out(kind: str, config: TrainConfig, template: ChatTemplate, ranks: Ranks) -> tuple:
+def training_and_held_out(
+    kind: str, config: TrainConfig, template: ChatTemplate, ranks: Ranks, most_rows: int | None = None
+) -> tuple:
     """(the run's TokenDataset, that of its evaluation or None). Collective.
 
-    kind: "sft" or "dpo". Raises UserError for flags that contradict each other, and for data that cannot be used.
+    kind: "sft" or "dpo". most_rows: as in prepare_tokens.
+    Raises UserError for flags that contradict each other, and for data that cannot be used.
     """
     mixer, amount = config.eval_dataset_mixer, config.eval_holdout
     if mixer and amount:
@@ -45,12 +48,12 @@ def training_and_held_out(kind: str, config: TrainConfig, template: ChatTemplate
         raise UserError(f"--{given[0]}: nothing is held out; give --eval_dataset_mixer or --eval_holdout")
     if config.export_best and config.keep_best is None:
         raise UserError("--export_best true: no checkpoint is kept as the best; give --keep_best eval/loss")
-    data = tokenized_data(kind, config, template, ranks)
+    data = tokenized_data(kind, config, template, ranks, most_rows)
     if amount:
         return split(data, amount)
     held_out = None
     if mixer:
-        held_out = tokenized_data(kind, dataclasses.replace(config, dataset_mixer=mixer), template, ranks)
+        held_out = tokenized_data(kind, dataclasses.replace(config, dataset_mixer=mixer), template, ranks, most_rows)
         if len({*ranks.gather(lambda: held_out.digest)}) > 1:  # ranks with other plans would wait for one another
             raise UserError(f"--eval_dataset_mixer {' '.join(mixer)}: is not the same on all hosts")
     return data, held_out

@@ -45,15 +45,22 @@ def without_folders(text: str, record: str) -> str:
     return text
 
 
+def require_write_token(api: HfApi) -> dict:
+    """The account that the token here belongs to. Raises ValueError for one that may only read, and the client's own
+    error where there is none or the hub does not answer."""
+    account = api.whoami()
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError("the token may only read the hub; run `hf auth login` with one that may write")
+    return account
+
+
 def require_repository(config: TrainConfig, identity: dict) -> str:
     """The ENTITY/NAME that the model goes to, made if need be. Raises UserError if the token may not write there, if it
     holds another model without --hub_overwrite, or if it is public without --hub_private false."""
     api, repo = HfApi(), config.hub_model_id or Path(config.output_dir).resolve().name
     with as_user_error(f"--hub_model_id {repo}"):
-        account = api.whoami()
+        account = require_write_token(api)
         repo = repo if "/" in repo else f"{account['name']}/{repo}"
-        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise ValueError("the token may only read the hub; run `hf auth login` with one that may write")
         api.create_repo(repo, private=config.hub_private, exist_ok=True)
         api.auth_check(repo, write=True)
         info = api.model_info(repo)

@@ -26,7 +26,11 @@ PEAK_TFLOPS |= {"L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "RTX
 
 def device_peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of this device, None where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return peak_flops_of(torch.cuda.get_device_name(device) if device.type == "cuda" else "")
+
+
+def peak_flops_of(name: str) -> float | None:
+    """As device_peak_flops, by a device's name."""
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 

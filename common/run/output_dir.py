@@ -17,8 +17,9 @@ from common.files import replace_file, weight_files, weights_digest
 from common.ranks import Ranks
 from common.run import hub
 from common.run.card import model_card
-from common.run.curves import draw_curves
+from common.run.curves import draw_curves, read_metrics
 from common.run.evaluate import has_stalled
+from common.run.forecast import beside
 from common.run.metrics import MetricsFile
 from common.run.trackers import Trackers
 from common.step.schedule import Schedule
@@ -68,12 +69,7 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
 def _finished_after(config: TrainConfig, identity: dict, last_step: int) -> int | None:
     """The steps of the finished run that the folder holds, None if it holds none. Raises UserError, as claim."""
     output_dir = Path(config.output_dir)
-    for flag in ("model_name_or_path", "ref_model_name_or_path"):
-        if (read := getattr(config, flag, None)) and Path(read).resolve() == output_dir.resolve():
-            raise UserError(f"--output_dir {output_dir} is --{flag}, which would be lost; name another folder")
-    foreign = next(output_dir.glob("model*.safetensors*"), None)
-    if foreign and not (output_dir / "run_config.json").is_file():
-        raise UserError(f"--output_dir {output_dir}: no run of this project wrote {foreign.name}; name another folder")
+    _require_no_other_model(config)
     with as_user_error(f"--output_dir {output_dir}: cannot be written", OSError):
         (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         _lock(output_dir)
@@ -88,6 +84,26 @@ def _finished_after(config: TrainConfig, identity: dict, last_step: int) -> int 
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
         checkpoint.delete_all(config.output_dir, "the run is done")
     return steps if is_finished else None
+
+
+def require_no_other_run(config: TrainConfig, identity: dict, last_step: int) -> None:
+    """Raises UserError where claim would, as far as `identity`, a part of the run's, tells. Writes nothing."""
+    _require_no_other_model(config)
+    record = read_run_config(config.output_dir)
+    if record and config.resume == "auto":
+        old = {name: record.get("identity", {}).get(name) for name in identity}
+        _require_same_run(config.output_dir, old, identity, record.get("result", {}).get("steps", 0), last_step)
+
+
+def _require_no_other_model(config: TrainConfig) -> None:
+    """Raises UserError if output_dir is a model that this run reads, or one that no run wrote."""
+    output_dir = Path(config.output_dir)
+    for flag in ("model_name_or_path", "ref_model_name_or_path"):
+        if (read := getattr(config, flag, None)) and Path(read).resolve() == output_dir.resolve():
+            raise UserError(f"--output_dir {output_dir} is --{flag}, which would be lost; name another folder")
+    foreign = next(output_dir.glob("model*.safetensors*"), None)
+    if foreign and not (output_dir / "run_config.json").is_file():
+        raise UserError(f"--output_dir {output_dir}: no run of this project wrote {foreign.name}; name another folder")
 
 
 def _require_same_run(what: str, old: dict, new: dict, steps: int, last_step: int) -> None:
@@ -149,17 +165,21 @@ def record_of(method: str, config: TrainConfig, identity: dict, state: RunState,
     }
 
 
+def num_on_disk(config: TrainConfig, schedule: Schedule) -> tuple[int, int]:
+    """(checkpoints, exported models) that are on disk at once, at most."""
+    num_checkpoints = min(config.keep_last_n_checkpoints + 1, schedule.last_step // schedule.save_every)
+    num_checkpoints += config.keep_best is not None
+    return num_checkpoints, 1 + num_checkpoints * config.export_at_checkpoints
+
+
 def open_output_dir(
     config: TrainConfig, record: dict, policy, state: RunState, schedule: Schedule, ranks: Ranks
 ) -> MetricsFile:
     """Makes way for a run that begins after `state.step`, and writes its record, without a result. Collective."""
 
     def begin() -> None:
-        num_checkpoints = min(config.keep_last_n_checkpoints + 1, schedule.last_step // schedule.save_every)
-        num_checkpoints += config.keep_best is not None
-        num_models = 1 + num_checkpoints * config.export_at_checkpoints
         parameters = dict(policy.lm.named_parameters())
-        checkpoint.require_disk_space(parameters, config.output_dir, num_checkpoints, num_models)
+        checkpoint.require_disk_space(parameters, config.output_dir, *num_on_disk(config, schedule))
         checkpoint.clear_after(config.output_dir, state.step, config.resume)
         before = read_run_config(config.output_dir) if state.step else {}
         resumes = [step for step in before.get("resumed_after", []) if step < state.step] + [state.step]
@@ -202,6 +222,9 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
             checkpoint.delete_all(config.output_dir, "the run is done")
 
     ranks.once(write)
+    if metrics.last and "planned" in record:
+        records = ranks.once(lambda: read_metrics(Path(config.output_dir) / "metrics.jsonl"))
+        ranks.say(beside(record["planned"], records))
     _end(config, f"done: {config.output_dir} holds the model after {state.step} steps", ranks)
 
 

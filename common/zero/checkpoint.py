@@ -77,18 +77,25 @@ class RunState:
 
 # ---------------------------------------------------------------------- writing
 def require_disk_space(parameters: Parameters, output_dir: str, num_checkpoints: int, num_models: int = 1) -> None:
-    """Raises UserError if so many checkpoints and exported models do not fit where output_dir is.
-
-    What its checkpoints take already counts as free, for new ones replace them; what was set aside does not.
-    """
-    # 12 bytes: master weight and two moments in float32
-    needed = sum(p.ds_numel * (num_checkpoints * 12 + num_models * p.element_size()) for p in parameters.values())
-    replaced = [file for folder in newest_first(output_dir) for file in folder.rglob("*") if file.is_file()]
-    free = shutil.disk_usage(output_dir).free + sum(file.stat().st_size for file in replaced)
+    """Raises UserError if so many checkpoints and exported models do not fit where output_dir is."""
+    numel, itemsize = sum(p.ds_numel for p in parameters.values()), next(iter(parameters.values())).element_size()
+    needed, free = disk_space(numel, itemsize, output_dir, num_checkpoints, num_models)
     if needed > free:
         what = f"{num_checkpoints} checkpoints and {num_models} models"
         sizes = f"{needed / 1e9:,.1f} GB for {what}, {free / 1e9:,.1f} GB are free"
         raise UserError(f"--output_dir {output_dir} needs {sizes}; free some, or lower --keep_last_n_checkpoints")
+
+
+def disk_space(numel: int, itemsize: int, output_dir: str, num_checkpoints: int, num_models: int) -> tuple[int, int]:
+    """(bytes needed, bytes free) where output_dir is, or will be, of a model of numel parameters of itemsize bytes.
+
+    What its checkpoints take already counts as free, for new ones replace them; what was set aside does not.
+    """
+    # 12 bytes: master weight and two moments in float32
+    needed = numel * (num_checkpoints * 12 + num_models * itemsize)
+    replaced = [file for folder in newest_first(output_dir) for file in folder.rglob("*") if file.is_file()]
+    there = next(folder for folder in (Path(output_dir), *Path(output_dir).absolute().parents) if folder.is_dir())
+    return needed, shutil.disk_usage(there).free + sum(file.stat().st_size for file in replaced)
 
 
 class Writer:

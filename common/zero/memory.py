@@ -67,10 +67,12 @@ def shape_of(model_config, config: TrainConfig, is_compiled: bool) -> Shape:
 
 
 def choose_residency(
-    ds_config: dict, config: TrainConfig, model_config, workload: Workload, ranks: Ranks
+    ds_config: dict, config: TrainConfig, model_config, workload: Workload, ranks: Ranks, card: Card | None = None
 ) -> tuple[dict, Plan]:
     """ds_config with its `residency` and `optimizer_state`, and the plan. What its file says stands; a run that
     continues goes on summing gradients as it did, which would else be rounded otherwise. Collective.
+
+    card: of a machine that is not here; None measures this one.
 
     Raises UserError on a GPU where nothing fits, and for another version of DeepSpeed.
     """
@@ -85,7 +87,7 @@ def choose_residency(
     shape = shape_of(model_config, config, config.compile_layers is not False or not is_gpu)
     if not is_gpu and share is None:
         share = 1.0  # it is one memory
-    card, zero = _card(ranks), DeepSpeedZeroConfig(**ds_config["zero_optimization"])
+    card, zero = card or _card(ranks), DeepSpeedZeroConfig(**ds_config["zero_optimization"])
 
     def planned(
         card: Card = card, workload: Workload = workload, world_size: int = ranks.world_size, headroom=HEADROOM
@@ -151,12 +153,12 @@ def _card(ranks: Ranks) -> Card:
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / ranks.local_world_size
         return Card(min(ranks.gather(lambda: free)), np.inf, 1e10, 1e11)
     torch.distributed.barrier()  # the ranks of a host share its memory's bandwidth: they measure at the same time
-    seen = ranks.gather(lambda: _measured(ranks.device, ranks.local_world_size))
+    seen = ranks.gather(lambda: measured(ranks.device, ranks.local_world_size))
     free, host_free, link, flops = (min(values) for values in zip(*seen, strict=True))
     return Card(free, host_free, link, flops, ranks.world_size > ranks.local_world_size)
 
 
-def _measured(device: torch.device, local_world_size: int) -> tuple[float, float, float, float]:
+def measured(device: torch.device, local_world_size: int) -> tuple[float, float, float, float]:
     """Bytes free on the device and in host memory, bytes a second each way between them, FLOP/s of a product."""
     free = torch.cuda.mem_get_info(device)[0]
     host = [torch.zeros(2**28, dtype=torch.uint8, pin_memory=True) for _ in range(2)]

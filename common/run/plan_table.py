@@ -1,0 +1,270 @@
+"""What a run would do, and what is wrong with it, by what the scripts themselves call, in one process.
+
+Nothing is estimated here: data, schedule, memory plan and forecast are the run's own, given the figures of a card.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi
+
+from common.config import DPOConfig, TrainConfig, identity_values
+from common.data.cache import prepare_tokens, too_much_dropped
+from common.data.chat_template import ChatTemplate, resolve_template
+from common.data.dataset import TokenDataset
+from common.data.report import losses_of_sources
+from common.failures import UserError, one_line
+from common.files import weights_digest
+from common.model import load
+from common.ranks import Ranks
+from common.run import hub
+from common.run.evaluate import Evaluation, largest, training_and_held_out
+from common.run.forecast import flops_of, forecast
+from common.run.metrics import device_peak_flops, peak_flops_of
+from common.run.output_dir import num_on_disk, require_no_other_run
+from common.step.losses import preference_loss
+from common.step.packing import pair_lengths
+from common.step.schedule import Schedule
+from common.zero.checkpoint import RunState, disk_space
+from common.zero.ds_config import deepspeed_config
+from common.zero.memory import choose_residency, measured, workload_of
+from common.zero.plan import Card
+
+MOST_ROWS = 2000  # that are tokenized only for a plan
+LOSS = 0.05  # of a source's rows, dropped or cut, that is worth a warning
+GPUS_PER_HOST = 8
+HOST_GB_PER_GPU = 200  # assumed
+# Bytes free once CUDA has its part, bytes a second each way over the host's link, FLOP/s of a large bf16 product. The
+# link of the H200 was measured once. All else is assumed: the product of H100 and H200 is 77% of the peak, as that of
+# A100 and B200; the A100's link has half the speed. A card that is here is measured.
+CARDS = {
+    "a100-80gb": (84.0e9, 19e9, 240e12),
+    "h100": (84.0e9, 37e9, 760e12),
+    "h200": (149.0e9, 37e9, 760e12),
+    "b200": (190.0e9, 37e9, 1730e12),
+}
+
+
+class Machine(NamedTuple):
+    """gpu: of CARDS, None for the one that is here; host_memory_gb: of a host, None if it is not known."""
+
+    num_gpus: int
+    gpu: str | None
+    host_memory_gb: float | None
+
+    @property
+    def per_host(self) -> int:
+        return min(self.num_gpus, GPUS_PER_HOST)
+
+    def card(self) -> tuple[Card, float | None, str]:
+        """(what a rank has of it, peak FLOP/s, what to call it)."""
+        spans_hosts = self.num_gpus > self.per_host
+        if self.gpu is None:
+            device = torch.device("cuda", 0)
+            free, host, link, flops = measured(device, self.per_host)
+            peak, name, source = device_peak_flops(device), torch.cuda.get_device_name(device), "measured here"
+        else:
+            (free, link, flops), host = CARDS[self.gpu], HOST_GB_PER_GPU * 1e9
+            peak, name, source = peak_flops_of(self.gpu.upper()), self.gpu, "assumed; --host_memory_gb says what it is"
+        if self.host_memory_gb is not None:
+            host, source = self.host_memory_gb * 1e9 / self.per_host, "as given"
+        text = f"{self.num_gpus} x {name}, {free / 1e9:.0f} GB free on each; {host * self.per_host / 1e9:,.0f} GB of "
+        return Card(free, host, link, flops, spans_hosts), peak, f"{text}host memory for {self.per_host} ({source})"
+
+
+class Absent(Ranks):
+    """The ranks of a run that does not take place: this process does what one of them does for all."""
+
+    said: list[str]
+
+    def _while_others_wait(self, work, is_worker: bool) -> list:
+        return [work()]
+
+    def gather(self, work) -> list:
+        return [work()]
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def absent_ranks(machine: Machine) -> Absent:
+    device = torch.device("cuda")
+    ranks = Absent(0, machine.num_gpus, 0, machine.per_host, device, control=None, store=None)
+    ranks.said = []
+    return ranks
+
+
+class Spread(NamedTuple):
+    """95% intervals of what a draw of rows tells of all, as parts of the value; 0 where every row was read."""
+
+    samples: float
+    tokens: float
+
+
+def spread_of(ds: TokenDataset, num_rows: int) -> Spread:
+    """By the normal approximation, with the correction for a draw of a finite number of rows (Cochran 1977, section 2).
+
+    ds: with all samples that were kept. A row that was dropped counts 0 tokens; two more rows of each kind are counted
+    for the part that is kept (Agresti and Coull 1998), for which none dropped of 2,000 does not mean none.
+    """
+    num_read = ds.stats["rows_read"]
+    if num_read == num_rows:
+        return Spread(0.0, 0.0)
+    unit = 1.96 * math.sqrt((1 - num_read / num_rows) / num_read)
+    kept = (len(ds) + 2) / (num_read + 4)
+    tokens = np.concatenate([ds.lengths, np.zeros(num_read - len(ds))])
+    return Spread(unit * math.sqrt(kept * (1 - kept)) / kept, unit * float(tokens.std() / tokens.mean()))
+
+
+def ranged(value: float, part: float, most: float = math.inf) -> str:
+    """A number and, unless part is 0, the interval of that part of it to both sides."""
+    if part == 0:
+        return f"{value:,.0f}"
+    return f"about {value:,.0f} ({value * (1 - part):,.0f} to {min(most, value * (1 + part)):,.0f})"
+
+
+def listed(steps: list[int]) -> str:
+    """`after step 2, 4, ... 12 (6 in all)`, or `none`."""
+    if not steps:
+        return "none"
+    shown = [f"{step:,}" for step in steps]
+    if len(steps) > 5:
+        shown = [*shown[:4], f"... {shown[-1]} ({len(steps)} in all)"]
+    return f"after step {', '.join(shown)}"
+
+
+def plan_table(
+    method: str, config: TrainConfig, machine: Machine, mfu: float | None, price: float | None
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """(names and values of the table, warnings). mfu: to count with, None for the one predicted; price: of a GPU-hour.
+
+    Raises UserError where the run would.
+    """
+    ranks = absent_ranks(machine)
+    preference = preference_loss(config) if isinstance(config, DPOConfig) else None
+    ds_config = deepspeed_config(config)
+
+    # ------------------------------------------------------------------ data
+    folder = load.find_model(config.model_name_or_path, config.model_revision, load.TOKENIZER_FILES)
+    model_config = load.load_config(folder)
+    tokenizer = load.load_tokenizer(load.find_tokenizer(config.tokenizer_name_or_path or folder))
+    template = resolve_template(config.chat_template, tokenizer)
+    reading = dataclasses.replace(config, allow_dropped=True)
+    whole = TokenDataset(prepare_tokens(method, reading, template, MOST_ROWS))
+    num_rows = sum(source.get("drawn_from", source["rows_used"]) for source in whole.stats["sources"])
+    spread = spread_of(whole, num_rows)
+    is_drawn, share = num_rows > whole.stats["rows_read"], len(whole) / whole.stats["rows_read"]
+    if is_drawn and (reading.eval_holdout or "").isdecimal():  # that part of the draw
+        reading.eval_holdout = f"{max(0.1, 100 * int(reading.eval_holdout or 0) / num_rows):.4f}%"
+    data, held_out = training_and_held_out(method, reading, template, ranks, MOST_ROWS)
+    lost = too_much_dropped(whole)
+    if lost and not is_drawn and not config.allow_dropped:
+        raise UserError(lost)
+    longest, num_token_ids = largest(data, held_out)
+    load.check_supported(model_config, config.max_seq_length, longest, num_token_ids)
+    lengths = data.lengths
+    if data.pair_lengths is not None:
+        lengths = pair_lengths(data.pair_lengths, getattr(config, "share_prompt", True))
+
+    # ------------------------------------------------------------------ steps
+    num_samples = round(num_rows * len(data) / whole.stats["rows_read"]) if is_drawn else len(data)
+    schedule = Schedule(config, num_samples)
+    unit, last = "samples" if method == "sft" else "pairs", schedule.last_step
+    evaluation = Evaluation(data, held_out, config, schedule, ranks)
+    warm_up = 0 if config.lr_scheduler_type == "constant" else int(schedule.num_steps * config.warmup_ratio)
+    saved = [step for step in range(1, last + 1) if step % schedule.save_every == 0]
+    evaluated = [step for step in range(1, last + 1) if evaluation.is_due(step)]
+
+    # ------------------------------------------------------------------ memory, time, disk
+    card, peak, called = machine.card()
+    workload = workload_of(config, lengths, data.source_of(int(lengths.argmax())), RunState(), ranks)
+    _, plan = choose_residency(ds_config, config, model_config, workload, ranks, card)
+    planned = forecast(plan, workload, schedule, lengths, model_config, ranks, peak)
+    memory, layers, row = plan.memory, plan.shape.layers, max(plan.budget, workload.longest)
+    parts = {"parameters": memory.parameters + memory.gathered, "gradients": memory.gradients}
+    parts |= {"optimizer": memory.optimizer, "activations": memory.activations(row, layers - plan.recomputing)}
+    warnings = load.warnings(template, model_config, longest) + schedule.report(method, unit).splitlines()[1:]
+    warnings += [*losses_of_sources(whole, LOSS), *([lost] if lost else [])]
+    warnings += [line for line in ranks.said if line.startswith("warning")]
+    warnings += trouble(config, folder, None if is_drawn else data.digest, template, last)
+    num_checkpoints, num_models = num_on_disk(config, schedule)
+    needed, free = disk_space(plan.shape.numel, plan.shape.itemsize, config.output_dir, num_checkpoints, num_models)
+
+    steps = ranged(last, 0.0 if config.max_train_steps else spread.samples)
+    per_step = f"{config.global_batch_size} {unit} a step"
+    mfu_text = "given"
+    if mfu is None:
+        mfu, mfu_text = planned.get("mfu"), "predicted"
+    if needed > free:
+        warnings.append(f"--output_dir {config.output_dir}: more disk is needed than is free here")
+    rows = [
+        (unit, ranged(num_samples, spread.samples, num_rows) + held_out_text(held_out, is_drawn)),
+        ("tokens", f"{ranged(planned['tokens'], spread.tokens)} in all; longest {workload.longest:,}"),
+        ("steps", f"{steps} of {schedule.num_steps:,}, {per_step}, {schedule.steps_per_epoch:,} an epoch"),
+        ("warm-up", f"{warm_up:,} steps"),
+        ("checkpoints", listed(saved)),
+        ("evaluations", listed(evaluated)),
+        (
+            "disk",
+            f"{needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and {num_models} exported models at once, "
+            f"{free / 1e9:,.1f} GB free here at {config.output_dir}",
+        ),
+        ("machine", called),
+        (
+            "memory of a GPU",
+            " + ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
+            + f" = {sum(parts.values()) / 1e9:.1f} of {card.free / 1e9:.1f} GB",
+        ),
+        ("host memory", f"{memory.host * machine.per_host / 1e9:,.1f} GB of optimizer state in each host"),
+        (
+            "the planner's choice",
+            f"residency {memory.residency}, {memory.share:.0%} of the optimizer's state on the GPU, "
+            f"micro-batches of {plan.budget:,} tokens; {plan.recomputing} of {layers} layers recomputed at {row:,}",
+        ),
+    ]
+    if is_drawn:
+        of_rows = f"{whole.stats['rows_read']:,} of {num_rows:,} rows were tokenized, {share:.1%} of them kept"
+        rows.insert(0, ("data", f"{of_rows}: numbers with `about` are estimates, with their 95% intervals"))
+    if mfu and peak:
+        speed = mfu * peak / flops_of(plan.shape, model_config, lengths) * machine.num_gpus  # tokens/s
+        hours = planned["tokens"] / speed / 3600
+        text = f"{hours:,.3g} of training steps, at {mfu:.1%} MFU ({mfu_text}), {speed:,.0f} tokens/s"
+        if preference is not None and preference.needs_reference:
+            once = float(lengths.mean()) * min(num_samples, last * config.global_batch_size)
+            hours += once / speed / 3 / 3600  # a forward pass alone
+            text += f"; with the reference pass {hours:,.3g}"
+        rows.append(("hours", text))
+        if price is not None:
+            cost = hours * machine.num_gpus * price
+            rows.append(("cost", f"{cost:,.2f}, for {hours * machine.num_gpus:,.3g} GPU-hours at {price:g}"))
+    return rows, warnings
+
+
+def held_out_text(held_out: TokenDataset | None, is_drawn: bool) -> str:
+    if held_out is None:
+        return ""
+    return "; some are held out" if is_drawn else f"; {len(held_out):,} are held out"
+
+
+def trouble(config: TrainConfig, folder: str, data: str | None, template: ChatTemplate, last_step: int) -> list[str]:
+    """What the run would find wrong with its output folder and with its token for the hub. data: digest, if known."""
+    lines, identity = [], identity_values(config) | {"chat_template (contents)": template.digest}
+    if data is not None:
+        identity["dataset_mixer (contents)"] = data
+    has_record = (Path(config.output_dir) / hub.RECORD).is_file()
+    if has_record and next(Path(folder).glob("*.safetensors"), None):
+        identity["model_name_or_path (contents)"] = weights_digest(folder)
+    try:
+        require_no_other_run(config, identity, last_step)
+    except UserError as error:
+        lines.append(str(error))
+    if config.push_to_hub:
+        try:
+            hub.require_write_token(HfApi())
+        except Exception as error:  # whatever it is, the upload would meet it
+            lines.append(f"--push_to_hub: {one_line(error)}")
+    return lines

@@ -1,0 +1,58 @@
+"""What a run would do, before it costs anything: no GPU, no weights, one process.
+
+    bash run.sh plan sft|dpo [N] [--gpu a100-80gb|h100|h200|b200] [--host_memory_gb GB] [--mfu 0.4]
+                             [--gpu_hour_price PRICE] [flags of the script]
+
+N: GPUs, of which at most 8 are in one host. --gpu: without it the GPU that is here, else h100. --host_memory_gb: of one
+host. --mfu: in place of the one predicted. Of a model only config.json and the tokenizer are read. Data that no cache
+holds yet is tokenized, or, of more than 2,000 rows, a draw of so many. Exits with 2 where the run would.
+"""
+
+import argparse
+import os
+import textwrap
+
+from common.config import DPOConfig, SFTConfig, parse_config
+from common.failures import UserError, as_user_error, print_line
+from common.verbs.launch import exit_with, visible_gpus
+
+GPUS = ("a100-80gb", "h100", "h200", "b200")
+WIDTH, NAMES = 100, 20  # columns: of the table, and of its names
+
+
+def main(*argv: str) -> int:
+    """Returns the exit code. Raises UserError for a mistake in argv, and for what the run would refuse."""
+    method, words = " ".join(argv[:1]), [*argv[1:]]
+    if {"-h", "--help"} & {*argv}:
+        print_line(__doc__ or "")
+        return 0
+    if method not in ("sft", "dpo"):
+        raise UserError("write: bash run.sh plan sft|dpo [N] [flags]")
+    num_here = len(visible_gpus())
+    num_gpus = int(words.pop(0)) if words and words[0].isdecimal() else num_here or 8
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--gpu", choices=GPUS, default=None if num_here else "h100")
+    for name in ("--host_memory_gb", "--mfu", "--gpu_hour_price"):
+        parser.add_argument(name, type=float)
+    with as_user_error("plan", argparse.ArgumentError):
+        own, flags = parser.parse_known_args(words)
+    if num_gpus < 1 or (own.mfu is not None and not 0 < own.mfu <= 1):
+        raise UserError("N is 1 or more, and --mfu is above 0 and at most 1")
+    config = parse_config(SFTConfig if method == "sft" else DPOConfig, flags)
+    print_line("importing torch, transformers and DeepSpeed")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for a GPU when it is imported
+    from common.run.plan_table import Machine, plan_table
+
+    machine = Machine(num_gpus, own.gpu, own.host_memory_gb)
+    rows, warnings = plan_table(method, config, machine, own.mfu, own.gpu_hour_price)
+    for name, text in rows:
+        begin, later = f"{name:<{NAMES}}  ", " " * (NAMES + 2)
+        print_line(textwrap.fill(text, WIDTH, initial_indent=begin, subsequent_indent=later, break_on_hyphens=False))
+    for line in warnings:
+        line = f"warning: {line.removeprefix('warning: ')}"
+        print_line(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)
