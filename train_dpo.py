@@ -176,26 +176,32 @@ def main() -> None:
         set_learning_rate(engine, schedule.learning_rate(step))
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=ranks.device)
+        balances = torch.zeros((), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 size.tokens = micro_batch.num_tokens
-                token_logps = engine(**model_inputs(micro_batch, kernel, ranks.device))  # of the scored tokens
+                token_logps = engine(
+                    **model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
+                )  # of the scored tokens
                 policy_logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(-1, 2)  # chosen, rejected
                 reference_logps = to_device(reference_table[members], ranks.device)
                 num_scored = to_device(np.reshape(micro_batch.sequence_targets, (-1, 2)), ranks.device)  # tokens
                 loss, micro_batch_sums = preference_loss_and_sums(policy_logps, reference_logps, num_scored, config)
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-                engine.backward(loss * ranks.world_size / len(samples))  # DeepSpeed averages gradients over ranks
+                balance = config.router_aux_loss_coef * policy.router_loss / (2 * len(samples))  # 0 if not asked for
+                # DeepSpeed averages gradients over ranks.
+                engine.backward(loss * ranks.world_size / len(samples) + balance * ranks.world_size)
+                balances += balance.detach()
                 losses[m] = loss.detach()
                 sums += micro_batch_sums
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
         totals_and_votes = ranks.sum(
-            [*sums.tolist(), num_tokens, squared_lengths, writer.vote(), *stop_request.votes()]
+            [*sums.tolist(), balances.item(), num_tokens, squared_lengths, writer.vote(), *stop_request.votes()]
         )
-        *all_sums, all_tokens, all_squared_lengths, written, terminate, interrupt = totals_and_votes
+        *all_sums, router_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = totals_and_votes
         writer.proceed(written)
         means = {name: value / len(samples) for name, value in zip(SUMMED, all_sums, strict=True)}
         train_loss = means.pop("train_loss")
@@ -216,6 +222,7 @@ def main() -> None:
         totals = StepTotals(int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
         step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm) | means
+        step_record |= {"router_aux_loss": router_loss} if config.router_aux_loss_coef else {}
         is_evaluated = evaluation.is_due(state.step)
         if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
             ranks.say(meter.line(step_record, schedule.last_step))

@@ -134,20 +134,30 @@ def main() -> None:
         num_targets = int(data.num_targets[samples].sum())  # of the whole step: all ranks, all micro-batches
         set_learning_rate(engine, schedule.learning_rate(step))
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
+        balances = torch.zeros((), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, micro_batch in enumerate(micro_batches):
                 size.tokens = micro_batch.num_tokens
-                logps = engine(**model_inputs(micro_batch, kernel, ranks.device))  # of this micro-batch's target tokens
+                logps = engine(
+                    **model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
+                )  # of this micro-batch's target tokens
                 loss = -logps.sum()
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-                engine.backward(loss * ranks.world_size / num_targets)  # DeepSpeed averages gradients over ranks
+                balance = (
+                    config.router_aux_loss_coef * policy.router_loss / len(samples)
+                )  # of experts; 0 if not asked for
+                # DeepSpeed averages gradients over ranks.
+                engine.backward(loss * ranks.world_size / num_targets + balance * ranks.world_size)
+                balances += balance.detach()
                 losses[m] = loss.detach()
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
-        sums = ranks.sum([losses.sum().item(), num_tokens, squared_lengths, writer.vote(), *stop_request.votes()])
-        nll, all_tokens, all_squared_lengths, written, terminate, interrupt = sums
+        sums = ranks.sum(
+            [losses.sum().item(), balances.item(), num_tokens, squared_lengths, writer.vote(), *stop_request.votes()]
+        )
+        nll, router_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = sums
         writer.proceed(written)
         train_loss = nll / num_targets
         if not math.isfinite(train_loss):
@@ -164,6 +174,7 @@ def main() -> None:
         totals = StepTotals(int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         grad_norm = float(engine.get_global_grad_norm())  # before clipping
         step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm)
+        step_record |= {"router_aux_loss": router_loss} if config.router_aux_loss_coef else {}
         is_evaluated = evaluation.is_due(state.step)
         if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
             ranks.say(meter.line(step_record, schedule.last_step))

@@ -101,6 +101,7 @@ class TrainConfig:
     adam_beta1: float = _field(0.9, "AdamW's beta1", least=0, below=1)
     adam_beta2: float = _field(0.999, "AdamW's beta2", least=0, below=1)
     adam_epsilon: float = _field(1e-8, "AdamW's epsilon", least=1e-30)
+    router_aux_loss_coef: float = _field(0.0, "weight of the experts' balancing loss, a mean over samples", least=0)
     max_grad_norm: float = _field(1.0, "gradients are scaled down to this global norm; 0 = never", least=0)
 
     # schedule

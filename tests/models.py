@@ -39,6 +39,21 @@ ARCHITECTURES = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),  # with biases in its attention
     "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
     "mistral": ("mistral", {"sliding_window": None}),
     "olmo2": ("olmo2", {}),
     "gpt_neox": ("gpt_neox", {}),  # whose folders call the head by another name than its class

@@ -61,9 +61,16 @@ def load_tokenizer(folder):
 
 def token_logps(model, ids: list[int], targets: list[int]) -> torch.Tensor:
     """log p of the tokens at `targets`, from the whole sequence's logits."""
-    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    return logps_and_balance(model, ids, targets, 0)[0]
+
+
+def logps_and_balance(model, ids: list[int], targets: list[int], router_aux_loss_coef: float):
+    """token_logps, and transformers' own loss of the routers on this sequence, times its coefficient."""
+    more = {"output_router_logits": True} if router_aux_loss_coef else {}
+    output = model(input_ids=torch.tensor([ids]), use_cache=False, **more)
+    logits, balance = output.logits[0], router_aux_loss_coef * output.aux_loss if more else torch.zeros(())
     logps = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-    return logps[[t - 1 for t in targets], [ids[t] for t in targets]]
+    return logps[[t - 1 for t in targets], [ids[t] for t in targets]], balance
 
 
 # ------------------------------------------------------------------ training
@@ -126,17 +133,21 @@ def train(
     return records
 
 
-def train_sft(model, samples: list[tuple[list[int], list[int]]], **settings) -> list[dict]:
+def train_sft(
+    model, samples: list[tuple[list[int], list[int]]], router_aux_loss_coef: float = 0.0, **settings
+) -> list[dict]:
     """samples: (ids, positions of the targets)."""
 
     def backward(model, chosen):
         num_targets = sum(len(samples[i][1]) for i in chosen)
-        total = 0.0
+        total = balances = 0.0
         for i in chosen:
-            nll = -token_logps(model, *samples[i]).sum()
-            (nll / num_targets).backward()
-            total += nll.item()
-        return {"train_loss": total / num_targets, "target_tokens": num_targets}
+            logps, balance = logps_and_balance(model, *samples[i], router_aux_loss_coef)
+            (-logps.sum() / num_targets + balance / len(chosen)).backward()
+            total -= logps.sum().item()
+            balances += balance.item() / len(chosen)
+        more = {"router_aux_loss": balances} if router_aux_loss_coef else {}
+        return {"train_loss": total / num_targets, "target_tokens": num_targets, **more}
 
     return train(model, len(samples), backward, **settings)
 
@@ -168,18 +179,20 @@ def train_dpo(
     label_smoothing: float = 0.0,
     gamma_beta_ratio: float = 0.3,
     reference_model=None,
+    router_aux_loss_coef: float = 0.0,
     **settings,
 ) -> list[dict]:
     """pairs: as pair_tokens. The reference is the model as given, unless there is another."""
 
-    def side_logp(model, side):
-        logps = token_logps(model, *side)
-        return logps.sum() if loss_type == "sigmoid" else logps.mean()
+    def side_logp(model, side, coefficient=0.0):
+        logps, balance = logps_and_balance(model, *side, coefficient)
+        return logps.sum() if loss_type == "sigmoid" else logps.mean(), balance
 
     with torch.no_grad():
         start = reference_model or model
         reference = [
-            [0.0, 0.0] if loss_type == "simpo" else [side_logp(start, side).item() for side in pair] for pair in pairs
+            [0.0, 0.0] if loss_type == "simpo" else [side_logp(start, side)[0].item() for side in pair]
+            for pair in pairs
         ]
 
     def backward(model, chosen_pairs):
@@ -192,18 +205,21 @@ def train_dpo(
             "logps/chosen",
             "logps/rejected",
         )
-        sums = dict.fromkeys(names, 0.0)
+        sums, balance_of_step = dict.fromkeys(names, 0.0), 0.0
         for i in chosen_pairs:
-            logps = [side_logp(model, side) for side in pairs[i]]
+            logps, balances = zip(*(side_logp(model, side, router_aux_loss_coef) for side in pairs[i]), strict=True)
+            balance = sum(balances) / 2 / len(chosen_pairs)
             ratios = [logp - ref for logp, ref in zip(logps, reference[i], strict=True)]
             loss = preference_loss(loss_type, *ratios, beta, label_smoothing, gamma_beta_ratio)
-            (loss / len(chosen_pairs)).backward()
+            (loss / len(chosen_pairs) + balance).backward()
+            balance_of_step += balance.item()
             chosen, rejected = (beta * ratio.item() for ratio in ratios)
             accuracy = 0.5 if chosen == rejected else float(chosen > rejected)
             values = (loss.item(), chosen, rejected, chosen - rejected, accuracy, logps[0].item(), logps[1].item())
             for name, value in zip(names, values, strict=True):
                 sums[name] += value
         targets = sum(len(targets) for i in chosen_pairs for _, targets in pairs[i])
-        return {name: value / len(chosen_pairs) for name, value in sums.items()} | {"target_tokens": targets}
+        more = {"router_aux_loss": balance_of_step} if router_aux_loss_coef else {}
+        return {name: value / len(chosen_pairs) for name, value in sums.items()} | {"target_tokens": targets, **more}
 
     return train(model, len(pairs), backward, **settings)

@@ -37,7 +37,8 @@ bfloat16, attn_implementation auto, dataset_mixer ['allenai/tulu-3-sft-mixture=1
 chat_template auto, chat_template_kwargs None, allow_dropped False, global_batch_size 128,
 max_tokens_per_micro_batch auto, gradient_checkpointing auto,
 compile_layers auto, optimizer adamw, learning_rate 5e-06, lr_scheduler_type linear, warmup_ratio 0.03, weight_decay
-0.0, adam_beta1 0.9, adam_beta2 0.999, adam_epsilon 1e-08, max_grad_norm 1.0, num_train_epochs 2, max_train_steps
+0.0, adam_beta1 0.9, adam_beta2 0.999, adam_epsilon 1e-08, router_aux_loss_coef 0.0, max_grad_norm 1.0,
+num_train_epochs 2, max_train_steps
 None, stop_after_steps None, seed 42, output_dir output/sft, checkpointing_steps 500, keep_last_n_checkpoints 3,
 clean_checkpoints_at_end False, resume auto, collective_timeout_minutes 30, logging_steps 1, ds_config
 ds_configs/zero3.json, push_to_hub False, hub_model_id None, hub_private True, hub_overwrite False,

@@ -99,7 +99,7 @@ def settled(
     at_rest = estimate.fixed - estimate.gathered
     allocated = at_rest if allocated is None else allocated
 
-    def dry_run(engine, kernel, tokens, longest, made_up, ranks):
+    def dry_run(engine, config, kernel, tokens, longest, made_up, ranks):
         runs.append((tokens, recomputed[-1]))
         return allocated + estimate.gathered + real(tokens, layers - recomputed[-1])
 
@@ -358,5 +358,5 @@ def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
 def test_parameters_are_counted_once(tied):
     sizes = dict(vocab_size=100, hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
     layer = 8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16 + 2 * 8
-    counts, of_layer = parameter_sizes(models.make_config(tie_word_embeddings=tied, **sizes))
+    counts, of_layer, *_ = parameter_sizes(models.make_config(tie_word_embeddings=tied, **sizes))
     assert (sum(counts), of_layer) == (100 * 8 * (1 if tied else 2) + 2 * layer + 8, layer)

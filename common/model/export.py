@@ -11,7 +11,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.data.chat_template import ChatTemplate
@@ -39,11 +39,11 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
     layout = ranks.once(lambda: _write_small_files(model.lm, template, source_folder, temporary))
     for file, names in layout.items():
         gathered: dict[str, torch.Tensor] = {}
-        for name in names:
+        for name, (exported, _) in names.items():
             with deepspeed.zero.GatheredParameters([tensors[name]]):  # of a buffer, which is whole: nothing
                 if ranks.is_main:
-                    gathered[name] = tensors[name].detach().to("cpu", copy=True).contiguous()
-        gathered = revert_weight_conversion(model.lm, gathered)
+                    whole = tensors[name].detach().to("cpu", copy=True).contiguous()
+                    gathered |= _stored(model.lm, name, whole, exported)
         ranks.once(lambda: _write_shard(gathered, temporary / file))
     ranks.once(lambda: _move_up(temporary))
 
@@ -66,7 +66,7 @@ def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int
     Raises UserError where output_dir holds anything.
     """
     layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
-    buffers = load_file(folder / BUFFERS)
+    buffers, lm = load_file(folder / BUFFERS), None
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir} is not empty; name another folder")
     temporary = output_dir / ".export"
@@ -75,10 +75,14 @@ def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int
         tensors: dict[str, torch.Tensor] = {}
         for name, (exported, dtype) in names.items():
             if name in buffers:
-                tensors[exported] = buffers[name]
-            else:
-                tensors[exported] = torch.empty(shapes[name], dtype=getattr(torch, dtype))
-                fill(name, tensors[exported].view(-1))
+                tensors[exported[0]] = buffers[name]
+                continue
+            whole = torch.empty(shapes[name], dtype=getattr(torch, dtype))
+            fill(name, whole.view(-1))
+            if len(exported) > 1 and lm is None:  # transformers knows how it is taken apart
+                with torch.device("meta"):
+                    lm = AutoModelForCausalLM.from_config(load_config(str(folder)))
+            tensors |= _stored(lm if len(exported) > 1 else None, name, whole, exported)
         _write_shard(tensors, temporary / file)
     _move_up(temporary)
 
@@ -89,17 +93,35 @@ def _tensors(lm) -> dict[str, torch.Tensor]:
     return dict(lm.named_parameters()) | {name: buffer for name, buffer in lm.named_buffers() if name in saved}
 
 
-def _layout(lm) -> dict[str, dict[str, tuple[str, str]]]:
-    """File -> a tensor's name -> its name in the file, and its type: as in the folder that this rank loaded the model
-    from. What that does not hold goes to its last file."""
-    layout: dict[str, dict[str, tuple[str, str]]] = {}
+def _stored(lm, name: str, whole: torch.Tensor, exported: list[str | None]) -> dict[str, torch.Tensor]:
+    """A parameter as its tensors in one file, by their names there, before transformers put them together as it loaded
+    them. exported: see _layout. lm: the model, None for a parameter that is stored as it is."""
+    parts = [whole] if lm is None else list(revert_weight_conversion(lm, {name: whole}).values())
+    pairs = zip(exported, parts, strict=True)
+    return {stored: part.contiguous() for stored, part in pairs if stored is not None}
+
+
+def _layout(lm) -> dict[str, dict[str, tuple[list[str | None], str]]]:
+    """File -> a tensor's name -> its names in the file, and its type: as in the folder that this rank loaded the model
+    from. What that does not hold goes to its last file.
+
+    A parameter that is stored as several tensors, as experts are, may be in several files: in each, None stands for
+    those that are in another.
+    """
+    layout: dict[str, dict[str, tuple[list[str | None], str]]] = {}
     for name, tensor in _tensors(lm).items():
-        (exported,) = revert_weight_conversion(lm, {name: torch.empty(0)})
-        file = "model.safetensors"
-        if lm.file_of:
-            file = Path(lm.file_of.get(exported, max(lm.file_of.values()))).name
-            file = file if re.fullmatch(r"model.+\.safetensors", file) else f"model-{file}"
-        layout.setdefault(file, {})[name] = (exported, str(tensor.dtype).removeprefix("torch."))
+        shape = getattr(tensor, "ds_shape", tensor.shape)
+        exported = list(revert_weight_conversion(lm, {name: torch.empty(shape, device="meta")}))
+        files = []
+        for stored in exported:
+            file = "model.safetensors"
+            if lm.file_of:
+                file = Path(lm.file_of.get(stored, max(lm.file_of.values()))).name
+                file = file if re.fullmatch(r"model.+\.safetensors", file) else f"model-{file}"
+            files.append(file)
+        for file in dict.fromkeys(files):
+            here = [stored if of == file else None for stored, of in zip(exported, files, strict=True)]
+            layout.setdefault(file, {})[name] = here, str(tensor.dtype).removeprefix("torch.")
     return layout
 
 
@@ -144,7 +166,13 @@ def _write_small_files(lm, template: ChatTemplate, source_folder: str, folder: P
         _write_settings(lm.config, template, source_folder, folder)
     layout = _layout(lm)
     if [*layout] != ["model.safetensors"]:
-        weight_map = {exported: file for file, names in layout.items() for exported, _ in names.values()}
+        weight_map = {
+            stored: file
+            for file, names in layout.items()
+            for exported, _ in names.values()
+            for stored in exported
+            if stored
+        }
         sizes = (getattr(t, "ds_numel", t.numel()) * t.element_size() for t in _tensors(lm).values())
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

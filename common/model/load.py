@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -17,6 +18,7 @@ from common.data.chat_template import QUESTION, ChatTemplate
 from common.failures import UserError, as_user_error
 from common.files import weight_files, weight_map
 from common.model.attention import registered_name
+from common.model.experts import GROUPED, active_share, experts_per_token
 from common.model.packed import PackedModel
 from common.ranks import Ranks
 
@@ -36,7 +38,8 @@ NO_CODE = {"trust_remote_code": False}  # code in a folder never runs, and nobod
 REFUSED_NUMBERS = {
     r"softcap": (0, "caps logits softly"),
     r"logit.*scal|scal.*logit|lm_head_multiplier": (1, "scales its logits"),
-    r"expert": (0, "has experts"),
+    r"jitter_noise|jitter_eps": (0, "adds noise to its routers"),
+    r"capacity_factor|expert_capacity": (0, "drops tokens of experts that are full"),
     r"^(?!.*(classifier|summary)).*drop": (0, "has dropout"),
 }
 
@@ -160,15 +163,30 @@ def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
     ]
 
 
-def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int]:
-    """Elements of each parameter and of one layer's, of the model that this config describes; tied ones count once."""
+class Sizes(NamedTuple):
+    """Elements of a model's parameters, and what of them one token multiplies with."""
+
+    parameters: list[int]  # of each, tied ones once
+    layer: int  # the mean of a layer's
+    experts: int = 0  # of all experts, among the parameters
+    chosen: int = 0  # experts of a layer that a token's router chooses
+    share: float = 1.0  # of the experts' elements that a token multiplies with
+
+
+def parameter_sizes(config: PretrainedConfig) -> Sizes:
+    """Of the model that this config describes. Raises UserError."""
     with as_user_error("config.json describes no model that transformers can build"):
         with torch.device("meta"):
             model = PackedModel(AutoModelForCausalLM.from_config(config, **NO_CODE))
         model.lm.tie_weights()
         layers = model.decoder_layers()
         of_layer = sum(p.numel() for layer in layers for p in layer.parameters()) // len(layers)
-    return [p.numel() for p in model.parameters()], of_layer
+    sizes, shares = [p.numel() for p in model.parameters()], active_share(model.lm)
+    if not shares:
+        return Sizes(sizes, of_layer)
+    experts = sum(p.numel() for p in shares)
+    active = sum(p.numel() * share for p, share in shares.items())
+    return Sizes(sizes, of_layer, experts, experts_per_token(config), active / experts)
 
 
 def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig) -> None:
@@ -211,6 +229,7 @@ def load_partitioned(
     if names := ranks.once(lambda: not_finite[:3]):  # now that no rank waits for a parameter
         kind = str(dtype).removeprefix("torch.")
         raise UserError(f"model {folder}: weights that, in {kind}, are NaN or infinite: in {', '.join(names)}")
+    model.config._experts_implementation = GROUPED
     return PackedModel(model)
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from common.data.tokens import SFTSample
 from common.failures import UserError
 from common.model.attention import attention_kwargs, registered_name, to_device
+from common.model.experts import GROUPED, experts_per_token, router_loss, sequence_weights
 from common.model.logprobs import LogProbHead
 from common.ranks import Ranks
 from common.step.packing import MicroBatch, pack, sft_documents
@@ -26,7 +27,8 @@ class PackedModel(nn.Module):
     """A causal LM that answers for the targets of one packed row.
 
     forward(input_ids, position_ids int64 [1, T], target_rows, target_ids int64 [N], **attention) -> float32 [N],
-    log p(target_ids[n] | hidden state of row target_rows[n]); attention: see attention_kwargs.
+    log p(target_ids[n] | hidden state of row target_rows[n]); attention: see attention_kwargs. With `sequences`
+    float32 [Q, T] (see sequence_weights) `router_loss` is then that of this row, else 0.
     forward(input_ids int64 [B, L]) -> logits [B, L, vocab_size], by transformers' own path.
     """
 
@@ -34,17 +36,25 @@ class PackedModel(nn.Module):
         super().__init__()
         self.lm = lm
         self.is_compiled = False
+        self.router_loss = torch.zeros(())
         self.finish_gathering: Callable[[], None] = lambda: None  # common/zero/residency.py
         lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings()))
         assert "position_ids" in inspect.signature(lm.base_model.forward).parameters
         lm.train()
 
-    def forward(self, input_ids, position_ids=None, target_rows=None, target_ids=None, **attention) -> torch.Tensor:
+    def forward(
+        self, input_ids, position_ids=None, target_rows=None, target_ids=None, sequences=None, **attention
+    ) -> torch.Tensor:
         if target_rows is None:
             return self.lm(input_ids=input_ids, use_cache=False).logits
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        hidden = self.lm.base_model(**inputs, **attention).last_hidden_state[0]
-        return self.lm.get_output_embeddings()(hidden[target_rows], target_ids)
+        if sequences is not None:
+            inputs["output_router_logits"] = True
+        outputs = self.lm.base_model(**inputs, **attention)
+        self.router_loss = torch.zeros((), device=input_ids.device)
+        if sequences is not None:
+            self.router_loss = router_loss(outputs.router_logits, sequences, experts_per_token(self.lm.config))
+        return self.lm.get_output_embeddings()(outputs.last_hidden_state[0][target_rows], target_ids)
 
     def decoder_layers(self) -> nn.ModuleList:
         """The repeated layers, first to last. Raises UserError if there is no list of them."""
@@ -81,17 +91,18 @@ class PackedModel(nn.Module):
         return {"number": len(layers), "recomputed": recomputed, "compiled": self.is_compiled}
 
 
-def model_inputs(micro_batch: MicroBatch, kernel: str, device: torch.device) -> dict:
-    """A micro-batch as PackedModel's arguments, on the device."""
+def model_inputs(micro_batch: MicroBatch, kernel: str, device: torch.device, router_coefficient: float = 0) -> dict:
+    """A micro-batch as PackedModel's arguments, on the device; with its sequences if the routers have a loss."""
     arrays = {"input_ids": micro_batch.input_ids[None], "position_ids": micro_batch.position_ids[None]}
     arrays |= {"target_rows": micro_batch.target_rows, "target_ids": micro_batch.target_ids}
+    arrays |= {"sequences": sequence_weights(micro_batch)} if router_coefficient else {}
     tensors = {name: to_device(array, device) for name, array in arrays.items()}
     return tensors | attention_kwargs(micro_batch, kernel, device)
 
 
 @torch.no_grad()
 def verify_packed_forward(engine, kernel: str, ranks: Ranks) -> None:
-    """Runs two made-up samples packed and, one at a time, through transformers' own attention and output layers.
+    """Runs two made-up samples packed and, one at a time, through transformers' own attention, experts and output.
 
     Catches what no list of names can: an architecture that lets samples see each other, or whose logits are
     not its output projection of its decoder's last hidden state. Raises UserError. Collective.
@@ -104,12 +115,13 @@ def verify_packed_forward(engine, kernel: str, ranks: Ranks) -> None:
     row = pack([sft_documents(SFTSample(ids, np.array([[len(ids) // 2, len(ids)]]))) for ids in samples])
     packed = engine(**model_inputs(row, kernel, ranks.device))
     config._attn_implementation = "sdpa" if getattr(engine.module.lm, "_supports_sdpa", False) else "eager"
+    config._experts_implementation = "eager"
     alone = []
     for ids in samples:
         tokens = torch.from_numpy(ids)[None].to(ranks.device)
         logps = engine(tokens)[0, :-1].float().log_softmax(-1)
         alone.append(logps.gather(1, tokens[0, 1:, None])[max(0, len(ids) // 2 - 1) :, 0])
-    config._attn_implementation = registered_name(kernel)
+    config._attn_implementation, config._experts_implementation = registered_name(kernel), GROUPED
     alone = torch.cat(alone)
     difference = (packed - alone).abs().mean().item()
     if not difference <= (1e-3 if engine.module.lm.dtype == torch.float32 else 0.1):

@@ -8,7 +8,10 @@ from torch import nn
 @torch.library.custom_op("plaintune::add_product", mutates_args=("weight_sum",))
 def add_product(weight_sum: torch.Tensor, grad: torch.Tensor, inputs: torch.Tensor) -> None:
     """weight_sum float32 [out, in] += grad^T inputs, from [..., out] and [..., in] in one dtype, summed in float32."""
-    grad, inputs = grad.flatten(0, -2), inputs.flatten(0, -2)
+    _add_product(weight_sum, grad.flatten(0, -2), inputs.flatten(0, -2))
+
+
+def _add_product(weight_sum: torch.Tensor, grad: torch.Tensor, inputs: torch.Tensor) -> None:
     if grad.dtype == torch.float32:
         weight_sum.addmm_(grad.T, inputs)
     elif grad.device.type == "cuda":
@@ -20,6 +23,56 @@ def add_product(weight_sum: torch.Tensor, grad: torch.Tensor, inputs: torch.Tens
 @add_product.register_fake
 def _(weight_sum, grad, inputs):
     return None
+
+
+@torch.library.custom_op("plaintune::add_grouped_product", mutates_args=("weight_sum",))
+def add_grouped_product(weight_sum: torch.Tensor, grad: torch.Tensor, inputs: torch.Tensor, ends: torch.Tensor) -> None:
+    """add_product for each expert e, from its rows of grad [S, out] and inputs [S, in] to weight_sum[e].
+
+    weight_sum float32 [E, out, in]; ends int32 [E]: where the rows of each expert end, which begin where those of the
+    one before do. torch's own grouped product gives bfloat16 alone. The host waits for `ends`.
+    """
+    start = 0
+    for of_expert, end in zip(weight_sum, ends.tolist(), strict=True):
+        if end > start:
+            _add_product(of_expert, grad[start:end], inputs[start:end])
+        start = end
+
+
+@add_grouped_product.register_fake
+def _(weight_sum, grad, inputs, ends):
+    return None
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """grouped_product, whose gradient of the weight goes to weight_sum and not to autograd."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight, weight_sum, ends, is_transposed):
+        ctx.save_for_backward(inputs, weight, ends)
+        ctx.weight_sum, ctx.is_transposed = weight_sum, is_transposed
+        return nn.functional.grouped_mm(inputs, weight if is_transposed else weight.mT, offs=ends)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs, weight, ends = ctx.saved_tensors
+        out_and_in = (inputs, grad) if ctx.is_transposed else (grad, inputs)
+        torch.ops.plaintune.add_grouped_product(ctx.weight_sum, *out_and_in, ends)
+        grad_inputs = nn.functional.grouped_mm(grad, weight.mT if ctx.is_transposed else weight, offs=ends)
+        return grad_inputs, None, None, None, None
+
+
+def grouped_product(
+    inputs: torch.Tensor, weight: torch.Tensor, weight_sum: torch.Tensor | None, ends: torch.Tensor, is_transposed: bool
+) -> torch.Tensor:
+    """[S, out]: inputs [S, in], an expert's rows times its weight^T; weight [E, out, in] ([E, in, out] if transposed).
+
+    ends: see add_grouped_product. The weight's gradient is added to weight_sum, float32 in weight's shape, if there is
+    one; else it is autograd's.
+    """
+    if weight_sum is None:
+        return nn.functional.grouped_mm(inputs, weight if is_transposed else weight.mT, offs=ends)
+    return _GroupedProduct.apply(inputs, weight, weight_sum, ends, is_transposed)
 
 
 class _SummingLinear(torch.autograd.Function):
@@ -69,6 +122,13 @@ class _SummingLookup(torch.autograd.Function):
             grad = grad * (ids != ctx.padding_idx)[..., None]
         ctx.weight_sum.index_put_((ids,), grad, accumulate=True)  # sorts, so here too
         return None, None, None, None
+
+
+def summing_lookup(ids: torch.Tensor, weight: torch.Tensor, weight_sum: torch.Tensor | None) -> torch.Tensor:
+    """weight[ids]; the weight's gradient is added to weight_sum float32, if there is one; else it is autograd's."""
+    if weight_sum is None:
+        return nn.functional.embedding(ids, weight)
+    return _SummingLookup.apply(ids, weight, weight_sum, None)
 
 
 class SummingEmbedding(nn.Embedding):

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from common.files import naming, replace_file
+from common.model.experts import active_share
 from common.ranks import Ranks
 from common.run.curves import read_metrics
 from common.run.trackers import Trackers
@@ -34,10 +35,11 @@ def peak_flops_of(name: str) -> float | None:
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def flops_per_token(num_parameters: int, config: PretrainedConfig, length: float) -> float:
+def flops_per_token(num_parameters: float, config: PretrainedConfig, length: float) -> float:
     """FLOPs to train one token, recomputation not counted: 6 N + 6 layers hidden length (causal attention).
 
-    num_parameters: N, those that multiply (all but an input embedding that is not also the output's).
+    num_parameters: N, those that multiply (all but an input embedding that is not also the output's; of experts, as
+    many as a token's router chooses).
     length: sum of squared lengths / sum of lengths of the tokens in question.
     Kaplan et al. 2020, section 2.1, with the causal half of the attention term of Chowdhery et al. 2022, appendix B.
     """
@@ -60,7 +62,8 @@ class StepMeter:
 
     def __init__(self, lm: nn.Module, budget: int, num_samples: int, ranks: Ranks):
         embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
-        self.num_parameters = sum(p.ds_numel for p in lm.parameters() if p is not embedding or p is head)
+        multiplying, shares = [p for p in lm.parameters() if p is not embedding or p is head], active_share(lm)
+        self.num_parameters = sum(p.ds_numel * shares.get(p, 1) for p in multiplying)
         self.config, self.budget, self.num_samples, self.ranks = lm.config, budget, num_samples, ranks
         self.peak_flops = device_peak_flops(ranks.device)
         self.began = time.monotonic()

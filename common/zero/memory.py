@@ -61,9 +61,10 @@ def given_layers(config: TrainConfig, num_layers: int) -> int | None:
 
 def shape_of(model_config, config: TrainConfig, is_compiled: bool) -> Shape:
     """Of the model that a config.json describes."""
-    sizes, layer_numel = parameter_sizes(model_config)
+    sizes, layer_numel, experts, chosen, share = parameter_sizes(model_config)
     layers, hidden, vocab = model_config.num_hidden_layers, model_config.hidden_size, model_config.vocab_size
-    return Shape(sizes, layer_numel, layers, hidden, vocab, getattr(torch, config.dtype).itemsize, is_compiled)
+    itemsize = getattr(torch, config.dtype).itemsize
+    return Shape(sizes, layer_numel, layers, hidden, vocab, itemsize, is_compiled, experts, chosen, share)
 
 
 def choose_residency(
@@ -214,7 +215,7 @@ def choose_micro_batch(
 
         def activations_of(tokens: int, recomputing: int) -> float:
             policy.checkpoint_activations(recomputing)
-            return _dry_run(engine, kernel, tokens, workload.longest, made_up, ranks) - held
+            return _dry_run(engine, config, kernel, tokens, workload.longest, made_up, ranks) - held
 
         budget, room, activations = confirmed(plan, usable - held, workload, given, activations_of)
         how = f"{(held + activations) / 1e9:.1f} seen of {usable / 1e9:.1f} usable"
@@ -306,7 +307,9 @@ def made_up_pair(ids: np.ndarray, share_prompt: bool) -> list[Document]:
     return pair_documents(pair, share_prompt)
 
 
-def _dry_run(engine, kernel: str, tokens: int, longest: int, made_up: Callable, ranks: Ranks) -> float:
+def _dry_run(
+    engine, config: TrainConfig, kernel: str, tokens: int, longest: int, made_up: Callable, ranks: Ranks
+) -> float:
     """Peak bytes, on the rank that needs most, of both passes over `tokens` in samples of at most `longest`."""
     ids = np.random.default_rng(0).integers(0, engine.module.lm.config.vocab_size, tokens)
     row = pack([made_up(part) for part in np.array_split(ids, -(-tokens // longest))])
@@ -314,7 +317,8 @@ def _dry_run(engine, kernel: str, tokens: int, longest: int, made_up: Callable, 
     with out_of_memory_explained("step 0", tokens, longest) as size:
         size.tokens = row.num_tokens
         engine.set_gradient_accumulation_boundary(False)
-        engine.backward(engine(**model_inputs(row, kernel, ranks.device)).sum() * 0.0)
+        inputs = model_inputs(row, kernel, ranks.device, config.router_aux_loss_coef)
+        engine.backward((engine(**inputs).sum() + engine.module.router_loss) * 0.0)
     return max(ranks.gather(lambda: memory_gb(ranks.device) * 1e9))
 
 

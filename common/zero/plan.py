@@ -60,10 +60,18 @@ class Shape(NamedTuple):
     vocab: int
     itemsize: int  # bytes of a parameter
     is_compiled: bool = True
+    experts: int = 0  # elements of all experts
+    chosen: int = 0  # experts of a layer that a token's router chooses
+    share: float = 1.0  # of the experts' elements that a token multiplies with
 
     @property
     def numel(self) -> int:
         return sum(self.sizes)
+
+    @property
+    def active(self) -> float:
+        """Elements that one token multiplies with."""
+        return self.numel - self.experts * (1 - self.share)
 
 
 class Memory(NamedTuple):
@@ -107,9 +115,9 @@ class Plan(NamedTuple):
         return self.memory.residency
 
     def mfu(self, workload: Workload, peak_flops: float) -> float:
-        """6 FLOPs for each parameter and token, attention and recomputation left out, of a card's peak."""
+        """6 FLOPs for each active parameter and token, attention and recomputation left out, of a card's peak."""
         seconds = self.cost * seconds_per_token(self.shape, self.card)
-        return 6 * self.shape.numel * workload.tokens_per_rank / seconds / peak_flops
+        return 6 * self.shape.active * workload.tokens_per_rank / seconds / peak_flops
 
 
 def shard_groups(shape: Shape, world_size: int, zero: DeepSpeedZeroConfig) -> list[int]:
@@ -121,7 +129,8 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
     """From the shape alone; share: of the optimizer's state on the device.
 
     A compiled layer keeps half of its matrix products' outputs (its parameters over the hidden size) and some five rows
-    of the hidden size; outside the layers, the logits and some eight rows. Measured for Llama, within 10%.
+    of the hidden size; outside the layers, the logits and some eight rows. Measured for Llama, within 10%. Of experts
+    it keeps all outputs of a token's own, and that token's row before and after each of them.
     """
     groups = shard_groups(shape, world_size, zero)
     parameters, state = shape.numel / world_size, sum(groups)
@@ -133,8 +142,10 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
     if "offload_param" in offload_devices(zero):
         parameters = 0
     gradients = 4 * (state + 2 * zero.reduce_bucket_size if residency == "nothing" else shape.numel)
-    of_layer = shape.layer_numel / shape.hidden / 2 + 5 * shape.hidden
+    experts = shape.experts / shape.layers
+    of_layer = (shape.layer_numel - experts) / shape.hidden / 2 + 5 * shape.hidden
     of_layer *= 1 if shape.is_compiled else EAGER_ACTIVATIONS
+    of_layer += experts * shape.share / shape.hidden + 2 * shape.chosen * shape.hidden
     return Memory(
         residency,
         share,
@@ -149,7 +160,7 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
 
 
 def seconds_per_token(shape: Shape, card: Card) -> float:
-    return 6 * shape.numel / (SPEED * card.flops)
+    return 6 * shape.active / (SPEED * card.flops)
 
 
 def exposed_update(memory: Memory, room: float, shape: Shape, card: Card, tokens: float) -> float:
@@ -175,7 +186,8 @@ def choose(
     """
     tokens_per_rank, layers = workload.tokens_per_rank, shape.layers
     largest = max(LEAST_TRIED, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank)))
-    of_micro_batch = MICRO_BATCH_TOKENS[memory.residency] * (BETWEEN_HOSTS if card.spans_hosts else 1)
+    of_micro_batch: float = MICRO_BATCH_TOKENS[memory.residency] * (BETWEEN_HOSTS if card.spans_hosts else 1)
+    of_micro_batch *= shape.numel / shape.active  # it grows with all parameters, a token's time with the active ones
 
     def layers_of(tokens: float) -> int:
         return memory.recomputing(tokens, room, layers) if given is None else given

@@ -2,9 +2,9 @@
 
 nothing    As DeepSpeed does it: each micro-batch gathers a layer when it runs, and copies, casts and reduces every
            gradient into the shard that this rank owns.
-gradients  WholeGradients: each rank holds a float32 sum as large as the parameter, to which a linear layer's backward
-           product is added as the matrix product's own accumulation: no gradient of its weight is ever written in
-           bfloat16. During a step's last micro-batch each sum is reduced to the ranks' shards.
+gradients  WholeGradients: each rank holds a float32 sum as large as the parameter, to which a linear layer's (or an
+           expert's) backward product is added as the matrix product's own accumulation: no gradient of its weight is
+           ever written in bfloat16. During a step's last micro-batch each sum is reduced to the ranks' shards.
 all        ResidentParameters, besides: parameters are gathered once a step, each while the layers before it run.
 
 Methods that DeepSpeed calls are replaced, on one instance; what its step reads and writes, this rank's shards, stays
@@ -49,6 +49,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import _coalescing_manager  # one launch for a layer's collectives
 
 from common.failures import UserError
+from common.model.experts import experts_in
 from common.model.summing import SummingEmbedding, SummingLinear
 from common.zero.host_state import Carrier, HostMemory, num_on_device, pieces_of
 
@@ -299,6 +300,8 @@ class WholeGradients:
             for module in layer.modules():
                 if type(module) is nn.Linear:
                     module.__class__, module.weight_sum = SummingLinear, self._as_parameter(module.weight)
+            for module in experts_in(layer):
+                module.weight_sums = {name: self._as_parameter(p) for name, p in module.named_parameters(recurse=False)}
             layer.register_full_backward_hook(self._stand_in, prepend=True)
         embedding, head = policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings()
         if type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq:

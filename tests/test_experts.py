@@ -1,0 +1,115 @@
+"""Mixtures of experts compute what transformers' own do, and their float32 sums, their balance and their counts are
+exact: pytest tests/test_experts.py"""
+
+import models
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from common.data.tokens import PreferencePair
+from common.model import experts
+from common.model.load import parameter_sizes
+from common.model.packed import PackedModel, model_inputs
+from common.model.summing import add_grouped_product
+from common.step.packing import pack, pair_documents
+
+TYPES = ["qwen3_moe", "mixtral", "olmoe", "qwen2_moe"]
+TRANSPOSED = {
+    "num_local_experts": 4,
+    "layer_types": ["full_attention"] * 2,
+    "rope_parameters": {"rope_type": "default"},
+}
+
+
+def drawn(name: str, **changes):
+    """A tiny model in float32; gpt_oss, whose experts are stored transposed and have biases, too."""
+    torch.manual_seed(0)
+    sizes = {"num_experts_per_tok": 2, "head_dim": 16} | TRANSPOSED
+    config = models.make_config(name, **changes) if name in models.ARCHITECTURES else None
+    if config is None:
+        plain = models.make_config().to_dict()
+        kept = {key: plain[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+        config = AutoConfig.for_model(name, **kept, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.normal_(0.0, 0.15)
+    return lm
+
+
+@pytest.mark.parametrize("name", [*TYPES, "gpt_oss"])
+def test_outputs_and_gradients_are_those_of_transformers_own_loop_over_experts(name):
+    """With autograd's gradients and with sums, after two backward passes; some experts get no token."""
+    lm, rows, seen = drawn(name), [torch.randint(320, (1, length)) for length in (40, 3)], {}
+    for how in ("eager", "grouped", "summed"):
+        lm.zero_grad()
+        lm.config._experts_implementation = "eager" if how == "eager" else experts.GROUPED
+        sums = {}
+        for prefix, module in lm.named_modules():
+            if how == "summed" and module in experts.experts_in(lm):
+                module.weight_sums = {n: torch.zeros_like(p) for n, p in module.named_parameters(recurse=False)}
+                sums |= {f"{prefix}.{n}": total for n, total in module.weight_sums.items()}
+        logits = [lm(input_ids=row).logits for row in rows]
+        for values in logits:
+            values.logsumexp(-1).sum().backward()
+        seen[how] = torch.cat(logits, 1), {n: sums.get(n, p.grad) for n, p in lm.named_parameters()}
+        assert all(p.grad is None for n, p in lm.named_parameters() if n in sums)
+        assert how != "summed" or len(sums) == sum(len([*m.parameters()]) for m in experts.experts_in(lm)) > 0
+    for how in ("grouped", "summed"):
+        torch.testing.assert_close(seen[how][0], seen["eager"][0], rtol=1e-5, atol=1e-6)
+        for n, gradient in seen["eager"][1].items():
+            torch.testing.assert_close(seen[how][1][n], gradient, rtol=1e-4, atol=1e-5, msg=n)
+
+
+def test_experts_products_are_added_in_float32():
+    """bfloat16 operands; the second and the last expert have no row."""
+    torch.manual_seed(0)
+    grad, inputs, total = torch.randn(40, 5).bfloat16(), torch.randn(40, 7).bfloat16(), torch.randn(4, 5, 7)
+    expected, parts = total.double(), [(0, 25), (25, 25), (25, 40), (40, 40)]
+    for i, (start, end) in enumerate(parts):
+        expected[i] += grad[start:end].double().T @ inputs[start:end].double()
+    add_grouped_product(total, grad, inputs, torch.tensor([end for _, end in parts], dtype=torch.int32))
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("share_prompt", [False, True])
+def test_the_routers_loss_of_a_packed_row_is_the_sum_over_its_sequences_alone(name, share_prompt):
+    """transformers' own function on each sequence alone; and the gradients of its router weights."""
+    lm, rng = drawn(name), np.random.default_rng(0)
+    sizes = ((9, 4, 7), (3, 8, 2), (12, 1, 1))
+    pairs = [PreferencePair(*(rng.integers(1, 320, n) for n in size), 0, 0) for size in sizes]
+    expected = []
+    for pair in pairs:
+        for completion in (pair.chosen_ids, pair.rejected_ids):
+            ids = torch.from_numpy(np.concatenate([pair.prompt_ids, completion]).astype(np.int64))[None]
+            logits = lm(input_ids=ids, output_router_logits=True).router_logits
+            num_experts = logits[0].shape[-1]
+            expected.append(load_balancing_loss_func(logits, num_experts, 2))
+    sum(expected).backward()
+    gradients = {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}
+    assert len(gradients) > 5
+    lm.zero_grad()
+    lm.config._attn_implementation = "plaintune_block_mask"
+    packed = PackedModel(lm)
+    for row, count in ((pack([pair_documents(p, share_prompt) for p in pairs], share_prompt), 6), (pack([]), 0)):
+        packed(**model_inputs(row, "sdpa", torch.device("cpu"), 0.1))
+        assert packed.router_loss.item() == pytest.approx(sum(loss.item() for loss in expected[:count]), rel=1e-5)
+        packed.router_loss.backward()
+    for n, gradient in gradients.items():
+        torch.testing.assert_close(lm.get_parameter(n).grad, gradient, rtol=1e-4, atol=1e-5, msg=n)
+    packed(**model_inputs(row, "sdpa", torch.device("cpu")))
+    assert packed.router_loss == 0.0, "it was not asked for"
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_parameters_count_as_often_as_a_token_multiplies_with_them(name):
+    """A model with as many experts as a token chooses, but for the routers, is the active part of one with more."""
+    few = {"num_local_experts": 2} if name == "mixtral" else {"num_experts": 2}
+    of_all, of_few = (parameter_sizes(models.make_config(name, **changes)) for changes in ({}, few))
+    active = sum(of_all.parameters) - of_all.experts * (1 - of_all.share)
+    router_rows = (4 if name == "mixtral" else 8) - 2
+    assert active == sum(of_few.parameters) + 2 * router_rows * 32
+    assert (of_few.share, of_few.chosen, of_all.chosen) == (1.0, 2, 2)
