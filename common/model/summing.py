@@ -44,22 +44,39 @@ def _(weight_sum, grad, inputs, ends):
     return None
 
 
+# One operator to torch.compile, whose own takes bfloat16 alone.
+@torch.library.custom_op("plaintune::grouped_mm", mutates_args=())
+def grouped_mm(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """torch's grouped product: [S, m] and [E, m, n] to [S, n]; or, of the rows of each expert, [m, S] and [S, n] to
+    [E, m, n]. ends: see add_grouped_product."""
+    return nn.functional.grouped_mm(left, right, offs=ends).contiguous()
+
+
+@grouped_mm.register_fake
+def _(left, right, ends):
+    shape = (len(left), right.shape[2]) if right.ndim == 3 else (len(ends), len(left), right.shape[1])
+    return left.new_empty(shape)
+
+
 class _GroupedProduct(torch.autograd.Function):
-    """grouped_product, whose gradient of the weight goes to weight_sum and not to autograd."""
+    """grouped_product, whose gradient of the weight goes to weight_sum, if there is one, and not to autograd."""
 
     @staticmethod
     def forward(ctx, inputs, weight, weight_sum, ends, is_transposed):
         ctx.save_for_backward(inputs, weight, ends)
         ctx.weight_sum, ctx.is_transposed = weight_sum, is_transposed
-        return nn.functional.grouped_mm(inputs, weight if is_transposed else weight.mT, offs=ends)
+        return torch.ops.plaintune.grouped_mm(inputs, weight if is_transposed else weight.mT, ends)
 
     @staticmethod
     def backward(ctx, grad):
-        inputs, weight, ends = ctx.saved_tensors
-        out_and_in = (inputs, grad) if ctx.is_transposed else (grad, inputs)
-        torch.ops.plaintune.add_grouped_product(ctx.weight_sum, *out_and_in, ends)
-        grad_inputs = nn.functional.grouped_mm(grad, weight.mT if ctx.is_transposed else weight, offs=ends)
-        return grad_inputs, None, None, None, None
+        (inputs, weight, ends), grad_weight = ctx.saved_tensors, None
+        left, right = (inputs, grad) if ctx.is_transposed else (grad, inputs)
+        if ctx.weight_sum is None:
+            grad_weight = torch.ops.plaintune.grouped_mm(left.mT, right, ends)
+        else:
+            torch.ops.plaintune.add_grouped_product(ctx.weight_sum, left, right, ends)
+        grad_inputs = torch.ops.plaintune.grouped_mm(grad, weight.mT if ctx.is_transposed else weight, ends)
+        return grad_inputs, grad_weight, None, None, None
 
 
 def grouped_product(
@@ -70,8 +87,6 @@ def grouped_product(
     ends: see add_grouped_product. The weight's gradient is added to weight_sum, float32 in weight's shape, if there is
     one; else it is autograd's.
     """
-    if weight_sum is None:
-        return nn.functional.grouped_mm(inputs, weight if is_transposed else weight.mT, offs=ends)
     return _GroupedProduct.apply(inputs, weight, weight_sum, ends, is_transposed)
 
 
