@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common.data.tokens import PreferencePair, SFTSample
-from common.model import attention, summing
+from common.model import attention, experts, summing
 from common.model.packed import PackedModel, model_inputs
 from common.model.summing import SummingEmbedding, SummingLinear
 from common.step import packing
@@ -264,3 +264,77 @@ def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb
 def test_a_cards_figures_are_measured(monkeypatch):
     free, host, link, flops = memory.measured(torch.device("cuda", 0), 1)
     assert 1e9 < free < 3e11 and host > 1e9 and 1e9 < link < 1e12 and 1e13 < flops < 1e16
+
+
+# ------------------------------------------------------------------ experts
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_grouped_products_and_their_sums_equal_a_loop_over_experts(dtype, is_transposed):
+    """Experts without rows among them; two backward passes, to the same bits when they run again."""
+    torch.manual_seed(0)
+    ends = torch.tensor([0, 700, 700, 2048], dtype=torch.int32, device="cuda")
+    weight = 0.05 * torch.randn(4, 96, 256, device="cuda").to(dtype)
+    inputs = torch.randn(2048, 256, device="cuda").to(dtype)
+    upstream = torch.randn(2048, 96, device="cuda").to(dtype)
+    stored = weight.mT.contiguous() if is_transposed else weight
+    seen = []
+    for _ in range(2):
+        total, rows = torch.zeros_like(stored, dtype=torch.float32), inputs.clone().requires_grad_()
+        for _ in range(2):
+            outputs = summing.grouped_product(rows, stored, total, ends, is_transposed)
+            outputs.backward(upstream)
+        seen.append((outputs, rows.grad, total.mT if is_transposed else total))
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    start = 0
+    for e, end in enumerate(ends.tolist()):
+        x, w, g = inputs[start:end].double(), weight[e].double(), upstream[start:end].double()
+        if end > start:
+            assert relative(seen[0][0][start:end], x @ w.T) < tolerance
+            assert relative(seen[0][1][start:end], 2 * g @ w) < tolerance
+            assert relative(seen[0][2][e], 2 * g.T @ x) < 1e-5  # float32 sums of exact products
+        else:
+            assert not seen[0][2][e].any()
+        start = end
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_mixture_of_experts_equals_float32_on_the_block_mask(compiled):
+    """Log-probabilities of most tokens; a few have other experts in bfloat16. Three lengths, graphs once."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    kernel, runs = KERNELS[0], []
+    sizes = dict(hidden_size=256, moe_intermediate_size=128, head_dim=64, num_experts=16, num_experts_per_tok=4)
+    for name, dtype in (("sdpa", torch.float32), (kernel, torch.bfloat16)):
+        torch.manual_seed(0)
+        config = models.make_config("qwen3_moe", num_hidden_layers=3, **sizes)
+        lm = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention.registered_name(name)
+        )
+        lm.config._experts_implementation = experts.GROUPED
+        model = PackedModel(lm.to(dtype).cuda())
+        for module in experts.experts_in(model.lm):
+            module.weight_sums = {
+                n: torch.zeros_like(p, dtype=torch.float32) for n, p in module.named_parameters(recurse=False)
+            }
+        if compiled and dtype == torch.bfloat16:
+            model.compile_layers()
+        logps = []
+        for lengths in ([130, 700, 64], [33, 900], [257]):
+            row = packing.pack(
+                [
+                    packing.sft_documents(SFTSample(s.input_ids % models.VOCAB, s.trained_spans))
+                    for s in conversations(np.random.default_rng(0), lengths)
+                ]
+            )
+            logps.append(model(**model_inputs(row, name, torch.device("cuda"))))
+            logps[-1].sum().backward()
+        sums = [total for module in experts.experts_in(model.lm) for total in module.weight_sums.values()]
+        runs.append((torch.cat(logps), sums))
+    (expected, expected_sums), (seen, seen_sums) = runs
+    assert float((seen - expected).abs().median()) < 0.05
+    for total, reference in zip(seen_sums, expected_sums, strict=True):
+        assert relative(total, reference) < 0.1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3

@@ -1,6 +1,9 @@
 """Mixtures of experts compute what transformers' own do, and their float32 sums, their balance and their counts are
 exact: pytest tests/test_experts.py"""
 
+from functools import partial
+from types import SimpleNamespace
+
 import models
 import numpy as np
 import pytest
@@ -9,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from common.data.tokens import PreferencePair
+from common.failures import UserError
 from common.model import experts
+from common.model import packed as packed_model
 from common.model.load import parameter_sizes
 from common.model.packed import PackedModel, model_inputs
 from common.model.summing import add_grouped_product
@@ -34,8 +39,8 @@ def drawn(name: str, **changes):
         config = AutoConfig.for_model(name, **kept, num_attention_heads=4, num_key_value_heads=2, **sizes)
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.normal_(0.0, 0.15)
+        for parameter_name, parameter in lm.named_parameters():
+            parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.15)
     return lm
 
 
@@ -113,3 +118,45 @@ def test_parameters_count_as_often_as_a_token_multiplies_with_them(name):
     router_rows = (4 if name == "mixtral" else 8) - 2
     assert active == sum(of_few.parameters) + 2 * router_rows * 32
     assert (of_few.share, of_few.chosen, of_all.chosen) == (1.0, 2, 2)
+
+
+def test_layers_compile_once_for_rows_of_any_length(monkeypatch):
+    lm, counters = drawn("qwen3_moe"), torch._dynamo.utils.counters
+    lm.config._experts_implementation, lm.config._attn_implementation = experts.GROUPED, "plaintune_block_mask"
+    packed = PackedModel(lm)
+    for module in experts.experts_in(lm):
+        module.weight_sums = {n: torch.zeros_like(p) for n, p in module.named_parameters(recurse=False)}
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    packed.compile_layers()
+    for length in (30, 71, 200):
+        pair = PreferencePair(*(np.arange(n) for n in (length, 7, 9)), 0, 0)
+        row = pack([pair_documents(pair, share_prompt=True)], share_prompt=True)
+        packed(**model_inputs(row, "sdpa", torch.device("cpu"))).sum().backward()
+    assert (counters["stats"]["unique_graphs"], counters["graph_break"]) == (3, {}), "the layers', the head's two"
+
+
+@pytest.mark.parametrize("leaks", [False, True])
+@pytest.mark.parametrize("name", TYPES)
+def test_the_start_up_check_stands_rounding_of_routers_and_finds_a_leak(monkeypatch, name, leaks):
+    """In bfloat16, with one token in twelve sent to another expert than it would be alone."""
+    lm = drawn(name).to(torch.bfloat16)
+    lm.config._experts_implementation, lm.config._attn_implementation = experts.GROUPED, "plaintune_block_mask"
+    packed, grouped = PackedModel(lm), experts.grouped_experts
+
+    def rounded(module, hidden, top_k_index, top_k_weights):
+        others = top_k_index.clone()
+        others[3::12, -1] = 3 - others[3::12, -1].clamp(max=3)
+        return grouped(module, hidden, others, top_k_weights)
+
+    monkeypatch.setitem(experts.ALL_EXPERTS_FUNCTIONS, experts.GROUPED, rounded)
+    if leaks:
+        causal = torch.ones(41, 41, dtype=torch.bool).tril()[None, None]
+        monkeypatch.setattr(packed_model, "attention_kwargs", lambda *_: {"packed_mask": causal})
+    engine = type("", (), {"module": packed, "__call__": lambda self, *a, **k: packed(*a, **k)})()
+    ranks = SimpleNamespace(device=torch.device("cpu"))
+    if not leaks:
+        return packed_model.verify_packed_forward(engine, "sdpa", ranks)
+    with pytest.raises(UserError, match=lm.config.model_type):
+        packed_model.verify_packed_forward(engine, "sdpa", ranks)

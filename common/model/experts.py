@@ -51,7 +51,7 @@ def grouped_experts(
     """
     top_k, num_experts = top_k_index.shape[-1], module.num_experts
     expert, order = torch.sort(top_k_index.flatten(), stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     of_experts = torch.arange(num_experts, device=order.device)
     ends = torch.searchsorted(expert, of_experts, right=True).to(torch.int32)  # of each expert's rows
     sums = getattr(module, "weight_sums", {})

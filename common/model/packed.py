@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from common.data.tokens import SFTSample
 from common.failures import UserError
 from common.model.attention import attention_kwargs, registered_name, to_device
-from common.model.experts import GROUPED, experts_per_token, router_loss, sequence_weights
+from common.model.experts import GROUPED, experts_in, experts_per_token, router_loss, sequence_weights
 from common.model.logprobs import LogProbHead
 from common.ranks import Ranks
 from common.step.packing import MicroBatch, pack, sft_documents
@@ -115,7 +115,7 @@ def verify_packed_forward(engine, kernel: str, ranks: Ranks) -> None:
     row = pack([sft_documents(SFTSample(ids, np.array([[len(ids) // 2, len(ids)]]))) for ids in samples])
     packed = engine(**model_inputs(row, kernel, ranks.device))
     config._attn_implementation = "sdpa" if getattr(engine.module.lm, "_supports_sdpa", False) else "eager"
-    config._experts_implementation = "eager"
+    config._experts_implementation = "grouped_mm"
     alone = []
     for ids in samples:
         tokens = torch.from_numpy(ids)[None].to(ranks.device)
@@ -123,7 +123,12 @@ def verify_packed_forward(engine, kernel: str, ranks: Ranks) -> None:
         alone.append(logps.gather(1, tokens[0, 1:, None])[max(0, len(ids) // 2 - 1) :, 0])
     config._attn_implementation, config._experts_implementation = registered_name(kernel), GROUPED
     alone = torch.cat(alone)
-    difference = (packed - alone).abs().mean().item()
+    differences = (packed - alone).abs()
+    difference = differences.mean().item()
+    if engine.module.lm.dtype != torch.float32 and experts_in(engine.module.lm):
+        # Where two experts are almost alike to a router, rounding decides, and one token differs by far more than
+        # rounding. Whatever leaks differs in most tokens of a sample.
+        difference = max(of_sample.median().item() for of_sample in differences.split(row.sequence_targets))
     if not difference <= (1e-3 if engine.module.lm.dtype == torch.float32 else 0.1):
         told = f"packed log-probabilities differ from transformers' own by {difference:.3g} a token"
         why = "this architecture needs code that is not here" if alone.isfinite().all() else "look at the weights"

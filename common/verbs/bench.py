@@ -29,7 +29,11 @@ SHAPES = {  # name -> SIZES
     "llama-3b": (3072, 8192, 28, 24, 8, 128256, True),
     "llama-1b": (2048, 8192, 16, 32, 8, 128256, True),
     "tiny": (128, 256, 2, 4, 2, 1024, False),
+    "qwen3-30b-a3b": (2048, 768, 48, 32, 4, 151936, False),
+    "moe-4b-a1b": (2048, 768, 6, 32, 4, 32768, False),  # its layers; fits two GPUs
+    "moe-tiny": (128, 64, 2, 4, 2, 1024, False),
 }
+EXPERTS = {"qwen3-30b-a3b": (128, 8), "moe-4b-a1b": (128, 8), "moe-tiny": (8, 2)}  # name -> experts, a token's of them
 NUM_WORDS = 1000
 WARMUP_STEPS = 4
 CPU_SCALE = 8  # a CPU gets lengths divided by this
@@ -40,11 +44,15 @@ def write_model(shape: str, folder: Path, device: str = "cpu") -> None:
     """config.json, random bfloat16 weights and a tokenizer of NUM_WORDS words, whose file comes last."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
     others: dict = dict(max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=0)
     others["rope_parameters"] = {"rope_type": "default", "rope_theta": 500000.0}
-    config = LlamaConfig(**dict(zip(SIZES, SHAPES[shape], strict=True)), **others)
+    sizes: dict = dict(zip(SIZES, SHAPES[shape], strict=True))
+    config = LlamaConfig(**sizes, **others)
+    if shape in EXPERTS:
+        others |= dict(zip(("num_experts", "num_experts_per_tok"), EXPERTS[shape], strict=True))
+        config = Qwen3MoeConfig(**sizes, **others, moe_intermediate_size=sizes["intermediate_size"], head_dim=128)
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
