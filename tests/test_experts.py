@@ -160,3 +160,11 @@ def test_the_start_up_check_stands_rounding_of_routers_and_finds_a_leak(monkeypa
         return packed_model.verify_packed_forward(engine, "sdpa", ranks)
     with pytest.raises(UserError, match=lm.config.model_type):
         packed_model.verify_packed_forward(engine, "sdpa", ranks)
+
+
+def test_a_balance_of_experts_is_refused_for_a_model_without_them():
+    for name in TYPES:
+        experts.require_router_logits(0.1, drawn(name))
+    experts.require_router_logits(0.0, drawn("llama"))
+    with pytest.raises(UserError, match="--router_aux_loss_coef"):
+        experts.require_router_logits(0.1, drawn("llama"))

@@ -10,6 +10,7 @@ from deepspeed.utils import set_z3_leaf_modules
 
 from common.config import TrainConfig
 from common.failures import TrainingStopped, as_user_error, is_out_of_memory
+from common.model.experts import require_router_logits
 from common.model.packed import PackedModel
 from common.ranks import Ranks
 from common.zero import residency
@@ -23,6 +24,7 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict, host:
     share of master weights and moments lies on the device; the rest lies in `host`, None for memory taken now. Raises
     UserError for what DeepSpeed itself refuses.
     """
+    require_router_logits(config.router_aux_loss_coef, model.lm)
     betas, eps, decay = (config.adam_beta1, config.adam_beta2), config.adam_epsilon, config.weight_decay
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas, eps, decay, fused=True)
     # One gather and one reduction a layer, in place of one for every module in it.
