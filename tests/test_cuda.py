@@ -211,9 +211,10 @@ def test_state_in_host_memory_is_updated_to_the_same_bits(tmp_path, num_ranks, s
     test_residency.check_host_state(tmp_path, stays_whole, num_ranks, 0.4, on_gpu=True)
 
 
+@pytest.mark.parametrize("lends", [False, True])
 @pytest.mark.parametrize("extra_gb", [0.0, 0.2])
-def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb):
-    """Four steps of 60 million parameters, through a ring of 4 and memory that is free: the bits of one update."""
+def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb, lends):
+    """Four steps of 60 million parameters, through a ring, free and lent memory: the bits of one update."""
     monkeypatch.setattr(host_state, "CHUNK_ELEMENTS", 2**20)
     device, sizes = torch.device("cuda", 0), [30_000_001, 5, 29_999_999]
     torch.manual_seed(0)
@@ -230,7 +231,11 @@ def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb
         carrier.memory_limit = torch.cuda.memory_allocated() + 3e9
     gradients, step = [torch.empty(n, device=device) for n in sizes], torch.zeros((), device=device)
     square, stream = torch.randn(4096, 4096, device=device), torch.cuda.Stream()
+    memory, lent = torch.empty(2**26, device=device), []
     for _ in range(4):
+        for buffer in lent:
+            buffer.usable.wait()
+        memory.fill_(float("nan"))  # what has not been written back by now is lost
         for gradient in gradients:
             gradient.normal_()
         step += 1
@@ -241,6 +246,8 @@ def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb
         scratch = torch.empty(2**28, device=device).fill_(1.0)  # "activations", given up before chunks come
         scratch = scratch * 2 + 1
         del scratch
+        lent = carrier.lend(memory) if lends else []
+        assert len(lent) == (21 if lends else 0)
         carrier.bring(in_free_memory=True)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -249,8 +256,8 @@ def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb
                 weights, *moments = ([*x.split(lengths)] for x in flats)
                 parts = [gradients[i][start:end] for i, start, end in chunk.pieces]
                 residency.update_group(weights, parts, *moments, step, 2.0, OPTIONS)
-        assert bool(carrier.extra) == (extra_gb > 0)
         carrier.end_step()
+        assert bool(carrier.used_up) == (extra_gb > 0)
         for _ in range(20):
             carrier.give_up()
             square = (square @ square).clamp(-1, 1)
