@@ -78,6 +78,7 @@ class Memory(NamedTuple):
     host: float
     per_token: float  # D
     per_token_and_layer: float  # A
+    lent: float = 0.0  # of the gradients, to the optimizer's state, once they are reduced
 
     @property
     def fixed(self) -> float:  # B
@@ -133,6 +134,10 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
     if "offload_param" in offload_devices(zero):
         parameters = 0
     gradients = 4 * (state + 2 * zero.reduce_bucket_size if residency == "nothing" else shape.numel)
+    chunk = host_state.BYTES_PER_PARAMETER * host_state.CHUNK_ELEMENTS
+    others = (
+        0.0 if residency == "nothing" else 4 * shape.layer_numel * (1 - 1 / world_size)
+    )  # a layer's, of other ranks
     of_layer = shape.layer_numel / shape.hidden / 2 + 5 * shape.hidden
     of_layer *= 1 if shape.is_compiled else EAGER_ACTIVATIONS
     return Memory(
@@ -145,6 +150,7 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
         host_state.BYTES_PER_PARAMETER * (state - on_device),
         shape.itemsize * (shape.vocab + 8 * shape.hidden),
         shape.itemsize * of_layer,
+        lent=shape.layers * (others // chunk) * chunk,
     )
 
 
@@ -155,13 +161,13 @@ def seconds_per_token(shape: Shape, card: Card) -> float:
 def exposed_update(memory: Memory, room: float, shape: Shape, card: Card, tokens: float) -> float:
     """Seconds of an update for which nothing else runs; tokens: of a micro-batch, room: bytes for its activations.
 
-    State is brought into what activations give up in the last backward pass; where weights are kept whole the next
-    forward pass begins beside the rest.
+    State is brought into what gradients lend, on one rank into what activations give up, in the last backward pass;
+    where weights are kept whole the next forward pass begins beside the rest.
     """
     seconds = tokens * seconds_per_token(shape, card)
     hidden = seconds / 3 if memory.residency == "all" else 0.0
     if memory.residency != "nothing":
-        hidden += min(seconds * 2 / 3, max(0.0, room) / card.host_link)
+        hidden += min(seconds * 2 / 3, (memory.lent or max(0.0, room)) / card.host_link)
     return max(0.0, memory.host / card.host_link - hidden)
 
 
