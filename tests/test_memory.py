@@ -111,11 +111,14 @@ def settled(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - allocated, total))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated)
+    fractions: list[float] = []  # torch leaves something to NCCL
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: fractions.append(part))
     plan = Plan(0.0, 0, 0, estimate, shape_of(shape, SFTConfig(), True), CARD)
     arguments = SFTConfig(**flags), plan, "varlen", workload, memory.made_up_conversation, ranks
     engine = SimpleNamespace(module=policy, updater=SimpleNamespace(carrier=SimpleNamespace()))
     budget = choose_micro_batch(engine, *arguments)
     room = 0.94 * total - allocated - estimate.gathered
+    assert all(0.94 < fraction < 0.99 for fraction in fractions) and bool(fractions) == bool(runs)
 
     def layers_of(tokens: int) -> int:
         """How many recompute in a micro-batch of the run."""

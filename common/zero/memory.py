@@ -28,6 +28,7 @@ from common.zero.plan import HEADROOM, HOST_RESERVE, LEAST_TRIED, Card, Plan, Sh
 from common.zero.residency import require_known_deepspeed
 
 MOST_DRY_RUNS = 8
+NOT_TORCHS = 0.02  # of the device's memory: for NCCL, which takes some in mid-run and cannot wait for it, and kernels
 
 
 def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state: RunState, ranks: Ranks) -> Workload:
@@ -209,8 +210,10 @@ def choose_micro_batch(
     if device.type == "cuda" and not (given is not None and workload.is_settled):
         ranks.say("measuring memory on made-up micro-batches; the first also compiles the layers")
         held = max(ranks.gather(lambda: torch.cuda.memory_allocated(device))) + estimate.gathered
-        free = torch.cuda.mem_get_info(device)[0]
-        usable = min(ranks.gather(lambda: (free + torch.cuda.memory_reserved(device)) * (1 - HEADROOM)))
+        free, total = torch.cuda.mem_get_info(device)
+        ours = free + torch.cuda.memory_reserved(device)
+        torch.cuda.set_per_process_memory_fraction(ours * (1 - NOT_TORCHS) / total, device)
+        usable = min(ranks.gather(lambda: ours * (1 - HEADROOM)))
 
         def activations_of(tokens: int, recomputing: int) -> float:
             policy.checkpoint_activations(recomputing)
