@@ -22,7 +22,7 @@ from common.model import load
 from common.model.attention import resolve_kernel, to_device
 from common.model.export import export_model, rehearse_export, settings_of_exports
 from common.model.logprobs import sequence_logps
-from common.model.packed import model_inputs, verify_packed_forward
+from common.model.packed import model_inputs, verify_packed_model
 from common.ranks import start
 from common.run.agreement import agreed_identity
 from common.run.card import base_of
@@ -55,7 +55,6 @@ def main() -> None:
     ds_config = deepspeed_config(config)
     ranks = start(config.collective_timeout_minutes)
     dtype = getattr(torch, config.dtype)
-    kernel = resolve_kernel(config.attn_implementation, ranks.device.type, dtype)
 
     # ------------------------------------------------------------------ data: rows -> text -> tokens, and their targets
     model_folder = ranks.once_per_node(lambda: load.find_model(config.model_name_or_path, config.model_revision))
@@ -71,10 +70,13 @@ def main() -> None:
     assert data.pair_lengths is not None  # every data set of preferences has them
     lengths = pair_lengths(data.pair_lengths, config.share_prompt)  # int [pairs]: tokens of each in a micro-batch
     longest_side, num_token_ids = largest(data, held_out)
-    load.check_supported(model_config, config.max_seq_length, longest_side, num_token_ids)
+    load.check_supported(model_config, longest_side, num_token_ids)
+    needs = load.attention_needs(model_config, longest_side)  # of the attention kernel: windows, soft caps, sinks
     if reference_folder is not None:
-        load.check_supported(reference_config, config.max_seq_length, longest_side, num_token_ids)
+        load.check_supported(reference_config, longest_side, num_token_ids)
         load.check_same_vocabulary(model_config, reference_config)
+        needs |= load.attention_needs(reference_config, longest_side)
+    kernel = resolve_kernel(config.attn_implementation, ranks.device.type, dtype, needs)
     ranks.say("\n".join([data_table(data), *load.warnings(template, model_config, longest_side)]))
     ranks.once(lambda: rehearse_export(model_config, template, model_folder))
     ranks.say(preview(data, 0, tokenizer))
@@ -127,7 +129,7 @@ def main() -> None:
     host = reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config, host)
-    verify_packed_forward(engine, kernel, ranks)
+    verify_packed_model(engine, kernel, ranks)
     if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
         policy.compile_layers()
     made_up = partial(made_up_pair, share_prompt=config.share_prompt)

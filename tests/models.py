@@ -46,7 +46,38 @@ ARCHITECTURES = {
         "apertus",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ),  # its folders hold buffers
+    # Windows shorter than most samples, soft caps of scores and logits.
+    "gemma2": (
+        "gemma2",
+        {
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite": ("granite", {"logits_scaling": 4.0}),
+    # Experts, whose folders hold a tensor of each.
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    # Experts, windows, attention sinks.
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
 }
+WITH_EXPERTS = {"qwen3_moe", "gpt_oss"}  # whose matrix products are of other sizes where another sample is
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,

@@ -27,11 +27,15 @@ PLAIN = {  # name -> (method, architecture, max_seq_length, steps, what the run 
     "sft qwen2": ("sft", "qwen2", 512, 5, SFT | {"global_batch_size": 4, "lr_scheduler_type": "linear"}),
     "sft olmo2": ("sft", "olmo2", 120, 5, SFT | {"global_batch_size": 4, "max_grad_norm": 0}),  # with truncation
     "sft qwen3": ("sft", "qwen3", 512, 5, SFT | {"global_batch_size": 4, "lr_scheduler_type": "polynomial"}),
+    "sft gemma2": ("sft", "gemma2", 512, 3, SFT | {"global_batch_size": 4}),
+    "sft qwen3_moe": ("sft", "qwen3_moe", 512, 3, SFT | {"global_batch_size": 4}),
+    "sft gpt_oss": ("sft", "gpt_oss", 512, 3, SFT | {"global_batch_size": 4}),
     "sigmoid": ("dpo", "llama", 512, 4, DPO | {"loss_type": "sigmoid", "beta": 0.1, "max_grad_norm": 0.3}),
     "smoothed": ("dpo", "llama", 512, 4, DPO | {"loss_type": "sigmoid", "beta": 0.2, "label_smoothing": 0.2}),
     "dpo_norm": ("dpo", "llama", 512, 4, DPO | {"loss_type": "dpo_norm", "beta": 5.0}),
     "ipo": ("dpo", "llama", 512, 4, DPO | {"loss_type": "ipo", "beta": 0.5}),
     "simpo": ("dpo", "llama", 512, 4, DPO | {"loss_type": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.4}),
+    "dpo gemma2": ("dpo", "gemma2", 512, 2, DPO | {"loss_type": "sigmoid", "beta": 0.1}),
     "dpo qwen2": ("dpo", "qwen2", 512, 3, DPO | {"loss_type": "dpo_norm", "beta": 5.0}),
 }
 RUNS = [  # (of PLAIN, ranks, flags that change speed alone, what the ds_config keeps whole)
@@ -42,6 +46,10 @@ RUNS = [  # (of PLAIN, ranks, flags that change speed alone, what the ds_config 
     ("sft qwen2", 2, {"max_tokens_per_micro_batch": LONGEST, "gradient_checkpointing": 1}, {}),
     ("sft olmo2", 2, {"max_tokens_per_micro_batch": 120}, {}),
     ("sft qwen3", 1, {"max_tokens_per_micro_batch": LONGEST, "gradient_checkpointing": "full"}, {}),
+    ("sft gemma2", 2, {"max_tokens_per_micro_batch": LONGEST, "gradient_checkpointing": "full"}, {}),
+    ("sft qwen3_moe", 4, {"max_tokens_per_micro_batch": LONGEST}, {"residency": "nothing"}),
+    ("sft gpt_oss", 2, {"max_tokens_per_micro_batch": LONGEST, "gradient_checkpointing": 1}, {}),
+    ("dpo gemma2", 2, {"max_tokens_per_micro_batch": 280}, {}),
     ("sigmoid", 2, {"max_tokens_per_micro_batch": 280}, {}),
     ("smoothed", 1, {"max_tokens_per_micro_batch": 280}, {}),
     ("dpo_norm", 4, {"max_tokens_per_micro_batch": 280}, {}),

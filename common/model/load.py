@@ -16,7 +16,7 @@ from transformers.utils import logging
 from common.data.chat_template import QUESTION, ChatTemplate
 from common.failures import UserError, as_user_error
 from common.files import weight_files, weight_map
-from common.model.attention import registered_name
+from common.model.attention import SINKS, SOFT_CAP, WINDOWS, registered_name
 from common.model.packed import PackedModel
 from common.ranks import Ranks
 
@@ -34,9 +34,9 @@ SAMPLES = (
 NO_CODE = {"trust_remote_code": False}  # code in a folder never runs, and nobody is asked whether it may
 # Pattern of a config's numbers -> the value that changes nothing here, and what another one means.
 REFUSED_NUMBERS = {
-    r"softcap": (0, "caps logits softly"),
-    r"logit.*scal|scal.*logit|lm_head_multiplier": (1, "scales its logits"),
-    r"expert": (0, "has experts"),
+    r"(?!attn_logit_softcapping|final_logit_softcapping).*softcap": (0, "caps logits softly"),
+    r"(?!logit_scale$|logits_scaling$).*(logit.*scal|scal.*logit)": (1, "scales its logits"),
+    r".*jitter": (0, "adds noise to its router"),
     r"^(?!.*(classifier|summary)).*drop": (0, "has dropout"),
 }
 
@@ -111,7 +111,22 @@ def generation_config(folder: str, config: PretrainedConfig, end_ids: list[int])
     return generation
 
 
-def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int, vocab_needed: int) -> None:
+def attention_needs(config: PretrainedConfig, longest: int) -> set[str]:
+    """What attention over samples of at most `longest` tokens needs besides being causal (common/model/attention.py)."""
+    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None) or longest
+    slides = getattr(config, "use_sliding_window", True) and (not types or "sliding_attention" in types)
+    needs = {WINDOWS} if slides and window < longest else set()
+    needs |= {SOFT_CAP} if getattr(config, "attn_logit_softcapping", None) else set()
+    return needs | ({SINKS} if any("sink" in name for name, _ in built(config).named_parameters()) else set())
+
+
+def built(config: PretrainedConfig) -> nn.Module:
+    """The model that this config describes, without storage. Raises UserError."""
+    with torch.device("meta"), as_user_error("config.json describes no model that transformers can build"):
+        return AutoModelForCausalLM.from_config(config, **NO_CODE)
+
+
+def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -> None:
     """Refuses by name what packed training would compute wrongly (INTERFACE: "Only what the code handles is trained").
 
     longest: tokens of the longest sample; vocab_needed: the largest token id of the data + 1. Raises UserError.
@@ -120,8 +135,6 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     layer_types = set(values.get("layer_types") or [])
     unknown = ", ".join(sorted(layer_types - {"full_attention", "sliding_attention"}))
-    slides = values.get("use_sliding_window", True) and (not layer_types or "sliding_attention" in layer_types)
-    window = (values.get("sliding_window") if slides else None) or max_seq_length
     chunk, positions = values.get("attention_chunk_size"), getattr(config, "max_position_embeddings", longest)
     rope = values.get("rope_parameters") or {}
     rope_types = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
@@ -133,7 +146,6 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
         (getattr(model_class, "_is_stateful", False), "keeps state across samples"),
         (not getattr(model_class, "_supports_attention_backend", False), "does not use AttentionInterface"),
         (unknown, f"has layers of type {unknown}"),
-        (window < max_seq_length, f"has a sliding window of {window} tokens, less than --max_seq_length"),
         (chunk, f"has attention chunks of {chunk} tokens"),
         *_refused_numbers(values),
         (has_alibi, "has ALiBi position biases"),
@@ -156,15 +168,14 @@ def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
         (True, f"{meaning} ({name} = {value})")
         for name, value in (item for part in parts for item in part.items())
         for pattern, (harmless, meaning) in REFUSED_NUMBERS.items()
-        if re.search(pattern, name) and type(value) in (int, float) and value != harmless
+        if re.match(pattern, name) and type(value) in (int, float) and value != harmless
     ]
 
 
 def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int]:
     """Elements of each parameter and of one layer's, of the model that this config describes; tied ones count once."""
     with as_user_error("config.json describes no model that transformers can build"):
-        with torch.device("meta"):
-            model = PackedModel(AutoModelForCausalLM.from_config(config, **NO_CODE))
+        model = PackedModel(built(config))
         model.lm.tie_weights()
         layers = model.decoder_layers()
         of_layer = sum(p.numel() for layer in layers for p in layer.parameters()) // len(layers)

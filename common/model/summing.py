@@ -34,7 +34,8 @@ class _SummingLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         inputs, weight = ctx.saved_tensors
-        torch.ops.plaintune.add_product(ctx.weight_sum, grad, inputs)
+        if ctx.needs_input_grad[1]:  # not while the start-up check asks for the embeddings' gradient alone
+            torch.ops.plaintune.add_product(ctx.weight_sum, grad, inputs)
         return grad @ weight, None, None
 
 
