@@ -4,6 +4,8 @@ alike; and what is gathered beside something else is waited for.
     python -m pytest -m cuda tests/test_cuda.py
 """
 
+import copy
+
 import launch
 import models
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common.data.tokens import PreferencePair, SFTSample
-from common.model import attention, summing
+from common.model import attention, load, summing
 from common.model.packed import PackedModel, model_inputs
 from common.model.summing import SummingEmbedding, SummingLinear
 from common.step import packing
@@ -23,7 +25,7 @@ from common.zero import host_state, memory, residency
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 OPTIONS = test_residency.OPTIONS
 KERNELS = [
-    k for k in attention.KERNELS if k != "sdpa" and torch.cuda.is_available() and not attention._why_not(k, True)
+    k for k in attention.KERNELS if k != "sdpa" and torch.cuda.is_available() and not attention._why_not(k, True, ())
 ]
 
 
@@ -55,7 +57,10 @@ PACKS = {
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
-def test_varlen_kernel_equals_block_mask_forward_and_backward(kernel, pack, heads):
+@pytest.mark.parametrize("window", [None, 1, 100])
+def test_varlen_kernel_equals_block_mask_forward_and_backward(kernel, pack, heads, window):
+    if window and attention.WINDOWS not in attention.KERNELS[kernel][1]:
+        pytest.skip("is not taken for models with windows")
     rng = np.random.default_rng(0)
     micro_batch = packing.pack(PACKS[pack](rng))
     length, device = len(micro_batch.input_ids), torch.device("cuda")
@@ -67,12 +72,44 @@ def test_varlen_kernel_equals_block_mask_forward_and_backward(kernel, pack, head
         inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         module = torch.nn.Module()
         function = attention.AttentionInterface()[attention.registered_name(name)]
-        out, _ = function(module, *inputs, scaling=0.125, **attention.attention_kwargs(micro_batch, name, device))
+        asked = {"scaling": 0.125, "sliding_window": window}
+        out, _ = function(module, *inputs, **asked, **attention.attention_kwargs(micro_batch, name, device))
         out.backward(upstream.to(dtype))
         results.append([out, *(x.grad for x in inputs)])
     for expected, seen in zip(*results, strict=True):
         assert seen.isfinite().all()
         assert relative(seen, expected) < 1e-2  # bfloat16 operands
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt_oss", "qwen3_moe", "mistral"])
+def test_windows_caps_sinks_and_experts_equal_transformers_own_eager_attention(architecture, compiled):
+    """Samples packed in bfloat16, by the kernel that auto takes, against each alone in float32."""
+    config, device = (
+        models.make_config(architecture, **({"sliding_window": 16} if architecture == "mistral" else {})),
+        "cuda",
+    )
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").to(device)
+    kernel = attention.resolve_kernel("auto", device, torch.bfloat16, load.attention_needs(config, 60))
+    policy = PackedModel(copy.deepcopy(plain).to(torch.bfloat16))
+    policy.lm.set_attn_implementation(attention.registered_name(kernel))
+    if compiled:
+        policy.compile_layers()
+    samples = [np.random.default_rng(n).integers(1, config.vocab_size, n) for n in (60, 41, 23)]
+    row = packing.pack([packing.sft_documents(SFTSample(ids, np.array([[1, len(ids)]]))) for ids in samples])
+    seen = policy(**model_inputs(row, kernel, torch.device(device)))
+    seen.sum().backward()
+    expected = []
+    for ids in samples:
+        tokens = torch.from_numpy(ids)[None].to(device)
+        logps = plain(input_ids=tokens, use_cache=False).logits[0, :-1].log_softmax(-1)
+        expected.append(logps.gather(1, tokens[0, 1:, None])[:, 0])
+    torch.cat(expected).sum().backward()
+    assert relative(seen, torch.cat(expected)) < 1e-2
+    for (name, ours), theirs in zip(policy.lm.named_parameters(), plain.parameters(), strict=True):
+        if "experts" not in name and "router" not in name and "gate" not in name:  # where bfloat16 chooses another one
+            assert relative(ours.grad, theirs.grad) < 0.1, name
 
 
 def tiny(kernel: str, dtype) -> PackedModel:

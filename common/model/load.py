@@ -32,6 +32,8 @@ SAMPLES = (
     "<|a|>\n b",
 )
 NO_CODE = {"trust_remote_code": False}  # code in a folder never runs, and nobody is asked whether it may
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in a config
+NUM_TAKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 # Pattern of a config's numbers -> the value that changes nothing here, and what another one means.
 REFUSED_NUMBERS = {
     r"(?!attn_logit_softcapping|final_logit_softcapping).*softcap": (0, "caps logits softly"),
@@ -112,7 +114,7 @@ def generation_config(folder: str, config: PretrainedConfig, end_ids: list[int])
 
 
 def attention_needs(config: PretrainedConfig, longest: int) -> set[str]:
-    """What attention over samples of at most `longest` tokens needs besides being causal (common/model/attention.py)."""
+    """What attention over samples of at most `longest` tokens needs besides being causal (see attention.KERNELS)."""
     types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None) or longest
     slides = getattr(config, "use_sliding_window", True) and (not types or "sliding_attention" in types)
     needs = {WINDOWS} if slides and window < longest else set()
@@ -172,14 +174,25 @@ def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
     ]
 
 
-def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int]:
-    """Elements of each parameter and of one layer's, of the model that this config describes; tied ones count once."""
+def part_met(config: PretrainedConfig, name: str) -> float:
+    """Of the parameter of that name, the part that one token meets: of experts, those that it is routed to."""
+    numbers = config.to_dict()
+    experts, taken = (
+        next((numbers[name] for name in names if numbers.get(name)), 1) for names in (NUM_EXPERTS, NUM_TAKEN)
+    )
+    return taken / experts if ".experts." in name else 1.0
+
+
+def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int, int]:
+    """Elements of each parameter and of one layer's, of the model that this config describes; tied ones count once.
+    And how many of all no token meets, on average."""
     with as_user_error("config.json describes no model that transformers can build"):
         model = PackedModel(built(config))
         model.lm.tie_weights()
         layers = model.decoder_layers()
         of_layer = sum(p.numel() for layer in layers for p in layer.parameters()) // len(layers)
-    return [p.numel() for p in model.parameters()], of_layer
+    unmet = sum(p.numel() * (1 - part_met(config, name)) for name, p in model.named_parameters())
+    return [p.numel() for p in model.parameters()], of_layer, round(unmet)
 
 
 def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig) -> None:

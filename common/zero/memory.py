@@ -62,9 +62,10 @@ def given_layers(config: TrainConfig, num_layers: int) -> int | None:
 
 def shape_of(model_config, config: TrainConfig, is_compiled: bool) -> Shape:
     """Of the model that a config.json describes."""
-    sizes, layer_numel = parameter_sizes(model_config)
+    sizes, layer_numel, unmet = parameter_sizes(model_config)
     layers, hidden, vocab = model_config.num_hidden_layers, model_config.hidden_size, model_config.vocab_size
-    return Shape(sizes, layer_numel, layers, hidden, vocab, getattr(torch, config.dtype).itemsize, is_compiled)
+    itemsize = getattr(torch, config.dtype).itemsize
+    return Shape(sizes, layer_numel, layers, hidden, vocab, itemsize, is_compiled, unmet)
 
 
 def choose_residency(

@@ -60,10 +60,15 @@ class Shape(NamedTuple):
     vocab: int
     itemsize: int  # bytes of a parameter
     is_compiled: bool = True
+    unmet: int = 0  # elements that a token does not meet: of the experts that it is not routed to
 
     @property
     def numel(self) -> int:
         return sum(self.sizes)
+
+    @property
+    def num_met(self) -> int:
+        return self.numel - self.unmet
 
 
 class Memory(NamedTuple):
@@ -108,9 +113,9 @@ class Plan(NamedTuple):
         return self.memory.residency
 
     def mfu(self, workload: Workload, peak_flops: float) -> float:
-        """6 FLOPs for each parameter and token, attention and recomputation left out, of a card's peak."""
+        """6 FLOPs for each token and parameter that it meets, without attention and recomputation, of a card's peak."""
         seconds = self.cost * seconds_per_token(self.shape, self.card)
-        return 6 * self.shape.numel * workload.tokens_per_rank / seconds / peak_flops
+        return 6 * self.shape.num_met * workload.tokens_per_rank / seconds / peak_flops
 
 
 def shard_groups(shape: Shape, world_size: int, zero: DeepSpeedZeroConfig) -> list[int]:
@@ -138,7 +143,7 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
     others = (
         0.0 if residency == "nothing" else 4 * shape.layer_numel * (1 - 1 / world_size)
     )  # a layer's, of other ranks
-    of_layer = shape.layer_numel / shape.hidden / 2 + 5 * shape.hidden
+    of_layer = (shape.layer_numel - shape.unmet / shape.layers) / shape.hidden / 2 + 5 * shape.hidden
     of_layer *= 1 if shape.is_compiled else EAGER_ACTIVATIONS
     return Memory(
         residency,
@@ -155,7 +160,7 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
 
 
 def seconds_per_token(shape: Shape, card: Card) -> float:
-    return 6 * shape.numel / (SPEED * card.flops)
+    return 6 * shape.num_met / (SPEED * card.flops)
 
 
 def exposed_update(memory: Memory, room: float, shape: Shape, card: Card, tokens: float) -> float:
