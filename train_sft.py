@@ -94,7 +94,7 @@ def main() -> None:
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config, host)
     verify_packed_model(engine, kernel, ranks)
-    if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
+    if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):
         policy.compile_layers()
     # Dry runs on made-up samples, of which it also follows how many layers recompute their activations.
     budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up_conversation, ranks)  # tokens

@@ -95,6 +95,8 @@ def test_windows_caps_sinks_and_experts_equal_transformers_own_eager_attention(a
     policy = PackedModel(copy.deepcopy(plain).to(torch.bfloat16))
     policy.lm.set_attn_implementation(attention.registered_name(kernel))
     if compiled:
+        if not load.compiles_layers("auto", device, config):
+            pytest.skip("is not compiled")
         policy.compile_layers()
     samples = [np.random.default_rng(n).integers(1, config.vocab_size, n) for n in (60, 41, 23)]
     row = packing.pack([packing.sft_documents(SFTSample(ids, np.array([[1, len(ids)]]))) for ids in samples])
@@ -108,8 +110,8 @@ def test_windows_caps_sinks_and_experts_equal_transformers_own_eager_attention(a
     torch.cat(expected).sum().backward()
     assert relative(seen, torch.cat(expected)) < 1e-2
     for (name, ours), theirs in zip(policy.lm.named_parameters(), plain.parameters(), strict=True):
-        if "experts" not in name and "router" not in name and "gate" not in name:  # where bfloat16 chooses another one
-            assert relative(ours.grad, theirs.grad) < 0.1, name
+        # With experts a token may go to another one in bfloat16.
+        assert relative(ours.grad, theirs.grad) < (0.5 if architecture in models.WITH_EXPERTS else 0.05), name
 
 
 def tiny(kernel: str, dtype) -> PackedModel:

@@ -380,6 +380,15 @@ def test_what_can_be_trained_is_accepted_with_what_its_attention_needs(make, nee
     assert model.attention_needs(config, 100) == needs
 
 
+def test_layers_with_experts_are_not_compiled():
+    dense, experts = models.make_config(), models.make_config("qwen3_moe")
+    assert model.compiles_layers("auto", "cuda", dense) and not model.compiles_layers("auto", "cpu", dense)
+    assert model.compiles_layers(True, "cpu", dense) and not model.compiles_layers(False, "cuda", dense)
+    assert not model.compiles_layers("auto", "cuda", experts)
+    with pytest.raises(UserError, match="--compile_layers true"):
+        model.compiles_layers(True, "cuda", experts)
+
+
 def test_models_that_cannot_be_built_or_have_no_one_list_of_layers_are_refused_by_name():
     with pytest.raises(UserError, match="model type hrm_text is not supported"):
         model.parameter_sizes(config_of("hrm_text"))

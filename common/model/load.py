@@ -17,7 +17,7 @@ from common.data.chat_template import QUESTION, ChatTemplate
 from common.failures import UserError, as_user_error
 from common.files import weight_files, weight_map
 from common.model.attention import SINKS, SOFT_CAP, WINDOWS, registered_name
-from common.model.packed import PackedModel
+from common.model.packed import PackedModel, part_met
 from common.ranks import Ranks
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -32,8 +32,6 @@ SAMPLES = (
     "<|a|>\n b",
 )
 NO_CODE = {"trust_remote_code": False}  # code in a folder never runs, and nobody is asked whether it may
-NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in a config
-NUM_TAKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 # Pattern of a config's numbers -> the value that changes nothing here, and what another one means.
 REFUSED_NUMBERS = {
     r"(?!attn_logit_softcapping|final_logit_softcapping).*softcap": (0, "caps logits softly"),
@@ -144,7 +142,7 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
     has_alibi = values.get("alibi") or values.get("position_embedding_type") == "alibi"
     refusals = [
         (model_class is None or config.is_encoder_decoder, "is not a causal language model of transformers"),
-        (config.get_text_config() is not config, "has parts besides its text decoder"),
+        (not _is_text_only(config), "has parts besides its text decoder"),
         (getattr(model_class, "_is_stateful", False), "keeps state across samples"),
         (not getattr(model_class, "_supports_attention_backend", False), "does not use AttentionInterface"),
         (unknown, f"has layers of type {unknown}"),
@@ -163,6 +161,13 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
         raise UserError(f"the data has {sizes}; use the model's own tokenizer")
 
 
+def _is_text_only(config: PretrainedConfig) -> bool:
+    try:
+        return config.get_text_config() is config
+    except ValueError:  # there are several
+        return False
+
+
 def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
     """(True, reason) for each number of a config, and of the parts in it, that REFUSED_NUMBERS names."""
     parts = [values, *(part for name, part in values.items() if name.endswith("_config") and isinstance(part, dict))]
@@ -174,13 +179,13 @@ def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
     ]
 
 
-def part_met(config: PretrainedConfig, name: str) -> float:
-    """Of the parameter of that name, the part that one token meets: of experts, those that it is routed to."""
-    numbers = config.to_dict()
-    experts, taken = (
-        next((numbers[name] for name in names if numbers.get(name)), 1) for names in (NUM_EXPERTS, NUM_TAKEN)
-    )
-    return taken / experts if ".experts." in name else 1.0
+def compiles_layers(asked: bool | str, device_type: str, config: PretrainedConfig) -> bool:
+    """What `--compile_layers` comes to. Raises UserError: torch's product of a layer's experts, compiled, ends a GPU's
+    process (torch 2.11)."""
+    has_experts = part_met(config, ".experts.") < 1
+    if asked is True and has_experts:
+        raise UserError("--compile_layers true: layers with experts are not compiled; leave it at auto")
+    return asked is True or (asked == "auto" and device_type == "cuda" and not has_experts)
 
 
 def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int, int]:

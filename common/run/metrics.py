@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from common.files import naming, replace_file
-from common.model.load import part_met
+from common.model.packed import part_met
 from common.ranks import Ranks
 from common.run.curves import read_metrics
 from common.run.trackers import Trackers

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from common.config import TrainConfig
 from common.data.tokens import PreferencePair, SFTSample
 from common.failures import UserError
-from common.model.load import parameter_sizes
+from common.model.load import compiles_layers, parameter_sizes
 from common.model.packed import model_inputs
 from common.ranks import Ranks
 from common.step.packing import Document, pack, pair_documents, sft_documents
@@ -86,7 +86,7 @@ def choose_residency(
     elif workload.residency:
         allowed = ("nothing",) if workload.residency == "nothing" else ("gradients", "all")  # which sum alike
     is_gpu = ranks.device.type == "cuda"
-    shape = shape_of(model_config, config, config.compile_layers is not False or not is_gpu)
+    shape = shape_of(model_config, config, not is_gpu or compiles_layers(config.compile_layers, "cuda", model_config))
     if not is_gpu and share is None:
         share = 1.0  # it is one memory
     card, zero = card or _card(ranks), DeepSpeedZeroConfig(**ds_config["zero_optimization"])
