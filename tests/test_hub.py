@@ -61,7 +61,7 @@ KEPT = {
     "org/model": ("v2", TOKEN, "v2"),
     "no/such/model": (None, TOKEN, "no/such/model"),
     "org/secret": (None, "", "Not Found"),
-    "org/wrong": (None, "hf_wrong", "Invalid credentials"),
+    "org/wrong": (None, "hf_wrong", "hf auth login"),
     "org/gated": (None, TOKEN, "gated"),
 }
 
