@@ -124,7 +124,7 @@ SAME = ("train_loss", "grad_norm", "total_tokens", "samples")
 @pytest.mark.parametrize(
     ("method", "per_node", "launcher"),
     [
-        ("sft", 1, "torchrun"),
+        pytest.param("sft", 1, "torchrun", marks=pytest.mark.soak),
         ("dpo", 1, "srun"),
         pytest.param("sft", 2, "srun", marks=pytest.mark.soak),
         pytest.param("dpo", 2, "torchrun", marks=pytest.mark.soak),
