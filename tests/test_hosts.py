@@ -83,10 +83,15 @@ class TwoHosts:
                 )
                 self.processes.append(
                     subprocess.Popen(
-                        command, cwd=launch.REPO, env=environment, text=True, stdout=subprocess.PIPE,
-                        stderr=subprocess.STDOUT, start_new_session=True,
+                        command,
+                        cwd=launch.REPO,
+                        env=environment,
+                        text=True,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
                     )
-                )  # fmt: skip
+                )
 
     def wait(self, timeout: float = 240) -> tuple[list[int], str]:
         outputs = [process.communicate(timeout=timeout)[0] for process in self.processes]
