@@ -18,7 +18,7 @@ import pytest
 
 from common.ranks import _of_srun
 
-HOSTS = ("plaintune-a", "plaintune-b")
+HOSTS = (f"plaintune-{os.getpid()}-a", f"plaintune-{os.getpid()}-b")  # of this process alone
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "veth0", "MASTER_ADDR": ADDRESSES[0]}
 

@@ -95,7 +95,7 @@ def _require_one_folder(output_dir: str, ranks: Ranks) -> None:
     if ranks.local_world_size == ranks.world_size:
         return
     lock = Path(output_dir) / ".lock"
-    written = ranks.once(lambda: lock.read_text())
+    written = ranks.once(_token)
 
     def is_seen() -> bool:
         for _ in range(SECONDS_UNTIL_SEEN):
@@ -104,7 +104,7 @@ def _require_one_folder(output_dir: str, ranks: Ranks) -> None:
             time.sleep(1)
         return False
 
-    seen = ranks.on_all(lambda: (socket.gethostname(), is_seen()))
+    seen = ranks.on_all(lambda: (socket.gethostname(), ranks.is_main or is_seen()))
     if missing := [f"rank {rank} ({host})" for rank, (host, is_there) in enumerate(seen) if not is_there]:
         raise UserError(
             f"--output_dir {output_dir} is not the folder that rank 0 ({seen[0][0]}) sees for {', '.join(missing)}; "
@@ -156,16 +156,25 @@ _locks: list[TextIO] = []  # the system lets go of them when this process ends
 
 def _lock(output_dir: Path) -> None:
     """Raises UserError if another process writes in this folder now."""
-    file = open(output_dir / ".lock", "w")  # a file opened for writing: network file systems lock no folder
-    file.write(secrets.token_hex(8))  # by which the other hosts know it
-    file.flush()
+    # Opened for writing, for network file systems lock no folder; not emptied, for it may be another run's.
+    file = open(output_dir / ".lock", "a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--output_dir {output_dir}: another run writes there now; name another folder") from None
     except OSError as e:
         print_line(f"warning: --output_dir {output_dir}: no lock keeps a second run out ({e.strerror})")
+    file.truncate(0)
+    file.write(secrets.token_hex(8))  # by which the other hosts know it
+    file.flush()
+    os.fsync(file.fileno())
     _locks.append(file)
+
+
+def _token() -> str:
+    """What _lock wrote. Another open file of this process, once closed, would take the system's lock with it."""
+    _locks[-1].seek(0)
+    return _locks[-1].read()
 
 
 # ---------------------------------------------------------------------- the run's record
