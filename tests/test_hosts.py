@@ -158,6 +158,7 @@ def test_a_folder_that_one_host_alone_sees_is_named_before_anything_is_loaded(ho
     assert "loading" not in output
 
 
+@pytest.mark.soak
 def test_a_host_that_dies_ends_the_others_and_the_same_command_continues(hosts, folder):
     flags = flags_of(folder, "sft", "dies", max_train_steps=40, checkpointing_steps=1, logging_steps=1)
     run = TwoHosts("train_sft", flags)
