@@ -22,7 +22,7 @@ from common.model import load
 from common.model.attention import resolve_kernel, to_device
 from common.model.export import export_model, rehearse_export, settings_of_exports
 from common.model.logprobs import sequence_logps
-from common.model.packed import model_inputs, verify_packed_forward
+from common.model.packed import model_inputs, verify_packed_model
 from common.ranks import start
 from common.run.agreement import agreed_identity
 from common.run.card import base_of
@@ -55,7 +55,6 @@ def main() -> None:
     ds_config = deepspeed_config(config)
     ranks = start(config.collective_timeout_minutes)
     dtype = getattr(torch, config.dtype)
-    kernel = resolve_kernel(config.attn_implementation, ranks.device.type, dtype)
 
     # ------------------------------------------------------------------ data: rows -> text -> tokens, and their targets
     model_folder = ranks.once_per_node(lambda: load.find_model(config.model_name_or_path, config.model_revision))
@@ -71,10 +70,13 @@ def main() -> None:
     assert data.pair_lengths is not None  # every data set of preferences has them
     lengths = pair_lengths(data.pair_lengths, config.share_prompt)  # int [pairs]: tokens of each in a micro-batch
     longest_side, num_token_ids = largest(data, held_out)
-    load.check_supported(model_config, config.max_seq_length, longest_side, num_token_ids)
+    load.check_supported(model_config, longest_side, num_token_ids)
+    needs = load.attention_needs(model_config, longest_side)  # of the attention kernel: windows, soft caps, sinks
     if reference_folder is not None:
-        load.check_supported(reference_config, config.max_seq_length, longest_side, num_token_ids)
+        load.check_supported(reference_config, longest_side, num_token_ids)
         load.check_same_vocabulary(model_config, reference_config)
+        needs |= load.attention_needs(reference_config, longest_side)
+    kernel = resolve_kernel(config.attn_implementation, ranks.device.type, dtype, needs)
     ranks.say("\n".join([data_table(data), *load.warnings(template, model_config, longest_side)]))
     ranks.once(lambda: rehearse_export(model_config, template, model_folder))
     ranks.say(preview(data, 0, tokenizer))
@@ -127,8 +129,8 @@ def main() -> None:
     host = reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config, host)
-    verify_packed_forward(engine, kernel, ranks)
-    if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
+    verify_packed_model(engine, kernel, ranks)
+    if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):
         policy.compile_layers()
     made_up = partial(made_up_pair, share_prompt=config.share_prompt)
     # Dry runs on made-up pairs, of which it also follows how many layers recompute their activations.
@@ -181,15 +183,14 @@ def main() -> None:
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 size.tokens = micro_batch.num_tokens
-                token_logps = engine(
-                    **model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
-                )  # of the scored tokens
+                inputs = model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
+                token_logps = engine(**inputs)  # of the scored tokens
                 policy_logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(-1, 2)  # chosen, rejected
                 reference_logps = to_device(reference_table[members], ranks.device)
                 num_scored = to_device(np.reshape(micro_batch.sequence_targets, (-1, 2)), ranks.device)  # tokens
                 loss, micro_batch_sums = preference_loss_and_sums(policy_logps, reference_logps, num_scored, config)
+                balance = config.router_aux_loss_coef * policy.router_loss / (2 * len(samples))  # 0 unless asked for
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-                balance = config.router_aux_loss_coef * policy.router_loss / (2 * len(samples))  # 0 if not asked for
                 # DeepSpeed averages gradients over ranks.
                 engine.backward(loss * ranks.world_size / len(samples) + balance * ranks.world_size)
                 balances += balance.detach()

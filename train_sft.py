@@ -18,7 +18,7 @@ from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel
 from common.model.export import export_model, rehearse_export, settings_of_exports
-from common.model.packed import model_inputs, verify_packed_forward
+from common.model.packed import model_inputs, verify_packed_model
 from common.ranks import start
 from common.run.agreement import agreed_identity
 from common.run.card import base_of
@@ -48,7 +48,6 @@ def main() -> None:
     ds_config = deepspeed_config(config)
     ranks = start(config.collective_timeout_minutes)
     dtype = getattr(torch, config.dtype)
-    kernel = resolve_kernel(config.attn_implementation, ranks.device.type, dtype)
 
     # ------------------------------------------------------------------ data: rows -> text -> tokens, and their targets
     model_folder = ranks.once_per_node(lambda: load.find_model(config.model_name_or_path, config.model_revision))
@@ -58,7 +57,9 @@ def main() -> None:
     template = resolve_template(config.chat_template, tokenizer)
     data, held_out = training_and_held_out("sft", config, template, ranks)  # None if nothing is held out
     longest, num_token_ids = largest(data, held_out)
-    load.check_supported(model_config, config.max_seq_length, longest, num_token_ids)
+    load.check_supported(model_config, longest, num_token_ids)
+    needs = load.attention_needs(model_config, longest)  # of the attention kernel: windows, soft caps, sinks
+    kernel = resolve_kernel(config.attn_implementation, ranks.device.type, dtype, needs)
     ranks.say("\n".join([data_table(data), *load.warnings(template, model_config, longest)]))
     ranks.once(lambda: rehearse_export(model_config, template, model_folder))
     ranks.say(preview(data, 0, tokenizer))
@@ -92,8 +93,8 @@ def main() -> None:
     host = reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config, host)
-    verify_packed_forward(engine, kernel, ranks)
-    if config.compile_layers is True or (config.compile_layers == "auto" and ranks.device.type == "cuda"):
+    verify_packed_model(engine, kernel, ranks)
+    if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):
         policy.compile_layers()
     # Dry runs on made-up samples, of which it also follows how many layers recompute their activations.
     budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up_conversation, ranks)  # tokens
@@ -139,14 +140,11 @@ def main() -> None:
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, micro_batch in enumerate(micro_batches):
                 size.tokens = micro_batch.num_tokens
-                logps = engine(
-                    **model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
-                )  # of this micro-batch's target tokens
+                inputs = model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
+                logps = engine(**inputs)  # of this micro-batch's target tokens
                 loss = -logps.sum()
+                balance = config.router_aux_loss_coef * policy.router_loss / len(samples)  # 0 unless asked for
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-                balance = (
-                    config.router_aux_loss_coef * policy.router_loss / len(samples)
-                )  # of experts; 0 if not asked for
                 # DeepSpeed averages gradients over ranks.
                 engine.backward(loss * ranks.world_size / num_targets + balance * ranks.world_size)
                 balances += balance.detach()

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import stat
 import sys
 import threading
@@ -197,7 +198,8 @@ def _find_store(world_size: int, is_one_host: bool, timeout: timedelta) -> dist.
     listens at MASTER_ADDR. The launcher is the parent of all ranks: its pid and the time of its start name the file.
     """
     if not is_one_host:
-        return next(dist.rendezvous("env://", timeout=timeout))[0]
+        with as_user_error("the ranks of several hosts meet at MASTER_ADDR and MASTER_PORT of rank 0's", ValueError):
+            return next(dist.rendezvous("env://", timeout=timeout))[0]
     folder = Path(os.environ.get("TMPDIR", "/tmp"), f"plaintune-{os.getuid()}")
     with as_user_error(f"{folder}: must be a folder that is yours alone (mode 700)"):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -207,6 +209,18 @@ def _find_store(world_size: int, is_one_host: bool, timeout: timedelta) -> dist.
     started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.FileStore(str(folder / f"{launcher}-{started}-{restarts}"), world_size)
+
+
+def _of_srun() -> dict[str, str]:
+    """What torchrun's environment would say of a task that Slurm's srun has started; {} elsewhere."""
+    given = os.environ
+    if "SLURM_STEP_ID" not in given or given.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return {}
+    on_nodes: list[str] = []  # of `4(x2),3`: 4, 4, 3
+    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", given["SLURM_STEP_TASKS_PER_NODE"]):
+        on_nodes += [number] * int(times or 1)
+    names = {"RANK": given["SLURM_PROCID"], "WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"]}
+    return names | {"LOCAL_RANK": given["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": on_nodes[int(given["SLURM_NODEID"])]}
 
 
 def start(timeout_minutes: float) -> Ranks:
@@ -220,7 +234,7 @@ def start(timeout_minutes: float) -> Ranks:
     for noise in (".*torch.distributed.*is deprecated.*", r"barrier\(\): using the device under current context.*"):
         warnings.filterwarnings("ignore", message=noise)
     if "RANK" not in os.environ:
-        os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        os.environ |= _of_srun() or dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     is_one_host = local_world_size == world_size

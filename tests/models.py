@@ -39,21 +39,6 @@ ARCHITECTURES = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),  # with biases in its attention
     "qwen3": ("qwen3", {"head_dim": 16}),
-    "qwen3_moe": (
-        "qwen3_moe",
-        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
-    ),
-    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
-    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 2}),
-    "qwen2_moe": (
-        "qwen2_moe",
-        {
-            "num_experts": 8,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 24,
-        },
-    ),
     "mistral": ("mistral", {"sliding_window": None}),
     "olmo2": ("olmo2", {}),
     "gpt_neox": ("gpt_neox", {}),  # whose folders call the head by another name than its class
@@ -61,7 +46,53 @@ ARCHITECTURES = {
         "apertus",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     ),  # its folders hold buffers
+    # Windows shorter than most samples, soft caps of scores and logits.
+    "gemma2": (
+        "gemma2",
+        {
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite": ("granite", {"logits_scaling": 4.0}),
+    # Experts, whose folders hold a tensor of each.
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "qwen2_moe": (  # with an expert that every token meets
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    # Experts, windows, attention sinks.
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
 }
+WITH_EXPERTS = {
+    "qwen3_moe",
+    "mixtral",
+    "qwen2_moe",
+    "gpt_oss",
+}  # whose matrix products are of other sizes where another sample is
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,

@@ -43,13 +43,14 @@ def attend(kernel: str, *tensors, **kwargs):
     return attention.AttentionInterface()[registered_name(kernel)](torch.nn.Module(), *tensors, **kwargs)[0]
 
 
-def sees(shapes) -> np.ndarray:
-    """bool [T, T] by the definition, token by token."""
+def sees(shapes, window: int = 10**6) -> np.ndarray:
+    """bool [T, T] by the definition, token by token: the last `window` tokens of its own sample, or side of a pair."""
     parts = [[(d, part)] * size for d, shape in enumerate(shapes) for part, size in zip("pcr", shape, strict=True)]
     tokens = list(chain(*parts))
     visible = np.zeros((len(tokens), len(tokens)), bool)
-    for (i, (d, part)), (j, (other_d, other_part)) in product(enumerate(tokens), repeat=2):
-        visible[i, j] = d == other_d and j <= i and other_part in ("p", part)
+    for i, (d, part) in enumerate(tokens):
+        own = [j for j, (other, of) in enumerate(tokens) if other == d and j <= i and of in ("p", part)]
+        visible[i, own[-window:]] = True
     return visible
 
 
@@ -88,26 +89,37 @@ def test_varlen_segments_describe_the_same_attention(shapes):
 
 
 @pytest.mark.parametrize("shapes", ROWS)
-def test_sdpa_kernel_is_softmax_attention_under_the_mask(shapes):
-    """Grouped heads and a scale of its own, against the formula in float64."""
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("cap", [None, 0.7])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-1.0, 0.0, 0.5, 2.0]).double()])
+def test_sdpa_kernel_is_softmax_attention_under_the_mask(shapes, window, cap, sinks):
+    """Grouped heads and a scale of its own, against the formula in float64; a sink is a score without a value."""
     row, generator = row_of(shapes), torch.Generator().manual_seed(0)
     num_tokens = len(row.input_ids)
     query, key, value = (torch.randn(1, h, num_tokens, 8, generator=generator).double() for h in (4, 2, 2))
-    out = attend("sdpa", query, key, value, scaling=0.3, **attention_kwargs(row, "sdpa", CPU))
-    mask = torch.from_numpy(sees(shapes))
+    asked = {"sliding_window": window, "softcap": cap, "s_aux": sinks}
+    out = attend("sdpa", query, key, value, scaling=0.3, **asked, **attention_kwargs(row, "sdpa", CPU))
+    mask = torch.from_numpy(sees(shapes, window or 10**6))
     for head in range(4):
         scores = 0.3 * query[0, head] @ key[0, head // 2].T
-        expected = torch.softmax(scores.masked_fill(~mask, -torch.inf), -1) @ value[0, head // 2]
-        torch.testing.assert_close(out[0, :, head], expected)
+        scores = scores if cap is None else cap * torch.tanh(scores / cap)
+        weights = torch.exp(scores) * mask
+        total = weights.sum(-1, keepdim=True) + (0 if sinks is None else torch.exp(sinks[head]))
+        rounding = {} if cap is None and sinks is None else {"rtol": 1e-5, "atol": 1e-6}  # it caps in float32
+        torch.testing.assert_close(out[0, :, head], weights / total @ value[0, head // 2], **rounding)
 
 
-def segments(query, key, value, offsets_q, offsets_k, scale):
+def segments(query, key, value, offsets_q, offsets_k, scale, window: tuple = (-1, 0), cap: float = 0.0):
     """Of each segment: its queries' slice, its keys' slice, keys and values of every head, probabilities, lse."""
     groups = query.shape[1] // key.shape[1]
     for (q, q_end), (k, k_end) in zip(pairwise(offsets_q), pairwise(offsets_k), strict=True):
         keys, values = (x[k:k_end].repeat_interleave(groups, 1) for x in (key, value))
         scores = torch.einsum("qhd,khd->hqk", query[q:q_end], keys) * scale
-        hidden = torch.ones(q_end - q, k_end - k).tril(int((k_end - k) - (q_end - q))) == 0  # aligned bottom-right
+        scores = cap * torch.tanh(scores / cap) if cap else scores
+        last = int((k_end - k) - (q_end - q))  # aligned bottom-right
+        hidden = torch.ones(q_end - q, k_end - k).tril(last) == 0
+        if window[0] >= 0:
+            hidden |= torch.ones(q_end - q, k_end - k).triu(last - window[0]) == 0
         scores = scores.masked_fill(hidden, -torch.inf)
         yield slice(q, q_end), slice(k, k_end), keys, values, scores.softmax(-1), scores.logsumexp(-1)
 
@@ -150,9 +162,10 @@ def flash_attn(monkeypatch):
         assert causal and max_seqlen_q >= cu_seqlens_q.diff().max() and max_seqlen_k >= cu_seqlens_k.diff().max()
         return cu_seqlens_q, cu_seqlens_k
 
-    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal):
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, softcap):
+        assert causal and window_size[1] == 0
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        return attention_by_definition(q, k, v, cu_q, cu_k, scale)[0]
+        return attention_by_definition(q, k, v, cu_q, cu_k, scale, window_size, softcap)[0]
 
     interface = {"_flash_attn_fwd": forward, "_flash_attn_bwd": backward}
     contents = {"flash_attn": {"flash_attn_varlen_func": flash_attn_varlen_func}, "flash_attn.cute": {}}
@@ -162,9 +175,14 @@ def flash_attn(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
 
+OF_FLASH_2 = [{"sliding_window": 1}, {"sliding_window": 3}, {"softcap": 0.7}, {"sliding_window": 2, "softcap": 0.7}]
+
+
 @pytest.mark.parametrize("shapes", ROWS)
-@pytest.mark.parametrize("kernel", ["flash_attention_4", "flash_attention_2"])
-def test_variable_length_kernels_are_told_what_the_block_mask_says(flash_attn, kernel, shapes):
+@pytest.mark.parametrize(
+    ("kernel", "asked"), [("flash_attention_4", {}), *(("flash_attention_2", asked) for asked in [{}, *OF_FLASH_2])]
+)
+def test_variable_length_kernels_are_told_what_the_block_mask_says(flash_attn, kernel, asked, shapes):
     """Output and gradients, grouped heads; the segments, their alignment and which keys belong to a branch."""
     row, generator = row_of(shapes), torch.Generator().manual_seed(0)
     tensors = [torch.randn(1, h, len(row.input_ids), 8, generator=generator) for h in (4, 2, 2)]
@@ -172,7 +190,7 @@ def test_variable_length_kernels_are_told_what_the_block_mask_says(flash_attn, k
     results = []
     for name in ("sdpa", kernel):
         inputs = [x.clone().requires_grad_() for x in tensors]
-        out = attend(name, *inputs, scaling=None, **attention_kwargs(row, name, CPU))
+        out = attend(name, *inputs, scaling=None, **asked, **attention_kwargs(row, name, CPU))
         results.append((out.detach(), *torch.autograd.grad(out, inputs, upstream)))
     for expected, seen in zip(*results, strict=True):
         torch.testing.assert_close(seen, expected)
@@ -231,11 +249,15 @@ def test_torch_compile_may_trust_what_is_said_of_flash_attention_4(flash_attn):
     torch.library.opcheck(attention._fa4_forward, (*(x.requires_grad_() for x in inputs), *packing, 0.3))
 
 
-REFUSED = [{"softcap": 30.0}, {"s_aux": torch.zeros(2)}, {"position_bias": torch.zeros(2)}, {"dropout": 0.1}]
+REFUSED = [{"position_bias": torch.zeros(2)}, {"indices": torch.zeros(2)}, {"dropout": 0.1}, {"is_causal": False}, None]
+OF_SOME = [("softcap", "flash_attention_4"), ("softcap", "varlen")]
+OF_SOME += [("s_aux", kernel) for kernel in attention.KERNELS if kernel != "sdpa"]
 
 
-@pytest.mark.parametrize("arguments", [*REFUSED, {"is_causal": False}, None])
-@pytest.mark.parametrize("kernel", attention.KERNELS)
+@pytest.mark.parametrize(
+    ("kernel", "arguments"),
+    [*product(attention.KERNELS, REFUSED), *((kernel, {name: torch.ones(2)}) for name, kernel in OF_SOME)],
+)
 def test_kernels_refuse_what_they_do_not_compute(flash_attn, kernel, arguments):
     """None: a layer that was not told of the packing."""
     kwargs = {} if arguments is None else attention_kwargs(row_of([(4, 0, 0)]), kernel, CPU) | arguments
@@ -244,8 +266,8 @@ def test_kernels_refuse_what_they_do_not_compute(flash_attn, kernel, arguments):
         attend(kernel, x, x, x, **kwargs)
 
 
-FLASH_4, FLASH_2 = attention.KERNELS["flash_attention_4"], attention.KERNELS["flash_attention_2"]
-ON_GPU = {*attention.KERNELS} - {"sdpa"}
+FLASH_4, FLASH_2 = (attention.KERNELS[name][0] for name in ("flash_attention_4", "flash_attention_2"))
+ON_GPU, FLASH = {*attention.KERNELS} - {"sdpa"}, "flash_attention_2"
 
 
 @pytest.mark.parametrize(
@@ -268,6 +290,11 @@ def test_auto_is_the_first_kernel_that_runs_here_and_a_kernel_that_does_not_is_r
     for device, dtype in (("cpu", torch.bfloat16), ("cuda", torch.float32)):
         assert resolve_kernel("auto", device, dtype) == "sdpa"
         cases += [(name, device, dtype) for name in ON_GPU]
+    bf16 = "cuda", torch.bfloat16
+    assert resolve_kernel("auto", *bf16, {attention.SINKS, attention.WINDOWS}) == "sdpa"
+    assert resolve_kernel("auto", *bf16, {attention.WINDOWS}) == ("varlen" if FLASH_2 not in installed else FLASH)
+    assert resolve_kernel("auto", *bf16, {attention.SOFT_CAP}) == ("sdpa" if FLASH_2 not in installed else FLASH)
+    cases += [("flash_attention_4", *bf16, {attention.WINDOWS}), ("varlen", *bf16, {attention.SOFT_CAP})]
     for case in cases:
         with pytest.raises(UserError, match=f"--attn_implementation {case[0]}"):
             resolve_kernel(*case)

@@ -4,6 +4,8 @@ alike; and what is gathered beside something else is waited for.
     python -m pytest -m cuda tests/test_cuda.py
 """
 
+import copy
+
 import launch
 import models
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common.data.tokens import PreferencePair, SFTSample
-from common.model import attention, experts, summing
+from common.model import attention, experts, load, summing
 from common.model.packed import PackedModel, model_inputs
 from common.model.summing import SummingEmbedding, SummingLinear
 from common.step import packing
@@ -23,7 +25,7 @@ from common.zero import host_state, memory, residency
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 OPTIONS = test_residency.OPTIONS
 KERNELS = [
-    k for k in attention.KERNELS if k != "sdpa" and torch.cuda.is_available() and not attention._why_not(k, True)
+    k for k in attention.KERNELS if k != "sdpa" and torch.cuda.is_available() and not attention._why_not(k, True, ())
 ]
 
 
@@ -55,7 +57,10 @@ PACKS = {
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
-def test_varlen_kernel_equals_block_mask_forward_and_backward(kernel, pack, heads):
+@pytest.mark.parametrize("window", [None, 1, 100])
+def test_varlen_kernel_equals_block_mask_forward_and_backward(kernel, pack, heads, window):
+    if window and attention.WINDOWS not in attention.KERNELS[kernel][1]:
+        pytest.skip("is not taken for models with windows")
     rng = np.random.default_rng(0)
     micro_batch = packing.pack(PACKS[pack](rng))
     length, device = len(micro_batch.input_ids), torch.device("cuda")
@@ -67,12 +72,45 @@ def test_varlen_kernel_equals_block_mask_forward_and_backward(kernel, pack, head
         inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         module = torch.nn.Module()
         function = attention.AttentionInterface()[attention.registered_name(name)]
-        out, _ = function(module, *inputs, scaling=0.125, **attention.attention_kwargs(micro_batch, name, device))
+        asked = {"scaling": 0.125, "sliding_window": window}
+        out, _ = function(module, *inputs, **asked, **attention.attention_kwargs(micro_batch, name, device))
         out.backward(upstream.to(dtype))
         results.append([out, *(x.grad for x in inputs)])
     for expected, seen in zip(*results, strict=True):
         assert seen.isfinite().all()
         assert relative(seen, expected) < 1e-2  # bfloat16 operands
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt_oss", "qwen3_moe", "mistral"])
+def test_windows_caps_sinks_and_experts_equal_transformers_own_eager_attention(architecture, compiled):
+    """Samples packed in bfloat16, by the kernel that auto takes, against each alone in float32."""
+    config, device = (
+        models.make_config(architecture, **({"sliding_window": 16} if architecture == "mistral" else {})),
+        "cuda",
+    )
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").to(device)
+    kernel = attention.resolve_kernel("auto", device, torch.bfloat16, load.attention_needs(config, 60))
+    policy = PackedModel(copy.deepcopy(plain).to(torch.bfloat16))
+    policy.lm.set_attn_implementation(attention.registered_name(kernel))
+    policy.lm.config._experts_implementation = experts.GROUPED
+    if compiled:
+        policy.compile_layers()
+    samples = [np.random.default_rng(n).integers(1, config.vocab_size, n) for n in (60, 41, 23)]
+    row = packing.pack([packing.sft_documents(SFTSample(ids, np.array([[1, len(ids)]]))) for ids in samples])
+    seen = policy(**model_inputs(row, kernel, torch.device(device)))
+    seen.sum().backward()
+    expected = []
+    for ids in samples:
+        tokens = torch.from_numpy(ids)[None].to(device)
+        logps = plain(input_ids=tokens, use_cache=False).logits[0, :-1].log_softmax(-1)
+        expected.append(logps.gather(1, tokens[0, 1:, None])[:, 0])
+    torch.cat(expected).sum().backward()
+    assert relative(seen, torch.cat(expected)) < 1e-2
+    for (name, ours), theirs in zip(policy.lm.named_parameters(), plain.parameters(), strict=True):
+        # With experts a token may go to another one in bfloat16.
+        assert relative(ours.grad, theirs.grad) < (0.5 if architecture in models.WITH_EXPERTS else 0.05), name
 
 
 def tiny(kernel: str, dtype) -> PackedModel:
@@ -211,9 +249,10 @@ def test_state_in_host_memory_is_updated_to_the_same_bits(tmp_path, num_ranks, s
     test_residency.check_host_state(tmp_path, stays_whole, num_ranks, 0.4, on_gpu=True)
 
 
+@pytest.mark.parametrize("lends", [False, True])
 @pytest.mark.parametrize("extra_gb", [0.0, 0.2])
-def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb):
-    """Four steps of 60 million parameters, through a ring of 4 and memory that is free: the bits of one update."""
+def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb, lends):
+    """Four steps of 60 million parameters, through a ring, free and lent memory: the bits of one update."""
     monkeypatch.setattr(host_state, "CHUNK_ELEMENTS", 2**20)
     device, sizes = torch.device("cuda", 0), [30_000_001, 5, 29_999_999]
     torch.manual_seed(0)
@@ -230,7 +269,11 @@ def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb
         carrier.memory_limit = torch.cuda.memory_allocated() + 3e9
     gradients, step = [torch.empty(n, device=device) for n in sizes], torch.zeros((), device=device)
     square, stream = torch.randn(4096, 4096, device=device), torch.cuda.Stream()
+    memory, lent = torch.empty(2**26, device=device), []
     for _ in range(4):
+        for buffer in lent:
+            buffer.usable.wait()
+        memory.fill_(float("nan"))  # what has not been written back by now is lost
         for gradient in gradients:
             gradient.normal_()
         step += 1
@@ -241,6 +284,8 @@ def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb
         scratch = torch.empty(2**28, device=device).fill_(1.0)  # "activations", given up before chunks come
         scratch = scratch * 2 + 1
         del scratch
+        lent = carrier.lend(memory) if lends else []
+        assert len(lent) == (21 if lends else 0)
         carrier.bring(in_free_memory=True)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -249,8 +294,8 @@ def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb
                 weights, *moments = ([*x.split(lengths)] for x in flats)
                 parts = [gradients[i][start:end] for i, start, end in chunk.pieces]
                 residency.update_group(weights, parts, *moments, step, 2.0, OPTIONS)
-        assert bool(carrier.extra) == (extra_gb > 0)
         carrier.end_step()
+        assert bool(carrier.used_up) == (extra_gb > 0)
         for _ in range(20):
             carrier.give_up()
             square = (square @ square).clamp(-1, 1)
@@ -264,9 +309,6 @@ def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb
 def test_a_cards_figures_are_measured(monkeypatch):
     free, host, link, flops = memory.measured(torch.device("cuda", 0), 1)
     assert 1e9 < free < 3e11 and host > 1e9 and 1e9 < link < 1e12 and 1e13 < flops < 1e16
-
-
-# ------------------------------------------------------------------ experts
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
@@ -298,43 +340,3 @@ def test_grouped_products_and_their_sums_equal_a_loop_over_experts(dtype, is_tra
         else:
             assert not seen[0][2][e].any()
         start = end
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_mixture_of_experts_equals_float32_on_the_block_mask(compiled):
-    """Log-probabilities of most tokens; a few have other experts in bfloat16. Three lengths, graphs once."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    kernel, runs = KERNELS[0], []
-    sizes = dict(hidden_size=256, moe_intermediate_size=128, head_dim=64, num_experts=16, num_experts_per_tok=4)
-    for name, dtype in (("sdpa", torch.float32), (kernel, torch.bfloat16)):
-        torch.manual_seed(0)
-        config = models.make_config("qwen3_moe", num_hidden_layers=3, **sizes)
-        lm = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention.registered_name(name)
-        )
-        lm.config._experts_implementation = experts.GROUPED
-        model = PackedModel(lm.to(dtype).cuda())
-        for module in experts.experts_in(model.lm):
-            module.weight_sums = {
-                n: torch.zeros_like(p, dtype=torch.float32) for n, p in module.named_parameters(recurse=False)
-            }
-        if compiled and dtype == torch.bfloat16:
-            model.compile_layers()
-        logps = []
-        for lengths in ([130, 700, 64], [33, 900], [257]):
-            row = packing.pack(
-                [
-                    packing.sft_documents(SFTSample(s.input_ids % models.VOCAB, s.trained_spans))
-                    for s in conversations(np.random.default_rng(0), lengths)
-                ]
-            )
-            logps.append(model(**model_inputs(row, name, torch.device("cuda"))))
-            logps[-1].sum().backward()
-        sums = [total for module in experts.experts_in(model.lm) for total in module.weight_sums.values()]
-        runs.append((torch.cat(logps), sums))
-    (expected, expected_sums), (seen, seen_sums) = runs
-    assert float((seen - expected).abs().median()) < 0.05
-    for total, reference in zip(seen_sums, expected_sums, strict=True):
-        assert relative(total, reference) < 0.1
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3

@@ -61,7 +61,7 @@ KEPT = {
     "org/model": ("v2", TOKEN, "v2"),
     "no/such/model": (None, TOKEN, "no/such/model"),
     "org/secret": (None, "", "Not Found"),
-    "org/wrong": (None, "hf_wrong", "Invalid credentials"),
+    "org/wrong": (None, "hf_wrong", "hf auth login"),
     "org/gated": (None, TOKEN, "gated"),
 }
 
@@ -415,9 +415,11 @@ def card_of(folder: Path, base: dict, **flags) -> tuple[dict, str]:
     record |= {"micro_batch_budget": 16384, "residency": "all", "kernel": "varlen", "layers": {"recomputed": 4}}
     record["device"]["total_memory_gb"] = 80.0
     record["result"] = {"steps": 7, "total_tokens": 70, "target_tokens": 30}
+    record["planned"] = {"hours": 1.5}
     models.make_tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 300]}')
     text = card.model_card(config, record, {"train_loss": 0.25}, "org/data  5 rows")
+    assert "| planned hours | 1.5 |" in text
     return yaml.safe_load(text.split("---\n")[1]), text
 
 

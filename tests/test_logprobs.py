@@ -20,26 +20,29 @@ def projection(bias: bool, dtype=torch.float32) -> nn.Linear:
     return linear.to(dtype)
 
 
-def by_definition(linear: nn.Linear, hidden, targets, weights):
+def by_definition(linear: nn.Linear, hidden, targets, weights, scale=1.0, cap=0.0):
     """Values and gradients in float64, all logits at once."""
     weight = linear.weight.detach().double().requires_grad_()
     bias = None if linear.bias is None else linear.bias.detach().double().requires_grad_()
     hidden = hidden.detach().double().requires_grad_()
-    logps = torch.log_softmax(nn.functional.linear(hidden, weight, bias), -1)[torch.arange(len(targets)), targets]
+    logits = scale * nn.functional.linear(hidden, weight, bias)
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    logps = torch.log_softmax(logits, -1)[torch.arange(len(targets)), targets]
     (logps * weights.double()).sum().backward()
     return logps.detach(), hidden.grad, weight.grad, None if bias is None else bias.grad
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 5, 11, 100])
 @pytest.mark.parametrize("bias", [False, True])
-def test_head_is_log_softmax_in_value_and_gradient(monkeypatch, chunk_rows, bias):
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (0.25, 0.0), (1.0, 0.8), (3.0, 0.8)])
+def test_head_is_log_softmax_in_value_and_gradient(monkeypatch, chunk_rows, bias, scale, cap):
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_rows * VOCAB)
     linear = projection(bias)
     hidden = torch.randn(11, HIDDEN, requires_grad=True)
     targets, weights = torch.randint(0, VOCAB, (11,)), torch.randn(11)
     targets[:2] = torch.tensor([0, VOCAB - 1])
-    expected = by_definition(linear, hidden, targets, weights)
-    head = LogProbHead(linear)
+    expected = by_definition(linear, hidden, targets, weights, scale, cap)
+    head = LogProbHead(linear, scale, cap)
     logps = head(hidden, targets)
     (logps * weights).sum().backward()
     assert logps.dtype == torch.float32

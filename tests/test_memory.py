@@ -111,11 +111,14 @@ def settled(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - allocated, total))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated)
+    fractions: list[float] = []  # torch leaves something to NCCL
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: fractions.append(part))
     plan = Plan(0.0, 0, 0, estimate, shape_of(shape, SFTConfig(), True), CARD)
     arguments = SFTConfig(**flags), plan, "varlen", workload, memory.made_up_conversation, ranks
     engine = SimpleNamespace(module=policy, updater=SimpleNamespace(carrier=SimpleNamespace()))
     budget = choose_micro_batch(engine, *arguments)
     room = 0.94 * total - allocated - estimate.gathered
+    assert all(0.94 < fraction < 0.99 for fraction in fractions) and bool(fractions) == bool(runs)
 
     def layers_of(tokens: int) -> int:
         """How many recompute in a micro-batch of the run."""
@@ -358,5 +361,14 @@ def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
 def test_parameters_are_counted_once(tied):
     sizes = dict(vocab_size=100, hidden_size=8, intermediate_size=16, num_attention_heads=2, num_key_value_heads=1)
     layer = 8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16 + 2 * 8
-    counts, of_layer, *_ = parameter_sizes(models.make_config(tie_word_embeddings=tied, **sizes))
-    assert (sum(counts), of_layer) == (100 * 8 * (1 if tied else 2) + 2 * layer + 8, layer)
+    counts, of_layer, unmet = parameter_sizes(models.make_config(tie_word_embeddings=tied, **sizes))
+    assert (sum(counts), of_layer, unmet) == (100 * 8 * (1 if tied else 2) + 2 * layer + 8, layer, 0)
+
+
+def test_a_token_meets_the_experts_that_it_is_routed_to():
+    """2 of 4 experts, each of three matrices of 32 x 24, in two layers."""
+    config = models.make_config("qwen3_moe")
+    counts, _, unmet = parameter_sizes(config)
+    assert unmet == 2 * 2 * 3 * 32 * 24
+    shape = shape_of(config, SFTConfig(), True)
+    assert shape.num_met == sum(counts) - unmet

@@ -31,7 +31,7 @@ from common.data.chat_template import TULU, ChatTemplate, resolve_template
 from common.failures import UserError
 from common.model import export, packed
 from common.model import load as model
-from common.model.attention import registered_name
+from common.model.attention import SINKS, SOFT_CAP, WINDOWS, registered_name
 from common.model.packed import PackedModel
 from common.run.output_dir import _holds_model
 from common.zero.ds_config import deepspeed_config
@@ -41,7 +41,8 @@ IDS = torch.randint(1, models.VOCAB, (1, 70), generator=torch.Generator().manual
 CAUSAL = torch.ones(70, 70, dtype=torch.bool).tril()[None, None]
 ROPE = "model.rotary_emb.inv_freq"
 CASES = {
-    **{name: (name, {}) for name in models.ARCHITECTURES},
+    # But those whose scores transformers' sdpa computes otherwise than eager attention, or whose logits are scaled.
+    **{name: (name, {}) for name in models.ARCHITECTURES if name not in ("gemma2", "gpt_oss", "granite")},
     "llama_tied": ("llama", {"tie_word_embeddings": True}),
     "llama3_rope": ("llama", {"rope_parameters": models.LLAMA3_ROPE}),
 }
@@ -68,7 +69,7 @@ def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
         rows = torch.arange(IDS.shape[1])
         with torch.no_grad():
             row = {"input_ids": IDS, "position_ids": rows[None], "target_rows": rows, "target_ids": None}
-            logits = engine(**row, packed_mask=CAUSAL)[None]
+            logits = engine(**row, packed_mask=CAUSAL, packed_positions=rows)[None]
         parameters = list(packed.lm.parameters())
         sizes = {"held": [p.ds_tensor for p in parameters], "whole": parameters}
         sizes = {name: sum(p.numel() for p in of) for name, of in sizes.items()}
@@ -330,21 +331,14 @@ def config_of(model_type, **changes):
     return AutoConfig.for_model(model_type, **changes)
 
 
+NEEDS = {"gemma2": {WINDOWS, SOFT_CAP}, "gpt_oss": {WINDOWS, SINKS}}
 WINDOW_OF_SOME = dict(use_sliding_window=True, sliding_window=50, layer_types=["full_attention", "sliding_attention"])
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 POSITIONS = dict(n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 REFUSED = {
-    "window": (lambda: models.make_config("mistral", sliding_window=50), "sliding window of 50"),
-    "window, one token too short": (lambda: models.make_config("mistral", sliding_window=99), "window of 99"),
-    "window, though no sample is so long": (lambda: models.make_config("mistral", sliding_window=60), "max_seq_length"),
-    "window of some layers": (lambda: models.make_config("qwen2", **WINDOW_OF_SOME), "sliding window"),
-    "soft cap": (lambda: config_of("gemma2", sliding_window=4096), "softcap"),
-    "noise, Mixtral": (lambda: models.make_config("mixtral", router_jitter_noise=0.1), "router_jitter_noise"),
-    "noise, DBRX": (lambda: config_of("dbrx", ffn_config={"moe_jitter_eps": 0.01}), "moe_jitter_eps"),
+    "noise in the router": (lambda: config_of("phimoe"), "router_jitter_noise"),
     "dropout": (lambda: models.make_config(attention_dropout=0.1), "attention_dropout"),
     "positions, GPT-2": (lambda: config_of("gpt2", **POSITIONS), "64 positions, the longest sample 100 tokens"),
-    "logit scaling, Granite": (lambda: config_of("granite", logits_scaling=8.0), "logits_scaling"),
-    "logit scaling, Cohere": (lambda: config_of("cohere", logit_scale=0.0625), "logit_scale"),
     "state, Mamba": (lambda: config_of("mamba"), "mamba"),
     "linear attention": (lambda: config_of("qwen3_next"), "qwen3_next"),
     "chunks": (lambda: config_of("llama4_text"), "llama4"),
@@ -361,28 +355,38 @@ REFUSED = {
 def test_what_would_be_trained_wrongly_is_refused_by_name(name):
     make, named = REFUSED[name]
     with pytest.raises(UserError, match=named) as error:
-        model.check_supported(make(), 100, 50 if "no sample" in name else 100, 300)
+        model.check_supported(make(), 100, 300)
     assert "\n" not in str(error.value)
 
 
-UNCAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
-
-
 @pytest.mark.parametrize(
-    "make",
+    ("make", "needs"),
     [
-        *(lambda name=name: models.make_config(name) for name in models.ARCHITECTURES),
-        lambda: models.make_config("mistral", sliding_window=100),
-        lambda: models.make_config("qwen2", use_sliding_window=False, sliding_window=50),
-        lambda: models.make_config(rope_parameters=models.LLAMA3_ROPE),
-        lambda: config_of("gemma2", **UNCAPPED, sliding_window=100),
-        lambda: config_of("gpt2", **POSITIONS | {"n_positions": 100}),
-        lambda: models.make_config(vocab_size=300),
+        *((lambda name=name: models.make_config(name), set()) for name in models.ARCHITECTURES if name not in NEEDS),
+        *((lambda name=name: models.make_config(name), needs) for name, needs in NEEDS.items()),
+        (lambda: models.make_config("mistral", sliding_window=99), {WINDOWS}),
+        (lambda: models.make_config("mistral", sliding_window=100), set()),  # as long as the longest sample
+        (lambda: models.make_config("qwen2", use_sliding_window=False, sliding_window=50), set()),
+        (lambda: models.make_config("qwen2", **WINDOW_OF_SOME), {WINDOWS}),
+        (lambda: models.make_config(rope_parameters=models.LLAMA3_ROPE), set()),
+        (lambda: config_of("cohere", logit_scale=0.0625, num_hidden_layers=1), set()),
+        (lambda: config_of("gpt2", **POSITIONS | {"n_positions": 100}), set()),
+        (lambda: models.make_config(vocab_size=300), set()),
     ],
 )
-def test_what_changes_nothing_here_is_accepted(make):
-    """A window as long as the longest sample, one that is switched off, ..."""
-    model.check_supported(make(), 100, 100, 300)
+def test_what_can_be_trained_is_accepted_with_what_its_attention_needs(make, needs):
+    config = make()
+    model.check_supported(config, 100, 300)
+    assert model.attention_needs(config, 100) == needs
+
+
+def test_layers_are_compiled_on_a_gpu_but_for_those_that_loop_over_experts(monkeypatch):
+    dense, experts = models.make_config(), models.make_config("qwen3_moe")
+    assert model.compiles_layers("auto", "cuda", dense) and not model.compiles_layers("auto", "cpu", dense)
+    assert model.compiles_layers(True, "cpu", dense) and not model.compiles_layers(False, "cuda", dense)
+    assert model.compiles_layers("auto", "cuda", experts)
+    monkeypatch.setattr(model, "experts_in", lambda lm: [])
+    assert not model.compiles_layers("auto", "cuda", experts)
 
 
 def test_models_that_cannot_be_built_or_have_no_one_list_of_layers_are_refused_by_name():
@@ -504,7 +508,7 @@ def test_what_surprises_a_models_user_is_said_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("kernel", ["sdpa", "varlen", "flash_attention_2", "flash_attention_4"])
 def test_a_class_that_transformers_does_not_run_on_its_sdpa_is_built_with_ours(kernel):
-    config = config_of("gemma2", **UNCAPPED, num_hidden_layers=1)
+    config = config_of("gemma2", num_hidden_layers=1)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config, attn_implementation=registered_name(kernel))
     assert not built._supports_sdpa and built.config._attn_implementation == registered_name(kernel)

@@ -199,17 +199,21 @@ def test_checkpoints_are_cleaned_only_once_the_result_is_written(folder, monkeyp
 # ------------------------------------------------------------------ whose folder it is
 
 
-def test_a_folder_in_which_another_run_writes_is_refused_until_that_ends(folder):
+@pytest.mark.parametrize("num_hosts", [1, 2])
+def test_a_folder_in_which_another_run_writes_is_refused_until_that_ends(folder, num_hosts):
     code = (
         "import sys; sys.path.insert(0, 'tests'); from models import OneRank; from common.run.output_dir import claim; "
-        "from common.config import SFTConfig; claim(SFTConfig(output_dir=sys.argv[1]), {}, 5, OneRank()); "
+        "from common.config import SFTConfig; OneRank.world_size = int(sys.argv[2]); "
+        "claim(SFTConfig(output_dir=sys.argv[1]), {}, 5, OneRank()); "
         "print('held', flush=True); sys.stdin.read()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "cwd": launch.REPO}
-    with subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes) as other:
+    with subprocess.Popen([sys.executable, "-c", code, str(folder), str(num_hosts)], **pipes) as other:
         assert other.stdout.readline() == b"held\n"
+        known_by = (folder / ".lock").read_text()
         with pytest.raises(UserError, match=f"--output_dir {folder}: another run writes there now"):
             claim(config_of(folder), {}, 5, OneRank())
+        assert (folder / ".lock").read_text() == known_by  # the other run's hosts still find it
         other.kill()
     for _ in range(2):  # a process may look twice
         assert claim(config_of(folder), {}, 5, OneRank())

@@ -194,7 +194,15 @@ def test_no_sample_sees_another(folder, samples, dtype):
         mixed = [(other[i] if i == changed else ids, targets) for i, (ids, targets) in enumerate(samples)]
         after = packed_logps(packed, [sft_documents(as_sft_sample(*s)) for s in mixed]).split(sizes)
         for i in range(len(samples)):
-            assert torch.equal(before[i], after[i]) == (i != changed), (i, changed)
+            assert is_unmoved(packed, before[i], after[i]) == (i != changed), (i, changed)
+
+
+def is_unmoved(packed, before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Bitwise; with experts to rounding."""
+    if packed.lm.config.model_type in models.WITH_EXPERTS:
+        tolerance = 1e-5 if packed.lm.dtype == torch.float32 else 0.1
+        return torch.allclose(before, after, rtol=tolerance, atol=tolerance)
+    return torch.equal(before, after)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -212,7 +220,7 @@ def test_no_completion_sees_the_other(folder, pairs, share, dtype):
         mixed[changed // 2] = pair._replace(**{field: (getattr(pair, field) + 7) % 300})
         after = packed_logps(packed, [pair_documents(p, share) for p in mixed]).split(sizes)
         for i in range(len(sizes)):
-            assert torch.equal(before[i], after[i]) == (i != changed), (i, changed)
+            assert is_unmoved(packed, before[i], after[i]) == (i != changed), (i, changed)
 
 
 def test_both_completions_see_the_whole_prompt(folder, pairs):

@@ -177,7 +177,7 @@ def project(tmp_path):
     """A project that is set up, whose train_sft.py is FAKE_SCRIPT; nothing of it may be left running."""
     shutil.copy(launch.REPO / "run.sh", tmp_path)
     for name in ("failures.py", "verbs/launch.py"):
-        text = (launch.REPO / "common" / name).read_text().replace("GRACE = 30.0", "GRACE = 2.0")
+        text = (launch.REPO / "common" / name).read_text().replace("GRACE = 30.0", "GRACE = 4.0")
         text = text.replace("ANSWER = 10.0", "ANSWER = 0.5")
         executable(tmp_path / "common" / name, text)
     (tmp_path / "common/config.py").write_text("SFTConfig = DPOConfig = parse_config = lambda *_: None")

@@ -6,6 +6,7 @@ that models build none. What a kernel needs to know about the packing travels as
 """
 
 import importlib
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -15,35 +16,40 @@ from transformers import AttentionInterface
 from common.failures import UserError, one_line
 from common.step.packing import CHOSEN, REJECTED, STEM, MicroBatch
 
-# Each kernel and the module that has it, the first that can be imported is taken.
+# What a model's attention may need besides causal attention.
+WINDOWS, SOFT_CAP, SINKS = "sliding windows", "soft-capped scores", "attention sinks"
+# Each kernel, the module that has it, and what it computes of these; the first that will do is taken.
 KERNELS = {
-    "flash_attention_4": "flash_attn.cute.interface",  # the package flash-attn-4: compiled when it first runs
-    "flash_attention_2": "flash_attn.flash_attn_interface",  # the package flash-attn
-    "varlen": "torch.nn.attention.varlen",
-    "sdpa": "torch.nn.functional",
+    "flash_attention_4": ("flash_attn.cute.interface", ()),  # the package flash-attn-4: compiled when it first runs
+    "flash_attention_2": ("flash_attn.flash_attn_interface", (WINDOWS, SOFT_CAP)),  # the package flash-attn
+    "varlen": ("torch.nn.attention.varlen", (WINDOWS,)),
+    "sdpa": ("torch.nn.functional", (WINDOWS, SOFT_CAP, SINKS)),
 }
 
 
-def resolve_kernel(name: str, device_type: str, dtype: torch.dtype) -> str:
-    """The kernel behind `--attn_implementation`; raises UserError where it cannot run."""
+def resolve_kernel(name: str, device_type: str, dtype: torch.dtype, needs: Collection[str] = ()) -> str:
+    """The kernel behind `--attn_implementation` for a model of those needs; raises UserError where it cannot run."""
     on_gpu = device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
     if name == "auto":
-        return next(kernel for kernel in KERNELS if _why_not(kernel, on_gpu) is None)
-    if reason := _why_not(name, on_gpu):
+        return next(kernel for kernel in KERNELS if _why_not(kernel, on_gpu, needs) is None)
+    if reason := _why_not(name, on_gpu, needs):
         raise UserError(f"--attn_implementation {name}: {reason}; use auto")
     return name
 
 
-def _why_not(kernel: str, on_gpu: bool) -> str | None:
+def _why_not(kernel: str, on_gpu: bool, needs: Collection[str]) -> str | None:
     """What keeps a kernel from running here; None if nothing does."""
+    module, computed = KERNELS[kernel]
+    if missing := [need for need in needs if need not in computed]:
+        return f"does not compute this model's {' and '.join(missing)}"
     if kernel != "sdpa" and not on_gpu:
         return "needs a CUDA device and bfloat16"
     if kernel == "flash_attention_4" and torch.cuda.get_device_capability()[0] not in (9, 10):
         return "needs a Hopper or Blackwell GPU"
     try:
-        importlib.import_module(KERNELS[kernel])
+        importlib.import_module(module)
     except Exception as e:  # whatever a package raises whose driver or CUDA does not fit
-        return f"{KERNELS[kernel]} cannot be imported ({type(e).__name__}: {one_line(e)})"
+        return f"{module} cannot be imported ({type(e).__name__}: {one_line(e)})"
     return None
 
 
@@ -62,7 +68,7 @@ def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
 def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device) -> dict:
     """What the attention layers need to know about one micro-batch, as the model's keyword arguments.
 
-    sdpa: packed_mask bool [1, 1, T, T], True where row i attends to column j.
+    sdpa: packed_mask bool [1, 1, T, T], True where row i attends to column j; packed_positions int64 [T].
     varlen kernels: packed_cu_seqlens_q, packed_cu_seqlens_k int32 [S], packed_max_seqlen int, packed_key_index int64
     [T_k] or None. A segment is a document, or a document's stem and chosen branch, or its rejected branch alone, whose
     keys are the stem's and its own. A segment's last query is aligned with its last key (bottom-right causal). S and
@@ -71,7 +77,7 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
     """
     if kernel == "sdpa":
         mask = block_mask(to_device(micro_batch.document, device), to_device(micro_batch.branch, device))
-        return {"packed_mask": mask}
+        return {"packed_mask": mask, "packed_positions": to_device(micro_batch.position_ids, device)}
     q_lengths, keys = [], []
     ends = np.flatnonzero(np.diff(micro_batch.document))  # the documents follow one another
     for positions in np.split(np.arange(len(micro_batch.document)), ends + 1):
@@ -110,9 +116,9 @@ def block_mask(document: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
 
 def _refuse_unimplemented(module: torch.nn.Module, dropout: float, packing: torch.Tensor | None, kwargs: dict) -> None:
     """Raises UserError for arguments that change what attention computes and that no packed kernel implements, and
-    where `packing`, what keeps samples apart, has not come through the model. Windows are common/model/load.py's."""
+    where `packing`, what keeps samples apart, has not come through the model."""
     is_causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
-    names = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    names = [name for name in ("softcap", "s_aux", "position_bias", "indices") if kwargs.get(name) is not None]
     names += ["dropout"] * bool(dropout) + ["attention that is not causal"] * (not is_causal)
     if names:
         raise UserError(f"{type(module).__name__} asks for {names[0]}, which packed attention does not compute")
@@ -120,14 +126,44 @@ def _refuse_unimplemented(module: torch.nn.Module, dropout: float, packing: torc
         raise UserError(f"{type(module).__name__} passes no keyword arguments on: samples cannot be kept apart")
 
 
-def _sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, packed_mask=None, **kwargs):
-    """query [1, H, T, D], key and value [1, H_kv, T, D] -> ([1, T, H, D], None); the AttentionInterface signature."""
+def _sdpa(
+    module,
+    query,
+    key,
+    value,
+    attention_mask=None,
+    scaling=None,
+    dropout=0.0,
+    packed_mask=None,
+    packed_positions=None,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    **kwargs,
+):
+    """query [1, H, T, D], key and value [1, H_kv, T, D] -> ([1, T, H, D], None); the AttentionInterface signature.
+
+    sliding_window: how many tokens a token sees, itself included. softcap: scores s become softcap tanh(s / softcap).
+    s_aux: of each head a score [H] that takes part in the softmax and has no value.
+    """
     _refuse_unimplemented(module, dropout, packed_mask, kwargs)
+    if sliding_window is not None:  # positions are those of a document, and of a branch after its stem
+        distance = packed_positions[:, None] - packed_positions[None, :]
+        packed_mask = packed_mask & (distance < sliding_window)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # with a mask, torch's fused CPU kernel takes only equal head counts
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=packed_mask, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
+    if softcap is None and s_aux is None:
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=packed_mask, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+    scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~packed_mask, -torch.inf)
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.float()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    probabilities = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
+    return (probabilities @ value).transpose(1, 2).contiguous(), None
 
 
 def _segments(module, query, key, value, dropout, kwargs):
@@ -140,19 +176,37 @@ def _segments(module, query, key, value, dropout, kwargs):
     return query, key, value, kwargs["packed_cu_seqlens_q"], kwargs["packed_cu_seqlens_k"], kwargs["packed_max_seqlen"]
 
 
-def _varlen(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+def _last_keys(sliding_window: int | None) -> tuple[int, int]:
+    """The keys before and after its own that a token sees, as flash attention counts them; -1: all of them."""
+    return (-1 if sliding_window is None else sliding_window - 1), 0
+
+
+def _varlen(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
     from torch.nn.attention.varlen import varlen_attn
 
     *tensors, length = _segments(module, query, key, value, dropout, kwargs)
     gqa = {"enable_gqa": True} if _VARLEN_HAS_GQA_FLAG and query.shape[1] != key.shape[1] else {}
-    return varlen_attn(*tensors, length, length, scale=scaling, window_size=(-1, 0), **gqa)[None], None  # causal
+    window = _last_keys(sliding_window)
+    return varlen_attn(*tensors, length, length, scale=scaling, window_size=window, **gqa)[None], None
 
 
-def _flash_attention_2(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+def _flash_attention_2(
+    module,
+    query,
+    key,
+    value,
+    attention_mask=None,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    **kwargs,
+):
     from flash_attn import flash_attn_varlen_func
 
     *tensors, length = _segments(module, query, key, value, dropout, kwargs)
-    return flash_attn_varlen_func(*tensors, length, length, softmax_scale=scaling, causal=True)[None], None
+    options = {"softmax_scale": scaling, "causal": True, "window_size": _last_keys(sliding_window)}
+    return flash_attn_varlen_func(*tensors, length, length, softcap=softcap or 0.0, **options)[None], None
 
 
 def _flash_attention_4(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):

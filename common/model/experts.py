@@ -1,4 +1,4 @@
-"""Mixtures of experts on packed rows: grouped products, the routers' auxiliary loss, and which parameters are active.
+"""Mixtures of experts on packed rows: grouped products, the routers' auxiliary loss, and what a token meets.
 
 A token's router chooses `top_k` of a layer's experts. transformers keeps the weights of all experts of a layer in one
 parameter, so that ZeRO-3 gathers and reduces the same parameters on every rank, whatever the routers choose.
@@ -15,6 +15,8 @@ from common.model.summing import grouped_product, summing_lookup
 from common.step.packing import CHOSEN, REJECTED, STEM, MicroBatch
 
 GROUPED = "plaintune_grouped"  # name of grouped_experts among transformers' implementations
+NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in a config
+NUM_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 
 
 # ------------------------------------------------------------------ the experts of a layer
@@ -118,12 +120,15 @@ def require_router_logits(coefficient: float, lm: nn.Module) -> None:
 
 # ------------------------------------------------------------------ counts
 def experts_per_token(config: PretrainedConfig) -> int:
-    """How many experts of a layer a token's router chooses."""
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 1)
+    """How many experts of a layer a token's router chooses; 1 for a config without experts."""
+    return _first_number(config, NUM_CHOSEN)
 
 
-def active_share(lm: nn.Module) -> dict[nn.Parameter, float]:
-    """Of each parameter of experts, the part that one token's forward pass multiplies with."""
-    top_k = experts_per_token(lm.config)
-    return {p: top_k / module.num_experts for module in experts_in(lm) for p in module.parameters()}
+def part_met(config: PretrainedConfig, name: str) -> float:
+    """Of the parameter of that name, the part that one token meets: of experts, those that it is routed to."""
+    return experts_per_token(config) / _first_number(config, NUM_EXPERTS) if ".experts." in name else 1.0
+
+
+def _first_number(config: PretrainedConfig, names: tuple[str, ...]) -> int:
+    numbers = config.to_dict()
+    return next((numbers[name] for name in names if numbers.get(name)), 1)

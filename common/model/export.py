@@ -11,13 +11,13 @@ from pathlib import Path
 import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.data.chat_template import ChatTemplate
 from common.failures import UserError, as_user_error
 from common.files import INDEX, naming, sync_folder, weight_files
-from common.model.load import SAMPLES, generation_config, load_config, load_tokenizer
+from common.model.load import SAMPLES, built, generation_config, load_config, load_tokenizer
 from common.model.packed import PackedModel
 from common.ranks import Ranks
 
@@ -38,13 +38,13 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
     ranks.once(lambda: shutil.rmtree(temporary, ignore_errors=True))
     layout = ranks.once(lambda: _write_small_files(model.lm, template, source_folder, temporary))
     for file, names in layout.items():
-        gathered: dict[str, torch.Tensor] = {}
-        for name, (exported, _) in names.items():
+        stored: dict[str, torch.Tensor] = {}
+        for name, (_, places) in names.items():
             with deepspeed.zero.GatheredParameters([tensors[name]]):  # of a buffer, which is whole: nothing
                 if ranks.is_main:
                     whole = tensors[name].detach().to("cpu", copy=True).contiguous()
-                    gathered |= _stored(model.lm, name, whole, exported)
-        ranks.once(lambda: _write_shard(gathered, temporary / file))
+                    stored |= _stored(model.lm, name, whole, places)
+        ranks.once(lambda: _write_shard(stored, temporary / file))
     ranks.once(lambda: _move_up(temporary))
 
 
@@ -66,24 +66,20 @@ def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int
     Raises UserError where output_dir holds anything.
     """
     layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
-    buffers, lm = load_file(folder / BUFFERS), None
+    buffers, lm = load_file(folder / BUFFERS), built(load_config(str(folder)))
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir} is not empty; name another folder")
     temporary = output_dir / ".export"
     shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(LAYOUT, BUFFERS))
     for file, names in layout.items():
-        tensors: dict[str, torch.Tensor] = {}
-        for name, (exported, dtype) in names.items():
-            if name in buffers:
-                tensors[exported[0]] = buffers[name]
-                continue
-            whole = torch.empty(shapes[name], dtype=getattr(torch, dtype))
-            fill(name, whole.view(-1))
-            if len(exported) > 1 and lm is None:  # transformers knows how it is taken apart
-                with torch.device("meta"):
-                    lm = AutoModelForCausalLM.from_config(load_config(str(folder)))
-            tensors |= _stored(lm if len(exported) > 1 else None, name, whole, exported)
-        _write_shard(tensors, temporary / file)
+        stored: dict[str, torch.Tensor] = {}
+        for name, (dtype, places) in names.items():
+            whole = buffers.get(name)
+            if whole is None:
+                whole = torch.empty(shapes[name], dtype=getattr(torch, dtype))
+                fill(name, whole.view(-1))
+            stored |= _stored(lm, name, whole, places)
+        _write_shard(stored, temporary / file)
     _move_up(temporary)
 
 
@@ -93,35 +89,26 @@ def _tensors(lm) -> dict[str, torch.Tensor]:
     return dict(lm.named_parameters()) | {name: buffer for name, buffer in lm.named_buffers() if name in saved}
 
 
-def _stored(lm, name: str, whole: torch.Tensor, exported: list[str | None]) -> dict[str, torch.Tensor]:
-    """A parameter as its tensors in one file, by their names there, before transformers put them together as it loaded
-    them. exported: see _layout. lm: the model, None for a parameter that is stored as it is."""
-    parts = [whole] if lm is None else list(revert_weight_conversion(lm, {name: whole}).values())
-    pairs = zip(exported, parts, strict=True)
-    return {stored: part.contiguous() for stored, part in pairs if stored is not None}
+def _stored(lm, name: str, whole: torch.Tensor, places: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Those of the tensors that folders hold in place of a parameter (of a layer's experts: one of each expert) which
+    `places` has: name in a folder -> place among all of them."""
+    tensors = [*revert_weight_conversion(lm, {name: whole}).values()]
+    return {stored: tensors[i] if len(tensors) == 1 else tensors[i].clone() for stored, i in places.items()}
 
 
-def _layout(lm) -> dict[str, dict[str, tuple[list[str | None], str]]]:
-    """File -> a tensor's name -> its names in the file, and its type: as in the folder that this rank loaded the model
-    from. What that does not hold goes to its last file.
-
-    A parameter that is stored as several tensors, as experts are, may be in several files: in each, None stands for
-    those that are in another.
-    """
-    layout: dict[str, dict[str, tuple[list[str | None], str]]] = {}
+def _layout(lm) -> dict[str, dict[str, tuple[str, dict[str, int]]]]:
+    """File -> a tensor's name -> its type, and the _stored places of what the file holds of it: as in the folder that
+    this rank loaded the model from. What that does not hold goes to its last file."""
+    layout: dict[str, dict[str, tuple[str, dict[str, int]]]] = {}
     for name, tensor in _tensors(lm).items():
         shape = getattr(tensor, "ds_shape", tensor.shape)
-        exported = list(revert_weight_conversion(lm, {name: torch.empty(shape, device="meta")}))
-        files = []
-        for stored in exported:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        for i, stored in enumerate(revert_weight_conversion(lm, {name: torch.empty(shape, device="meta")})):
             file = "model.safetensors"
             if lm.file_of:
                 file = Path(lm.file_of.get(stored, max(lm.file_of.values()))).name
                 file = file if re.fullmatch(r"model.+\.safetensors", file) else f"model-{file}"
-            files.append(file)
-        for file in dict.fromkeys(files):
-            here = [stored if of == file else None for stored, of in zip(exported, files, strict=True)]
-            layout.setdefault(file, {})[name] = here, str(tensor.dtype).removeprefix("torch.")
+            layout.setdefault(file, {}).setdefault(name, (dtype, {}))[1][stored] = i
     return layout
 
 
@@ -166,13 +153,7 @@ def _write_small_files(lm, template: ChatTemplate, source_folder: str, folder: P
         _write_settings(lm.config, template, source_folder, folder)
     layout = _layout(lm)
     if [*layout] != ["model.safetensors"]:
-        weight_map = {
-            stored: file
-            for file, names in layout.items()
-            for exported, _ in names.values()
-            for stored in exported
-            if stored
-        }
+        weight_map = {name: file for file, names in layout.items() for _, places in names.values() for name in places}
         sizes = (getattr(t, "ds_numel", t.numel()) * t.element_size() for t in _tensors(lm).values())
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

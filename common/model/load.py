@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -17,8 +16,8 @@ from transformers.utils import logging
 from common.data.chat_template import QUESTION, ChatTemplate
 from common.failures import UserError, as_user_error
 from common.files import weight_files, weight_map
-from common.model.attention import registered_name
-from common.model.experts import GROUPED, active_share, experts_per_token
+from common.model.attention import SINKS, SOFT_CAP, WINDOWS, registered_name
+from common.model.experts import GROUPED, experts_in, part_met
 from common.model.packed import PackedModel
 from common.ranks import Ranks
 
@@ -36,10 +35,9 @@ SAMPLES = (
 NO_CODE = {"trust_remote_code": False}  # code in a folder never runs, and nobody is asked whether it may
 # Pattern of a config's numbers -> the value that changes nothing here, and what another one means.
 REFUSED_NUMBERS = {
-    r"softcap": (0, "caps logits softly"),
-    r"logit.*scal|scal.*logit|lm_head_multiplier": (1, "scales its logits"),
-    r"jitter_noise|jitter_eps": (0, "adds noise to its routers"),
-    r"capacity_factor|expert_capacity": (0, "drops tokens of experts that are full"),
+    r"(?!attn_logit_softcapping|final_logit_softcapping).*softcap": (0, "caps logits softly"),
+    r"(?!logit_scale$|logits_scaling$).*(logit.*scal|scal.*logit)": (1, "scales its logits"),
+    r".*jitter": (0, "adds noise to its router"),
     r"^(?!.*(classifier|summary)).*drop": (0, "has dropout"),
 }
 
@@ -50,7 +48,8 @@ def find_model(name_or_path: str, revision: str | None = None, files: list[str] 
         if revision is not None:
             raise UserError(f"--model_revision {revision}: {name_or_path} is a folder here, which has no revisions")
         return name_or_path
-    with as_user_error(f"{name_or_path}: no such folder here, and the hub did not give it"):
+    advice = "`hf auth login` if it is private or gated"
+    with as_user_error(f"{name_or_path}: no such folder here, and the hub did not give it ({advice})"):
         return snapshot_download(name_or_path, revision=revision, allow_patterns=files, ignore_patterns="*/*")
 
 
@@ -114,7 +113,22 @@ def generation_config(folder: str, config: PretrainedConfig, end_ids: list[int])
     return generation
 
 
-def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int, vocab_needed: int) -> None:
+def attention_needs(config: PretrainedConfig, longest: int) -> set[str]:
+    """What attention over samples of at most `longest` tokens needs besides being causal (see attention.KERNELS)."""
+    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None) or longest
+    slides = getattr(config, "use_sliding_window", True) and (not types or "sliding_attention" in types)
+    needs = {WINDOWS} if slides and window < longest else set()
+    needs |= {SOFT_CAP} if getattr(config, "attn_logit_softcapping", None) else set()
+    return needs | ({SINKS} if any("sink" in name for name, _ in built(config).named_parameters()) else set())
+
+
+def built(config: PretrainedConfig) -> nn.Module:
+    """The model that this config describes, without storage. Raises UserError."""
+    with torch.device("meta"), as_user_error("config.json describes no model that transformers can build"):
+        return AutoModelForCausalLM.from_config(config, **NO_CODE)
+
+
+def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -> None:
     """Refuses by name what packed training would compute wrongly (INTERFACE: "Only what the code handles is trained").
 
     longest: tokens of the longest sample; vocab_needed: the largest token id of the data + 1. Raises UserError.
@@ -123,8 +137,6 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     layer_types = set(values.get("layer_types") or [])
     unknown = ", ".join(sorted(layer_types - {"full_attention", "sliding_attention"}))
-    slides = values.get("use_sliding_window", True) and (not layer_types or "sliding_attention" in layer_types)
-    window = (values.get("sliding_window") if slides else None) or max_seq_length
     chunk, positions = values.get("attention_chunk_size"), getattr(config, "max_position_embeddings", longest)
     rope = values.get("rope_parameters") or {}
     rope_types = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
@@ -132,11 +144,10 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
     has_alibi = values.get("alibi") or values.get("position_embedding_type") == "alibi"
     refusals = [
         (model_class is None or config.is_encoder_decoder, "is not a causal language model of transformers"),
-        (config.get_text_config() is not config, "has parts besides its text decoder"),
+        (not _is_text_only(config), "has parts besides its text decoder"),
         (getattr(model_class, "_is_stateful", False), "keeps state across samples"),
         (not getattr(model_class, "_supports_attention_backend", False), "does not use AttentionInterface"),
         (unknown, f"has layers of type {unknown}"),
-        (window < max_seq_length, f"has a sliding window of {window} tokens, less than --max_seq_length"),
         (chunk, f"has attention chunks of {chunk} tokens"),
         *_refused_numbers(values),
         (has_alibi, "has ALiBi position biases"),
@@ -152,6 +163,13 @@ def check_supported(config: PretrainedConfig, max_seq_length: int, longest: int,
         raise UserError(f"the data has {sizes}; use the model's own tokenizer")
 
 
+def _is_text_only(config: PretrainedConfig) -> bool:
+    try:
+        return config.get_text_config() is config
+    except ValueError:  # there are several
+        return False
+
+
 def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
     """(True, reason) for each number of a config, and of the parts in it, that REFUSED_NUMBERS names."""
     parts = [values, *(part for name, part in values.items() if name.endswith("_config") and isinstance(part, dict))]
@@ -159,34 +177,26 @@ def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
         (True, f"{meaning} ({name} = {value})")
         for name, value in (item for part in parts for item in part.items())
         for pattern, (harmless, meaning) in REFUSED_NUMBERS.items()
-        if re.search(pattern, name) and type(value) in (int, float) and value != harmless
+        if re.match(pattern, name) and type(value) in (int, float) and value != harmless
     ]
 
 
-class Sizes(NamedTuple):
-    """Elements of a model's parameters, and what of them one token multiplies with."""
-
-    parameters: list[int]  # of each, tied ones once
-    layer: int  # the mean of a layer's
-    experts: int = 0  # of all experts, among the parameters
-    chosen: int = 0  # experts of a layer that a token's router chooses
-    share: float = 1.0  # of the experts' elements that a token multiplies with
+def compiles_layers(asked: bool | str, device_type: str, config: PretrainedConfig) -> bool:
+    """What `--compile_layers` comes to. `auto` leaves loops over experts, which follow the data, alone."""
+    loops = part_met(config, ".experts.") < 1 and not experts_in(built(config))
+    return asked is True or (asked == "auto" and device_type == "cuda" and not loops)
 
 
-def parameter_sizes(config: PretrainedConfig) -> Sizes:
-    """Of the model that this config describes. Raises UserError."""
+def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int, int]:
+    """Elements of each parameter and of one layer's, of the model that this config describes; tied ones count once.
+    And how many of all no token meets, on average."""
     with as_user_error("config.json describes no model that transformers can build"):
-        with torch.device("meta"):
-            model = PackedModel(AutoModelForCausalLM.from_config(config, **NO_CODE))
+        model = PackedModel(built(config))
         model.lm.tie_weights()
         layers = model.decoder_layers()
         of_layer = sum(p.numel() for layer in layers for p in layer.parameters()) // len(layers)
-    sizes, shares = [p.numel() for p in model.parameters()], active_share(model.lm)
-    if not shares:
-        return Sizes(sizes, of_layer)
-    experts = sum(p.numel() for p in shares)
-    active = sum(p.numel() * share for p, share in shares.items())
-    return Sizes(sizes, of_layer, experts, experts_per_token(config), active / experts)
+    unmet = sum(p.numel() * (1 - part_met(config, name)) for name, p in model.named_parameters())
+    return [p.numel() for p in model.parameters()], of_layer, round(unmet)
 
 
 def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig) -> None:

@@ -1,6 +1,7 @@
 """The one log-probability head: SFT, DPO and the reference pass all read log p(target) from here."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,17 +12,37 @@ CHUNK_ELEMENTS = 2**27  # logits that exist at once: 512 MiB in float32
 COMPILED_CHUNK_BYTES = 2**32  # of logits in their own dtype; in bfloat16 just below 2**31 elements, an index of 32 bits
 
 
-def target_logps(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log softmax(logits)[target], log-sum-exp), float32 [N] each. logits [N, V] in any dtype, targets int64 [N]."""
-    logits = logits.float()
+def changed(logits: torch.Tensor, scale: float, cap: float) -> torch.Tensor:
+    """What a model's output layer makes of its projection's logits, float32: times scale, and, if cap is not 0, within
+    cap: cap tanh(z / cap)."""
+    logits = logits.float() * scale
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def target_logps(
+    logits: torch.Tensor, targets: torch.Tensor, scale: float = 1.0, cap: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log softmax(changed(logits))[target], log-sum-exp), float32 [N] each. logits [N, V] in any dtype, targets int64
+    [N]."""
+    logits = changed(logits, scale, cap)
     lse = logits.logsumexp(dim=1)
     return logits.gather(1, targets[:, None])[:, 0] - lse, lse
 
 
-def logits_gradient_(logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, grad_logps: torch.Tensor) -> None:
-    """Replaces logits [N, V] by d target_logps / d logits, times grad_logps float32 [N]: g (onehot - softmax)."""
+def logits_gradient_(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    grad_logps: torch.Tensor,
+    scale: float = 1.0,
+    cap: float = 0.0,
+) -> None:
+    """Replaces logits [N, V] by d target_logps / d logits, times grad_logps float32 [N]: g (onehot - softmax), times
+    scale, and the cap's derivative 1 - tanh^2."""
     hit = targets[:, None] == torch.arange(logits.shape[1], device=logits.device)
-    logits.copy_(grad_logps[:, None] * (hit.float() - torch.exp(logits.float() - lse[:, None])))
+    used = changed(logits, scale, cap)
+    gradient = grad_logps[:, None] * (hit.float() - torch.exp(used - lse[:, None])) * scale
+    logits.copy_(gradient * (1 - (used / cap) ** 2) if cap else gradient)
 
 
 def _compiled(function: Callable) -> Callable:
@@ -76,7 +97,8 @@ class _ChunkedLogProbs(torch.autograd.Function):
             logits = nn.functional.linear(hidden[rows], weight, bias) if kept is None else kept
             ctx.gradient_of(logits, targets[rows], lse[rows], grad_logps[rows])
             grad_hidden[rows] = logits @ weight
-            add_product(weight_sum, logits, hidden[rows])
+            if ctx.needs_input_grad[1]:
+                add_product(weight_sum, logits, hidden[rows])
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=torch.float32)
             del logits
@@ -91,18 +113,19 @@ class LogProbHead(nn.Module):
     forward(hidden [..., hidden_size]) -> logits [..., vocab_size], what the replaced projection gave.
     """
 
-    def __init__(self, projection: nn.Linear):
+    def __init__(self, projection: nn.Linear, scale: float = 1.0, cap: float = 0.0):
         super().__init__()
         self.weight = projection.weight
         self.register_parameter("bias", projection.bias)
         self.weight_sum: torch.Tensor | None = None  # where the weight's gradient goes, in place of autograd
         self.vocab_size = projection.out_features
         self.chunk_rows = max(1, CHUNK_ELEMENTS // self.vocab_size)
-        self.logps_of, self.gradient_of = target_logps, logits_gradient_
+        self.logps_of: Callable = partial(target_logps, scale=scale, cap=cap)
+        self.gradient_of: Callable = partial(logits_gradient_, scale=scale, cap=cap)
 
     def compile_arithmetic(self) -> None:
         """Fuses what happens to a chunk's logits: no float32 copy of them is made, so a chunk can be a whole row's."""
-        self.logps_of, self.gradient_of = _compiled(target_logps), _compiled(logits_gradient_)
+        self.logps_of, self.gradient_of = _compiled(self.logps_of), _compiled(self.gradient_of)
         self.chunk_rows = max(1, (COMPILED_CHUNK_BYTES // self.weight.element_size() - 1) // self.vocab_size)
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:

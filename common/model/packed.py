@@ -1,7 +1,8 @@
 """A causal LM that runs on packed rows and answers for their targets."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -11,16 +12,25 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch.fx.experimental import _config as fx_config
 from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig
 
 from common.data.tokens import SFTSample
-from common.failures import UserError
-from common.model.attention import attention_kwargs, registered_name, to_device
-from common.model.experts import GROUPED, experts_in, experts_per_token, router_loss, sequence_weights
+from common.failures import UserError, as_user_error
+from common.model.attention import KERNELS, WINDOWS, attention_kwargs, registered_name, to_device
+from common.model.experts import GROUPED, experts_per_token, part_met, router_loss, sequence_weights
 from common.model.logprobs import LogProbHead
 from common.ranks import Ranks
 from common.step.packing import MicroBatch, pack, sft_documents
 
 ACTIVATION_MEMORY_BUDGET = 0.8  # at this a compiled layer keeps no outputs of norms and activation functions
+
+
+def final_logits(config: PretrainedConfig) -> tuple[float, float]:
+    """(scale, soft cap, 0 for none) that a model's output layer puts on its projection's logits."""
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    return scale / (getattr(config, "logits_scaling", None) or 1.0), getattr(
+        config, "final_logit_softcapping", None
+    ) or 0.0
 
 
 class PackedModel(nn.Module):
@@ -38,7 +48,7 @@ class PackedModel(nn.Module):
         self.is_compiled = False
         self.router_loss = torch.zeros(())
         self.finish_gathering: Callable[[], None] = lambda: None  # common/zero/residency.py
-        lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings()))
+        lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings(), *final_logits(lm.config)))
         assert "position_ids" in inspect.signature(lm.base_model.forward).parameters
         lm.train()
 
@@ -48,8 +58,7 @@ class PackedModel(nn.Module):
         if target_rows is None:
             return self.lm(input_ids=input_ids, use_cache=False).logits
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        if sequences is not None:
-            inputs["output_router_logits"] = True
+        inputs |= {} if sequences is None else {"output_router_logits": True}
         outputs = self.lm.base_model(**inputs, **attention)
         self.router_loss = torch.zeros((), device=input_ids.device)
         if sequences is not None:
@@ -100,36 +109,84 @@ def model_inputs(micro_batch: MicroBatch, kernel: str, device: torch.device, rou
     return tensors | attention_kwargs(micro_batch, kernel, device)
 
 
-@torch.no_grad()
-def verify_packed_forward(engine, kernel: str, ranks: Ranks) -> None:
-    """Runs two made-up samples packed and, one at a time, through transformers' own attention, experts and output.
+@contextmanager
+def _short_windows(lm: nn.Module, kernel: str, length: int) -> Iterator[None]:
+    """Sliding windows see `length` tokens meanwhile, so that a short sample is longer than one; not where the kernel
+    has none, which is then taken only where no sample is longer than one."""
+    holders = [*lm.modules(), *{id(m.config): m.config for m in lm.modules() if hasattr(m, "config")}.values()]
+    before = [(holder, holder.sliding_window) for holder in holders if getattr(holder, "sliding_window", None)]
+    before = before if WINDOWS in KERNELS[kernel][1] else []
+    try:
+        for holder, _ in before:
+            holder.sliding_window = length
+        yield
+    finally:
+        for holder, window in before:
+            holder.sliding_window = window
 
-    Catches what no list of names can: an architecture that lets samples see each other, or whose logits are
-    not its output projection of its decoder's last hidden state. Raises UserError. Collective.
+
+def verify_packed_model(engine, kernel: str, ranks: Ranks) -> None:
+    """Runs two made-up samples in one row, each in a row of its own, and each through transformers' own attention,
+    experts and output layers.
+
+    Compares log-probabilities, and their sum's gradient of the embeddings; no gradient of a weight is computed. Catches
+    what no list of names can: an architecture that lets samples see each other, or whose logits are not its output
+    projection of its decoder's last hidden state. Raises UserError. Collective.
     """
-    config = engine.module.lm.config
+    lm, embeddings = engine.module.lm, []
     generator = torch.Generator().manual_seed(0)
-    longest = getattr(config, "sliding_window", None) or 24
-    lengths = (min(n, longest) for n in (24, 17))
-    samples = [torch.randint(config.vocab_size, (n,), generator=generator).numpy() for n in lengths]
-    row = pack([sft_documents(SFTSample(ids, np.array([[len(ids) // 2, len(ids)]]))) for ids in samples])
-    packed = engine(**model_inputs(row, kernel, ranks.device))
-    config._attn_implementation = "sdpa" if getattr(engine.module.lm, "_supports_sdpa", False) else "eager"
-    config._experts_implementation = "grouped_mm"
-    alone = []
-    for ids in samples:
+    samples = [torch.randint(lm.config.vocab_size, (n,), generator=generator).numpy() for n in (24, 17)]
+
+    def cut(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        embeddings.append(output.detach().requires_grad_())
+        return embeddings[-1]
+
+    def gradient(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return logps.detach(), torch.autograd.grad(logps.sum(), embeddings.pop())[0][0]
+
+    def in_one_row(*together: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        row = pack([sft_documents(SFTSample(ids, np.array([[len(ids) // 2, len(ids)]]))) for ids in together])
+        return gradient(engine(**model_inputs(row, kernel, ranks.device)))
+
+    def by_transformers(ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = torch.from_numpy(ids)[None].to(ranks.device)
         logps = engine(tokens)[0, :-1].float().log_softmax(-1)
-        alone.append(logps.gather(1, tokens[0, 1:, None])[max(0, len(ids) // 2 - 1) :, 0])
-    config._attn_implementation, config._experts_implementation = registered_name(kernel), GROUPED
-    alone = torch.cat(alone)
-    differences = (packed - alone).abs()
-    difference = differences.mean().item()
-    if engine.module.lm.dtype != torch.float32 and experts_in(engine.module.lm):
-        # Where two experts are almost alike to a router, rounding decides, and one token differs by far more than
-        # rounding. Whatever leaks differs in most tokens of a sample.
-        difference = max(of_sample.median().item() for of_sample in differences.split(row.sequence_targets))
-    if not difference <= (1e-3 if engine.module.lm.dtype == torch.float32 else 0.1):
-        told = f"packed log-probabilities differ from transformers' own by {difference:.3g} a token"
-        why = "this architecture needs code that is not here" if alone.isfinite().all() else "look at the weights"
-        raise UserError(f"model type {config.model_type}: {told}; {why}")
+        return gradient(logps.gather(1, tokens[0, 1:, None])[len(ids) // 2 - 1 :, 0])
+
+    parameters, hook = list(lm.parameters()), lm.get_input_embeddings().register_forward_hook(cut)
+    engine.set_gradient_accumulation_boundary(False)
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        what = f"model type {lm.config.model_type} cannot be run"
+        with _short_windows(lm, kernel, 8), as_user_error(what, ValueError, TypeError, KeyError, AttributeError):
+            packed, apart = in_one_row(*samples), [in_one_row(ids) for ids in samples]
+            lm.set_attn_implementation("eager")
+            lm.config._experts_implementation = "eager"
+            plain = [by_transformers(ids) for ids in samples]
+    finally:
+        hook.remove()
+        lm.set_attn_implementation(registered_name(kernel))
+        lm.config._experts_implementation = GROUPED
+        for parameter in parameters:
+            parameter.grad = None  # what common/zero/residency.py puts there
+            parameter.requires_grad_(True)
+    seen = [packed, *([torch.cat(values) for values in zip(*parts, strict=True)] for parts in (apart, plain))]
+    allowed = (1e-3, 1e-3) if lm.dtype == torch.float32 else (0.1, 0.5)
+    may_reroute = lm.dtype != torch.float32 and part_met(lm.config, ".experts.") < 1
+    for (logps, gradients), (expected, of_expected), what in (
+        (seen[0], seen[1], "in one row differ from those in rows of their own"),
+        (seen[1], seen[2], "in a row of their own differ from transformers' own"),
+    ):
+        differences = (logps - expected).abs()
+        of_tokens, norms = ((gradients - of_expected).float().norm(dim=-1), of_expected.float().norm(dim=-1))
+        difference, of_gradient = differences.mean(), of_tokens.norm() / norms.norm()
+        if may_reroute and expected is seen[2][0]:  # rounded in another way, a token goes to other experts now and then
+            difference, of_gradient = differences.median(), (of_tokens / norms)[norms > 0].median()
+        if not of_expected.isfinite().all():  # whatever makes it so, it is not how samples are packed
+            of_gradient = torch.zeros(())
+        if not (difference <= allowed[0] and of_gradient <= allowed[1]):
+            told = f"log-probabilities of samples {what} by {difference:.3g} a token, gradients by {of_gradient:.1%}"
+            is_finite = expected.isfinite().all()
+            why = "this architecture needs code that is not here" if is_finite else "look at the weights"
+            raise UserError(f"model type {lm.config.model_type}: {told}; {why}")

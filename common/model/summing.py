@@ -71,7 +71,9 @@ class _GroupedProduct(torch.autograd.Function):
     def backward(ctx, grad):
         (inputs, weight, ends), grad_weight = ctx.saved_tensors, None
         left, right = (inputs, grad) if ctx.is_transposed else (grad, inputs)
-        if ctx.weight_sum is None:
+        if not ctx.needs_input_grad[1]:
+            pass
+        elif ctx.weight_sum is None:
             grad_weight = torch.ops.plaintune.grouped_mm(left.mT, right, ends)
         else:
             torch.ops.plaintune.add_grouped_product(ctx.weight_sum, left, right, ends)
@@ -102,7 +104,8 @@ class _SummingLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         inputs, weight = ctx.saved_tensors
-        torch.ops.plaintune.add_product(ctx.weight_sum, grad, inputs)
+        if ctx.needs_input_grad[1]:  # not while the start-up check asks for the embeddings' gradient alone
+            torch.ops.plaintune.add_product(ctx.weight_sum, grad, inputs)
         return grad @ weight, None, None
 
 

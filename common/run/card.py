@@ -40,6 +40,7 @@ def model_card(config: TrainConfig, record: dict, last: dict | None, table: str)
     came = {"optimizer steps": f"{result['steps']} of {record['num_steps']} planned"}
     came["step of the exported model"] = record.get("exported_step", result["steps"])
     came |= {"tokens": result["total_tokens"], "target tokens": result["target_tokens"], **(last or {})}
+    planned = {f"planned {name}": value for name, value in record.get("planned", {}).items()}
     machine = f"{record['world_size']} x {device['name']} ({device['total_memory_gb']:.0f} GB each); "
     sections = {
         "How to talk to it": _how_to_talk(config, folder),
@@ -48,7 +49,7 @@ def model_card(config: TrainConfig, record: dict, last: dict | None, table: str)
         * (folder / "curves.png").is_file()
         + _table(came),
         "Settings": _table(identity_values(config, (True, "contents"))),
-        "Plan": _table({name: record[name] for name in PLAN}),
+        "Plan": _table({name: record[name] for name in PLAN} | planned),
         "Machine": machine + ", ".join(f"{package} {number}" for package, number in record["versions"].items()),
         "To repeat it": f"```\n{_command(config, record, commits)}\n```\n\n"
         "On the hub this page and `run_config.json` name files of the trainer's machine without their folders.",

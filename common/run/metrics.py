@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from common.files import naming, replace_file
-from common.model.experts import active_share
+from common.model.experts import part_met
 from common.ranks import Ranks
 from common.run.curves import read_metrics
 from common.run.trackers import Trackers
@@ -35,16 +35,19 @@ def peak_flops_of(name: str) -> float | None:
     return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
 
 
-def flops_per_token(num_parameters: float, config: PretrainedConfig, length: float) -> float:
+def flops_per_token(num_parameters: int, config: PretrainedConfig, length: float) -> float:
     """FLOPs to train one token, recomputation not counted: 6 N + 6 layers hidden length (causal attention).
 
-    num_parameters: N, those that multiply (all but an input embedding that is not also the output's; of experts, as
-    many as a token's router chooses).
-    length: sum of squared lengths / sum of lengths of the tokens in question.
+    num_parameters: N, those that multiply it (all but an input embedding that is not also the output's, and experts
+    that it is not routed to). length: sum of squared lengths / sum of lengths of the tokens in question; in a layer
+    with a window at most two windows, for on average a token sees half of it.
     Kaplan et al. 2020, section 2.1, with the causal half of the attention term of Chowdhery et al. 2022, appendix B.
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 6 * num_parameters + 6 * config.num_hidden_layers * head_dim * config.num_attention_heads * length
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    window = (getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)) or length
+    lengths = sum(min(length, 2 * window) if kind == "sliding_attention" else length for kind in types)
+    return 6 * num_parameters + 6 * head_dim * config.num_attention_heads * lengths
 
 
 @dataclass
@@ -62,8 +65,8 @@ class StepMeter:
 
     def __init__(self, lm: nn.Module, budget: int, num_samples: int, ranks: Ranks):
         embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
-        multiplying, shares = [p for p in lm.parameters() if p is not embedding or p is head], active_share(lm)
-        self.num_parameters = sum(p.ds_numel * shares.get(p, 1) for p in multiplying)
+        counted = ((name, p) for name, p in lm.named_parameters() if p is not embedding or p is head)
+        self.num_parameters = round(sum(p.ds_numel * part_met(lm.config, name) for name, p in counted))
         self.config, self.budget, self.num_samples, self.ranks = lm.config, budget, num_samples, ranks
         self.peak_flops = device_peak_flops(ranks.device)
         self.began = time.monotonic()

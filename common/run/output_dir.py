@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import secrets
+import socket
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
@@ -26,6 +28,7 @@ from common.step.schedule import Schedule
 from common.zero import checkpoint
 from common.zero.checkpoint import RunState
 
+SECONDS_UNTIL_SEEN = 15  # a network file system may show a new file late
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
 
 
@@ -52,6 +55,7 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     holds another run that `--resume auto` would continue or overwrite; or if the hub would not take the model.
     """
     steps = ranks.once(lambda: _finished_after(config, identity, last_step))
+    _require_one_folder(config.output_dir, ranks)
     log_to(Path(config.output_dir) / "logs" / f"rank_{ranks.rank}.log")
     if steps is not None:
         _end(config, f"{config.output_dir} holds this run, finished after {steps} steps; nothing to do", ranks)
@@ -84,6 +88,28 @@ def _finished_after(config: TrainConfig, identity: dict, last_step: int) -> int 
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
         checkpoint.delete_all(config.output_dir, "the run is done")
     return steps if is_finished else None
+
+
+def _require_one_folder(output_dir: str, ranks: Ranks) -> None:
+    """Raises UserError unless every host sees the folder that rank 0 writes to. Collective."""
+    if ranks.local_world_size == ranks.world_size:
+        return
+    lock = Path(output_dir) / ".lock"
+    written = ranks.once(_token)
+
+    def is_seen() -> bool:
+        for _ in range(SECONDS_UNTIL_SEEN):
+            if lock.is_file() and lock.read_text() == written:
+                return True
+            time.sleep(1)
+        return False
+
+    seen = ranks.on_all(lambda: (socket.gethostname(), ranks.is_main or is_seen()))
+    if missing := [f"rank {rank} ({host})" for rank, (host, is_there) in enumerate(seen) if not is_there]:
+        raise UserError(
+            f"--output_dir {output_dir} is not the folder that rank 0 ({seen[0][0]}) sees for {', '.join(missing)}; "
+            f"every host writes checkpoints to it: it must be on a file system that they share"
+        )
 
 
 def require_no_other_run(config: TrainConfig, identity: dict, last_step: int) -> None:
@@ -130,14 +156,25 @@ _locks: list[TextIO] = []  # the system lets go of them when this process ends
 
 def _lock(output_dir: Path) -> None:
     """Raises UserError if another process writes in this folder now."""
-    file = open(output_dir / ".lock", "w")  # a file opened for writing: network file systems lock no folder
+    # Opened for writing, for network file systems lock no folder; not emptied, for it may be another run's.
+    file = open(output_dir / ".lock", "a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--output_dir {output_dir}: another run writes there now; name another folder") from None
     except OSError as e:
         print_line(f"warning: --output_dir {output_dir}: no lock keeps a second run out ({e.strerror})")
+    file.truncate(0)
+    file.write(secrets.token_hex(8))  # by which the other hosts know it
+    file.flush()
+    os.fsync(file.fileno())
     _locks.append(file)
+
+
+def _token() -> str:
+    """What _lock wrote. Another open file of this process, once closed, would take the system's lock with it."""
+    _locks[-1].seek(0)
+    return _locks[-1].read()
 
 
 # ---------------------------------------------------------------------- the run's record

@@ -165,7 +165,7 @@ def plan_table(
     if lost and not is_drawn and not config.allow_dropped:
         raise UserError(lost)
     longest, num_token_ids = largest(data, held_out)
-    load.check_supported(model_config, config.max_seq_length, longest, num_token_ids)
+    load.check_supported(model_config, longest, num_token_ids)
     lengths = data.lengths
     if data.pair_lengths is not None:
         lengths = pair_lengths(data.pair_lengths, getattr(config, "share_prompt", True))

@@ -21,6 +21,7 @@ from common.failures import UserError, explained, print_line, shown
 
 REPO = Path(__file__).resolve().parents[2]
 GRACE = 30.0  # seconds that the other ranks have to end by themselves once one has failed
+PROMPT = 3.0  # seconds in which they do so after an error that all of them know: then its own line stands last
 ANSWER = 10.0  # seconds after a request to stop until the ranks that still run are named
 ASK = "asking the ranks to stop: training saves first. A second request: it ends unsaved; a third: they are killed"
 PRCTL, PR_SET_PDEATHSIG = ctypes.CDLL(None).prctl, 1  # linux/prctl.h
@@ -80,7 +81,8 @@ def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> i
     requests: list[int] = []
     on_request_to_stop(requests.append)
     ranks = [start(command, env=environment | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(num_ranks)]
-    num_answered, exit_code, deadline, named_at, running = 0, 0, math.inf, math.inf, True
+    num_answered, exit_code, running = 0, 0, True
+    deadline = named_at = told_at = math.inf
     while running:
         if time.monotonic() > deadline:
             requests.append(signal.SIGQUIT)
@@ -99,9 +101,10 @@ def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> i
             say(f"not ended after {ANSWER:g} s: {', '.join(left)}")
         running = None in codes
         if not exit_code and (exit_code := max((128 - c if c < 0 else c for c in codes if c), default=0)):
-            deadline = time.monotonic() + GRACE
-            if running and not requests:
-                say(f"a rank ended with {exit_code} (137: often for the host's memory). The others have {GRACE:g} s")
+            deadline, told_at = time.monotonic() + GRACE, time.monotonic() + PROMPT
+        if running and not requests and time.monotonic() > told_at:
+            told_at = math.inf
+            say(f"a rank ended with {exit_code} (137: often for the host's memory). The others have {GRACE:g} s")
     return 130 if requests[:1] == [signal.SIGINT] and exit_code == 143 else exit_code
 
 

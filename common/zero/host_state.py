@@ -16,9 +16,10 @@ import torch
 
 from common.failures import as_user_error
 
-CHUNK_ELEMENTS = 2**25  # parameters whose state is brought at once: 0.4 GB
+CHUNK_ELEMENTS = 2**24  # parameters whose state is brought at once: 0.2 GB
 ALIGNED = 64  # elements
-RING_BUFFERS = 4  # on the device, of one chunk each
+RING_BUFFERS = 8  # on the device, of one chunk each
+FREE_MEMORY_USES = 2  # chunks that memory which activations have given up takes: the next forward pass needs it
 TOUCHED_AT_ONCE = 2**27  # elements
 BYTES_PER_PARAMETER = 12  # master weight and two moments, float32
 
@@ -116,11 +117,12 @@ def pieces_of(sizes: list[int], most: int) -> Iterator[list[tuple[int, int, int]
 
 
 @dataclass
-class _Buffer:
-    """A chunk's place on the device, float32 [3, n]."""
+class Buffer:
+    """A chunk's place on the device, float32 [3, n]. uses: how many more chunks it takes."""
 
     tensor: torch.Tensor
-    is_of_ring: bool = True
+    uses: float = float("inf")
+    is_lent: bool = False
     usable: "torch.cuda.Event | None" = None  # once what used the memory before is done
     arrived: "torch.cuda.Event | None" = None
     updated: "torch.cuda.Event | None" = None
@@ -129,8 +131,10 @@ class _Buffer:
 class Carrier:
     """Brings chunks to the device in the order of the update, and writes them back.
 
-    memory_limit: bytes that the process may use on the device. What is free of it while a step's last backward pass
-    gives up activations takes chunks too, besides the ring. None: that is not known, so only the ring takes any.
+    A step's state passes through buffers: a ring that is always there, memory that gradients lend, and what is free
+    while a step's last backward pass gives up activations. All of it takes one chunk after another, so that copies run
+    both ways all the time, and the sooner a chunk is brought, the sooner the next forward pass can begin.
+    memory_limit: bytes that the process may use on the device; None: not known, so nothing is taken as free.
     """
 
     def __init__(self, device: torch.device):
@@ -140,9 +144,9 @@ class Carrier:
         self.inward, self.outward = (torch.cuda.Stream(device) if self.is_cuda else None for _ in range(2))
         self.width = 0  # elements of the largest chunk
         self.waiting: deque[Chunk] = deque()  # of this step, not yet on their way
-        self.brought: deque[_Buffer] = deque()
-        self.idle: deque[_Buffer] = deque()
-        self.extra: deque[tuple[_Buffer, Chunk]] = deque()  # written back and given up in the next forward pass
+        self.brought: deque[tuple[Buffer, Chunk]] = deque()
+        self.idle: deque[Buffer] = deque()
+        self.used_up: deque[Buffer] = deque()  # given up in the next forward pass, once written back
 
     def add(self, group: int, state: tuple[torch.Tensor, ...], sizes: list[int]) -> None:
         """state: a group's master weights and moments, in host memory; sizes: of the shards in it. In order."""
@@ -150,14 +154,21 @@ class Carrier:
         for pieces in pieces_of(sizes, CHUNK_ELEMENTS):
             end = start + sum(last - first for _, first, last in pieces)
             chunks.append(Chunk(tuple(flat[start:end] for flat in state), pieces))
-            start, self.width = end, max(self.width, end - start)
+            start, self.width = end, max(self.width, -(-(end - start) // ALIGNED) * ALIGNED)
         self.by_group[group] = chunks
         self.waiting.extend(chunks)
 
     def make_ring(self) -> None:
         """Once all groups are there."""
         for _ in range(min(RING_BUFFERS, len(self.waiting))):
-            self.idle.append(_Buffer(torch.empty(3, self.width, device=self.device)))
+            self.idle.append(Buffer(torch.empty(3, self.width, device=self.device)))
+
+    def lend(self, memory: torch.Tensor) -> list[Buffer]:
+        """Buffers in memory, float32 [n], until the step ends; it may be used again once each of them is usable."""
+        wholes = memory.split(3 * self.width) if self.width else ()
+        lent = [Buffer(x.view(3, -1), is_lent=True, usable=self._mark()) for x in wholes if len(x) == 3 * self.width]
+        self.idle.extend(lent)
+        return lent
 
     def _mark(self) -> "torch.cuda.Event | None":
         """What the current stream has been given to do until now."""
@@ -173,7 +184,7 @@ class Carrier:
             if self.idle:
                 buffer = self.idle.popleft()
             else:  # the current stream has given up this memory, or will have
-                buffer = _Buffer(torch.empty(3, self.width, device=self.device), False, self._mark())
+                buffer = Buffer(torch.empty(3, self.width, device=self.device), FREE_MEMORY_USES, usable=self._mark())
             chunk = self.waiting.popleft()
             with torch.cuda.stream(self.inward):
                 if buffer.usable is not None:
@@ -181,49 +192,45 @@ class Carrier:
                 for there, here in zip(buffer.tensor, chunk.state, strict=True):
                     there[: len(here)].copy_(here, non_blocking=True)
                 buffer.arrived = self._mark()
-            self.brought.append(buffer)
+            self.brought.append((buffer, chunk))
 
     def carry(self, group: int) -> Iterator[tuple[Chunk, list[torch.Tensor]]]:
         """Each chunk of a group with its state on the device, which is written back once the caller goes on."""
         for chunk in self.by_group[group]:
             self.bring()
-            buffer = self.brought.popleft()
+            buffer, _ = self.brought.popleft()
             if buffer.arrived is not None:
                 buffer.arrived.wait()
-            on_device = [flat[: len(chunk.state[0])] for flat in buffer.tensor]
-            yield chunk, on_device
+            yield chunk, [flat[: len(chunk.state[0])] for flat in buffer.tensor]
             buffer.updated = self._mark()
-            if buffer.is_of_ring:
-                self._write_back(buffer, chunk)
-                self.idle.append(buffer)
-            else:  # later: the ring's next chunk is not to wait for it
-                self.extra.append((buffer, chunk))
-
-    def _write_back(self, buffer: _Buffer, chunk: Chunk) -> None:
-        with torch.cuda.stream(self.outward):
-            if buffer.updated is not None:
-                buffer.updated.wait()
-            for here, there in zip(chunk.state, buffer.tensor, strict=True):
-                here.copy_(there[: len(here)], non_blocking=True)
-            buffer.usable = self._mark()
+            with torch.cuda.stream(self.outward):
+                if buffer.updated is not None:
+                    buffer.updated.wait()
+                for here, there in zip(chunk.state, buffer.tensor, strict=True):
+                    here.copy_(there[: len(here)], non_blocking=True)
+                buffer.usable = self._mark()
+            buffer.uses -= 1
+            (self.idle if buffer.uses else self.used_up).append(buffer)
 
     def end_step(self) -> None:
-        """The next step's chunks are not brought before this step's are written back."""
-        if self.waiting or self.brought:
-            return  # no update was made, and what has been brought is still right
-        for buffer, chunk in self.extra:
-            self._write_back(buffer, chunk)
-        self.waiting.extend(chunk for chunks in self.by_group.values() for chunk in chunks)
+        """Takes leave of what was lent. The next step's chunks are not brought before this step's are written back."""
         if self.inward is not None and self.outward is not None:
+            if self.brought:  # no update was made: they are brought again
+                torch.cuda.current_stream(self.device).wait_stream(self.inward)
             self.inward.wait_stream(self.outward)
+        self.idle.extend(buffer for buffer, _ in self.brought)
+        self.used_up.extend(buffer for buffer in self.idle if buffer.uses < float("inf"))
+        self.idle = deque(buffer for buffer in self.idle if buffer.uses == float("inf") and not buffer.is_lent)
+        self.brought.clear()
+        self.waiting = deque(chunk for chunks in self.by_group.values() for chunk in chunks)
 
     def give_up(self) -> None:
         """Before a layer runs: frees what has been written back, and waits for it where memory is short."""
-        while self.extra and (written := self.extra[0][0].usable) is not None:
+        while self.used_up and (written := self.used_up[0].usable) is not None:
             if not written.query() and self._has_room():
                 break
             written.synchronize()
-            self.extra.popleft()
+            self.used_up.popleft()
 
     def wait_until_written(self) -> None:
         """Until host memory holds what the last update made: before anybody reads it."""

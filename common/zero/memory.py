@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from common.config import TrainConfig
 from common.data.tokens import PreferencePair, SFTSample
 from common.failures import UserError
-from common.model.load import parameter_sizes
+from common.model.load import compiles_layers, parameter_sizes
 from common.model.packed import model_inputs
 from common.ranks import Ranks
 from common.step.packing import Document, pack, pair_documents, sft_documents
@@ -28,6 +28,7 @@ from common.zero.plan import HEADROOM, HOST_RESERVE, LEAST_TRIED, Card, Plan, Sh
 from common.zero.residency import require_known_deepspeed
 
 MOST_DRY_RUNS = 8
+NOT_TORCHS = 0.02  # of the device's memory: for NCCL, which takes some in mid-run and cannot wait for it, and kernels
 
 
 def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state: RunState, ranks: Ranks) -> Workload:
@@ -61,10 +62,10 @@ def given_layers(config: TrainConfig, num_layers: int) -> int | None:
 
 def shape_of(model_config, config: TrainConfig, is_compiled: bool) -> Shape:
     """Of the model that a config.json describes."""
-    sizes, layer_numel, experts, chosen, share = parameter_sizes(model_config)
+    sizes, layer_numel, unmet = parameter_sizes(model_config)
     layers, hidden, vocab = model_config.num_hidden_layers, model_config.hidden_size, model_config.vocab_size
     itemsize = getattr(torch, config.dtype).itemsize
-    return Shape(sizes, layer_numel, layers, hidden, vocab, itemsize, is_compiled, experts, chosen, share)
+    return Shape(sizes, layer_numel, layers, hidden, vocab, itemsize, is_compiled, unmet)
 
 
 def choose_residency(
@@ -85,7 +86,7 @@ def choose_residency(
     elif workload.residency:
         allowed = ("nothing",) if workload.residency == "nothing" else ("gradients", "all")  # which sum alike
     is_gpu = ranks.device.type == "cuda"
-    shape = shape_of(model_config, config, config.compile_layers is not False or not is_gpu)
+    shape = shape_of(model_config, config, not is_gpu or compiles_layers(config.compile_layers, "cuda", model_config))
     if not is_gpu and share is None:
         share = 1.0  # it is one memory
     card, zero = card or _card(ranks), DeepSpeedZeroConfig(**ds_config["zero_optimization"])
@@ -210,8 +211,10 @@ def choose_micro_batch(
     if device.type == "cuda" and not (given is not None and workload.is_settled):
         ranks.say("measuring memory on made-up micro-batches; the first also compiles the layers")
         held = max(ranks.gather(lambda: torch.cuda.memory_allocated(device))) + estimate.gathered
-        free = torch.cuda.mem_get_info(device)[0]
-        usable = min(ranks.gather(lambda: (free + torch.cuda.memory_reserved(device)) * (1 - HEADROOM)))
+        free, total = torch.cuda.mem_get_info(device)
+        ours = free + torch.cuda.memory_reserved(device)
+        torch.cuda.set_per_process_memory_fraction(ours * (1 - NOT_TORCHS) / total, device)
+        usable = min(ranks.gather(lambda: ours * (1 - HEADROOM)))
 
         def activations_of(tokens: int, recomputing: int) -> float:
             policy.checkpoint_activations(recomputing)

@@ -60,18 +60,15 @@ class Shape(NamedTuple):
     vocab: int
     itemsize: int  # bytes of a parameter
     is_compiled: bool = True
-    experts: int = 0  # elements of all experts
-    chosen: int = 0  # experts of a layer that a token's router chooses
-    share: float = 1.0  # of the experts' elements that a token multiplies with
+    unmet: int = 0  # elements that a token does not meet: of the experts that it is not routed to
 
     @property
     def numel(self) -> int:
         return sum(self.sizes)
 
     @property
-    def active(self) -> float:
-        """Elements that one token multiplies with."""
-        return self.numel - self.experts * (1 - self.share)
+    def num_met(self) -> int:
+        return self.numel - self.unmet
 
 
 class Memory(NamedTuple):
@@ -86,6 +83,7 @@ class Memory(NamedTuple):
     host: float
     per_token: float  # D
     per_token_and_layer: float  # A
+    lent: float = 0.0  # of the gradients, to the optimizer's state, once they are reduced
 
     @property
     def fixed(self) -> float:  # B
@@ -115,9 +113,9 @@ class Plan(NamedTuple):
         return self.memory.residency
 
     def mfu(self, workload: Workload, peak_flops: float) -> float:
-        """6 FLOPs for each active parameter and token, attention and recomputation left out, of a card's peak."""
+        """6 FLOPs for each token and parameter that it meets, without attention and recomputation, of a card's peak."""
         seconds = self.cost * seconds_per_token(self.shape, self.card)
-        return 6 * self.shape.active * workload.tokens_per_rank / seconds / peak_flops
+        return 6 * self.shape.num_met * workload.tokens_per_rank / seconds / peak_flops
 
 
 def shard_groups(shape: Shape, world_size: int, zero: DeepSpeedZeroConfig) -> list[int]:
@@ -129,8 +127,7 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
     """From the shape alone; share: of the optimizer's state on the device.
 
     A compiled layer keeps half of its matrix products' outputs (its parameters over the hidden size) and some five rows
-    of the hidden size; outside the layers, the logits and some eight rows. Measured for Llama, within 10%. Of experts
-    it keeps all outputs of a token's own, and that token's row before and after each of them.
+    of the hidden size; outside the layers, the logits and some eight rows. Measured for Llama, within 10%.
     """
     groups = shard_groups(shape, world_size, zero)
     parameters, state = shape.numel / world_size, sum(groups)
@@ -142,10 +139,12 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
     if "offload_param" in offload_devices(zero):
         parameters = 0
     gradients = 4 * (state + 2 * zero.reduce_bucket_size if residency == "nothing" else shape.numel)
-    experts = shape.experts / shape.layers
-    of_layer = (shape.layer_numel - experts) / shape.hidden / 2 + 5 * shape.hidden
+    chunk = host_state.BYTES_PER_PARAMETER * host_state.CHUNK_ELEMENTS
+    others = (
+        0.0 if residency == "nothing" else 4 * shape.layer_numel * (1 - 1 / world_size)
+    )  # a layer's, of other ranks
+    of_layer = (shape.layer_numel - shape.unmet / shape.layers) / shape.hidden / 2 + 5 * shape.hidden
     of_layer *= 1 if shape.is_compiled else EAGER_ACTIVATIONS
-    of_layer += experts * shape.share / shape.hidden + 2 * shape.chosen * shape.hidden
     return Memory(
         residency,
         share,
@@ -156,23 +155,24 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
         host_state.BYTES_PER_PARAMETER * (state - on_device),
         shape.itemsize * (shape.vocab + 8 * shape.hidden),
         shape.itemsize * of_layer,
+        lent=shape.layers * (others // chunk) * chunk,
     )
 
 
 def seconds_per_token(shape: Shape, card: Card) -> float:
-    return 6 * shape.active / (SPEED * card.flops)
+    return 6 * shape.num_met / (SPEED * card.flops)
 
 
 def exposed_update(memory: Memory, room: float, shape: Shape, card: Card, tokens: float) -> float:
     """Seconds of an update for which nothing else runs; tokens: of a micro-batch, room: bytes for its activations.
 
-    State is brought into what activations give up in the last backward pass; where weights are kept whole the next
-    forward pass begins beside the rest.
+    State is brought into what gradients lend, on one rank into what activations give up, in the last backward pass;
+    where weights are kept whole the next forward pass begins beside the rest.
     """
     seconds = tokens * seconds_per_token(shape, card)
     hidden = seconds / 3 if memory.residency == "all" else 0.0
     if memory.residency != "nothing":
-        hidden += min(seconds * 2 / 3, max(0.0, room) / card.host_link)
+        hidden += min(seconds * 2 / 3, (memory.lent or max(0.0, room)) / card.host_link)
     return max(0.0, memory.host / card.host_link - hidden)
 
 
@@ -187,7 +187,7 @@ def choose(
     tokens_per_rank, layers = workload.tokens_per_rank, shape.layers
     largest = max(LEAST_TRIED, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank)))
     of_micro_batch: float = MICRO_BATCH_TOKENS[memory.residency] * (BETWEEN_HOSTS if card.spans_hosts else 1)
-    of_micro_batch *= shape.numel / shape.active  # it grows with all parameters, a token's time with the active ones
+    of_micro_batch *= shape.numel / shape.num_met  # it grows with all parameters, a token's time with those it meets
 
     def layers_of(tokens: float) -> int:
         return memory.recomputing(tokens, room, layers) if given is None else given

@@ -38,6 +38,7 @@ Undocumented names of engine.optimizer, DeepSpeed's ZeRO-3 optimizer  -> what De
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import deepspeed
@@ -51,7 +52,7 @@ from torch.distributed.distributed_c10d import _coalescing_manager  # one launch
 from common.failures import UserError
 from common.model.experts import experts_in
 from common.model.summing import SummingEmbedding, SummingLinear
-from common.zero.host_state import Carrier, HostMemory, num_on_device, pieces_of
+from common.zero.host_state import ALIGNED, Buffer, Carrier, HostMemory, num_on_device, pieces_of
 
 DEEPSPEED = "0.19.8"
 
@@ -186,6 +187,7 @@ class Update:
         self.zero, self.divisor = engine.optimizer, 1.0
         self.keeps_gradients, self.keeps_weights = keeps_gradients, keeps_weights
         self.carrier = Carrier(engine.device)
+        self.when_updated: Callable[[int], None] = lambda group: None
         self.stream = torch.cuda.Stream(engine.device) if engine.device.type == "cuda" else None
         zero = self.zero
         if keeps_gradients:  # before whole weights and sums take memory
@@ -262,6 +264,7 @@ class Update:
             parts = [gradients[i][start:end] for i, start, end in pieces]
             update_group(weights, parts, exp_avgs, exp_avg_sqs, state["step"], self.divisor, options)
             torch._foreach_copy_([shards[i][start:end] for i, start, end in pieces], weights)
+        self.when_updated(group)
 
 
 def _start(collective: Callable, pairs: list[tuple[torch.Tensor, torch.Tensor]], group, **options) -> list:
@@ -275,10 +278,23 @@ def _start(collective: Callable, pairs: list[tuple[torch.Tensor, torch.Tensor]],
 
 
 # ------------------------------------------------------------------ gradients
+@dataclass
+class Sums:
+    """The gradient sums of a layer, or of a parameter outside of layers, one after another in one memory."""
+
+    memory: torch.Tensor  # float32 [elements, what aligns them included]
+    params: list[nn.Parameter]
+    num_lent: int = 0  # elements at the beginning of memory that hold chunks of the optimizer's state
+    lent: list[Buffer] = field(default_factory=list)
+    zeroed: "torch.cuda.Event | None" = None
+
+
 class WholeGradients:
     """Takes over an engine's gradients: what its backward passes leave, and what its step reads.
 
-    After a step the sums are zeroed while the next forward pass runs.
+    What no update needs any more of a layer's sums takes state from host memory: other ranks' shards once they are
+    reduced, and all of it once the layer is updated. Sums are zeroed while the next forward pass runs, and those of a
+    layer before its next backward pass.
     policy: the engine's common.model.PackedModel, before its layers are compiled. update: the engine's.
     """
 
@@ -288,20 +304,26 @@ class WholeGradients:
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.operation = dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM  # gloo only sums
         # [ranks, elements of a shard]: the flattened parameter, padded at the end with zeros, by owner
-        self.sums = {
-            param: torch.zeros(self.world_size, param.ds_tensor.numel(), dtype=torch.float32, device=engine.device)
-            for param in policy.parameters()
-        }
+        self.sums: dict[nn.Parameter, torch.Tensor] = {}
+        self.shards: dict[nn.Parameter, torch.Tensor] = {}  # this rank's, once reduced
+        layers, self.of_layer, self.others = policy.decoder_layers(), {}, []
+        for module, params in _by_module(policy):
+            sums = self._make_sums(params, engine.device)
+            if module in layers:
+                self.of_layer[module] = sums
+            else:
+                self.others.append(sums)
         self.unseen = set(self.sums)  # in this step's last backward pass
         self.ready: list[nn.Parameter] = []  # not yet on their way to their owners
-        self.works: list = []
+        self.reducing: list[tuple[list, list[nn.Parameter]]] = []  # what to wait for, of which parameters
 
-        for layer in policy.decoder_layers():
+        for layer in layers:
             for module in layer.modules():
                 if type(module) is nn.Linear:
                     module.__class__, module.weight_sum = SummingLinear, self._as_parameter(module.weight)
             for module in experts_in(layer):
                 module.weight_sums = {name: self._as_parameter(p) for name, p in module.named_parameters(recurse=False)}
+            layer.register_full_backward_pre_hook(self._wait_for_zeros)
             layer.register_full_backward_hook(self._stand_in, prepend=True)
         embedding, head = policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings()
         if type(embedding) is nn.Embedding and embedding.max_norm is None and not embedding.scale_grad_by_freq:
@@ -310,10 +332,23 @@ class WholeGradients:
 
         self.take_step = self.zero.step
         self.beside = update.stream
-        policy.register_forward_hook(self._wait_for_zeros)
+        policy.register_forward_hook(lambda *_: self._wait_for_zeros())
         self.zero.reduce_ready_partitions_and_remove_grads = self._take
         self.zero.independent_gradient_partition_epilogue = self._end_backward
         self.zero.step = self._step
+        group_of = {param: i for i, group in enumerate(self.zero.fp16_groups) for param in group}
+        self.last_in: list[list[Sums]] = [[] for _ in self.zero.fp16_groups]
+        for sums in self.of_layer.values():
+            self.last_in[max(group_of[param] for param in sums.params)].append(sums)
+        update.when_updated = self._lend_updated
+
+    def _make_sums(self, params: list[nn.Parameter], device: torch.device) -> Sums:
+        numels = [self.world_size * param.ds_tensor.numel() for param in params]
+        taken = [-(-numel // ALIGNED) * ALIGNED for numel in numels]
+        memory = torch.zeros(sum(taken), dtype=torch.float32, device=device)
+        for param, numel, start in zip(params, numels, memory.split(taken), strict=True):
+            self.sums[param] = start[:numel].view(self.world_size, -1)
+        return Sums(memory, params)
 
     def _as_parameter(self, param: nn.Parameter) -> torch.Tensor:
         """The parameter's sum in the parameter's shape."""
@@ -324,8 +359,8 @@ class WholeGradients:
         for param in layer.parameters():
             if param.grad is None:
                 param.grad = torch.zeros((), dtype=param.dtype, device=param.device).expand(param.shape)
-        if self.zero.is_gradient_accumulation_boundary():  # the layer's activations are no longer needed
-            self.carrier.bring(in_free_memory=True)
+        if self.zero.is_gradient_accumulation_boundary() and self.world_size == 1:
+            self.carrier.bring(in_free_memory=True)  # the layer's activations are no longer needed
 
     @torch.no_grad()
     def _take(self, param: nn.Parameter) -> None:
@@ -341,18 +376,47 @@ class WholeGradients:
                 self._reduce_ready()
 
     def _reduce_ready(self) -> None:
-        """Starts to average the sums over the ranks; each rank gets its shard of each, in place."""
+        """Starts to average the sums over the ranks, in place; takes each rank's shards of those before."""
+        works, before = [], self.reducing
         if self.world_size > 1:
             pairs = [(self.sums[param][self.rank], self.sums[param].view(-1)) for param in self.ready]
-            self.works += _start(dist.reduce_scatter_tensor, pairs, self.zero.dp_process_group, op=self.operation)
-            if self.operation == dist.ReduceOp.SUM:  # gloo's threads are not to work beside the backward pass
-                self._wait()
-        self.ready = []
+            works = _start(dist.reduce_scatter_tensor, pairs, self.zero.dp_process_group, op=self.operation)
+        self.reducing, self.ready = [(works, self.ready)], []
+        self._take_shards(before)
+        if self.operation == dist.ReduceOp.SUM:  # gloo's threads are not to work beside the backward pass
+            self._take_shards(self.reducing)
+            self.reducing = []
 
-    def _wait(self) -> None:
-        for work in self.works:
-            work.wait()
-        self.works = []
+    def _take_shards(self, reduced: list[tuple[list, list[nn.Parameter]]]) -> None:
+        for works, params in reduced:
+            for work in works:
+                work.wait()
+            self.shards |= {param: self.sums[param][self.rank] for param in params}
+        if self.world_size > 1 and self.carrier.waiting:
+            for sums in self.of_layer.values():
+                if not sums.num_lent and all(param in self.shards for param in sums.params):
+                    self._lend_others(sums)
+            self.carrier.bring()
+
+    def _lend_others(self, sums: Sums) -> None:
+        """Moves a layer's shards of this rank to the end of its sums, and lends the rest, which were other ranks'."""
+        end = len(sums.memory)
+        for param in reversed(sums.params):  # none is moved onto what another one still has to leave
+            shard = self.shards[param]
+            end -= len(shard)
+            self.shards[param] = sums.memory[end : end + len(shard)].copy_(shard.clone())
+        self._lend(sums, end)
+
+    def _lend_updated(self, group: int) -> None:
+        """Once a group is updated: lends all of the layers whose last parameter is in it."""
+        for sums in self.last_in[group]:
+            self._lend(sums, len(sums.memory))
+
+    def _lend(self, sums: Sums, end: int) -> None:
+        """Lends what is not lent yet of the first `end` elements, in buffers."""
+        lent = self.carrier.lend(sums.memory[sums.num_lent : end])
+        sums.num_lent += sum(buffer.tensor.numel() for buffer in lent)
+        sums.lent += lent
 
     @torch.no_grad()
     def _end_backward(self) -> None:
@@ -360,27 +424,35 @@ class WholeGradients:
             return
         self.ready += [param for param in self.sums if param in self.unseen]
         self.unseen = set()
-        self.carrier.bring(in_free_memory=True)
         self._reduce_ready()
-        self._wait()
-        shards = {param: whole[self.rank] for param, whole in self.sums.items()}
+        self._take_shards(self.reducing)
+        self.reducing = []
         if self.world_size > 1 and self.operation == dist.ReduceOp.SUM:
-            torch._foreach_div_(list(shards.values()), self.world_size)
-        by_group = ([shards[param] for param in group] for group in self.zero.fp16_groups)
+            torch._foreach_div_(list(self.shards.values()), self.world_size)
+        by_group = ([self.shards[param] for param in group] for group in self.zero.fp16_groups)
         self.zero.averaged_gradients = dict(enumerate(by_group))
 
     def _step(self, *arguments, **options) -> None:
         self.take_step(*arguments, **options)
-        self.unseen = set(self.sums)
+        self.unseen, self.shards = set(self.sums), {}
         if self.beside is not None:
             self.beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.beside):  # none: where it is
-            torch._foreach_zero_(list(self.sums.values()))
+            for sums in [*self.others, *reversed(self.of_layer.values())]:  # as the next backward pass comes to them
+                for buffer in sums.lent:
+                    if buffer.usable is not None:
+                        buffer.usable.wait()
+                torch._foreach_zero_([sums.memory])
+                sums.lent, sums.num_lent = [], 0
+                sums.zeroed = None if self.beside is None else self.beside.record_event()
 
-    def _wait_for_zeros(self, *_) -> None:
-        """Between a forward pass, which matrix products fill, and its backward pass, which adds to the sums."""
-        if self.beside is not None:
-            torch.cuda.current_stream().wait_stream(self.beside)
+    def _wait_for_zeros(self, layer: nn.Module | None = None, _=None) -> None:
+        """Before a layer's backward pass, which adds to its sums; without one: after a forward pass, which matrix
+        products fill and which hides it, for the sums outside of layers."""
+        for sums in self.others if layer is None else [self.of_layer[layer]]:
+            if sums.zeroed is not None:
+                sums.zeroed.wait()
+                sums.zeroed = None
 
 
 # ------------------------------------------------------------------ parameters

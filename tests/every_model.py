@@ -1,0 +1,224 @@
+"""Every causal-LM type of the pinned transformers, built tiny and run packed: python tests/every_model.py [TYPE ...]
+
+Writes docs/models.md: each type with `equal` (log-probabilities and every parameter's gradient of samples packed into
+one row are those of plain transformers on each sample alone), or why it is refused. Some minutes; a process a type.
+"""
+
+import multiprocessing
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+LENGTHS = (40, 29, 17)  # tokens of the samples; windows below are shorter than two of them
+# Numbers that make a config small, by name. What a type's config does not have is left out.
+SMALL = {
+    "vocab_size": 96,
+    "vocab_size_per_layer_input": 96,
+    "hidden_size": 32,
+    "d_model": 32,
+    "n_embd": 32,
+    "n_embed": 32,
+    "dim": 32,
+    "intermediate_size": 48,
+    "ffn_dim": 48,
+    "ffn_hidden_size": 48,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "n_inner": 48,
+    "shared_expert_intermediate_size": 24,
+    "moe_intermediate_size": 24,
+    "expert_ffn_hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "n_layer": 2,
+    "n_layers": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "num_attention_heads": 4,
+    "num_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_global_key_value_heads": 2,
+    "global_head_dim": 8,
+    "head_dim": 8,
+    "kv_channels": 8,
+    "v_head_dim": 8,
+    "qk_head_dim": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "rotary_dim": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "top_k_experts": 2,
+    "moe_num_shared_experts": 1,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "hidden_size_per_layer_input": 8,
+    "sliding_window": 16,
+    "max_position_embeddings": 256,
+    "n_positions": 256,
+    "max_seq_len": 256,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+
+
+# What a type needs besides, for its numbers to go together.
+OWN = {
+    "axk1": {"num_key_value_heads": 4},
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "glm4_moe_lite": {"num_key_value_heads": 4},
+    "longcat_flash": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "camembert": {"pad_token_id": 1},
+    "cwm": {"bos_token_id": 1},
+    "data2vec-text": {"pad_token_id": 1},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "minicpm3": {"head_dim": 16, "num_key_value_heads": 4},
+    "modernbert-decoder": {"pad_token_id": 1, "bos_token_id": 1},
+    "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
+    "roberta": {"pad_token_id": 1},
+    "roberta-prelayernorm": {"pad_token_id": 1},
+    "ministral": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
+    "zaya": {"num_experts_per_tok": 1},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
+    "xlm-roberta": {"pad_token_id": 1},
+    "xlm-roberta-xl": {"pad_token_id": 1},
+    "youtu": {"num_key_value_heads": 4},
+}
+
+
+def small_config(model_type: str):
+    """A type's config with SMALL's numbers and no dropout."""
+    from transformers import AutoConfig
+
+    values = AutoConfig.for_model(model_type).to_dict()
+    changes = {name: value for name, value in SMALL.items() if name in values and values[name] is not None}
+    changes |= {name: SMALL[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    for name, value in values.items():
+        if "drop" in name and type(value) in (int, float) and "token" not in name:
+            changes[name] = 0.0
+        if name in ("layer_types", "mlp_layer_types", "layers_block_type") and value:
+            changes[name] = [*dict.fromkeys(value)][:2] if len({*value}) > 1 else value[:2]
+    return AutoConfig.for_model(model_type, **{**changes, **OWN.get(model_type, {})})
+
+
+def tried(model_type: str) -> str:
+    """`equal`, `refused: WHY`, `differs: BY HOW MUCH` or `error: WHAT`."""
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from common.data.tokens import SFTSample
+    from common.failures import UserError
+    from common.model import load
+    from common.model.attention import registered_name
+    from common.model.experts import GROUPED
+    from common.model.packed import PackedModel, model_inputs
+    from common.step.packing import pack, sft_documents
+
+    try:
+        config = small_config(model_type)
+    except Exception as e:
+        return f"not built: {type(e).__name__}: {e}"
+    try:
+        load.check_supported(config, max(LENGTHS), 0)
+        torch.manual_seed(0)
+        config._attn_implementation = config._experts_implementation = "eager"
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in lm.named_parameters():
+                parameter.normal_(1.0 if parameter.ndim == 1 and "norm" in name else 0.0, 0.1)
+        lm.train()
+        samples = [np.random.default_rng(n).integers(2, config.get_text_config().vocab_size, n) for n in LENGTHS]
+        alone = []
+        for ids in samples:
+            tokens = torch.from_numpy(ids)[None]
+            logps = lm(input_ids=tokens, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            alone.append(logps.gather(1, tokens[0, 1:, None])[:, 0])
+        alone = torch.cat(alone)
+        alone.sum().backward()
+        gradients = {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
+        lm.zero_grad()
+        policy = PackedModel(lm)
+        policy.decoder_layers()
+        lm.set_attn_implementation(registered_name("sdpa"))
+        lm.config._experts_implementation = GROUPED
+        row = pack([sft_documents(SFTSample(ids, np.array([[1, len(ids)]]))) for ids in samples])
+        packed = policy(**model_inputs(row, "sdpa", torch.device("cpu")))
+        packed.sum().backward()
+        worst = forward = (packed - alone).abs().max().item()
+        for name, p in lm.named_parameters():
+            expected = gradients.get(name, torch.zeros(()))
+            got = torch.zeros(()) if p.grad is None else p.grad
+            scale = max(1e-3, expected.abs().max().item())
+            worst = max(worst, (got - expected).abs().max().item() / scale)
+        return "equal" if worst < 1e-3 else f"differs: {forward:.2g} in log-probabilities, {worst:.2g} with gradients"
+    except UserError as e:
+        return f"refused: {str(e).replace(f'model type {model_type} ', '')}"
+    except Exception as e:
+        return f"error: {type(e).__name__}: {e}"
+
+
+def main() -> None:
+    import torch
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    torch.set_num_threads(1)
+    types = sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        seen = dict(zip(types, pool.imap(tried, types), strict=True))
+    results = {name: " ".join(result.split())[:160] for name, result in seen.items()}
+    for name, result in results.items():
+        print(f"{name:28} {result}")
+    if sys.argv[1:]:
+        return
+    counts = Counter(result.split(":")[0] for result in results.values())
+    lines = [
+        "# Models",
+        "",
+        f"Each of the {len(results)} causal-LM types of transformers {transformers.__version__}, built tiny with",
+        "random weights and trained on three samples in one row (`python tests/every_model.py` writes this file).",
+        "`equal`: log-probabilities and every parameter's gradient are those of plain transformers' eager attention",
+        "on each sample alone, in float32 to 1e-3; windows are shorter than the samples. `refused`: by name, before",
+        "training. `differs`: refused by the check that every run makes before step 1. `error`: transformers failed on",
+        "the tiny model, which was not looked into. `not built`: a small config of",
+        "that type was not found. " + ", ".join(f"{number} {kind}" for kind, number in counts.most_common()) + ".",
+        "",
+        "Equal: " + ", ".join(f"`{name}`" for name, result in results.items() if result == "equal") + ".",
+        "",
+        "| type | what is seen |",
+        "|---|---|",
+    ]
+    lines += [f"| `{name}` | {result} |" for name, result in results.items() if result != "equal"]
+    (ROOT / "docs" / "models.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()
