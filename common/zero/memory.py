@@ -28,6 +28,7 @@ from common.zero.plan import HEADROOM, HOST_RESERVE, LEAST_TRIED, Card, Plan, Sh
 from common.zero.residency import require_known_deepspeed
 
 MOST_DRY_RUNS = 8
+STEPS_DRAWN = 16
 NOT_TORCHS = 0.02  # of the device's memory: for NCCL, which takes some in mid-run and cannot wait for it, and kernels
 
 
@@ -44,12 +45,10 @@ def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state
         if budget < longest:
             raise UserError(f"--max_tokens_per_micro_batch {budget} is less than the {longest} tokens of {longest_at}")
     default = max(longest, 16384 if ranks.device.type == "cuda" else 4096)
+    drawn = np.random.RandomState(0).choice(lengths, (STEPS_DRAWN, config.global_batch_size))
+    steps = tuple((float(step.sum()) / ranks.world_size, int(step.max())) for step in drawn)
     tokens_per_rank = float(lengths.mean()) * config.global_batch_size / ranks.world_size
-    # The largest of n drawn lengths is below their quantile q with probability q^n.
-    quantiles = np.array([1, 3, 5, 7, 9, 11, 13, 15]) / 16
-    largest = np.quantile(lengths, quantiles ** (1 / config.global_batch_size), method="higher")
-    of_steps = tuple(int(tokens) for tokens in largest)
-    return Workload(longest, tokens_per_rank, budget or default, budget > 0, residency, of_steps)
+    return Workload(longest, tokens_per_rank, budget or default, budget > 0, residency, steps)
 
 
 def given_layers(config: TrainConfig, num_layers: int) -> int | None:
@@ -122,7 +121,9 @@ def _does_not_fit(plan: Plan, planned: Callable, config: TrainConfig, workload: 
     }
     changes = []
     for world_size in range(ranks.world_size + 1, 65):
-        fewer = workload._replace(tokens_per_rank=workload.tokens_per_rank * ranks.world_size / world_size)
+        share = ranks.world_size / world_size
+        steps = tuple((tokens * share, longest) for tokens, longest in workload.steps)
+        fewer = workload._replace(tokens_per_rank=workload.tokens_per_rank * share, steps=steps)
         on_host = card._replace(host_free=card.host_free * per_host / min(world_size, max(8, per_host)))
         if planned(on_host, fewer, world_size).cost < np.inf:
             changes.append(f"{world_size} GPUs")
@@ -133,8 +134,8 @@ def _does_not_fit(plan: Plan, planned: Callable, config: TrainConfig, workload: 
         changes.append(f"{needed / 1e9:.0f} GB of host memory free for the {per_host} ranks of this host")
     for sixteenths in range(15, 0, -1):
         longest = max(1, workload.longest * sixteenths // 16)
-        of_steps = tuple(min(longest, tokens) for tokens in workload.longest_of_steps)
-        shorter = workload._replace(longest=longest, budget=min(workload.budget, longest), longest_of_steps=of_steps)
+        steps = tuple((of_rank, min(longest, tokens)) for of_rank, tokens in workload.steps)
+        shorter = workload._replace(longest=longest, budget=min(workload.budget, longest), steps=steps)
         if planned(workload=shorter).cost < np.inf:
             changes.append(f"--max_seq_length {max(1, config.max_seq_length * sixteenths // 16)}")
             break

@@ -37,7 +37,7 @@ class Workload(NamedTuple):
     budget: int  # tokens that a micro-batch may hold, unless one of the step's samples has more
     is_settled: bool  # by the flag or by the checkpoint that the run continues; else the plan decides
     residency: str  # of the run that wrote that checkpoint; "" for none
-    longest_of_steps: tuple[int, ...]  # tokens of a step's longest sample: equally likely values
+    steps: tuple[tuple[float, int], ...]  # tokens of a rank, and of the longest sample: of steps, equally likely
 
 
 class Card(NamedTuple):
@@ -192,21 +192,21 @@ def choose(
     def layers_of(tokens: float) -> int:
         return memory.recomputing(tokens, room, layers) if given is None else given
 
-    def of_step(budget: int) -> float:
-        micro_batches = tokens_per_rank / budget + 0.5  # half of one more than the quotient, as steps differ
-        tokens = tokens_per_rank / micro_batches
-        recomputing = layers_of(tokens)
+    def of_step(budget: int, tokens_of_step: float) -> float:
+        micro_batches = np.ceil(tokens_of_step / budget)
+        tokens = tokens_of_step / micro_batches
         update = exposed_update(memory, room, shape, card, tokens) / seconds_per_token(shape, card)
-        return tokens_per_rank * (1 + recomputing / layers / 3) + micro_batches * of_micro_batch + update
+        return tokens_of_step * (1 + layers_of(tokens) / layers / 3) + micro_batches * of_micro_batch + update
 
     def candidate(budget: int) -> tuple[float, int, int]:
         tokens = max(budget, workload.longest)
         recomputing, cost = layers_of(tokens), np.inf
         if memory.activations(tokens, layers - recomputing) <= room:
-            cost = float(np.mean([of_step(max(budget, longest)) for longest in workload.longest_of_steps]))
+            cost = float(np.mean([of_step(max(budget, longest), of_rank) for of_rank, longest in workload.steps]))
         return cost, budget, recomputing
 
-    budgets = [workload.budget] if workload.is_settled else range(LEAST_TRIED, largest + 1, LEAST_TRIED)
+    least = min(longest for _, longest in workload.steps) // LEAST_TRIED * LEAST_TRIED  # less is the same
+    budgets = [workload.budget] if workload.is_settled else range(max(LEAST_TRIED, least), largest + 1, LEAST_TRIED)
     return min(map(candidate, budgets))
 
 
