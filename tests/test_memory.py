@@ -73,7 +73,9 @@ def test_what_is_chosen_fits_and_so_does_the_longest_sample(room, longest, given
         assert ON_2.activations(largest, 32 - recomputing) <= room * GB
     else:
         keeping = 0 if given is None else 32 - given
-        assert (largest, recomputing) == (max(1024, longest), 32 - keeping) and ON_2.activations(largest, keeping) > room * GB
+        assert (largest, recomputing) == (max(1024, longest), 32 - keeping) and ON_2.activations(
+            largest, keeping
+        ) > room * GB
 
 
 def test_a_long_sample_that_few_steps_hold_does_not_slow_the_others():
@@ -348,8 +350,11 @@ def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
         return workload_of(SFTConfig(global_batch_size=8, **flags), lengths, "data.jsonl:2", state, ranks)
 
     state = RunState(micro_batch_budget=700, world_size=4, residency="nothing")
-    assert seen(100, 4, state) == Workload(100, 8 * (160 / 3) / 4, 700, True, "nothing", (100,) * 8)
-    assert seen(100, 2, state) == Workload(100, 8 * (160 / 3) / 2, 4096, False, "", (100,) * 8)
+    of_4, of_2 = (seen(100, num_ranks, state) for num_ranks in (4, 2))
+    assert of_4 == Workload(100, 8 * (160 / 3) / 4, 700, True, "nothing", of_4.steps)
+    assert of_2 == Workload(100, 8 * (160 / 3) / 2, 4096, False, "", tuple((2 * n, most) for n, most in of_4.steps))
+    assert all(8 * 10 <= 4 * of_rank <= 8 * 100 and longest in (10, 50, 100) for of_rank, longest in of_4.steps)
+    assert np.mean([of_rank for of_rank, _ in of_4.steps]) == pytest.approx(8 * (160 / 3) / 4, rel=0.2)
     assert seen(900, 4, state)[2:4] == (700, True)  # --share_prompt false: longer pairs
     assert seen(100, 4, state, max_tokens_per_micro_batch=300)[2:5] == (300, True, "nothing")
     assert seen(100, 4, RunState())[2:5] == (4096, False, "")

@@ -20,7 +20,7 @@ from common.run import plan_table
 from common.run.forecast import beside
 from common.run.plan_table import CARDS, Machine
 from common.verbs.plan import WIDTH, main
-from common.zero.plan import estimated
+from common.zero.plan import estimated, shard_groups
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +83,14 @@ def test_memory_is_the_planners_for_8b_on_the_card_named(no_weights, tmp_path, s
     values, _ = table(capsys, "sft", 2, "--gpu", "h100", "--gpu_hour_price", 3, "--mfu", 0.5, *launch.argv(flags))
     residency, share = re.match(r"residency (\w+), (\d+)%", values["the planner's choice"]).groups()
     zero = DeepSpeedZeroConfig(**json.loads((launch.REPO / "ds_configs/zero3.json").read_text())["zero_optimization"])
-    memory = estimated(test_memory.SHAPE_8B, 2, residency, int(share) / 100, zero)
+    groups = np.cumsum([0, *shard_groups(test_memory.SHAPE_8B, 2, zero)])
+    (exact,) = {kept / groups[-1] for kept in groups if f"{kept / groups[-1]:.0%}" == f"{share}%"}
+    memory = estimated(test_memory.SHAPE_8B, 2, residency, exact, zero)
     found = [
         float(size) for size in re.findall(r"([\d.]+) (?:parameters|gradients|optimizer)", values["memory of a GPU"])
     ]
     parameters = (memory.parameters + memory.gathered) / 1e9
-    assert found[:2] == [round(parameters, 1), round(memory.gradients / 1e9, 1)]
-    assert found[2] == pytest.approx(memory.optimizer / 1e9, abs=1.3)  # a group of shards; the share is rounded
+    assert found == [round(size / 1e9, 1) for size in (1e9 * parameters, memory.gradients, memory.optimizer)]
     assert "50.0% MFU (given)" in values["hours"] and values["cost"].endswith("at 3")
 
 

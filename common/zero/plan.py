@@ -185,7 +185,8 @@ def choose(
     fits, the cost is infinite, the size the smallest, and every (or the given) layer recomputed.
     """
     tokens_per_rank, layers = workload.tokens_per_rank, shape.layers
-    largest = max(LEAST_TRIED, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank)))
+    least = max(LEAST_TRIED, min(longest for _, longest in workload.steps) // LEAST_TRIED * LEAST_TRIED)
+    largest = max(least, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank)))
     of_micro_batch: float = MICRO_BATCH_TOKENS[memory.residency] * (BETWEEN_HOSTS if card.spans_hosts else 1)
     of_micro_batch *= shape.numel / shape.num_met  # it grows with all parameters, a token's time with those it meets
 
@@ -205,8 +206,7 @@ def choose(
             cost = float(np.mean([of_step(max(budget, longest), of_rank) for of_rank, longest in workload.steps]))
         return cost, budget, recomputing
 
-    least = min(longest for _, longest in workload.steps) // LEAST_TRIED * LEAST_TRIED  # less is the same
-    budgets = [workload.budget] if workload.is_settled else range(max(LEAST_TRIED, least), largest + 1, LEAST_TRIED)
+    budgets = [workload.budget] if workload.is_settled else range(least, largest + 1, LEAST_TRIED)
     return min(map(candidate, budgets))
 
 
