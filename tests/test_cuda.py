@@ -320,7 +320,7 @@ def test_grouped_products_and_their_sums_equal_a_loop_over_experts(dtype, is_tra
     weight = 0.05 * torch.randn(4, 96, 256, device="cuda").to(dtype)
     inputs = torch.randn(2048, 256, device="cuda").to(dtype)
     upstream = torch.randn(2048, 96, device="cuda").to(dtype)
-    stored = weight.mT.contiguous() if is_transposed else weight
+    stored = (weight.mT.contiguous() if is_transposed else weight).requires_grad_()
     seen = []
     for _ in range(2):
         total, rows = torch.zeros_like(stored, dtype=torch.float32), inputs.clone().requires_grad_()
@@ -332,7 +332,7 @@ def test_grouped_products_and_their_sums_equal_a_loop_over_experts(dtype, is_tra
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     start = 0
     for e, end in enumerate(ends.tolist()):
-        x, w, g = inputs[start:end].double(), weight[e].double(), upstream[start:end].double()
+        x, w, g = inputs[start:end].double(), weight[e].detach().double(), upstream[start:end].double()
         if end > start:
             assert relative(seen[0][0][start:end], x @ w.T) < tolerance
             assert relative(seen[0][1][start:end], 2 * g @ w) < tolerance

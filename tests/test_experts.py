@@ -94,11 +94,12 @@ def test_the_routers_loss_of_a_packed_row_is_the_sum_over_its_sequences_alone(na
     assert packed.router_loss == 0.0, "it was not asked for"
 
 
-def test_layers_compile_once_for_rows_of_any_length(monkeypatch):
+@pytest.mark.parametrize("with_sums", [True, False])
+def test_layers_compile_once_for_rows_of_any_length(monkeypatch, with_sums):
     lm, counters = drawn("qwen3_moe"), torch._dynamo.utils.counters
     lm.config._experts_implementation, lm.config._attn_implementation = experts.GROUPED, "plaintune_block_mask"
     packed = PackedModel(lm)
-    for module in experts.experts_in(lm):
+    for module in experts.experts_in(lm) if with_sums else ():
         module.weight_sums = {n: torch.zeros_like(p) for n, p in module.named_parameters(recurse=False)}
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()

@@ -380,13 +380,11 @@ def test_what_can_be_trained_is_accepted_with_what_its_attention_needs(make, nee
     assert model.attention_needs(config, 100) == needs
 
 
-def test_layers_are_compiled_on_a_gpu_but_for_those_that_loop_over_experts(monkeypatch):
+def test_auto_compiles_layers_on_a_gpu_but_for_those_with_experts():
     dense, experts = models.make_config(), models.make_config("qwen3_moe")
     assert model.compiles_layers("auto", "cuda", dense) and not model.compiles_layers("auto", "cpu", dense)
     assert model.compiles_layers(True, "cpu", dense) and not model.compiles_layers(False, "cuda", dense)
-    assert model.compiles_layers("auto", "cuda", experts)
-    monkeypatch.setattr(model, "experts_in", lambda lm: [])
-    assert not model.compiles_layers("auto", "cuda", experts)
+    assert not model.compiles_layers("auto", "cuda", experts) and model.compiles_layers(True, "cuda", experts)
 
 
 def test_models_that_cannot_be_built_or_have_no_one_list_of_layers_are_refused_by_name():

@@ -74,12 +74,12 @@ def test_what_is_computed_wrongly_is_refused(monkeypatch, name, dtype):
 def test_a_token_may_go_to_another_expert_where_scores_are_rounded_but_a_wrong_product_is_found(
     monkeypatch, architecture, is_wrong
 ):
-    """In bfloat16: one token of twelve is sent elsewhere, or experts' outputs are a tenth larger."""
+    """In bfloat16: one token of twelve is sent elsewhere, or experts' outputs are three times as large."""
     engine, grouped = engine_of(architecture, torch.bfloat16), experts.grouped_experts
 
     def computed(module, hidden, top_k_index, top_k_weights):
         if is_wrong:
-            return 1.5 * grouped(module, hidden, top_k_index, top_k_weights)
+            return 3 * grouped(module, hidden, top_k_index, top_k_weights)
         others = top_k_index.clone()
         others[3::12, -1] = 3 - others[3::12, -1]
         return grouped(module, hidden, others, top_k_weights)

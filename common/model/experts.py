@@ -70,7 +70,7 @@ def grouped_experts(
     else:
         rows = module.act_fn(product(rows, "up_proj"))
     rows = product(rows, "down_proj")
-    if module.has_post_expert_norm:
+    if getattr(module, "has_post_expert_norm", False):  # not before transformers 5.23
         rows = module.post_expert_norm(rows)
     rows = _Rows.apply(rows, inverse, order, 1) * top_k_weights.flatten()[:, None]
     return rows.unflatten(0, (-1, top_k)).sum(1).to(hidden.dtype)

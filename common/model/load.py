@@ -17,7 +17,7 @@ from common.data.chat_template import QUESTION, ChatTemplate
 from common.failures import UserError, as_user_error
 from common.files import weight_files, weight_map
 from common.model.attention import SINKS, SOFT_CAP, WINDOWS, registered_name
-from common.model.experts import GROUPED, experts_in, part_met
+from common.model.experts import GROUPED, part_met
 from common.model.packed import PackedModel
 from common.ranks import Ranks
 
@@ -182,9 +182,8 @@ def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
 
 
 def compiles_layers(asked: bool | str, device_type: str, config: PretrainedConfig) -> bool:
-    """What `--compile_layers` comes to. `auto` leaves loops over experts, which follow the data, alone."""
-    loops = part_met(config, ".experts.") < 1 and not experts_in(built(config))
-    return asked is True or (asked == "auto" and device_type == "cuda" and not loops)
+    """What `--compile_layers` comes to. `auto` leaves layers with experts alone: compiled, none was seen on a GPU."""
+    return asked is True or (asked == "auto" and device_type == "cuda" and part_met(config, ".experts.") == 1)
 
 
 def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int, int]:

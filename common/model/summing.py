@@ -54,8 +54,9 @@ def grouped_mm(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor) -> t
 
 @grouped_mm.register_fake
 def _(left, right, ends):
-    shape = (left.shape[0], right.shape[2])  # len() would make it a constant to the compiler
-    return left.new_empty(shape if right.ndim == 3 else (ends.shape[0], left.shape[0], right.shape[1]))
+    if right.ndim == 3:
+        return left.new_empty(left.shape[0], right.shape[2])  # len() would make it a constant to the compiler
+    return left.new_empty(ends.shape[0], left.shape[0], right.shape[1])
 
 
 class _GroupedProduct(torch.autograd.Function):
