@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 
 class OneRank:
@@ -87,6 +87,34 @@ ARCHITECTURES = {
         },
     ),
 }
+# Models of images and text, of which the text part is trained.
+TINY_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TINY_QWEN_VISION = {"hidden_size": 16, "intermediate_size": 24, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+WITH_IMAGES = {  # name -> (of the text, of the images)
+    "gemma3": (
+        {
+            "head_dim": 8,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "tie_word_embeddings": True,
+        },
+        TINY_VISION,
+    ),
+    "mistral3": ({"model_type": "mistral", "head_dim": 8}, TINY_VISION | {"model_type": "pixtral", "head_dim": 8}),
+    "qwen2_5_vl": (MROPE, TINY_QWEN_VISION | {"fullatt_block_indexes": [0]}),
+    "qwen3_vl_moe": (
+        MROPE | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        TINY_QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    ),
+}
 WITH_EXPERTS = {
     "qwen3_moe",
     "mixtral",
@@ -129,7 +157,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_config(architecture: str = "llama", **changes):
-    model_type, own = ARCHITECTURES[architecture]
+    model_type, own = ARCHITECTURES.get(architecture, (architecture, {}))
     values = {
         "vocab_size": VOCAB,
         "hidden_size": 32,
@@ -143,6 +171,12 @@ def make_config(architecture: str = "llama", **changes):
         "bos_token_id": None,
         "pad_token_id": None,
     }
+    if architecture in WITH_IMAGES:
+        text, vision = WITH_IMAGES[architecture]
+        tied = text.get("tie_word_embeddings", False)
+        return AutoConfig.for_model(
+            architecture, text_config={**values, **text, **changes}, vision_config=vision, tie_word_embeddings=tied
+        )
     return AutoConfig.for_model(model_type, **{**values, **own, **changes})
 
 
@@ -154,7 +188,8 @@ def make_model(
     shard: the most bytes of a file; one file has no index.
     """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(make_config(architecture, **changes), dtype=torch.float32)
+    auto = AutoModelForImageTextToText if architecture in WITH_IMAGES else AutoModelForCausalLM
+    model = auto.from_config(make_config(architecture, **changes), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.ndim == 1 and "norm" in parameter_name(model, parameter) else 0.0, 0.15)

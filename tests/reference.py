@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, get_scheduler
 
 # ------------------------------------------------------------------ tokens
 
@@ -52,7 +52,9 @@ def pair_tokens(tokenizer, row: dict, max_length: int = 10**6):
 
 
 def load(folder, dtype=torch.float32, attention: str = "eager"):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    has_images = hasattr(AutoConfig.from_pretrained(folder), "vision_config")
+    auto = AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
 
 
 def load_tokenizer(folder):
@@ -113,9 +115,10 @@ def train(
         samples, order = order[:global_batch_size], order[global_batch_size:]
         seen += len(samples)
         record = backward(model, samples)
-        norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in model.parameters()))
+        trained = [p for p in model.parameters() if p.grad is not None]  # of text
+        norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in trained))
         if max_grad_norm and norm > max_grad_norm:
-            for p in model.parameters():
+            for p in trained:
                 p.grad.mul_(max_grad_norm / (norm + 1e-6))
         records.append(
             {

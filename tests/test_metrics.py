@@ -102,7 +102,7 @@ def test_the_time_left_is_that_of_the_steps_to_come_at_the_pace_after_the_first(
         get_input_embeddings=lambda: embedding,
         get_output_embeddings=lambda: embedding,
         named_parameters=list,
-        config=None,
+        config=SimpleNamespace(get_text_config=lambda: None),
     )
     meter, lines = metrics.StepMeter(lm, 1, 1, OneRank()), []
     record = {"epoch": 0.5, "train_loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-5, "tokens_per_second": 10.0}

@@ -343,7 +343,7 @@ REFUSED = {
     "linear attention": (lambda: config_of("qwen3_next"), "qwen3_next"),
     "chunks": (lambda: config_of("llama4_text"), "llama4"),
     "encoder": (lambda: config_of("t5"), "not a causal language model"),
-    "images": (lambda: config_of("gemma3"), "gemma3"),
+    "several decoders": (lambda: config_of("musicgen"), "musicgen"),
     "ALiBi": (lambda: config_of("bloom", hidden_dropout=0.0, attention_dropout=0.0), "bloom"),
     "dynamic RoPE": (lambda: models.make_config(max_position_embeddings=64, rope_parameters=DYNAMIC_ROPE), "RoPE"),
     "small embedding": (lambda: models.make_config(vocab_size=200), "embedding only 200 rows"),

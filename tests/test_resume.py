@@ -411,7 +411,13 @@ def exported_both_ways(root: str, words: list[str]) -> list[dict[str, bytes]]:
 
 @pytest.mark.parametrize(
     ("architecture", "dtype", "num_ranks"),
-    [("qwen2", "bfloat16", 2), ("apertus", "float32", 3), ("gpt_neox", "bfloat16", 1), ("mixtral", "bfloat16", 2)],
+    [
+        ("qwen2", "bfloat16", 2),
+        ("apertus", "float32", 3),
+        ("gpt_neox", "bfloat16", 1),
+        ("mixtral", "bfloat16", 2),
+        ("gemma3", "bfloat16", 2),
+    ],
 )
 def test_an_export_of_a_checkpoint_is_the_runs_own_byte_for_byte(setting, architecture, dtype, num_ranks):
     """With tied weights, buffers, several files of the export or one, and files of a rank."""

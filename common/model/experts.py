@@ -114,7 +114,7 @@ def router_loss(router_logits: tuple, weights: torch.Tensor, top_k: int) -> torc
 
 def require_router_logits(coefficient: float, lm: nn.Module) -> None:
     """Raises UserError for an auxiliary loss of a model whose routers' logits transformers does not give."""
-    if coefficient and "router_logits" not in (getattr(lm.base_model, "_can_record_outputs", None) or {}):
+    if coefficient and "router_logits" not in (getattr(lm.get_decoder(), "_can_record_outputs", None) or {}):
         raise UserError(f"--router_aux_loss_coef {coefficient}: model type {lm.config.model_type} has no router logits")
 
 

@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from common.data.chat_template import ChatTemplate
 from common.failures import UserError, as_user_error
 from common.files import INDEX, naming, sync_folder, weight_files
-from common.model.load import SAMPLES, built, generation_config, load_config, load_tokenizer
+from common.model.load import SAMPLES, built, generation_config, load_config, load_tokenizer, stored_names, text_config
 from common.model.packed import PackedModel
 from common.ranks import Ranks
 
@@ -40,9 +40,10 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
     for file, names in layout.items():
         stored: dict[str, torch.Tensor] = {}
         for name, (_, places) in names.items():
-            with deepspeed.zero.GatheredParameters([tensors[name]]):  # of a buffer, which is whole: nothing
+            # Of a buffer, which is whole, and of what rank 0 alone has: nothing.
+            with deepspeed.zero.GatheredParameters([tensors[name]] if name in tensors else []):
                 if ranks.is_main:
-                    whole = tensors[name].detach().to("cpu", copy=True).contiguous()
+                    whole = (tensors | model.lm.others)[name].detach().to("cpu", copy=True).contiguous()
                     stored |= _stored(model.lm, name, whole, places)
         ranks.once(lambda: _write_shard(stored, temporary / file))
     ranks.once(lambda: _move_up(temporary))
@@ -55,6 +56,7 @@ def settings_of_exports(lm, template: ChatTemplate, source_folder: str) -> dict[
         layout = _write_small_files(lm, template, source_folder, folder)
         (folder / LAYOUT).write_text(json.dumps(layout), encoding="utf-8")
         buffers = {name: tensor for name, tensor in _tensors(lm).items() if not isinstance(tensor, torch.nn.Parameter)}
+        buffers |= lm.others
         _write_shard({name: buffer.cpu().contiguous() for name, buffer in buffers.items()}, folder / BUFFERS)
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -91,7 +93,9 @@ def _tensors(lm) -> dict[str, torch.Tensor]:
 
 def _stored(lm, name: str, whole: torch.Tensor, places: dict[str, int]) -> dict[str, torch.Tensor]:
     """Those of the tensors that folders hold in place of a parameter (of a layer's experts: one of each expert) which
-    `places` has: name in a folder -> place among all of them."""
+    `places` has: name in a folder -> place among all of them; {}: it is stored as it is."""
+    if not places:
+        return {name: whole}
     tensors = [*revert_weight_conversion(lm, {name: whole}).values()]
     return {stored: tensors[i] if len(tensors) == 1 else tensors[i].clone() for stored, i in places.items()}
 
@@ -100,15 +104,14 @@ def _layout(lm) -> dict[str, dict[str, tuple[str, dict[str, int]]]]:
     """File -> a tensor's name -> its type, and the _stored places of what the file holds of it: as in the folder that
     this rank loaded the model from. What that does not hold goes to its last file."""
     layout: dict[str, dict[str, tuple[str, dict[str, int]]]] = {}
-    for name, tensor in _tensors(lm).items():
-        shape = getattr(tensor, "ds_shape", tensor.shape)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        for i, stored in enumerate(revert_weight_conversion(lm, {name: torch.empty(shape, device="meta")})):
-            file = "model.safetensors"
-            if lm.file_of:
-                file = Path(lm.file_of.get(stored, max(lm.file_of.values()))).name
-                file = file if re.fullmatch(r"model.+\.safetensors", file) else f"model-{file}"
-            layout.setdefault(file, {}).setdefault(name, (dtype, {}))[1][stored] = i
+    for name, tensor in [*_tensors(lm).items(), *lm.others.items()]:
+        dtype, converted = str(tensor.dtype).removeprefix("torch."), stored_names(lm, name, tensor)
+        as_it_is = name in lm.others or name in lm.file_of and not lm.file_of.keys() & {*converted}
+        for i, stored in enumerate([name] if as_it_is else converted):
+            file = Path(lm.file_of.get(stored, max(lm.file_of.values()))).name
+            file = file if re.fullmatch(r"model.*\.safetensors", file) else f"model-{file}"
+            places = layout.setdefault(file, {}).setdefault(name, (dtype, {}))[1]
+            places |= {} if as_it_is else {stored: i}
     return layout
 
 
@@ -132,8 +135,12 @@ def rehearse_export(config: PretrainedConfig, template: ChatTemplate, source_fol
 def _write_settings(config: PretrainedConfig, template: ChatTemplate, source_folder: str, folder: Path) -> None:
     config = type(config).from_dict(config.to_dict())
     generation = generation_config(source_folder, config, template.end_ids())
-    config.eos_token_id = generation.eos_token_id
-    config.save_pretrained(folder)
+    if text_config(config) is config:
+        config.eos_token_id = generation.eos_token_id
+        config.save_pretrained(folder)
+    else:  # whatever served the model with its other parts serves this one
+        for path in [Path(source_folder) / "config.json", *Path(source_folder).glob("*processor_config.json")]:
+            shutil.copyfile(path, folder / path.name)
     generation.save_pretrained(folder)
     template.tokenizer.chat_template = template.jinja
     template.tokenizer.save_pretrained(folder)
@@ -153,8 +160,10 @@ def _write_small_files(lm, template: ChatTemplate, source_folder: str, folder: P
         _write_settings(lm.config, template, source_folder, folder)
     layout = _layout(lm)
     if [*layout] != ["model.safetensors"]:
-        weight_map = {name: file for file, names in layout.items() for _, places in names.values() for name in places}
-        sizes = (getattr(t, "ds_numel", t.numel()) * t.element_size() for t in _tensors(lm).values())
+        named = ((file, places or [name]) for file, names in layout.items() for name, (_, places) in names.items())
+        weight_map = {stored: file for file, names in named for stored in names}
+        whole = [*_tensors(lm).values(), *lm.others.values()]
+        sizes = (getattr(t, "ds_numel", t.numel()) * t.element_size() for t in whole)
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return layout

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -9,13 +10,20 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+)
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from common.data.chat_template import QUESTION, ChatTemplate
 from common.failures import UserError, as_user_error
-from common.files import weight_files, weight_map
+from common.files import weight_files
 from common.model.attention import SINKS, SOFT_CAP, WINDOWS, registered_name
 from common.model.experts import GROUPED, part_met
 from common.model.packed import PackedModel
@@ -80,7 +88,7 @@ def warnings(template: ChatTemplate, config: PretrainedConfig, longest: int) -> 
     """What may surprise whoever uses the model; a line each.  longest: tokens of the longest sample."""
     tokenizer, lines, start = template.tokenizer, [], template.apply([QUESTION])
     own, bos, closing = tokenizer.chat_template, tokenizer.bos_token, tokenizer.tokenize(template.closing)
-    positions = getattr(config, "max_position_embeddings", None) or longest
+    positions = getattr(text_config(config), "max_position_embeddings", None) or longest
     if own and own != template.jinja:
         lines.append("it differs from the tokenizer's own, and is exported in its place")
     if bos and tokenizer.encode("a")[0] == tokenizer.bos_token_id and not start.startswith(bos):
@@ -115,17 +123,45 @@ def generation_config(folder: str, config: PretrainedConfig, end_ids: list[int])
 
 def attention_needs(config: PretrainedConfig, longest: int) -> set[str]:
     """What attention over samples of at most `longest` tokens needs besides being causal (see attention.KERNELS)."""
-    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None) or longest
-    slides = getattr(config, "use_sliding_window", True) and (not types or "sliding_attention" in types)
+    text = text_config(config)
+    types, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None) or longest
+    slides = getattr(text, "use_sliding_window", True) and (not types or "sliding_attention" in types)
     needs = {WINDOWS} if slides and window < longest else set()
-    needs |= {SOFT_CAP} if getattr(config, "attn_logit_softcapping", None) else set()
+    needs |= {SOFT_CAP} if getattr(text, "attn_logit_softcapping", None) else set()
     return needs | ({SINKS} if any("sink" in name for name, _ in built(config).named_parameters()) else set())
 
 
 def built(config: PretrainedConfig) -> nn.Module:
-    """The model that this config describes, without storage. Raises UserError."""
+    """The model that this config describes, its text part alone, without storage. Raises UserError."""
     with torch.device("meta"), as_user_error("config.json describes no model that transformers can build"):
-        return AutoModelForCausalLM.from_config(config, **NO_CODE)
+        return without_other_parts(auto_class(config).from_config(config, **NO_CODE))
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """What of a model's config describes its text decoder: all of it, unless the model has other parts. Raises
+    UserError."""
+    with as_user_error(f"model type {config.model_type} has more than one text decoder", ValueError):
+        return config.get_text_config()
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """transformers' class that makes a language model of a config, or one that has other parts besides."""
+    return AutoModelForCausalLM if text_config(config) is config else AutoModelForImageTextToText
+
+
+def without_other_parts(lm: nn.Module) -> nn.Module:
+    """The model without what no text goes through, such as a vision tower; itself, with the names that it had."""
+    if lm.config.get_text_config() is lm.config:
+        return lm
+    decoder = lm.get_decoder()
+    kept = {*decoder.modules(), *lm.get_output_embeddings().modules()}
+    for module in [module for module in lm.modules() if module not in kept]:
+        for name, child in [*module.named_children()]:
+            if child not in kept and decoder not in child.modules():
+                delattr(module, name)
+        for name in [*module._parameters]:
+            delattr(module, name)
+    return lm
 
 
 def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -> None:
@@ -133,41 +169,34 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
 
     longest: tokens of the longest sample; vocab_needed: the largest token id of the data + 1. Raises UserError.
     """
-    values, model_class = config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    text, model_class = text_config(config), auto_class(config)._model_mapping.get(type(config), None)
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    values = text.to_dict()
     layer_types = set(values.get("layer_types") or [])
     unknown = ", ".join(sorted(layer_types - {"full_attention", "sliding_attention"}))
-    chunk, positions = values.get("attention_chunk_size"), getattr(config, "max_position_embeddings", longest)
+    chunk, positions = values.get("attention_chunk_size"), getattr(text, "max_position_embeddings", longest)
     rope = values.get("rope_parameters") or {}
     rope_types = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
     original = rope.get("original_max_position_embeddings") or positions
     has_alibi = values.get("alibi") or values.get("position_embedding_type") == "alibi"
     refusals = [
         (model_class is None or config.is_encoder_decoder, "is not a causal language model of transformers"),
-        (not _is_text_only(config), "has parts besides its text decoder"),
         (getattr(model_class, "_is_stateful", False), "keeps state across samples"),
         (not getattr(model_class, "_supports_attention_backend", False), "does not use AttentionInterface"),
         (unknown, f"has layers of type {unknown}"),
         (chunk, f"has attention chunks of {chunk} tokens"),
         *_refused_numbers(values),
         (has_alibi, "has ALiBi position biases"),
-        (values.get("quantization_config"), "has quantized weights"),
+        (getattr(config, "quantization_config", None), "has quantized weights"),
         (rope_types & {"dynamic", "longrope"} and longest > original, f"changes its RoPE above {original} tokens"),
         (not rope and positions < longest, f"has {positions} positions, the longest sample {longest} tokens"),
     ]
     for is_refused, reason in refusals:
         if is_refused:
             raise UserError(f"model type {config.model_type} {reason}: packed training would compute it wrongly")
-    if config.vocab_size < vocab_needed:
-        sizes = f"token {vocab_needed - 1}, the model's embedding only {config.vocab_size} rows"
+    if text.vocab_size < vocab_needed:
+        sizes = f"token {vocab_needed - 1}, the model's embedding only {text.vocab_size} rows"
         raise UserError(f"the data has {sizes}; use the model's own tokenizer")
-
-
-def _is_text_only(config: PretrainedConfig) -> bool:
-    try:
-        return config.get_text_config() is config
-    except ValueError:  # there are several
-        return False
 
 
 def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
@@ -183,7 +212,9 @@ def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
 
 def compiles_layers(asked: bool | str, device_type: str, config: PretrainedConfig) -> bool:
     """What `--compile_layers` comes to. `auto` leaves layers with experts alone: compiled, none was seen on a GPU."""
-    return asked is True or (asked == "auto" and device_type == "cuda" and part_met(config, ".experts.") == 1)
+    return asked is True or (
+        asked == "auto" and device_type == "cuda" and part_met(text_config(config), ".experts.") == 1
+    )
 
 
 def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int, int]:
@@ -194,14 +225,15 @@ def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int, int]:
         model.lm.tie_weights()
         layers = model.decoder_layers()
         of_layer = sum(p.numel() for layer in layers for p in layer.parameters()) // len(layers)
-    unmet = sum(p.numel() * (1 - part_met(config, name)) for name, p in model.named_parameters())
+    unmet = sum(p.numel() * (1 - part_met(model.config, name)) for name, p in model.named_parameters())
     return [p.numel() for p in model.parameters()], of_layer, round(unmet)
 
 
 def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig) -> None:
     """Raises UserError for a reference whose token ids cannot mean the policy's."""
-    if policy.vocab_size != reference.vocab_size:
-        sizes = f"{reference.vocab_size} tokens, the policy one of {policy.vocab_size}"
+    ours, theirs = (text_config(config).vocab_size for config in (policy, reference))
+    if ours != theirs:
+        sizes = f"{theirs} tokens, the policy one of {ours}"
         raise UserError(f"--ref_model_name_or_path has a vocabulary of {sizes}: use a model of the same tokenizer")
 
 
@@ -216,11 +248,11 @@ def load_partitioned(
     """
     options = {"dtype": dtype, "attn_implementation": registered_name(kernel), **NO_CODE}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **options)
+        model = auto_class(config).from_config(config, **options)
     model.tie_weights()
     on_main = []
     ranks.once(lambda: on_main.append(_from_folder(folder, config, options, model)))
-    model = on_main.pop() if ranks.is_main else model
+    model = on_main.pop() if ranks.is_main else without_other_parts(model)
     _share_buffers(model, ranks)
 
     group, not_finite, parameters = [], [], list(model.named_parameters())
@@ -238,7 +270,7 @@ def load_partitioned(
     if names := ranks.once(lambda: not_finite[:3]):  # now that no rank waits for a parameter
         kind = str(dtype).removeprefix("torch.")
         raise UserError(f"model {folder}: weights that, in {kind}, are NaN or infinite: in {', '.join(names)}")
-    model.config._experts_implementation = GROUPED
+    text_config(config)._experts_implementation = GROUPED
     return PackedModel(model)
 
 
@@ -259,28 +291,44 @@ def _from_folder(folder: str, config: PretrainedConfig, options: dict, expected:
     # Mismatched shapes are reported as the rest is: the error in place of that names none.
     options = options | {"ignore_mismatched_sizes": True, "output_loading_info": True, "use_safetensors": True}
     with as_user_error(f"model {folder}: its weights cannot be used"):
-        _refuse_quantized(Path(folder))
-        model, report = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+        stored = _stored_tensors(Path(folder))
+        model, report = auto_class(config).from_pretrained(folder, config=config, **options)
         if wrong := [f"{what} {sorted(map(str, names))[:3]}" for what, names in report.items() if names]:
             raise ValueError(f"they do not fit config.json: {'; '.join(wrong)}")
         untied = {name for name, _ in model.named_parameters()} - {name for name, _ in expected.named_parameters()}
         if untied:
             raise ValueError(f"config.json ties {', '.join(sorted(untied))} to weights that differ from it")
-        model.file_of = weight_map(Path(folder))  # for the export: the folder may be gone by then
+    # For the export, when the folder may be gone: the file of each tensor, and the tensors of the other parts.
+    model.file_of = {name: file for name, (file, _) in stored.items()}
+    model.others = {}
+    if text_config(config) is not config:
+        own = without_other_parts(model).state_dict()
+        names = {*own} | {stored for name, tensor in own.items() for stored in stored_names(model, name, tensor)}
+        model.others = {name: tensor for name, (_, tensor) in stored.items() if name not in names}
     return model
 
 
-def _refuse_quantized(folder: Path) -> None:
-    """Raises ValueError for weights that are stored as integers or in 8 bits: without their scales they are wrong.
+def stored_names(lm: nn.Module, name: str, tensor: torch.Tensor) -> list[str]:
+    """What folders call a model's tensor, or those that they hold in its place (of a layer's experts: one of each)."""
+    shape = getattr(tensor, "ds_shape", tensor.shape)
+    return [*revert_weight_conversion(lm, {name: torch.empty(shape, device="meta")})]
 
-    Reads the headers of the files that from_pretrained reads, which would convert them without a word.
+
+def _stored_tensors(folder: Path) -> dict[str, tuple[str, torch.Tensor]]:
+    """Name -> file and tensor, in the mapped file, of all that from_pretrained reads.
+
+    Raises ValueError for weights that are stored as integers or in 8 bits, which it would convert without a word:
+    without their scales they are wrong.
     """
+    stored = {}
     for file in weight_files(folder):
         with safe_open(folder / file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (it is no dict)
                 dtype = weights.get_slice(name).get_dtype()
                 if name.endswith("weight") and dtype not in ("F64", "F32", "F16", "BF16"):
                     raise ValueError(f"{name} is stored as {dtype}; quantized weights are not trained")
+                stored[name] = file, weights.get_tensor(name)
+    return stored
 
 
 def _share_buffers(model: nn.Module, ranks: Ranks) -> None:

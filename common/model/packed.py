@@ -44,31 +44,38 @@ class PackedModel(nn.Module):
 
     def __init__(self, lm: nn.Module):
         super().__init__()
-        self.lm = lm
+        self.lm, self.config = lm, lm.config.get_text_config()
         self.is_compiled = False
         self.router_loss = torch.zeros(())
         self.finish_gathering: Callable[[], None] = lambda: None  # common/zero/residency.py
-        lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings(), *final_logits(lm.config)))
-        assert "position_ids" in inspect.signature(lm.base_model.forward).parameters
+        lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings(), *final_logits(self.config)))
+        assert "position_ids" in inspect.signature(self.decoder.forward).parameters
         lm.train()
 
     def forward(
         self, input_ids, position_ids=None, target_rows=None, target_ids=None, sequences=None, **attention
     ) -> torch.Tensor:
         if target_rows is None:
-            return self.lm(input_ids=input_ids, use_cache=False).logits
+            types = {"token_type_ids", "mm_token_type_ids"} & inspect.signature(self.lm.forward).parameters.keys()
+            all_text = {} if self.config is self.lm.config else dict.fromkeys(types, torch.zeros_like(input_ids))
+            return self.lm(input_ids=input_ids, use_cache=False, **all_text).logits
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         inputs |= {} if sequences is None else {"output_router_logits": True}
-        outputs = self.lm.base_model(**inputs, **attention)
+        outputs = self.decoder(**inputs, **attention)
         self.router_loss = torch.zeros((), device=input_ids.device)
         if sequences is not None:
-            self.router_loss = router_loss(outputs.router_logits, sequences, experts_per_token(self.lm.config))
+            self.router_loss = router_loss(outputs.router_logits, sequences, experts_per_token(self.config))
         return self.lm.get_output_embeddings()(outputs.last_hidden_state[0][target_rows], target_ids)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """What maps tokens to hidden states; of a model with other parts, its text decoder."""
+        return self.lm.base_model if self.config is self.lm.config else self.lm.get_decoder()
 
     def decoder_layers(self) -> nn.ModuleList:
         """The repeated layers, first to last. Raises UserError if there is no list of them."""
-        num_layers = self.lm.config.num_hidden_layers
-        for module in self.lm.base_model.modules():
+        num_layers = self.config.num_hidden_layers
+        for module in self.decoder.modules():
             if isinstance(module, nn.ModuleList) and len(module) == num_layers:
                 return module
         raise UserError(f"model type {self.lm.config.model_type} is not supported: it has no list of its layers")
@@ -133,9 +140,9 @@ def verify_packed_model(engine, kernel: str, ranks: Ranks) -> None:
     what no list of names can: an architecture that lets samples see each other, or whose logits are not its output
     projection of its decoder's last hidden state. Raises UserError. Collective.
     """
-    lm, embeddings = engine.module.lm, []
+    lm, config, embeddings = engine.module.lm, engine.module.config, []
     generator = torch.Generator().manual_seed(0)
-    samples = [torch.randint(lm.config.vocab_size, (n,), generator=generator).numpy() for n in (24, 17)]
+    samples = [torch.randint(config.vocab_size, (n,), generator=generator).numpy() for n in (24, 17)]
 
     def cut(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         embeddings.append(output.detach().requires_grad_())
@@ -161,19 +168,19 @@ def verify_packed_model(engine, kernel: str, ranks: Ranks) -> None:
         what = f"model type {lm.config.model_type} cannot be run"
         with _short_windows(lm, kernel, 8), as_user_error(what, ValueError, TypeError, KeyError, AttributeError):
             packed, apart = in_one_row(*samples), [in_one_row(ids) for ids in samples]
-            lm.set_attn_implementation("eager")
-            lm.config._experts_implementation = "eager"
+            engine.module.decoder.set_attn_implementation("eager")
+            config._experts_implementation = "eager"
             plain = [by_transformers(ids) for ids in samples]
     finally:
         hook.remove()
-        lm.set_attn_implementation(registered_name(kernel))
-        lm.config._experts_implementation = GROUPED
+        engine.module.decoder.set_attn_implementation(registered_name(kernel))
+        config._experts_implementation = GROUPED
         for parameter in parameters:
             parameter.grad = None  # what common/zero/residency.py puts there
             parameter.requires_grad_(True)
     seen = [packed, *([torch.cat(values) for values in zip(*parts, strict=True)] for parts in (apart, plain))]
     allowed = (1e-3, 1e-3) if lm.dtype == torch.float32 else (0.1, 0.5)
-    may_reroute = lm.dtype != torch.float32 and part_met(lm.config, ".experts.") < 1
+    may_reroute = lm.dtype != torch.float32 and part_met(config, ".experts.") < 1
     for (logps, gradients), (expected, of_expected), what in (
         (seen[0], seen[1], "in one row differ from those in rows of their own"),
         (seen[1], seen[2], "in a row of their own differ from transformers' own"),

@@ -23,7 +23,7 @@ def flops_of(shape: Shape, config: PretrainedConfig, lengths: np.ndarray) -> flo
     """FLOPs for each token, as metrics.jsonl's mfu counts them."""
     embedding = 0 if config.tie_word_embeddings else shape.vocab * shape.hidden
     mean_length = float((lengths.astype(float) ** 2).sum() / lengths.sum())
-    return flops_per_token(shape.num_met - embedding, config, mean_length)
+    return flops_per_token(shape.num_met - embedding, config.get_text_config(), mean_length)
 
 
 def forecast(

@@ -64,10 +64,11 @@ class StepMeter:
     """The fields of metrics.jsonl that SFT and DPO share."""
 
     def __init__(self, lm: nn.Module, budget: int, num_samples: int, ranks: Ranks):
+        config = lm.config.get_text_config()
         embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
         counted = ((name, p) for name, p in lm.named_parameters() if p is not embedding or p is head)
-        self.num_parameters = round(sum(p.ds_numel * part_met(lm.config, name) for name, p in counted))
-        self.config, self.budget, self.num_samples, self.ranks = lm.config, budget, num_samples, ranks
+        self.num_parameters = round(sum(p.ds_numel * part_met(config, name) for name, p in counted))
+        self.config, self.budget, self.num_samples, self.ranks = config, budget, num_samples, ranks
         self.peak_flops = device_peak_flops(ranks.device)
         self.began = time.monotonic()
         self.paced_from: tuple[int, float] | None = None

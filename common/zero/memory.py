@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from common.config import TrainConfig
 from common.data.tokens import PreferencePair, SFTSample
 from common.failures import UserError
-from common.model.load import compiles_layers, parameter_sizes
+from common.model.load import compiles_layers, parameter_sizes, text_config
 from common.model.packed import model_inputs
 from common.ranks import Ranks
 from common.step.packing import Document, pack, pair_documents, sft_documents
@@ -62,7 +62,8 @@ def given_layers(config: TrainConfig, num_layers: int) -> int | None:
 def shape_of(model_config, config: TrainConfig, is_compiled: bool) -> Shape:
     """Of the model that a config.json describes."""
     sizes, layer_numel, unmet = parameter_sizes(model_config)
-    layers, hidden, vocab = model_config.num_hidden_layers, model_config.hidden_size, model_config.vocab_size
+    text = text_config(model_config)
+    layers, hidden, vocab = text.num_hidden_layers, text.hidden_size, text.vocab_size
     itemsize = getattr(torch, config.dtype).itemsize
     return Shape(sizes, layer_numel, layers, hidden, vocab, itemsize, is_compiled, unmet)
 
@@ -315,7 +316,7 @@ def _dry_run(
     engine, config: TrainConfig, kernel: str, tokens: int, longest: int, made_up: Callable, ranks: Ranks
 ) -> float:
     """Peak bytes, on the rank that needs most, of both passes over `tokens` in samples of at most `longest`."""
-    ids = np.random.default_rng(0).integers(0, engine.module.lm.config.vocab_size, tokens)
+    ids = np.random.default_rng(0).integers(0, engine.module.config.vocab_size, tokens)
     row = pack([made_up(part) for part in np.array_split(ids, -(-tokens // longest))])
     memory_gb(ranks.device)  # from here on
     with out_of_memory_explained("step 0", tokens, longest) as size:
