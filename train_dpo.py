@@ -30,6 +30,7 @@ from common.run.evaluate import Evaluation, largest, training_and_held_out
 from common.run.forecast import forecast
 from common.run.metrics import StepMeter, StepTotals
 from common.run.output_dir import claim, finish, open_output_dir, record_of
+from common.run.plan_table import as_text, plan_rows
 from common.run.reference import reference_pass
 from common.step.losses import SUMMED, check_first_step, preference_loss, preference_loss_and_sums
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, pair_documents, pair_lengths, plan_step
@@ -104,9 +105,10 @@ def main() -> None:
     # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A run resumed on as
     # many ranks keeps its micro-batch size and its way to sum gradients, unless a flag or the ds_config says otherwise.
     workload = workload_of(config, lengths, data.source_of(int(lengths.argmax())), state, ranks)
-    ds_config, estimate = choose_residency(
-        ds_config, config, model_config, workload, ranks
-    )  # estimate: bytes on a rank
+    # estimate: bytes on a rank; planned: tokens, and where the device's peak is known hours, MFU, memory and cost.
+    ds_config, estimate = choose_residency(ds_config, config, model_config, workload, ranks)
+    planned = forecast(estimate, workload, schedule, lengths, model_config, config, ranks)
+    ranks.say(as_text(plan_rows(config, estimate, workload, schedule, evaluation, planned, ranks)))
 
     # ------------------------------------------------------------------ reference, if it is a model of its own
     steps = range(min(schedule.last_step, schedule.steps_per_epoch))  # later epochs take the same pairs
@@ -150,7 +152,7 @@ def main() -> None:
     # ------------------------------------------------------------------ loop
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
     resolved["evaluation"] = evaluation.record
-    resolved["planned"] = forecast(estimate, workload, schedule, lengths, model_config, ranks)
+    resolved["planned"] = planned
     record = record_of("DPO", config, identity, state, policy, ranks, **resolved, reference_cache=cached_in)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     writer = checkpoint.Writer(engine, parameters, config, ranks)

@@ -132,6 +132,7 @@ class TrainConfig:
     hub_model_id: str | None = _field(None, "ENTITY/NAME, or NAME [output_dir's] of your own", identifies=False)
     hub_private: bool = _field(True, "the repository is private", identifies=False)
     hub_overwrite: bool = _field(False, "replace another run's model there", identifies=False)
+    gpu_hour_price: float | None = _field(None, "the plan says what a run costs", least=0, identifies=False)
     collective_timeout_minutes: int = _field(30, "a rank waits so long", least=1, most=10**6, identifies=False)
 
     # placement

@@ -3,6 +3,7 @@
 import itertools
 import os
 import re
+import socket
 import stat
 import sys
 import threading
@@ -52,6 +53,10 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def num_hosts(self) -> int:
+        return self.world_size // self.local_world_size
 
     def say(self, text: str) -> None:
         """Prints from one rank."""
@@ -122,7 +127,8 @@ class Ranks:
         """Says what this rank does, and reads what the others say. tick: another one each time."""
         now = time.monotonic()
         try:
-            self.store.set(f"rank {self.rank}", f"{tick} {self.when}, {_place()}")
+            host = f" on {socket.gethostname()}" if self.num_hosts > 1 else ""
+            self.store.set(f"rank {self.rank}", f"{tick} {self.when}{host}, {_place()}")
             for rank in range(self.world_size):
                 is_there = self.store.check([f"rank {rank}"])
                 text = self.store.get(f"rank {rank}").decode() if is_there else "0 nowhere"
@@ -223,6 +229,17 @@ def _of_srun() -> dict[str, str]:
     return names | {"LOCAL_RANK": given["SLURM_LOCALID"], "LOCAL_WORLD_SIZE": on_nodes[int(given["SLURM_NODEID"])]}
 
 
+def way_to_other_hosts() -> str:
+    """The interface that the environment names, or this host's address on the way to MASTER_ADDR."""
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        if name in os.environ:
+            return f"{os.environ[name]} ({name})"
+    family, kind, _, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:  # sends nothing
+        probe.connect(address)
+        return f"{probe.getsockname()[0]} (the way to MASTER_ADDR)"
+
+
 def start(timeout_minutes: float) -> Ranks:
     """Joins the group that the launcher's environment names, else one of one. No wait in it exceeds the time-out."""
     global _joined
@@ -256,7 +273,8 @@ def start(timeout_minutes: float) -> Ranks:
     os.environ["DEEPSPEED_TIMEOUT"] = str(timeout_minutes)
     store = _find_store(world_size, is_one_host, timeout)
     store.set_timeout(timeout)
-    store.set(f"rank {rank}", "0 before the first step, joining the others")
+    where = "" if is_one_host else f" on {socket.gethostname()}"
+    store.set(f"rank {rank}", f"0 before the first step{where}, joining the others")
     try:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except dist.DistError as e:

@@ -4,6 +4,7 @@ Writes docs/models.md: each type with `equal` (log-probabilities and every param
 one row are those of plain transformers on each sample alone), or why it is refused. Some minutes; a process a type.
 """
 
+import inspect
 import multiprocessing
 import sys
 import warnings
@@ -112,26 +113,61 @@ OWN = {
 }
 
 
+# Of parts that see images.
+SMALL_VISION = {
+    "depth": 1,
+    "num_heads": 2,
+    "embed_dim": 16,
+    "out_hidden_size": 32,
+    "image_size": 28,
+    "patch_size": 14,
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0],
+    "num_position_embeddings": 16,
+    "global_head_dim": 8,
+    "projection_dim": 16,
+}
+SMALL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}  # of a head of 8
+
+
 def small_config(model_type: str):
     """A type's config with SMALL's numbers and no dropout."""
     from transformers import AutoConfig
 
     values = AutoConfig.for_model(model_type).to_dict()
-    changes = {name: value for name, value in SMALL.items() if name in values and values[name] is not None}
+    return AutoConfig.for_model(model_type, **{**small(values), **OWN.get(model_type, {})})
+
+
+def small(values: dict, numbers: dict = SMALL) -> dict:
+    """The changes that make a config small, or a part of one."""
+    changes = {name: value for name, value in numbers.items() if name in values and values[name] is not None}
     changes |= {name: SMALL[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     for name, value in values.items():
         if "drop" in name and type(value) in (int, float) and "token" not in name:
             changes[name] = 0.0
         if name in ("layer_types", "mlp_layer_types", "layers_block_type") and value:
             changes[name] = [*dict.fromkeys(value)][:2] if len({*value}) > 1 else value[:2]
-    return AutoConfig.for_model(model_type, **{**changes, **OWN.get(model_type, {})})
+        if name == "rope_parameters" and isinstance(value, dict) and "mrope_section" in value:
+            changes[name] = SMALL_ROPE
+        if name.endswith("token_id") or name.endswith("token_index"):
+            changes.setdefault(name, 0)
+        if name in ("text_config", "vision_config", "audio_config") and isinstance(value, dict):
+            is_text = name == "text_config"
+            of_type = {"model_type": value["model_type"]} if "model_type" in value else {}
+            changes[name] = small(value, SMALL if is_text else SMALL | {"hidden_size": 16} | SMALL_VISION) | of_type
+            if is_text and model_has_mrope(value):
+                changes[name]["rope_parameters"] = SMALL_ROPE
+    return changes
+
+
+def model_has_mrope(values: dict) -> bool:
+    return values.get("model_type", "").startswith(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"))
 
 
 def tried(model_type: str) -> str:
     """`equal`, `refused: WHY`, `differs: BY HOW MUCH` or `error: WHAT`."""
     import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM
 
     from common.data.tokens import SFTSample
     from common.failures import UserError
@@ -149,7 +185,7 @@ def tried(model_type: str) -> str:
         load.check_supported(config, max(LENGTHS), 0)
         torch.manual_seed(0)
         config._attn_implementation = config._experts_implementation = "eager"
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        lm = load.auto_class(config).from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in lm.named_parameters():
                 parameter.normal_(1.0 if parameter.ndim == 1 and "norm" in name else 0.0, 0.1)
@@ -158,16 +194,21 @@ def tried(model_type: str) -> str:
         alone = []
         for ids in samples:
             tokens = torch.from_numpy(ids)[None]
-            logps = lm(input_ids=tokens, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            taken = inspect.signature(lm.forward).parameters
+            types = {
+                name: torch.zeros_like(tokens) for name in ("token_type_ids", "mm_token_type_ids") if name in taken
+            }
+            types = {} if config.get_text_config() is config else types  # all of it is text
+            logps = lm(input_ids=tokens, use_cache=False, **types).logits[0, :-1].float().log_softmax(-1)
             alone.append(logps.gather(1, tokens[0, 1:, None])[:, 0])
         alone = torch.cat(alone)
         alone.sum().backward()
         gradients = {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
         lm.zero_grad()
-        policy = PackedModel(lm)
+        policy = PackedModel(load.without_other_parts(lm))
         policy.decoder_layers()
-        lm.set_attn_implementation(registered_name("sdpa"))
-        lm.config._experts_implementation = GROUPED
+        policy.decoder.set_attn_implementation(registered_name("sdpa"))
+        policy.config._experts_implementation = GROUPED
         row = pack([sft_documents(SFTSample(ids, np.array([[1, len(ids)]]))) for ids in samples])
         packed = policy(**model_inputs(row, "sdpa", torch.device("cpu")))
         packed.sum().backward()
@@ -187,10 +228,14 @@ def tried(model_type: str) -> str:
 def main() -> None:
     import torch
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
     torch.set_num_threads(1)
-    types = sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    types = sys.argv[1:] or sorted(known)
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
         seen = dict(zip(types, pool.imap(tried, types), strict=True))
     results = {name: " ".join(result.split())[:160] for name, result in seen.items()}
@@ -202,10 +247,11 @@ def main() -> None:
     lines = [
         "# Models",
         "",
-        f"Each of the {len(results)} causal-LM types of transformers {transformers.__version__}, built tiny with",
-        "random weights and trained on three samples in one row (`python tests/every_model.py` writes this file).",
-        "`equal`: log-probabilities and every parameter's gradient are those of plain transformers' eager attention",
-        "on each sample alone, in float32 to 1e-3; windows are shorter than the samples. `refused`: by name, before",
+        f"Each of the {len(results)} types of transformers {transformers.__version__} that are causal language models,",
+        "or have one beside parts that see images (of these the text part is trained), built tiny with random weights",
+        "and trained on three samples in one row (`python tests/every_model.py` writes this file). `equal`:",
+        "log-probabilities and every parameter's gradient are those of plain transformers' eager attention on each",
+        "sample alone, in float32 to 1e-3; windows are shorter than the samples. `refused`: by name, before",
         "training. `differs`: refused by the check that every run makes before step 1. `error`: transformers failed on",
         "the tiny model, which was not looked into. `not built`: a small config of",
         "that type was not found. " + ", ".join(f"{number} {kind}" for kind, number in counts.most_common()) + ".",

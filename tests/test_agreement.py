@@ -64,6 +64,12 @@ def test_hosts_with_copies_of_the_same_files_agree_and_the_record_says_so(run, t
     assert json.loads((tmp_path / "output" / "run_config.json").read_text())["result"]["rank_agreement"] is True
 
 
+def test_clocks_that_are_far_apart_are_warned_of_by_host():
+    assert agreement.clocks_apart({"a": 100.0, "b": 104.9}) == agreement.clocks_apart({"a": 100.0}) == ""
+    warning = agreement.clocks_apart({"a": 1000.0, "b": 1003.0, "c": 990.0})
+    assert "clock of b is 13 s ahead of that of c" in warning
+
+
 @pytest.mark.parametrize("what", ["version of torch", "python", "this project's code", "ds_config (contents)"])
 def test_what_a_host_runs_is_compared(monkeypatch, tiny_llama, what):
     config, ds_config = SFTConfig(), {"zero_optimization": {"stage": 3}}

@@ -41,7 +41,7 @@ compile_layers auto, optimizer adamw, learning_rate 5e-06, lr_scheduler_type lin
 num_train_epochs 2, max_train_steps
 None, stop_after_steps None, seed 42, output_dir output/sft, checkpointing_steps 500, keep_last_n_checkpoints 3,
 clean_checkpoints_at_end False, resume auto, collective_timeout_minutes 30, logging_steps 1, ds_config
-ds_configs/zero3.json, push_to_hub False, hub_model_id None, hub_private True, hub_overwrite False,
+ds_configs/zero3.json, push_to_hub False, hub_model_id None, hub_private True, hub_overwrite False, gpu_hour_price None,
 eval_dataset_mixer [], eval_holdout None, eval_steps None, early_stopping_patience None,
 keep_best None, export_best False, export_at_checkpoints False, report_to ['none']"""
 DPO = """model_name_or_path output/sft, dataset_mixer ['allenai/llama-3.1-tulu-3-8b-preference-mixture=10%'],

@@ -159,17 +159,26 @@ def test_a_folder_that_one_host_alone_sees_is_named_before_anything_is_loaded(ho
 
 
 @pytest.mark.soak
-def test_a_host_that_dies_ends_the_others_and_the_same_command_continues(hosts, folder):
-    flags = flags_of(folder, "sft", "dies", max_train_steps=40, checkpointing_steps=1, logging_steps=1)
+@pytest.mark.parametrize("how", ["killed", "link down"])
+def test_a_host_that_is_lost_ends_the_others_which_name_it_and_the_same_command_continues(hosts, folder, how):
+    flags = flags_of(folder, "sft", how.replace(" ", "-"), max_train_steps=4000, checkpointing_steps=5, logging_steps=1)
     run = TwoHosts("train_sft", flags)
     deadline, checkpoints = time.monotonic() + 120, run.output_dir / "checkpoints"
     while not list(checkpoints.glob("step_*/COMPLETE")) and time.monotonic() < deadline:
         time.sleep(0.2)
-    os.killpg(run.processes[1].pid, signal.SIGKILL)
+    if how == "killed":
+        os.killpg(run.processes[1].pid, signal.SIGKILL)
+    else:
+        run_quietly(f"ip -n {HOSTS[1]} link set veth0 down")
     began = time.monotonic()
     codes, output = run.wait()
-    assert codes[0] == 1 and time.monotonic() - began < 90 and "rank 0" in output and "another rank" in output
-    codes, output = TwoHosts("train_sft", [f | {"max_train_steps": 40, "stop_after_steps": 40} for f in flags]).wait()
+    run_quietly(f"ip -n {HOSTS[1]} link set veth0 up")
+    assert codes[0] == 1 and codes[1] != 0 and time.monotonic() - began < 90
+    told = [line for line in output.splitlines() if line.startswith("error: rank 0") or line.startswith("rank 0, ")]
+    assert len(told) == 1 and f"on {HOSTS[1]}" in told[0], (told, output[-2000:])
+    last = json.loads((run.output_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    again = TwoHosts("train_sft", [f | {"stop_after_steps": last + 10} for f in flags])
+    codes, output = again.wait()
     assert set(codes) == {0} and "resuming after step" in output, [
         line for line in output.splitlines() if "rror" in line
     ]

@@ -19,7 +19,14 @@ from common.model.load import parameter_sizes
 from common.step.packing import pack
 from common.zero import memory
 from common.zero.checkpoint import RunState
-from common.zero.memory import available_host_memory, choose_micro_batch, choose_residency, shape_of, workload_of
+from common.zero.memory import (
+    _between_hosts,
+    available_host_memory,
+    choose_micro_batch,
+    choose_residency,
+    shape_of,
+    workload_of,
+)
 from common.zero.plan import Card, Memory, Plan, Workload, choose, estimated
 
 GB = 1e9
@@ -360,6 +367,23 @@ def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
     assert seen(100, 4, RunState())[2:5] == (4096, False, "")
     with pytest.raises(UserError, match=r"--max_tokens_per_micro_batch 300 .* 900 .* data.jsonl:2"):
         seen(900, 4, state, max_tokens_per_micro_batch=300)
+
+
+@pytest.mark.parametrize(
+    ("residency", "gathers", "reductions"), [("all", 1, 1), ("gradients", 6, 1), ("nothing", 6, 3)]
+)
+def test_what_crosses_the_network_is_what_the_other_hosts_hold(residency, gathers, reductions):
+    """Weights in bfloat16 before each pass or once a step, gradients in float32, in 3 micro-batches, of 4 hosts."""
+    plan = Plan(1.25 * 42_000, 16384, 0, ON_2._replace(residency=residency), SHAPE_8B, CARD._replace(flops=6e15))
+    crossing = plan.bytes_between_hosts(ANY, 4)
+    assert crossing == pytest.approx(NUMEL * (2 * gathers + 4 * reductions) * 3 / 4)
+    lines = _between_hosts(plan, ANY, 4, "eth0")
+    step = 1.25 * 42_000 * 6 * NUMEL / (0.75 * 6e15)
+    assert f"4 hosts: in each step {crossing / 1e9:,.1f} GB" in lines[0] and lines[0].endswith("by eth0")
+    assert [("25 Gb/s" in line, "100 Gb/s" in line) for line in lines[1:]] == [(True, False), (False, True)]
+    assert f"up to {crossing / 12.5e9:,.1f} s of each step, which takes {step:,.1f} s" in lines[2]
+    slow = plan._replace(card=CARD._replace(flops=1e12))
+    assert len(_between_hosts(slow, ANY, 4, "eth0")) == 1 and not _between_hosts(plan, ANY, 1, "eth0")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -18,8 +18,8 @@ from common.data.chat_template import TULU
 from common.failures import UserError
 from common.run import plan_table
 from common.run.forecast import beside
-from common.run.plan_table import CARDS, Machine
-from common.verbs.plan import WIDTH, main
+from common.run.plan_table import CARDS, WIDTH, Machine
+from common.verbs.plan import main
 from common.zero.plan import estimated, shard_groups
 
 
@@ -36,8 +36,11 @@ def table(capsys, *words) -> tuple[dict[str, str], str]:
     assert main(*map(str, words)) == 0
     text = capsys.readouterr().out
     assert max(map(len, text[text.index("\nsamples" if words[0] == "sft" else "\npairs") :].splitlines())) <= WIDTH
-    joined = re.sub(r"\n {22}", " ", text)
-    return dict(re.findall(r"^(\S.{0,19}?)  +(\S.*)$", joined, re.MULTILINE)), text
+    return rows_of(text), text
+
+
+def rows_of(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^(\S.{0,19}?)  +(\S.*)$", re.sub(r"\n {22}", " ", text), re.MULTILINE))
 
 
 def number(text: str) -> int:
@@ -57,6 +60,7 @@ def test_steps_tokens_checkpoints_and_evaluations_are_the_runs_own(
     if not is_cached:
         values, _ = table(capsys, method, 1, *launch.argv(planning))
     run = launch.launch(f"train_{method}", flags).succeeded()
+    printed = rows_of(run.stdout)
     if is_cached:
         values, text = table(capsys, method, 1, *launch.argv(planning | {"output_dir": tmp_path / "other"}))
         assert "tokenized before" in text
@@ -67,6 +71,8 @@ def test_steps_tokens_checkpoints_and_evaluations_are_the_runs_own(
     assert values["evaluations"] == f"after step {', '.join(map(str, evaluated))}"
     saved = sorted(int(path.name[5:]) for path in (run.output_dir / "checkpoints").glob("step_*"))
     assert values["checkpoints"] == f"after step {', '.join(map(str, saved))}"
+    for name in ("tokens", "steps", "warm-up", "checkpoints", "evaluations"):
+        assert printed[name] == values[name], "by the run itself, before it loads anything"
     assert number(values["warm-up"]) == int(np.argmax(rates)) == 2
     for rate, is_other in ((5e-6, False), (0.5, True)):
         _, text = table(capsys, method, 1, *launch.argv(planning | {"learning_rate": rate, "resume": "auto"}))
@@ -87,7 +93,7 @@ def test_memory_is_the_planners_for_8b_on_the_card_named(no_weights, tmp_path, s
     (exact,) = {kept / groups[-1] for kept in groups if f"{kept / groups[-1]:.0%}" == f"{share}%"}
     memory = estimated(test_memory.SHAPE_8B, 2, residency, exact, zero)
     found = [
-        float(size) for size in re.findall(r"([\d.]+) (?:parameters|gradients|optimizer)", values["memory of a GPU"])
+        float(size) for size in re.findall(r"([\d.]+) (?:parameters|gradients|optimizer)", values["memory of a rank"])
     ]
     parameters = (memory.parameters + memory.gathered) / 1e9
     assert found == [round(size / 1e9, 1) for size in (1e9 * parameters, memory.gradients, memory.optimizer)]

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.data.chat_template import ChatTemplate
-from common.failures import UserError, as_user_error
+from common.failures import UserError, as_user_error, print_line
 from common.files import INDEX, naming, sync_folder, weight_files
 from common.model.load import SAMPLES, built, generation_config, load_config, load_tokenizer, stored_names, text_config
 from common.model.packed import PackedModel
@@ -118,6 +118,7 @@ def _layout(lm) -> dict[str, dict[str, tuple[str, dict[str, int]]]]:
 def rehearse_export(config: PretrainedConfig, template: ChatTemplate, source_folder: str) -> None:
     """Writes all that an export holds but the weights to a temporary folder, and reads it back: what fails then would
     have failed after the last step. Raises UserError."""
+    print_line("writing the export's small files to a temporary folder, and reading them back")
     what = f"model {source_folder}: its settings and tokenizer cannot be written and read back"
     with tempfile.TemporaryDirectory() as folder, as_user_error(what):
         _write_settings(config, template, source_folder, Path(folder))

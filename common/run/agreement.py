@@ -5,6 +5,7 @@ import json
 import platform
 import re
 import socket
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from common.files import digest, file_digest
 from common.ranks import Ranks
 from common.run.output_dir import PACKAGES, run_identity
 
+CLOCKS_APART = 5.0  # seconds
 TOKENIZER_FILE = re.compile(r"(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges).*")
 
 
@@ -30,7 +32,17 @@ def agreed_identity(config: TrainConfig, ds_config: dict, digests: tuple, folder
     identity |= {"dataset_mixer (contents)": data, "chat_template (contents)": template}
     views = ranks.gather(lambda: (socket.gethostname(), identity | environment(config, ds_config, tokenizer_folder)))
     ranks.once(lambda: require_agreement(views))
+    if warning := clocks_apart(dict(ranks.gather(lambda: (socket.gethostname(), time.time())))):
+        ranks.say(warning)
     return identity
+
+
+def clocks_apart(clocks: dict[str, float]) -> str:
+    """A warning of clocks of hosts, in seconds, read at the same time, that are CLOCKS_APART or more apart; else ""."""
+    first, last = min(clocks, key=lambda host: clocks[host]), max(clocks, key=lambda host: clocks[host])
+    apart = clocks[last] - clocks[first]
+    what = f"the clock of {last} is {apart:.0f} s ahead of that of {first}"
+    return f"warning: {what}; times in logs and files do not agree" if apart > CLOCKS_APART else ""
 
 
 def require_agreement(views: list[tuple[str, dict]]) -> None:

@@ -5,10 +5,12 @@ import math
 import numpy as np
 from transformers import PretrainedConfig
 
+from common.config import DPOConfig, TrainConfig
 from common.ranks import Ranks
 from common.run.metrics import device_peak_flops, flops_per_token
+from common.step.losses import preference_loss
 from common.step.schedule import Schedule
-from common.zero.plan import Plan, Shape, Workload, seconds_per_token
+from common.zero.plan import Plan, Shape, Workload
 
 
 def tokens_of(schedule: Schedule, lengths: np.ndarray) -> int:
@@ -31,24 +33,33 @@ def forecast(
     workload: Workload,
     schedule: Schedule,
     lengths: np.ndarray,
-    config: PretrainedConfig,
+    model_config: PretrainedConfig,
+    config: TrainConfig,
     ranks: Ranks,
     peak_flops: float | None = None,
+    mfu: float | None = None,
 ) -> dict:
-    """`tokens` of the run; and `mfu`, `hours` of its steps and `memory_gb` where the peak of the device is known.
+    """`tokens` of the run; where the peak of the device is known also `mfu`, `hours` of its steps, `reference_hours` of
+    DPO's pass over its pairs if no cache has it, `memory_gb` of a rank, and `cost` at --gpu_hour_price.
 
-    peak_flops: FLOP/s of a rank's device, if it is not here.
+    peak_flops: FLOP/s of a rank's device, if it is not here. mfu: None for what the plan predicts.
     """
     peak_flops = peak_flops or device_peak_flops(ranks.device)
     planned: dict[str, float] = {"tokens": tokens_of(schedule, lengths)}
-    if peak_flops and math.isfinite(plan.cost):
-        seconds = plan.cost * seconds_per_token(plan.shape, plan.card)  # of a step
-        tokens_per_second = workload.tokens_per_rank / seconds  # of a rank
-        largest = max(plan.budget, workload.longest)
-        activations = plan.memory.activations(largest, plan.shape.layers - plan.recomputing)
-        planned["mfu"] = tokens_per_second * flops_of(plan.shape, config, lengths) / peak_flops
-        planned["hours"] = planned["tokens"] / ranks.world_size / tokens_per_second / 3600
-        planned["memory_gb"] = (plan.memory.fixed + activations) / 1e9
+    if not peak_flops or not math.isfinite(plan.cost):
+        return planned
+    flops, largest = flops_of(plan.shape, model_config, lengths), max(plan.budget, workload.longest)
+    planned["mfu"] = mfu or workload.tokens_per_rank / plan.step_seconds() * flops / peak_flops
+    tokens_per_hour = planned["mfu"] * peak_flops / flops * ranks.world_size * 3600
+    planned["hours"] = planned["tokens"] / tokens_per_hour
+    if isinstance(config, DPOConfig) and preference_loss(config).needs_reference:
+        num_pairs = min(schedule.num_samples, schedule.last_step * schedule.batch)
+        planned["reference_hours"] = float(lengths.mean()) * num_pairs / tokens_per_hour / 3  # a forward pass alone
+    activations = plan.memory.activations(largest, plan.shape.layers - plan.recomputing)
+    planned["memory_gb"] = (plan.memory.fixed + activations) / 1e9
+    if config.gpu_hour_price is not None:
+        hours = planned["hours"] + planned.get("reference_hours", 0.0)
+        planned["cost"] = hours * ranks.world_size * config.gpu_hour_price
     return planned
 
 
@@ -58,11 +69,13 @@ def beside(planned: dict, records: list[dict]) -> str:
     came = {"tokens": last["total_tokens"], "memory_gb": max(record["max_memory_gb"] for record in records)}
     came["hours"] = float(np.mean([record["step_seconds"] for record in records])) * last["step"] / 3600
     came["mfu"] = float(np.median([record.get("mfu", 0) for record in records]))
+    came["cost"] = planned.get("cost", 0.0) * came["hours"] / planned.get("hours", 1.0)
     written = {
         "tokens": "{:,} tokens",
         "hours": "{:,.3g} hours of steps",
         "memory_gb": "{:.1f} GB",
         "mfu": "{:.1%} MFU",
+        "cost": "{:,.2f} for the GPUs",
     }
     both = [
         f"{text.format(planned[name])} ({text.format(came[name])})" for name, text in written.items() if name in planned

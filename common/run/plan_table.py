@@ -5,6 +5,7 @@ Nothing is estimated here: data, schedule, memory plan and forecast are the run'
 
 import dataclasses
 import math
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,17 +24,17 @@ from common.model import load
 from common.ranks import Ranks
 from common.run import hub
 from common.run.evaluate import Evaluation, largest, training_and_held_out
-from common.run.forecast import flops_of, forecast
+from common.run.forecast import forecast
 from common.run.metrics import device_peak_flops, peak_flops_of
 from common.run.output_dir import num_on_disk, require_no_other_run
-from common.step.losses import preference_loss
 from common.step.packing import pair_lengths
 from common.step.schedule import Schedule
 from common.zero.checkpoint import RunState, disk_space
 from common.zero.ds_config import deepspeed_config
 from common.zero.memory import choose_residency, measured, workload_of
-from common.zero.plan import Card
+from common.zero.plan import Card, Plan, Workload
 
+WIDTH, NAMES = 100, 20  # columns: of the table, and of its names
 MOST_ROWS = 2000  # that are tokenized only for a plan
 LOSS = 0.05  # of a source's rows, dropped or cut, that is worth a warning
 GPUS_PER_HOST = 8
@@ -105,19 +106,7 @@ class Spread(NamedTuple):
     tokens: float
 
 
-def spread_of(ds: TokenDataset, num_rows: int) -> Spread:
-    """By the normal approximation, with the correction for a draw of a finite number of rows (Cochran 1977, section 2).
-
-    ds: with all samples that were kept. A row that was dropped counts 0 tokens; two more rows of each kind are counted
-    for the part that is kept (Agresti and Coull 1998), for which none dropped of 2,000 does not mean none.
-    """
-    num_read = ds.stats["rows_read"]
-    if num_read == num_rows:
-        return Spread(0.0, 0.0)
-    unit = 1.96 * math.sqrt((1 - num_read / num_rows) / num_read)
-    kept = (len(ds) + 2) / (num_read + 4)
-    tokens = np.concatenate([ds.lengths, np.zeros(num_read - len(ds))])
-    return Spread(unit * math.sqrt(kept * (1 - kept)) / kept, unit * float(tokens.std() / tokens.mean()))
+EXACT = Spread(0.0, 0.0)
 
 
 def ranged(value: float, part: float, most: float = math.inf) -> str:
@@ -137,15 +126,100 @@ def listed(steps: list[int]) -> str:
     return f"after step {', '.join(shown)}"
 
 
+def plan_rows(
+    config: TrainConfig,
+    plan: Plan,
+    workload: Workload,
+    schedule: Schedule,
+    evaluation: Evaluation,
+    planned: dict,
+    ranks: Ranks,
+    is_mfu_given: bool = False,
+    spread: Spread = EXACT,
+    num_rows: float = math.inf,
+) -> list[tuple[str, str]]:
+    """What a run will do, before anything is loaded: names and values. planned: its forecast. spread, num_rows: of data
+    of which a part was read; the source's rows."""
+    budget = plan.budget if ranks.device.type == "cuda" else workload.budget  # without a GPU nothing is chosen
+    memory, layers, row, last = plan.memory, plan.shape.layers, max(budget, workload.longest), schedule.last_step
+    unit = "pairs" if isinstance(config, DPOConfig) else "samples"
+    parts = {"parameters": memory.parameters + memory.gathered, "gradients": memory.gradients}
+    parts |= {"optimizer": memory.optimizer, "activations": memory.activations(row, layers - plan.recomputing)}
+    warm_up = 0 if config.lr_scheduler_type == "constant" else int(schedule.num_steps * config.warmup_ratio)
+    num_checkpoints, num_models = num_on_disk(config, schedule)
+    needed, free = disk_space(plan.shape.numel, plan.shape.itemsize, config.output_dir, num_checkpoints, num_models)
+    steps = ranged(last, 0.0 if config.max_train_steps else spread.samples)
+    rows = [
+        (unit, ranged(schedule.num_samples, spread.samples, num_rows)),
+        ("tokens", f"{ranged(planned['tokens'], spread.tokens)} in all; longest {workload.longest:,}"),
+        (
+            "steps",
+            f"{steps} of {schedule.num_steps:,}, {schedule.batch} {unit} a step, {schedule.steps_per_epoch:,} an epoch",
+        ),
+        ("warm-up", f"{warm_up:,} steps"),
+        ("checkpoints", listed([step for step in range(1, last + 1) if step % schedule.save_every == 0])),
+        ("evaluations", listed([step for step in range(1, last + 1) if evaluation.is_due(step)])),
+        (
+            "disk",
+            f"{needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and {num_models} exported models at once, "
+            f"{free / 1e9:,.1f} GB free here at {config.output_dir}" + ("; more is needed" if needed > free else ""),
+        ),
+        (
+            "memory of a rank",
+            " + ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
+            + f" = {sum(parts.values()) / 1e9:.1f} of {plan.card.free / 1e9:.1f} GB; optimizer state in host memory "
+            f"{memory.host / 1e9:,.1f} GB, {memory.host * ranks.local_world_size / 1e9:,.1f} GB in each host",
+        ),
+        (
+            "the planner's choice",
+            f"residency {memory.residency}, {memory.share:.0%} of the optimizer's state on the device, "
+            f"micro-batches of {budget:,} tokens; {plan.recomputing} of {layers} layers recomputed at {row:,}",
+        ),
+    ]
+    if "hours" in planned:
+        speed = planned["tokens"] / planned["hours"] / 3600
+        how = "given" if is_mfu_given else "predicted"
+        text = f"{planned['hours']:,.3g} of training steps, at {planned['mfu']:.1%} MFU ({how}), {speed:,.0f} tokens/s"
+        hours = planned["hours"] + planned.get("reference_hours", 0.0)
+        rows.append(
+            ("hours", text + (f"; with the reference pass {hours:,.3g}" if "reference_hours" in planned else ""))
+        )
+        if "cost" in planned:
+            gpu_hours = f"{hours * ranks.world_size:,.3g} GPU-hours at {config.gpu_hour_price:g}"
+            rows.append(("cost", f"{planned['cost']:,.2f}, for {gpu_hours}"))
+    return rows
+
+
+def as_text(rows: list[tuple[str, str]]) -> str:
+    """A table of WIDTH columns."""
+    later = " " * (NAMES + 2)
+    options: dict = dict(subsequent_indent=later, break_on_hyphens=False)
+    return "\n".join(textwrap.fill(text, WIDTH, initial_indent=f"{name:<{NAMES}}  ", **options) for name, text in rows)
+
+
+def spread_of(ds: TokenDataset, num_rows: int) -> Spread:
+    """By the normal approximation, with the correction for a draw of a finite number of rows (Cochran 1977, section 2).
+
+    ds: with all samples that were kept. A row that was dropped counts 0 tokens; two more rows of each kind are counted
+    for the part that is kept (Agresti and Coull 1998), for which none dropped of 2,000 does not mean none.
+    """
+    num_read = ds.stats["rows_read"]
+    if num_read == num_rows:
+        return Spread(0.0, 0.0)
+    unit = 1.96 * math.sqrt((1 - num_read / num_rows) / num_read)
+    kept = (len(ds) + 2) / (num_read + 4)
+    tokens = np.concatenate([ds.lengths, np.zeros(num_read - len(ds))])
+    return Spread(unit * math.sqrt(kept * (1 - kept)) / kept, unit * float(tokens.std() / tokens.mean()))
+
+
 def plan_table(
-    method: str, config: TrainConfig, machine: Machine, mfu: float | None, price: float | None
+    method: str, config: TrainConfig, machine: Machine, mfu: float | None
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    """(names and values of the table, warnings). mfu: to count with, None for the one predicted; price: of a GPU-hour.
+    """(names and values of the table, warnings). mfu: to count with, None for the one predicted.
 
     Raises UserError where the run would.
     """
     ranks = absent_ranks(machine)
-    preference = preference_loss(config) if isinstance(config, DPOConfig) else None
     ds_config = deepspeed_config(config)
 
     # ------------------------------------------------------------------ data
@@ -175,72 +249,22 @@ def plan_table(
     schedule = Schedule(config, num_samples)
     unit, last = "samples" if method == "sft" else "pairs", schedule.last_step
     evaluation = Evaluation(data, held_out, config, schedule, ranks)
-    warm_up = 0 if config.lr_scheduler_type == "constant" else int(schedule.num_steps * config.warmup_ratio)
-    saved = [step for step in range(1, last + 1) if step % schedule.save_every == 0]
-    evaluated = [step for step in range(1, last + 1) if evaluation.is_due(step)]
 
     # ------------------------------------------------------------------ memory, time, disk
     card, peak, called = machine.card()
     workload = workload_of(config, lengths, data.source_of(int(lengths.argmax())), RunState(), ranks)
     _, plan = choose_residency(ds_config, config, model_config, workload, ranks, card)
-    planned = forecast(plan, workload, schedule, lengths, model_config, ranks, peak)
-    memory, layers, row = plan.memory, plan.shape.layers, max(plan.budget, workload.longest)
-    parts = {"parameters": memory.parameters + memory.gathered, "gradients": memory.gradients}
-    parts |= {"optimizer": memory.optimizer, "activations": memory.activations(row, layers - plan.recomputing)}
+    planned = forecast(plan, workload, schedule, lengths, model_config, config, ranks, peak, mfu)
     warnings = load.warnings(template, model_config, longest) + schedule.report(method, unit).splitlines()[1:]
     warnings += [*losses_of_sources(whole, LOSS), *([lost] if lost else [])]
     warnings += [line for line in ranks.said if line.startswith("warning")]
     warnings += trouble(config, folder, None if is_drawn else data.digest, template, last)
-    num_checkpoints, num_models = num_on_disk(config, schedule)
-    needed, free = disk_space(plan.shape.numel, plan.shape.itemsize, config.output_dir, num_checkpoints, num_models)
-
-    steps = ranged(last, 0.0 if config.max_train_steps else spread.samples)
-    per_step = f"{config.global_batch_size} {unit} a step"
-    mfu_text = "given"
-    if mfu is None:
-        mfu, mfu_text = planned.get("mfu"), "predicted"
-    if needed > free:
-        warnings.append(f"--output_dir {config.output_dir}: more disk is needed than is free here")
-    rows = [
-        (unit, ranged(num_samples, spread.samples, num_rows) + held_out_text(held_out, is_drawn)),
-        ("tokens", f"{ranged(planned['tokens'], spread.tokens)} in all; longest {workload.longest:,}"),
-        ("steps", f"{steps} of {schedule.num_steps:,}, {per_step}, {schedule.steps_per_epoch:,} an epoch"),
-        ("warm-up", f"{warm_up:,} steps"),
-        ("checkpoints", listed(saved)),
-        ("evaluations", listed(evaluated)),
-        (
-            "disk",
-            f"{needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and {num_models} exported models at once, "
-            f"{free / 1e9:,.1f} GB free here at {config.output_dir}",
-        ),
-        ("machine", called),
-        (
-            "memory of a GPU",
-            " + ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
-            + f" = {sum(parts.values()) / 1e9:.1f} of {card.free / 1e9:.1f} GB",
-        ),
-        ("host memory", f"{memory.host * machine.per_host / 1e9:,.1f} GB of optimizer state in each host"),
-        (
-            "the planner's choice",
-            f"residency {memory.residency}, {memory.share:.0%} of the optimizer's state on the GPU, "
-            f"micro-batches of {plan.budget:,} tokens; {plan.recomputing} of {layers} layers recomputed at {row:,}",
-        ),
-    ]
+    rows = plan_rows(config, plan, workload, schedule, evaluation, planned, ranks, mfu is not None, spread, num_rows)
+    rows[0] = (rows[0][0], rows[0][1] + held_out_text(held_out, is_drawn))
+    rows.insert(7, ("machine", called))
     if is_drawn:
         of_rows = f"{whole.stats['rows_read']:,} of {num_rows:,} rows were tokenized, {share:.1%} of them kept"
         rows.insert(0, ("data", f"{of_rows}: numbers with `about` are estimates, with their 95% intervals"))
-    if mfu and peak:
-        speed = mfu * peak / flops_of(plan.shape, model_config, lengths) * machine.num_gpus  # tokens/s
-        hours = planned["tokens"] / speed / 3600
-        text = f"{hours:,.3g} of training steps, at {mfu:.1%} MFU ({mfu_text}), {speed:,.0f} tokens/s"
-        if preference is not None and preference.needs_reference:
-            once = float(lengths.mean()) * min(num_samples, last * config.global_batch_size)
-            hours += once / speed / 3 / 3600  # a forward pass alone
-            text += f"; with the reference pass {hours:,.3g}"
-        rows.append(("hours", text))
-        if price is not None:
-            cost = hours * machine.num_gpus * price
-            rows.append(("cost", f"{cost:,.2f}, for {hours * machine.num_gpus:,.3g} GPU-hours at {price:g}"))
     return rows, warnings
 
 

@@ -17,7 +17,6 @@ from common.failures import UserError, as_user_error, print_line
 from common.verbs.launch import exit_with, visible_gpus
 
 GPUS = ("a100-80gb", "h100", "h200", "b200")
-WIDTH, NAMES = 100, 20  # columns: of the table, and of its names
 
 
 def main(*argv: str) -> int:
@@ -32,7 +31,7 @@ def main(*argv: str) -> int:
     num_gpus = int(words.pop(0)) if words and words[0].isdecimal() else num_here or 8
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--gpu", choices=GPUS, default=None if num_here else "h100")
-    for name in ("--host_memory_gb", "--mfu", "--gpu_hour_price"):
+    for name in ("--host_memory_gb", "--mfu"):
         parser.add_argument(name, type=float)
     with as_user_error("plan", argparse.ArgumentError):
         own, flags = parser.parse_known_args(words)
@@ -41,13 +40,11 @@ def main(*argv: str) -> int:
     config = parse_config(SFTConfig if method == "sft" else DPOConfig, flags)
     print_line("importing torch, transformers and DeepSpeed")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for a GPU when it is imported
-    from common.run.plan_table import Machine, plan_table
+    from common.run.plan_table import WIDTH, Machine, as_text, plan_table
 
     machine = Machine(num_gpus, own.gpu, own.host_memory_gb)
-    rows, warnings = plan_table(method, config, machine, own.mfu, own.gpu_hour_price)
-    for name, text in rows:
-        begin, later = f"{name:<{NAMES}}  ", " " * (NAMES + 2)
-        print_line(textwrap.fill(text, WIDTH, initial_indent=begin, subsequent_indent=later, break_on_hyphens=False))
+    rows, warnings = plan_table(method, config, machine, own.mfu)
+    print_line(as_text(rows))
     for line in warnings:
         line = f"warning: {line.removeprefix('warning: ')}"
         print_line(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False))

@@ -18,7 +18,7 @@ from common.data.tokens import PreferencePair, SFTSample
 from common.failures import UserError
 from common.model.load import compiles_layers, parameter_sizes, text_config
 from common.model.packed import model_inputs
-from common.ranks import Ranks
+from common.ranks import Ranks, way_to_other_hosts
 from common.step.packing import Document, pack, pair_documents, sft_documents
 from common.zero.checkpoint import RunState
 from common.zero.ds_config import RESIDENCY
@@ -29,6 +29,7 @@ from common.zero.residency import require_known_deepspeed
 
 MOST_DRY_RUNS = 8
 STEPS_DRAWN = 16
+LINKS = (25, 100)  # Gb/s, of which a plan warns
 NOT_TORCHS = 0.02  # of the device's memory: for NCCL, which takes some in mid-run and cannot wait for it, and kernels
 
 
@@ -89,6 +90,7 @@ def choose_residency(
     shape = shape_of(model_config, config, not is_gpu or compiles_layers(config.compile_layers, "cuda", model_config))
     if not is_gpu and share is None:
         share = 1.0  # it is one memory
+    is_here = card is None
     card, zero = card or _card(ranks), DeepSpeedZeroConfig(**ds_config["zero_optimization"])
 
     def planned(
@@ -106,7 +108,24 @@ def choose_residency(
         f"{card.free / 1e9:.1f} GB free for each of {ranks.world_size} ranks; {memory.share:.0%} of the optimizer's "
         f"state on the device, {memory.host / 1e9:.1f} GB in host memory ({card.host_link / 1e9:.0f} GB/s each way)"
     )
+    way = way_to_other_hosts() if is_here and ranks.num_hosts > 1 else "the network"
+    for line in _between_hosts(plan, workload, ranks.num_hosts, way):
+        ranks.say(line)
     return ds_config | {"residency": memory.residency, "optimizer_state": memory.share}, plan
+
+
+def _between_hosts(plan: Plan, workload: Workload, num_hosts: int, way: str) -> list[str]:
+    """What of a step crosses the network, and warnings of links that would take more than a tenth of it."""
+    num_bytes, step = plan.bytes_between_hosts(workload, num_hosts), plan.step_seconds()
+    lines = [f"{num_hosts} hosts: in each step {num_bytes / 1e9:,.1f} GB go into each host and out of it, by {way}"]
+    for gigabits in LINKS:
+        seconds = num_bytes * 8 / (gigabits * 1e9)
+        if seconds > step / 10:
+            told = f"{seconds:,.1f} s of each step, which takes {step:,.1f} s without"
+            lines.append(
+                f"warning: a link of {gigabits} Gb/s would take up to {told}; a larger --global_batch_size helps"
+            )
+    return lines if num_hosts > 1 else []
 
 
 def _does_not_fit(plan: Plan, planned: Callable, config: TrainConfig, workload: Workload, ranks: Ranks) -> str:

@@ -112,10 +112,23 @@ class Plan(NamedTuple):
     def residency(self) -> str:
         return self.memory.residency
 
+    def step_seconds(self) -> float:
+        return self.cost * seconds_per_token(self.shape, self.card)
+
+    def bytes_between_hosts(self, workload: Workload, num_hosts: int) -> float:
+        """That cross a host's link each way in a step: of all weights, whenever they are gathered, what the other hosts
+        hold, and of all gradients, whenever they are reduced, what the others update. No collective needs less."""
+        micro_batches = np.ceil(
+            workload.tokens_per_rank / max(self.budget, min(longest for _, longest in workload.steps))
+        )
+        gathers = 1 if self.residency == "all" else 2 * micro_batches
+        reductions = micro_batches if self.residency == "nothing" else 1
+        of_element = self.shape.itemsize * gathers + 4 * reductions
+        return self.shape.numel * of_element * (1 - 1 / num_hosts)
+
     def mfu(self, workload: Workload, peak_flops: float) -> float:
         """6 FLOPs for each token and parameter that it meets, without attention and recomputation, of a card's peak."""
-        seconds = self.cost * seconds_per_token(self.shape, self.card)
-        return 6 * self.shape.num_met * workload.tokens_per_rank / seconds / peak_flops
+        return 6 * self.shape.num_met * workload.tokens_per_rank / self.step_seconds() / peak_flops
 
 
 def shard_groups(shape: Shape, world_size: int, zero: DeepSpeedZeroConfig) -> list[int]:
