@@ -25,6 +25,7 @@ from common.files import digest
 
 LONGEST_PAUSE = 0.5  # seconds between two looks at whether one rank's work is done
 LONGEST_SILENCE = 30.0  # seconds between two signs of life of a rank that is well
+LONGEST_LOOK = 15.0  # seconds that the store may take to answer
 PATIENCE = 0.9  # of the time-out: a rank that has been silent for so long is lost
 OURS = tuple(str(Path(__file__).resolve().parents[1] / name) for name in ("common", "train_"))
 
@@ -124,7 +125,15 @@ class Ranks:
         return f"in step {self.step}" if self.step else "before the first step"
 
     def look(self, tick: int) -> None:
-        """Says what this rank does, and reads what the others say. tick: another one each time."""
+        """Says what this rank does, and reads what the others say. tick: another one each time.
+
+        Across hosts rank 0 holds the store: where it is out of reach nothing is known of the others.
+        """
+        if not in_time(lambda: self._look(tick), False):
+            now = time.monotonic()
+            self.seen |= {rank: (now, text) for rank, (_, text) in self.seen.items() if rank > 0}
+
+    def _look(self, tick: int) -> bool:
         now = time.monotonic()
         try:
             host = f" on {socket.gethostname()}" if self.num_hosts > 1 else ""
@@ -134,8 +143,9 @@ class Ranks:
                 text = self.store.get(f"rank {rank}").decode() if is_there else "0 nowhere"
                 if self.seen.get(rank, (now, ""))[1] != text:
                     self.seen[rank] = (now, text)
-        except dist.DistError:  # across hosts rank 0 holds the store: nothing is known of the others
-            self.seen |= {rank: (now, text) for rank, (_, text) in self.seen.items() if rank > 0}
+        except dist.DistError:
+            return False
+        return True
 
     def last_seen(self, ranks: list[int]) -> str:
         """What these ranks last said that they do; at most four of them."""
@@ -156,6 +166,16 @@ class Ranks:
                 return
 
 
+def in_time(work: Callable[[], bool], otherwise: bool) -> bool:
+    """What `work` gives within LONGEST_LOOK seconds. It asks the store: once the way there is cut TCP waits for longer
+    than any time-out."""
+    result: list[bool] = []
+    thread = threading.Thread(target=lambda: result.append(work()), daemon=True)
+    thread.start()
+    thread.join(LONGEST_LOOK)
+    return result[0] if result else otherwise
+
+
 def _place() -> str:
     """`file, line N: code` of the line of this project, outside this file, that the main thread is in."""
     frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
@@ -171,12 +191,18 @@ _joined: Ranks | None = None  # the group that this process is in
 def is_first_to_tell(text: str) -> bool:
     """Whether no other rank has told this: what several ranks find out is told once. Before they have joined, the first
     rank of each host tells."""
+    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
     if _joined is None:
-        return os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        return _joined.store.add(f"told {digest(text.encode())}", 1) == 1
-    except dist.DistError:  # the store has gone with rank 0
-        return True
+        return is_first_here
+    store = _joined.store
+
+    def is_first() -> bool:
+        try:
+            return store.add(f"told {digest(text.encode())}", 1) == 1
+        except dist.DistError:  # the store has gone with rank 0
+            return is_first_here
+
+    return in_time(is_first, is_first_here)
 
 
 def lost(error: str) -> str:
