@@ -6,13 +6,16 @@ one row are those of plain transformers on each sample alone), or why it is refu
 
 import inspect
 import multiprocessing
+import resource
 import sys
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+MOST_MEMORY, MOST_SECONDS = 4 * 2**30, 120  # bytes, of what a process allocates
 LENGTHS = (40, 29, 17)  # tokens of the samples; windows below are shorter than two of them
 # Numbers that make a config small, by name. What a type's config does not have is left out.
 SMALL = {
@@ -225,6 +228,27 @@ def tried(model_type: str) -> str:
         return f"error: {type(e).__name__}: {e}"
 
 
+def in_a_process(model_type: str) -> str:
+    """What `tried` finds, in a process of its own: some types take more memory or time than there is."""
+
+    def work(end) -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (2 * MOST_MEMORY, 2 * MOST_MEMORY))
+        end.send(tried(model_type))
+
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=work, args=[theirs])
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(MOST_SECONDS) else "error: it took too long"
+    except EOFError:
+        return "error: its process ended"
+    finally:
+        process.kill()
+        process.join()
+
+
 def main() -> None:
     import torch
     import transformers
@@ -236,8 +260,8 @@ def main() -> None:
     torch.set_num_threads(1)
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     types = sys.argv[1:] or sorted(known)
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        seen = dict(zip(types, pool.imap(tried, types), strict=True))
+    with ThreadPoolExecutor(2) as two:
+        seen = dict(zip(types, two.map(in_a_process, types), strict=True))
     results = {name: " ".join(result.split())[:160] for name, result in seen.items()}
     for name, result in results.items():
         print(f"{name:28} {result}")
