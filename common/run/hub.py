@@ -21,7 +21,7 @@ from common.files import INDEX, digest, weight_files
 RECORD, CARD = "run_config.json", "README.md"
 # What goes up beside the weights; run_config.json tells whose model it is.
 FILES = [INDEX, RECORD, CARD, "config.json", "generation_config.json", "curves.png", "chat_template.jinja"]
-FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json"]
+FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*processor_config.json"]
 LOADED = re.compile(r".*\.(safetensors|bin|json|jinja|model)")  # what a loader may take for a part of the model
 FLAGS = ("hub_model_id", "hub_private", "hub_overwrite")  # that `bash run.sh push` takes from run_config.json
 COMMIT_RETRIES = (5, 30)  # seconds before each

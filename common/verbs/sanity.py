@@ -60,8 +60,6 @@ def sanity_of_embedded_default() -> int:
     verdict, answers = {}, {}
     questions = read_held_out(OUTPUT / "data")
     dtype = "bfloat16" if visible_gpus() else "float32"
-    # ask's imports take seconds: they are done beside the first run.
-    Thread(target=import_module, args=["transformers.models.auto.modeling_auto"], daemon=True).start()
     for method, flags in FLAGS.items():
         words = [method, *f"{flags} {BOTH} --dtype {dtype}".split()]
         exit_code, output = train(words, OUTPUT / f"{method}.log", every=0.1)
@@ -102,11 +100,15 @@ def train(words: list[str], log: Path, every: float = 0.0) -> tuple[int, str]:
     """Runs `bash run.sh WORDS`; returns its exit code and all that it printed, which `log` gets. every: of is_shown."""
     print_line(f"\n== {words[0].upper()} (everything it prints: {log})")
     run, lines = start_run(words), []
+    # ask's imports take seconds: they are done beside the steps, not beside the imports of the ranks.
+    preparing = Thread(target=import_module, args=["transformers.models.auto.modeling_auto"], daemon=True)
     on_request_to_stop(lambda number: run.send_signal(number) if run.poll() is None else sys.exit(128 + number))
     with open(log, "w", encoding="utf-8") as file:
         for line in lines_of(run):
             lines.append(line)
             file.write(line)
+            if every and line.startswith("step ") and preparing.ident is None:
+                preparing.start()
             if is_shown(line, every):
                 print_line(line, end="")
     return run.wait(), "".join(lines)
