@@ -62,6 +62,11 @@ def llama3(messages):
         yield message["content"].strip() + "<|eot_id|>", message["role"] == "assistant"
 
 
+def prompting(messages):
+    yield from llama3(messages)
+    yield "<|start_header_id|>assistant<|end_header_id|>\n\n", False
+
+
 def qwen3(messages):
     last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
     for i, message in enumerate(messages):
@@ -98,7 +103,8 @@ def phi3(messages):
     yield "<eos>", False
 
 
-REFERENCES = {function.__name__.upper(): function for function in (tulu, chatml, llama3, qwen3, mistral, plain, phi3)}
+FUNCTIONS = (tulu, chatml, llama3, prompting, qwen3, mistral, plain, phi3)
+REFERENCES = {function.__name__.upper(): function for function in FUNCTIONS}
 
 
 def reference(name, messages):
@@ -135,6 +141,7 @@ def conversations(draw):
         ("TULU", "<eos>", ["<eos>"]),
         ("CHATML", "<|im_end|>", ["<eos>", "<|im_end|>"]),
         ("LLAMA3", "<|eot_id|>", None),
+        ("PROMPTING", "<|eot_id|>", None),
         ("QWEN3", "<|im_end|>", None),
         ("MISTRAL", "<eos>", None),
         ("PHI3", "<|end|>", ["<eos>"]),
@@ -260,6 +267,18 @@ def channels(messages, tools):
             yield f"<|im_start|>{header}<|im_end|>{content}<|stop|>", False
 
 
+def elements(messages, tools):
+    for message in messages:
+        yield f"<|im_start|>{message['role']}\n", False
+        turn = message.get("content") or ""
+        for call in message.get("tool_calls", []):
+            arguments = sorted(arguments_of(call).items(), key=lambda item: item[0].lower())
+            inner = "".join(f"<{key}>{json.dumps(value)}</{key}>" for key, value in arguments)
+            turn += f"<call {call['function']['name']}>{inner}</call>"
+        yield turn + "<|im_end|>", message["role"] == "assistant"
+        yield "\n", False
+
+
 def turns(messages, tools):
     results = "["  # what a result follows
     yield "<bos>", False
@@ -283,7 +302,7 @@ def turns(messages, tools):
     yield ("]" if results == ", " else ""), False
 
 
-GRAMMARS = {function.__name__.upper(): function for function in (calls, brackets, blocks, channels, turns)}
+GRAMMARS = {function.__name__.upper(): function for function in (calls, brackets, blocks, channels, elements, turns)}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 99) | CONTENTS,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(CONTENTS, inner, max_size=2),

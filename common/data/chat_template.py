@@ -45,6 +45,7 @@ TULU = """\
 # A mark is BEGIN or END, a number, STOP: signs that no data holds, unchanged by strip, split, tojson and repr.
 BEGIN, END, STOP = "\U000101d0", "\U000101d1", "\U000101d2"
 MARK = re.compile(f"([{BEGIN}{END}])([0-9]+){STOP}")
+ESCAPED = {json.dumps(sign)[1:-1]: sign for sign in (BEGIN, END, STOP)}  # as tojson(ensure_ascii=true) prints them
 MARKER = BEGIN + END  # stands for a whole content
 QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
 MARKED_ANSWER = {"role": "assistant", "content": MARKER}
@@ -190,9 +191,19 @@ class ChatTemplate:
             if before_eos and after.startswith(before_eos) and not after.startswith(closing):
                 closing = before_eos
             opening, opening_within = asked.rpartition("question")[0], after.partition("question")[0]
-            between = opening_within.removesuffix(self.shared(opening, opening_within, -1)).rstrip()
+            users = self.shared(opening, opening_within, -1)
+            between = opening_within.removesuffix(users).rstrip()
             is_header = prompted == asked and header.rstrip() != asked.rstrip()
             prompt = prompted[len(asked) :] if prompted.startswith(asked) and not is_header else None
+            if (
+                prompted == asked
+                and not after.startswith(closing)
+                and self.shared(asked.removesuffix(eos), tail, -1).strip()
+            ):
+                is_clear = header == asked and between and tail.startswith(between)
+                if not is_clear or self.special.sub("", opening.removesuffix(users)).strip():
+                    raise Dropped("it ends every text with a generation prompt, and what closes an answer is not clear")
+                closing, prompt = between, tail[len(between) :]
             headers = tuple(h.removeprefix(asked) for h in (header_within, header) if h.startswith(asked))
             if len(self._frames) > 1000:  # variables that differ in each row
                 self._frames.clear()
@@ -318,12 +329,14 @@ def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
             return text
         number = len(kinds) if is_assistant else 0
         kinds.extend([kind] * is_assistant)
-        return f"{before}{BEGIN}{number}{STOP}{content}{END}{number}{STOP}{text[len(before) + len(content) :]}"
+        marks = f"{BEGIN}{number:06}{STOP}", f"{END}{number:06}{STOP}"
+        return f"{before}{marks[0]}{content}{marks[1]}{text[len(before) + len(content) :]}"
 
     def in_calls(value, is_shown: bool = False):
         if isinstance(value, dict):
+            keys = {key: put(key, "key") if is_shown else key for key in sorted(value, key=str.lower)}  # as dictsort
             items = ((key, in_calls(item, is_shown or key in ("name", "arguments"))) for key, item in value.items())
-            return {put(key, "call") if is_shown else key: item for key, item in items}
+            return {keys[key]: item for key, item in items}
         if isinstance(value, list):
             return [in_calls(item, is_shown) for item in value]
         return put(value, "call") if is_shown and isinstance(value, str) else value
@@ -342,6 +355,8 @@ def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
 
 def _without_marks(marked: str) -> tuple[str, list[tuple[int, int, bool]]]:
     """The text without marks, and of each: where in it, its number, whether it is a BEGIN."""
+    for escaped, sign in ESCAPED.items():
+        marked = marked.replace(escaped, sign)
     pieces, marks, position = MARK.split(marked), [], 0
     for piece, sign, number in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=False):
         position += len(piece)
@@ -376,16 +391,17 @@ class _Layout:
         self.met: set[tuple[int, bool]] = set()
         for k, (_, leaf, is_begin) in enumerate(self.marks):
             first, last = self.runs.get(owners[leaf], (k, k))
-            if (leaf, is_begin) not in self.met and last >= k - 1:
+            is_new = (leaf, is_begin) not in self.met or kinds[leaf] == "key"  # of <key>value</key>
+            if is_new and last >= k - 1:
                 self.runs[owners[leaf]] = first, k
             self.met.add((leaf, is_begin))
 
     def spans(self, i: int) -> list[tuple[int, int]]:
         """What is trained of assistant message i; nothing where the template does not show it. Raises Dropped."""
-        shown: dict[str, list[bool]] = {"call": [], "reasoning": [], "content": []}
+        shown: dict[str, list[bool]] = {"call": [], "key": [], "reasoning": [], "content": []}
         for leaf in self.leaves.get(i, []):
             shown[self.kinds[leaf]].append({(leaf, True), (leaf, False)} <= self.met)
-        if not all(shown["call"]):
+        if not all(shown["call"] + shown["key"]):
             self.notes.append("tool calls that the template does not show: turn not trained")
             return []
         if i not in self.runs:
