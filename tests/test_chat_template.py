@@ -274,7 +274,7 @@ def elements(messages, tools):
         for call in message.get("tool_calls", []):
             arguments = sorted(arguments_of(call).items(), key=lambda item: item[0].lower())
             inner = "".join(f"<{key}>{json.dumps(value)}</{key}>" for key, value in arguments)
-            turn += f"<call {call['function']['name']}>{inner}</call>"
+            turn += f"<call {call['function']['name']} {call['function']['name']}>{inner}</call>"
         yield turn + "<|im_end|>", message["role"] == "assistant"
         yield "\n", False
 
@@ -388,6 +388,16 @@ def test_what_the_template_does_not_show_is_counted_and_a_call_never_becomes_an_
     both = [calling | {"tool_calls": [call, call]}]
     assert rendered(with_tools["CHANNELS"], [USER, *both]).spans == []  # it shows the first call alone
     assert rendered(with_tools["CALLS"], messages, tools=tools).notes == []
+
+
+def test_a_turn_that_is_shown_in_parts_is_noted(tmp_path_factory):
+    """Gemma 4 prints a call, its result, and only then the content beside the call."""
+    parts = "(message.tool_calls[0].function.name + '<|im_end|>' + messages[loop.index].content if message.tool_calls)"
+    shown = f"({parts} or '') + message['content']"
+    template = template_of(tmp_path_factory, tiny_tokenizer.CHATML.replace("message['content']", shown))
+    calling = {**ANSWER, "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
+    text, spans, [note] = rendered(template, [USER, calling, {"role": "tool", "content": "seen"}])
+    assert [text[start:end] for start, end in spans] == ["look<|im_end|>"] and "in parts" in note
 
 
 @pytest.mark.parametrize("earlier, last", [(1, 0), (0, 1), (2, 1)])

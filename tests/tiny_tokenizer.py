@@ -189,7 +189,7 @@ ELEMENTS = """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' }}{{- message.content or '' }}
 {%- for call in message.tool_calls or [] %}
-{{- '<call ' + call.function.name + '>' }}
+{{- '<call ' + call.function.name + ' ' + call.function.name + '>' }}
 {%- for key, value in call.function.arguments | dictsort %}
 {{- '<' + key + '>' + value | tojson(ensure_ascii=true) + '</' + key + '>' }}
 {%- endfor %}

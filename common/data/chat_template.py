@@ -21,9 +21,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import takewhile, zip_longest
+from itertools import pairwise, takewhile, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -92,7 +92,7 @@ class ChatTemplate:
         special = "|".join(map(re.escape, sorted(tokenizer.added_tokens_encoder, reverse=True)))
         self.special = re.compile(rf"\s*({special or '$^'})")
         self.piece = re.compile(rf"{special or '$^'}|.", re.DOTALL)
-        self.rests: dict[tuple, str] = {}  # of _Layout._offset
+        self.rests: dict[tuple, Any] = {}  # of _Layout
         self._shows_role: dict[str, bool] = {"user": True, "assistant": True}
         self._frames: dict[str, Frame] = {}
         self._printed: dict[tuple, list[str]] = {}  # of _plain_spans
@@ -245,7 +245,7 @@ class ChatTemplate:
             texts.append(next((text for text in shown if text and "value0" in text), ""))
         if not texts[0] or "{'key0'" in texts[0]:  # as Python writes it
             return "text" if texts[1] else "either"
-        return "object" if not texts[1] or '\\"key0' in texts[1] else "either"  # a text in quotation marks
+        return "either" if texts[0] == texts[1] else "object"
 
     def end_ids(self) -> list[int]:
         """The tokens that end an answer: EOS, and the last of what closes a turn, if special or the only one."""
@@ -334,7 +334,7 @@ def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
 
     def in_calls(value, is_shown: bool = False):
         if isinstance(value, dict):
-            keys = {key: put(key, "key") if is_shown else key for key in sorted(value, key=str.lower)}  # as dictsort
+            keys = {key: put(key, "call") if is_shown else key for key in sorted(value, key=str.lower)}  # as dictsort
             items = ((key, in_calls(item, is_shown or key in ("name", "arguments"))) for key, item in value.items())
             return {keys[key]: item for key, item in items}
         if isinstance(value, list):
@@ -389,19 +389,24 @@ class _Layout:
             self.leaves.setdefault(i, []).append(leaf)
         self.runs: dict[int, tuple[int, int]] = {}  # message -> its first and last mark, before what is shown again
         self.met: set[tuple[int, bool]] = set()
+        self.apart: set[int] = set()  # messages that are shown in several places
+        self.reach: dict[int, int] = {}  # message -> the last mark with none of another message before it
         for k, (_, leaf, is_begin) in enumerate(self.marks):
-            first, last = self.runs.get(owners[leaf], (k, k))
-            is_new = (leaf, is_begin) not in self.met or kinds[leaf] == "key"  # of <key>value</key>
-            if is_new and last >= k - 1:
-                self.runs[owners[leaf]] = first, k
+            is_new = (leaf, is_begin) not in self.met
             self.met.add((leaf, is_begin))
+            first, last = self.runs.setdefault(owners[leaf], (k, k))
+            if self.reach.get(owners[leaf], k) >= k - 1:
+                self.reach[owners[leaf]] = k
+                self.runs[owners[leaf]] = first, k if is_new else last
+            elif is_new:
+                self.apart.add(owners[leaf])
 
     def spans(self, i: int) -> list[tuple[int, int]]:
         """What is trained of assistant message i; nothing where the template does not show it. Raises Dropped."""
-        shown: dict[str, list[bool]] = {"call": [], "key": [], "reasoning": [], "content": []}
+        shown: dict[str, list[bool]] = {"call": [], "reasoning": [], "content": []}
         for leaf in self.leaves.get(i, []):
             shown[self.kinds[leaf]].append({(leaf, True), (leaf, False)} <= self.met)
-        if not all(shown["call"] + shown["key"]):
+        if not all(shown["call"]):
             self.notes.append("tool calls that the template does not show: turn not trained")
             return []
         if i not in self.runs:
@@ -411,8 +416,28 @@ class _Layout:
             self.notes.append("reasoning that the template leaves out")
         if not all(shown["content"]):
             self.notes.append("content that the template leaves out")
+        if i in self.apart:
+            self.notes.append("assistant turns that the template shows in parts: the first is trained")
         first, last = self.runs[i]
+        last += self._shown_again(i, last) if self.reach[i] > last else 0
         return [(self._start(i, first), self._end(i, last))]
+
+    def _shown_again(self, i: int, last: int) -> int:
+        """How many marks behind number `last` are the turn's own, as in `<key>value</key>`, and not of a result that
+        names its call: those that messages[:i + 1] show. Rendered once for each text between them."""
+        marks, rests = self.marks[last : self.reach[i] + 1], self.template.rests
+        between = [self.text[mark[0] : after[0]] for mark, after in pairwise(marks) if not mark[2]]
+        if (key := ("again", *(self._without_numbers(text) for text in between))) not in rests:
+            _, shown = _without_marks(self.template.attempt(self.marked[: i + 1], **self.options) or "")
+            own, expected = [mark[1:] for mark in shown], [mark[1:] for mark in marks]
+            own = own[own.index(expected[0]) :] if expected[0] in own else own[:0]
+            rests[key] = len([*takewhile(lambda pair: pair[0] == pair[1], zip(own[1:], expected[1:], strict=False))])
+        return rests[key]
+
+    @staticmethod
+    def _without_numbers(text: str) -> str:
+        """The text without numbers, and names with digits, that differ from turn to turn."""
+        return re.sub(r"\w*\d\w*", "0", text)
 
     def _start(self, i: int, first: int) -> int:
         """Where the turn begins whose first mark is number `first`."""
@@ -456,7 +481,7 @@ class _Layout:
         """How much of `region`, the text behind mark k, the first messages render to; in_part: as far as both are the
         same, else None if they are not. Rendered once for each region; numbers in it, and names with digits, do not
         count."""
-        rests, key = self.template.rests, (is_prompt, in_part, self.frame, re.sub(r"\w*\d\w*", "0", region))
+        rests, key = self.template.rests, (is_prompt, in_part, self.frame, self._without_numbers(region))
         if key not in self.failed and not (key in rests and region.endswith(rests[key])):
             shorter = self.marked[:num_messages]
             text = self.template.attempt(shorter, is_prompt, **self.options) if shorter else None
