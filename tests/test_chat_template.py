@@ -161,7 +161,8 @@ def test_trained_text_is_every_assistant_content_and_what_closes_it(templates, n
     if name == "MISTRAL":
         for i, message in enumerate(messages):
             message["role"] = "assistant" if i % 2 else "user"
-    is_trained = [bool(message["content"].strip()) for message in messages]  # as rows say of empty turns
+    of_content = slice(-1, None) if name == "QWEN3" else slice(None)  # which it shows behind reasoning alone
+    is_trained = ["".join(message["content"].split("</think>")[of_content]).strip() != "" for message in messages]
     text, spans, _ = rendered(templates[name], messages, trained=is_trained)
     expected, turns = reference(name, messages)
     answers = [shown for shown, message in zip(is_trained, messages, strict=True) if message["role"] == "assistant"]
@@ -388,6 +389,21 @@ def test_what_the_template_does_not_show_is_counted_and_a_call_never_becomes_an_
     both = [calling | {"tool_calls": [call, call]}]
     assert rendered(with_tools["CHANNELS"], [USER, *both]).spans == []  # it shows the first call alone
     assert rendered(with_tools["CALLS"], messages, tools=tools).notes == []
+
+
+@pytest.mark.parametrize("rest", [[], [USER, ANSWER]])
+def test_an_answer_of_reasoning_alone_that_is_left_out_is_no_empty_answer(with_tools, rest):
+    messages = [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\n"}, *rest]
+    assert trained(with_tools["BLOCKS"], messages) == ["so.<eos>"] * bool(rest)
+    notes = rendered(with_tools["BLOCKS"], messages).notes
+    assert any("shows nothing" in note for note in notes)
+    assert trained(with_tools["CALLS"], [USER, messages[1]]) == ["<think>\nhm\n</think>\n\n<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["messages", "conversation", "tools", "tokenize", "chat_template", "padding"])
+def test_what_transformers_takes_otherwise_is_no_variable_of_a_template(templates, name):
+    with pytest.raises(Dropped, match=f"'{name}'"):
+        rendered(templates["CHATML"], [USER, ANSWER], variables={name: [{}]})
 
 
 def test_a_turn_that_is_shown_in_parts_is_noted(tmp_path_factory):

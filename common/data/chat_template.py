@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from inspect import signature
 from itertools import pairwise, takewhile, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +94,7 @@ class ChatTemplate:
         self.special = re.compile(rf"\s*({special or '$^'})")
         self.piece = re.compile(rf"{special or '$^'}|.", re.DOTALL)
         self.rests: dict[tuple, Any] = {}  # of _Layout
+        self._no_variables = {*signature(tokenizer.apply_chat_template).parameters, "messages"} - {"documents"}
         self._shows_role: dict[str, bool] = {"user": True, "assistant": True}
         self._frames: dict[str, Frame] = {}
         self._printed: dict[tuple, list[str]] = {}  # of _plain_spans
@@ -126,6 +128,8 @@ class ChatTemplate:
         shown; with only_last, of the last turn alone. Raises Dropped."""
         if not conversation.messages:
             return Rendered("", [], [])
+        if no_variables := self._no_variables & conversation.variables.keys():
+            raise Dropped(f"chat_template_kwargs may not set {min(no_variables)!r}")
         options = {"tools": conversation.tools, **conversation.variables}
         with bounded():
             messages = [self._with_arguments(message) for message in conversation.messages]
@@ -348,8 +352,10 @@ def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
         before, opening, thought = thought.rpartition("<think>")
         if not is_assistant or not (answer.strip() or thought.strip() or has_blank):
             before, opening, thought, closing, answer = "", "", "", "", message["content"]
-        answer = put(answer, "content", has_blank and not calls)
-        marked["content"] = f"{before}{opening}{put(thought, 'reasoning')}{closing}{answer}"
+        is_blank = bool(closing) and not answer.strip()  # then the text is the reasoning, if only its tags
+        thought = put(thought, "reasoning", has_blank and is_blank)
+        answer = put(answer, "content" if answer.strip() else "blank", has_blank and not calls)
+        marked["content"] = f"{before}{opening}{thought}{closing}{answer}"
     return {**marked, "tool_calls": in_calls(calls)} if calls else marked
 
 
@@ -403,14 +409,14 @@ class _Layout:
 
     def spans(self, i: int) -> list[tuple[int, int]]:
         """What is trained of assistant message i; nothing where the template does not show it. Raises Dropped."""
-        shown: dict[str, list[bool]] = {"call": [], "reasoning": [], "content": []}
+        shown: dict[str, list[bool]] = {"call": [], "reasoning": [], "content": [], "blank": []}
         for leaf in self.leaves.get(i, []):
             shown[self.kinds[leaf]].append({(leaf, True), (leaf, False)} <= self.met)
         if not all(shown["call"]):
             self.notes.append("tool calls that the template does not show: turn not trained")
             return []
-        if i not in self.runs:
-            self.notes.append("assistant turns that the template does not show")
+        if not any(shown["call"] + shown["reasoning"] + shown["content"]):
+            self.notes.append("assistant turns of which the template shows nothing: not trained")
             return []
         if shown["reasoning"] and not any(shown["reasoning"]):
             self.notes.append("reasoning that the template leaves out")
