@@ -263,8 +263,9 @@ def channels(messages, tools):
             yield "<|im_start|>assistant", False
             yield f" says<|im_end|>{message['content']}{'<eos>' if i == len(messages) - 1 else '<|stop|>'}", True
         else:
-            header = name + " to=assistant" if message["role"] == "tool" else message["role"]
-            content = dumped(message["content"]) if message["role"] == "tool" else message["content"]
+            is_result = message["role"] == "tool"
+            header = message["tool_call_id"] + name + " to=assistant" if is_result else message["role"]
+            content = dumped(message["content"]) if is_result else message["content"]
             yield f"<|im_start|>{header}<|im_end|>{content}<|stop|>", False
 
 

@@ -179,7 +179,8 @@ CHANNELS = """\
 {%- elif message.role == 'assistant' %}
 {{- '<|im_start|>assistant says<|im_end|>' + message.content + (eos_token if loop.last else '<|stop|>') }}
 {%- elif message.role == 'tool' %}
-{{- '<|im_start|>' + called.name + ' to=assistant<|im_end|>' + message.content | tojson + '<|stop|>' }}
+{{- '<|im_start|>' + message.tool_call_id + called.name + ' to=assistant<|im_end|>' }}
+{{- message.content | tojson + '<|stop|>' }}
 {%- else %}{{- '<|im_start|>' + message.role + '<|im_end|>' + message.content + '<|stop|>' }}{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"""

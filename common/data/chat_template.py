@@ -47,6 +47,7 @@ TULU = """\
 BEGIN, END, STOP = "\U000101d0", "\U000101d1", "\U000101d2"
 MARK = re.compile(f"([{BEGIN}{END}])([0-9]+){STOP}")
 ESCAPED = {json.dumps(sign)[1:-1]: sign for sign in (BEGIN, END, STOP)}  # as tojson(ensure_ascii=true) prints them
+NUMBERED = r"\w*\d\w*"  # a number, or a name with digits
 MARKER = BEGIN + END  # stands for a whole content
 QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
 MARKED_ANSWER = {"role": "assistant", "content": MARKER}
@@ -443,7 +444,7 @@ class _Layout:
     @staticmethod
     def _without_numbers(text: str) -> str:
         """The text without numbers, and names with digits, that differ from turn to turn."""
-        return re.sub(r"\w*\d\w*", "0", text)
+        return re.sub(NUMBERED, "0", text)
 
     def _start(self, i: int, first: int) -> int:
         """Where the turn begins whose first mark is number `first`."""
@@ -488,7 +489,10 @@ class _Layout:
         same, else None if they are not. Rendered once for each region; numbers in it, and names with digits, do not
         count."""
         rests, key = self.template.rests, (is_prompt, in_part, self.frame, self._without_numbers(region))
-        if key not in self.failed and not (key in rests and region.endswith(rests[key])):
+        if key in self.failed:
+            return None
+        known = rests[key].match(region) if key in rests else None
+        if known is None:
             shorter = self.marked[:num_messages]
             text = self.template.attempt(shorter, is_prompt, **self.options) if shorter else None
             if text is None:
@@ -503,8 +507,8 @@ class _Layout:
                 return None
             if len(rests) > 1000:  # regions that hold some of the data
                 rests.clear()
-            rests[key] = region[len(tail) :]
-        return None if key in self.failed else len(region) - len(rests[key])
+            rests[key] = re.compile(NUMBERED.join(map(re.escape, re.split(NUMBERED, tail))))
+        return known.end() if known else len(tail)
 
 
 def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:
