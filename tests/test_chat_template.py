@@ -62,6 +62,11 @@ def llama3(messages):
         yield message["content"].strip() + "<|eot_id|>", message["role"] == "assistant"
 
 
+def prompting(messages):
+    yield from llama3(messages)
+    yield "<|start_header_id|>assistant<|end_header_id|>\n\n", False
+
+
 def qwen3(messages):
     last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
     for i, message in enumerate(messages):
@@ -98,7 +103,8 @@ def phi3(messages):
     yield "<eos>", False
 
 
-REFERENCES = {function.__name__.upper(): function for function in (tulu, chatml, llama3, qwen3, mistral, plain, phi3)}
+FUNCTIONS = (tulu, chatml, llama3, prompting, qwen3, mistral, plain, phi3)
+REFERENCES = {function.__name__.upper(): function for function in FUNCTIONS}
 
 
 def reference(name, messages):
@@ -135,6 +141,7 @@ def conversations(draw):
         ("TULU", "<eos>", ["<eos>"]),
         ("CHATML", "<|im_end|>", ["<eos>", "<|im_end|>"]),
         ("LLAMA3", "<|eot_id|>", None),
+        ("PROMPTING", "<|eot_id|>", None),
         ("QWEN3", "<|im_end|>", None),
         ("MISTRAL", "<eos>", None),
         ("PHI3", "<|end|>", ["<eos>"]),
@@ -154,7 +161,8 @@ def test_trained_text_is_every_assistant_content_and_what_closes_it(templates, n
     if name == "MISTRAL":
         for i, message in enumerate(messages):
             message["role"] = "assistant" if i % 2 else "user"
-    is_trained = [bool(message["content"].strip()) for message in messages]  # as rows say of empty turns
+    of_content = slice(-1, None) if name == "QWEN3" else slice(None)  # which it shows behind reasoning alone
+    is_trained = ["".join(message["content"].split("</think>")[of_content]).strip() != "" for message in messages]
     text, spans, _ = rendered(templates[name], messages, trained=is_trained)
     expected, turns = reference(name, messages)
     answers = [shown for shown, message in zip(is_trained, messages, strict=True) if message["role"] == "assistant"]
@@ -255,9 +263,22 @@ def channels(messages, tools):
             yield "<|im_start|>assistant", False
             yield f" says<|im_end|>{message['content']}{'<eos>' if i == len(messages) - 1 else '<|stop|>'}", True
         else:
-            header = name + " to=assistant" if message["role"] == "tool" else message["role"]
-            content = dumped(message["content"]) if message["role"] == "tool" else message["content"]
+            is_result = message["role"] == "tool"
+            header = message["tool_call_id"] + name + " to=assistant" if is_result else message["role"]
+            content = dumped(message["content"]) if is_result else message["content"]
             yield f"<|im_start|>{header}<|im_end|>{content}<|stop|>", False
+
+
+def elements(messages, tools):
+    for message in messages:
+        yield f"<|im_start|>{message['role']}\n", False
+        turn = message.get("content") or ""
+        for call in message.get("tool_calls", []):
+            arguments = sorted(arguments_of(call).items(), key=lambda item: item[0].lower())
+            inner = "".join(f"<{key}>{json.dumps(value)}</{key}>" for key, value in arguments)
+            turn += f"<call {call['function']['name']} {call['function']['name']}>{inner}</call>"
+        yield turn + "<|im_end|>", message["role"] == "assistant"
+        yield "\n", False
 
 
 def turns(messages, tools):
@@ -283,7 +304,7 @@ def turns(messages, tools):
     yield ("]" if results == ", " else ""), False
 
 
-GRAMMARS = {function.__name__.upper(): function for function in (calls, brackets, blocks, channels, turns)}
+GRAMMARS = {function.__name__.upper(): function for function in (calls, brackets, blocks, channels, elements, turns)}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 99) | CONTENTS,
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(CONTENTS, inner, max_size=2),
@@ -369,6 +390,31 @@ def test_what_the_template_does_not_show_is_counted_and_a_call_never_becomes_an_
     both = [calling | {"tool_calls": [call, call]}]
     assert rendered(with_tools["CHANNELS"], [USER, *both]).spans == []  # it shows the first call alone
     assert rendered(with_tools["CALLS"], messages, tools=tools).notes == []
+
+
+@pytest.mark.parametrize("rest", [[], [USER, ANSWER]])
+def test_an_answer_of_reasoning_alone_that_is_left_out_is_no_empty_answer(with_tools, rest):
+    messages = [USER, {"role": "assistant", "content": "<think>\nhm\n</think>\n\n"}, *rest]
+    assert trained(with_tools["BLOCKS"], messages) == ["so.<eos>"] * bool(rest)
+    notes = rendered(with_tools["BLOCKS"], messages).notes
+    assert any("shows nothing" in note for note in notes)
+    assert trained(with_tools["CALLS"], [USER, messages[1]]) == ["<think>\nhm\n</think>\n\n<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["messages", "conversation", "tools", "tokenize", "chat_template", "padding"])
+def test_what_transformers_takes_otherwise_is_no_variable_of_a_template(templates, name):
+    with pytest.raises(Dropped, match=f"'{name}'"):
+        rendered(templates["CHATML"], [USER, ANSWER], variables={name: [{}]})
+
+
+def test_a_turn_that_is_shown_in_parts_is_noted(tmp_path_factory):
+    """Gemma 4 prints a call, its result, and only then the content beside the call."""
+    parts = "(message.tool_calls[0].function.name + '<|im_end|>' + messages[loop.index].content if message.tool_calls)"
+    shown = f"({parts} or '') + message['content']"
+    template = template_of(tmp_path_factory, tiny_tokenizer.CHATML.replace("message['content']", shown))
+    calling = {**ANSWER, "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
+    text, spans, [note] = rendered(template, [USER, calling, {"role": "tool", "content": "seen"}])
+    assert [text[start:end] for start, end in spans] == ["look<|im_end|>"] and "in parts" in note
 
 
 @pytest.mark.parametrize("earlier, last", [(1, 0), (0, 1), (2, 1)])

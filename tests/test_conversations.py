@@ -30,7 +30,8 @@ CHATS = st.lists(CONTENT, min_size=2, max_size=8).map(
     lambda texts: [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 )
 SHAREGPT = {"user": "human", "assistant": "gpt", "system": "system"}
-NAMES = {"user": st.sampled_from(["user", "human"]), "assistant": st.sampled_from(["assistant", "gpt", "model", "bot"])}
+NAMES = {"user": ["user", "human", "User"], "assistant": ["assistant", "gpt", "model", "bot", "ASSISTANT"]}
+NAMES = {role: st.sampled_from(names) for role, names in NAMES.items()}
 
 
 def sharegpt(messages: list[dict]) -> list[dict]:
@@ -146,7 +147,8 @@ def test_a_turn_is_trained_unless_its_row_says_no_or_it_is_empty(chat, data):
     assert found.trained == expected
     assert found.messages == [{"role": m["role"], "content": m["content"] or ""} for m in weighed]
     noted = sft_example({"messages": weighed}, {}).notes
-    assert bool(noted) == (expected != [message["role"] == "assistant" for message in chat])
+    asked = [m["role"] == "assistant" or bool(m.get("weight") or m.get("train")) for m in weighed]
+    assert bool(noted) == (expected != asked)
 
 
 @pytest.mark.parametrize("name", ["weight", "train", "training"])

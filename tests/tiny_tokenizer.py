@@ -52,6 +52,9 @@ LLAMA3 = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
 
+# As the first Llama 3 had it: the generation prompt ends every text.
+PROMPTING = LLAMA3.replace("{%- if add_generation_prompt %}", "").removesuffix("{%- endif %}")
+
 # Reasoning is dropped from all turns but those after the last user message, and an empty one is written into the last.
 QWEN3 = """\
 {%- set last = namespace(user=-1) %}
@@ -176,10 +179,26 @@ CHANNELS = """\
 {%- elif message.role == 'assistant' %}
 {{- '<|im_start|>assistant says<|im_end|>' + message.content + (eos_token if loop.last else '<|stop|>') }}
 {%- elif message.role == 'tool' %}
-{{- '<|im_start|>' + called.name + ' to=assistant<|im_end|>' + message.content | tojson + '<|stop|>' }}
+{{- '<|im_start|>' + message.tool_call_id + called.name + ' to=assistant<|im_end|>' }}
+{{- message.content | tojson + '<|stop|>' }}
 {%- else %}{{- '<|im_start|>' + message.role + '<|im_end|>' + message.content + '<|stop|>' }}{%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"""
+
+# MiniMax-M3, Gemma 4, Reka: names are written twice, in the order of their letters, and in ASCII.
+ELEMENTS = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' }}{{- message.content or '' }}
+{%- for call in message.tool_calls or [] %}
+{{- '<call ' + call.function.name + ' ' + call.function.name + '>' }}
+{%- for key, value in call.function.arguments | dictsort %}
+{{- '<' + key + '>' + value | tojson(ensure_ascii=true) + '</' + key + '>' }}
+{%- endfor %}
+{{- '</call>' }}
+{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
 # Apertus: one turn of answers, calls and results, closed only where a question follows.
 TURNS = """\

@@ -21,9 +21,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import takewhile, zip_longest
+from inspect import signature
+from itertools import pairwise, takewhile, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -45,6 +46,8 @@ TULU = """\
 # A mark is BEGIN or END, a number, STOP: signs that no data holds, unchanged by strip, split, tojson and repr.
 BEGIN, END, STOP = "\U000101d0", "\U000101d1", "\U000101d2"
 MARK = re.compile(f"([{BEGIN}{END}])([0-9]+){STOP}")
+ESCAPED = {json.dumps(sign)[1:-1]: sign for sign in (BEGIN, END, STOP)}  # as tojson(ensure_ascii=true) prints them
+NUMBERED = r"\w*\d\w*"  # a number, or a name with digits
 MARKER = BEGIN + END  # stands for a whole content
 QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
 MARKED_ANSWER = {"role": "assistant", "content": MARKER}
@@ -91,7 +94,8 @@ class ChatTemplate:
         special = "|".join(map(re.escape, sorted(tokenizer.added_tokens_encoder, reverse=True)))
         self.special = re.compile(rf"\s*({special or '$^'})")
         self.piece = re.compile(rf"{special or '$^'}|.", re.DOTALL)
-        self.rests: dict[tuple, str] = {}  # of _Layout._offset
+        self.rests: dict[tuple, Any] = {}  # of _Layout
+        self._no_variables = {*signature(tokenizer.apply_chat_template).parameters, "messages"} - {"documents"}
         self._shows_role: dict[str, bool] = {"user": True, "assistant": True}
         self._frames: dict[str, Frame] = {}
         self._printed: dict[tuple, list[str]] = {}  # of _plain_spans
@@ -125,6 +129,8 @@ class ChatTemplate:
         shown; with only_last, of the last turn alone. Raises Dropped."""
         if not conversation.messages:
             return Rendered("", [], [])
+        if no_variables := self._no_variables & conversation.variables.keys():
+            raise Dropped(f"chat_template_kwargs may not set {min(no_variables)!r}")
         options = {"tools": conversation.tools, **conversation.variables}
         with bounded():
             messages = [self._with_arguments(message) for message in conversation.messages]
@@ -190,9 +196,19 @@ class ChatTemplate:
             if before_eos and after.startswith(before_eos) and not after.startswith(closing):
                 closing = before_eos
             opening, opening_within = asked.rpartition("question")[0], after.partition("question")[0]
-            between = opening_within.removesuffix(self.shared(opening, opening_within, -1)).rstrip()
+            users = self.shared(opening, opening_within, -1)
+            between = opening_within.removesuffix(users).rstrip()
             is_header = prompted == asked and header.rstrip() != asked.rstrip()
             prompt = prompted[len(asked) :] if prompted.startswith(asked) and not is_header else None
+            if (
+                prompted == asked
+                and not after.startswith(closing)
+                and self.shared(asked.removesuffix(eos), tail, -1).strip()
+            ):
+                is_clear = header == asked and between and tail.startswith(between)
+                if not is_clear or self.special.sub("", opening.removesuffix(users)).strip():
+                    raise Dropped("it ends every text with a generation prompt, and what closes an answer is not clear")
+                closing, prompt = between, tail[len(between) :]
             headers = tuple(h.removeprefix(asked) for h in (header_within, header) if h.startswith(asked))
             if len(self._frames) > 1000:  # variables that differ in each row
                 self._frames.clear()
@@ -234,7 +250,7 @@ class ChatTemplate:
             texts.append(next((text for text in shown if text and "value0" in text), ""))
         if not texts[0] or "{'key0'" in texts[0]:  # as Python writes it
             return "text" if texts[1] else "either"
-        return "object" if not texts[1] or '\\"key0' in texts[1] else "either"  # a text in quotation marks
+        return "either" if texts[0] == texts[1] else "object"
 
     def end_ids(self) -> list[int]:
         """The tokens that end an answer: EOS, and the last of what closes a turn, if special or the only one."""
@@ -318,12 +334,14 @@ def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
             return text
         number = len(kinds) if is_assistant else 0
         kinds.extend([kind] * is_assistant)
-        return f"{before}{BEGIN}{number}{STOP}{content}{END}{number}{STOP}{text[len(before) + len(content) :]}"
+        marks = f"{BEGIN}{number:06}{STOP}", f"{END}{number:06}{STOP}"
+        return f"{before}{marks[0]}{content}{marks[1]}{text[len(before) + len(content) :]}"
 
     def in_calls(value, is_shown: bool = False):
         if isinstance(value, dict):
+            keys = {key: put(key, "call") if is_shown else key for key in sorted(value, key=str.lower)}  # as dictsort
             items = ((key, in_calls(item, is_shown or key in ("name", "arguments"))) for key, item in value.items())
-            return {put(key, "call") if is_shown else key: item for key, item in items}
+            return {keys[key]: item for key, item in items}
         if isinstance(value, list):
             return [in_calls(item, is_shown) for item in value]
         return put(value, "call") if is_shown and isinstance(value, str) else value
@@ -335,13 +353,17 @@ def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
         before, opening, thought = thought.rpartition("<think>")
         if not is_assistant or not (answer.strip() or thought.strip() or has_blank):
             before, opening, thought, closing, answer = "", "", "", "", message["content"]
-        answer = put(answer, "content", has_blank and not calls)
-        marked["content"] = f"{before}{opening}{put(thought, 'reasoning')}{closing}{answer}"
+        is_blank = bool(closing) and not answer.strip()  # then the text is the reasoning, if only its tags
+        thought = put(thought, "reasoning", has_blank and is_blank)
+        answer = put(answer, "content" if answer.strip() else "blank", has_blank and not calls)
+        marked["content"] = f"{before}{opening}{thought}{closing}{answer}"
     return {**marked, "tool_calls": in_calls(calls)} if calls else marked
 
 
 def _without_marks(marked: str) -> tuple[str, list[tuple[int, int, bool]]]:
     """The text without marks, and of each: where in it, its number, whether it is a BEGIN."""
+    for escaped, sign in ESCAPED.items():
+        marked = marked.replace(escaped, sign)
     pieces, marks, position = MARK.split(marked), [], 0
     for piece, sign, number in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=False):
         position += len(piece)
@@ -374,29 +396,55 @@ class _Layout:
             self.leaves.setdefault(i, []).append(leaf)
         self.runs: dict[int, tuple[int, int]] = {}  # message -> its first and last mark, before what is shown again
         self.met: set[tuple[int, bool]] = set()
+        self.apart: set[int] = set()  # messages that are shown in several places
+        self.reach: dict[int, int] = {}  # message -> the last mark with none of another message before it
         for k, (_, leaf, is_begin) in enumerate(self.marks):
-            first, last = self.runs.get(owners[leaf], (k, k))
-            if (leaf, is_begin) not in self.met and last >= k - 1:
-                self.runs[owners[leaf]] = first, k
+            is_new = (leaf, is_begin) not in self.met
             self.met.add((leaf, is_begin))
+            first, last = self.runs.setdefault(owners[leaf], (k, k))
+            if self.reach.get(owners[leaf], k) >= k - 1:
+                self.reach[owners[leaf]] = k
+                self.runs[owners[leaf]] = first, k if is_new else last
+            elif is_new:
+                self.apart.add(owners[leaf])
 
     def spans(self, i: int) -> list[tuple[int, int]]:
         """What is trained of assistant message i; nothing where the template does not show it. Raises Dropped."""
-        shown: dict[str, list[bool]] = {"call": [], "reasoning": [], "content": []}
+        shown: dict[str, list[bool]] = {"call": [], "reasoning": [], "content": [], "blank": []}
         for leaf in self.leaves.get(i, []):
             shown[self.kinds[leaf]].append({(leaf, True), (leaf, False)} <= self.met)
         if not all(shown["call"]):
             self.notes.append("tool calls that the template does not show: turn not trained")
             return []
-        if i not in self.runs:
-            self.notes.append("assistant turns that the template does not show")
+        if not any(shown["call"] + shown["reasoning"] + shown["content"]):
+            self.notes.append("assistant turns of which the template shows nothing: not trained")
             return []
         if shown["reasoning"] and not any(shown["reasoning"]):
             self.notes.append("reasoning that the template leaves out")
         if not all(shown["content"]):
             self.notes.append("content that the template leaves out")
+        if i in self.apart:
+            self.notes.append("assistant turns that the template shows in parts: the first is trained")
         first, last = self.runs[i]
+        last += self._shown_again(i, last) if self.reach[i] > last else 0
         return [(self._start(i, first), self._end(i, last))]
+
+    def _shown_again(self, i: int, last: int) -> int:
+        """How many marks behind number `last` are the turn's own, as in `<key>value</key>`, and not of a result that
+        names its call: those that messages[:i + 1] show. Rendered once for each text between them."""
+        marks, rests = self.marks[last : self.reach[i] + 1], self.template.rests
+        between = [self.text[mark[0] : after[0]] for mark, after in pairwise(marks) if not mark[2]]
+        if (key := ("again", *(self._without_numbers(text) for text in between))) not in rests:
+            _, shown = _without_marks(self.template.attempt(self.marked[: i + 1], **self.options) or "")
+            own, expected = [mark[1:] for mark in shown], [mark[1:] for mark in marks]
+            own = own[own.index(expected[0]) :] if expected[0] in own else own[:0]
+            rests[key] = len([*takewhile(lambda pair: pair[0] == pair[1], zip(own[1:], expected[1:], strict=False))])
+        return rests[key]
+
+    @staticmethod
+    def _without_numbers(text: str) -> str:
+        """The text without numbers, and names with digits, that differ from turn to turn."""
+        return re.sub(NUMBERED, "0", text)
 
     def _start(self, i: int, first: int) -> int:
         """Where the turn begins whose first mark is number `first`."""
@@ -440,8 +488,11 @@ class _Layout:
         """How much of `region`, the text behind mark k, the first messages render to; in_part: as far as both are the
         same, else None if they are not. Rendered once for each region; numbers in it, and names with digits, do not
         count."""
-        rests, key = self.template.rests, (is_prompt, in_part, self.frame, re.sub(r"\w*\d\w*", "0", region))
-        if key not in self.failed and not (key in rests and region.endswith(rests[key])):
+        rests, key = self.template.rests, (is_prompt, in_part, self.frame, self._without_numbers(region))
+        if key in self.failed:
+            return None
+        known = rests[key].match(region) if key in rests else None
+        if known is None:
             shorter = self.marked[:num_messages]
             text = self.template.attempt(shorter, is_prompt, **self.options) if shorter else None
             if text is None:
@@ -456,8 +507,8 @@ class _Layout:
                 return None
             if len(rests) > 1000:  # regions that hold some of the data
                 rests.clear()
-            rests[key] = region[len(tail) :]
-        return None if key in self.failed else len(region) - len(rests[key])
+            rests[key] = re.compile(NUMBERED.join(map(re.escape, re.split(NUMBERED, tail))))
+        return known.end() if known else len(tail)
 
 
 def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:

@@ -20,9 +20,11 @@ from typing import NamedTuple
 from common.failures import UserError, one_line
 
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
+ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 FOR_EVERY_FORM = ("system", "tools", "chat_template_kwargs")
 WEIGHTS = ("weight", "train", "training")  # what a message says of whether it is trained
 NOT_TRAINED, EMPTY = "assistant turn not to be trained, or of a prompt", "empty assistant turn, not trained"
+OF_OTHERS = "a weight of a message that is not the assistant's, not trained"
 NO_CALLS: tuple = (None, [], {}, "")
 
 
@@ -158,6 +160,7 @@ def _conversation(messages: list[dict], row: dict, variables: dict) -> tuple[Con
         weights = {name: message.pop(name) for name in WEIGHTS if name in message}
         trained.append(False)
         if message["role"] != "assistant":
+            notes += [OF_OTHERS] * any(weights.values())
             continue
         for name, weight in weights.items():
             if weight not in (0, 1, None):
@@ -196,7 +199,7 @@ def _messages(row: dict, column: str, role: str | None = None) -> list[dict]:
         if "role" not in message and "from" in message:
             message = {"role": message.pop("from"), "content": message.pop("value", None), **message}
         speaker = _checked(message.get("role"), str, f"the role of {place}")
-        message["role"] = ROLES.get(speaker, speaker)
+        message["role"] = ROLES.get(speaker.strip().lower(), speaker)
         calls = _parsed(message.pop("tool_calls", None) or None, f"the tool_calls of {place}")
         if calls not in NO_CALLS:
             calls = _checked(calls, list, f"the tool_calls of {place}")
