@@ -37,7 +37,7 @@ def processes_in(folder: Path) -> list[int]:
     return pids
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("method", [pytest.param("sft", marks=pytest.mark.soak), "dpo"])
 def test_a_benchmark_of_the_scripts_own_steps(tmp_path, method):
     flags = ["--learning_rate", "1e-3", "--max_tokens_per_micro_batch", "1024"]
     flags += ["--global_batch_size", "77"] if method == "sft" else []  # the fifth step takes what is left of the epoch
@@ -58,7 +58,7 @@ def test_a_benchmark_of_the_scripts_own_steps(tmp_path, method):
     assert not processes_in(tmp_path), "no rank outlives its benchmark"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.soak), signal.SIGKILL])
 def test_a_benchmark_that_is_stopped_stops_its_ranks(tmp_path, number):
     command = [*BENCH, "sft", "2", "--steps", "100000"]
     with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:

@@ -27,7 +27,6 @@ PLAIN = {  # name -> (method, architecture, max_seq_length, steps, what the run 
     "sft qwen2": ("sft", "qwen2", 512, 5, SFT | {"global_batch_size": 4, "lr_scheduler_type": "linear"}),
     "sft olmo2": ("sft", "olmo2", 120, 5, SFT | {"global_batch_size": 4, "max_grad_norm": 0}),  # with truncation
     "sft qwen3": ("sft", "qwen3", 512, 5, SFT | {"global_batch_size": 4, "lr_scheduler_type": "polynomial"}),
-    "sft gemma2": ("sft", "gemma2", 512, 3, SFT | {"global_batch_size": 4}),
     "sft qwen3_moe": ("sft", "qwen3_moe", 512, 3, SFT | {"global_batch_size": 4, "router_aux_loss_coef": 0.3}),
     "sft gemma3": ("sft", "gemma3", 512, 2, SFT | {"global_batch_size": 4}),  # of images too
     "sft gpt_oss": ("sft", "gpt_oss", 512, 3, SFT | {"global_batch_size": 4}),
@@ -55,9 +54,8 @@ RUNS = [  # (of PLAIN, ranks, flags that change speed alone, what the ds_config 
     ("sft qwen2", 2, {"max_tokens_per_micro_batch": LONGEST, "gradient_checkpointing": 1}, {}),
     ("sft olmo2", 2, {"max_tokens_per_micro_batch": 120}, {}),
     ("sft qwen3", 1, {"max_tokens_per_micro_batch": LONGEST, "gradient_checkpointing": "full"}, {}),
-    ("sft gemma2", 2, {"max_tokens_per_micro_batch": LONGEST, "gradient_checkpointing": "full"}, {}),
     ("sft qwen3_moe", 4, {"max_tokens_per_micro_batch": LONGEST}, {"residency": "gradients"}),
-    ("sft gemma3", 2, {"max_tokens_per_micro_batch": LONGEST}, {}),
+    ("sft gemma3", 2, {"max_tokens_per_micro_batch": LONGEST, "gradient_checkpointing": "full"}, {}),
     ("sft gpt_oss", 2, {"max_tokens_per_micro_batch": LONGEST, "gradient_checkpointing": 1}, {}),
     ("dpo gemma2", 2, {"max_tokens_per_micro_batch": 280}, {}),
     ("dpo mixtral", 2, {"max_tokens_per_micro_batch": 280}, {"residency": "nothing"}),
