@@ -58,7 +58,7 @@ def test_a_benchmark_of_the_scripts_own_steps(tmp_path, method):
     assert not processes_in(tmp_path), "no rank outlives its benchmark"
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.soak), signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)])
 def test_a_benchmark_that_is_stopped_stops_its_ranks(tmp_path, number):
     command = [*BENCH, "sft", "2", "--steps", "100000"]
     with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:

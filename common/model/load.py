@@ -180,7 +180,10 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
     original = rope.get("original_max_position_embeddings") or positions
     has_alibi = values.get("alibi") or values.get("position_embedding_type") == "alibi"
     refusals = [
-        (model_class is None or config.is_encoder_decoder, "is not a causal language model of transformers"),
+        (
+            model_class is None or config.is_encoder_decoder or text.is_encoder_decoder,
+            "is not a causal language model of transformers",
+        ),
         (getattr(model_class, "_is_stateful", False), "keeps state across samples"),
         (not getattr(model_class, "_supports_attention_backend", False), "does not use AttentionInterface"),
         (unknown, f"has layers of type {unknown}"),
