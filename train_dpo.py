@@ -235,7 +235,7 @@ def main() -> None:
         is_kept = is_evaluated and evaluation.keeps(state.step, metrics.eval_losses)
 
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
-        if stop_signal or is_kept or state.step % schedule.save_every == 0:
+        if stop_signal or is_kept or schedule.saves(state.step):
             writer.wait()
             require_finite_weights(engine, state.step, ranks)
             metrics.flush_to_disk()

@@ -41,9 +41,9 @@ compile_layers auto, optimizer adamw, learning_rate 5e-06, lr_scheduler_type lin
 num_train_epochs 2, max_train_steps
 None, stop_after_steps None, seed 42, output_dir output/sft, checkpointing_steps 500, keep_last_n_checkpoints 3,
 clean_checkpoints_at_end False, resume auto, collective_timeout_minutes 30, logging_steps 1, ds_config
-ds_configs/zero3.json, push_to_hub False, hub_model_id None, hub_private True, hub_overwrite False, gpu_hour_price None,
+ds_configs/zero3.json, push_to_hub False, hub_model_id None, hub_private True, hub_overwrite False,
 eval_dataset_mixer [], eval_holdout None, eval_steps None, early_stopping_patience None,
-keep_best None, export_best False, export_at_checkpoints False, report_to ['none']"""
+gpu_hour_price None, keep_best None, export_best False, export_at_checkpoints False, report_to ['none']"""
 DPO = """model_name_or_path output/sft, dataset_mixer ['allenai/llama-3.1-tulu-3-8b-preference-mixture=10%'],
 max_seq_length 2048, learning_rate 5e-07, warmup_ratio 0.1, num_train_epochs 1, output_dir output/dpo,
 checkpointing_steps 100, loss_type dpo_norm, beta 5.0, label_smoothing 0.0, gamma_beta_ratio 0.3,

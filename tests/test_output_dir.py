@@ -64,7 +64,14 @@ FREE |= {
     "gradient_checkpointing",
     "attn_implementation",
 }
-FREE |= {"compile_layers", "collective_timeout_minutes", "ds_config", "stop_after_steps", "share_prompt"}
+FREE |= {
+    "compile_layers",
+    "collective_timeout_minutes",
+    "ds_config",
+    "stop_after_steps",
+    "share_prompt",
+    "gpu_hour_price",
+}
 FREE |= {
     "eval_dataset_mixer",
     "eval_steps",
@@ -155,7 +162,9 @@ def test_a_finished_run_has_nothing_to_do_unless_more_is_asked_for(folder):
     config, identity = config_of(folder), {"seed": 42}
     finished(folder, identity)
     assert claim(config, identity, 4, OneRank()) is None
-    assert claim(config, identity, 5, OneRank()) is not None  # --stop_after_steps was raised: it continues
+    anew = OneRank()
+    assert claim(config, identity, 5, anew) is not None  # --stop_after_steps was raised, and no checkpoint is left
+    assert "ended after 4 steps" in anew.said[-1]
     assert claim(dataclasses.replace(config, resume="never"), identity, 4, OneRank()) is not None
     for last_step, asked, named in ((3, identity, "after step 4"), (4, {"seed": 43}, "seed was 42, is 43")):
         with pytest.raises(UserError, match=named):

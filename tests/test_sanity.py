@@ -45,7 +45,7 @@ def test_the_recipe_runs_100_steps_unless_told_otherwise_in_a_folder_that_is_wip
     (tmp_path / output / "checkpoints").mkdir(parents=True)
     assert sanity.main(*words) == 1 and not (tmp_path / output / "checkpoints").exists()
     number, flags = ("8", words[2:]) if words[1:2] == ["8"] else ("1", words[1:])
-    ours = ["--stop_after_steps", "100", "--logging_steps", "1"]
+    ours = ["--stop_after_steps", "100", "--logging_steps", "1", "--clean_checkpoints_at_end", "true"]
     assert commands == [[words[0], number, *ours, *flags, "--output_dir", output]]
 
 

@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from common.config import LR_SCHEDULERS, SFTConfig
 from common.failures import UserError
-from common.step.schedule import Schedule, learning_rate_schedule, step_samples, steps_per_epoch
+from common.step.schedule import NEVER, Schedule, learning_rate_schedule, step_samples, steps_per_epoch
 
 
 @pytest.mark.parametrize(
@@ -68,23 +68,29 @@ def test_linear_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("changes", "num_steps", "last_step", "save_every"),
+    ("changes", "num_steps", "last_step", "save_every", "saved"),
     [
-        ({}, 8, 8, 500),
-        ({"max_train_steps": 5}, 5, 5, 500),
-        ({"max_train_steps": 50}, 50, 50, 500),
-        ({"stop_after_steps": 6, "checkpointing_steps": "epoch"}, 8, 6, 4),
-        ({"stop_after_steps": 9, "checkpointing_steps": 2}, 8, 8, 2),
+        ({}, 8, 8, 500, []),
+        ({"max_train_steps": 5}, 5, 5, 500, []),
+        ({"max_train_steps": 50}, 50, 50, 500, []),
+        ({"stop_after_steps": 6, "checkpointing_steps": "epoch"}, 8, 6, 4, [4, 6]),
+        ({"stop_after_steps": 6}, 8, 6, 500, [6]),
+        ({"stop_after_steps": 6, "clean_checkpoints_at_end": True}, 8, 6, 500, []),
+        ({"stop_after_steps": 6, "checkpointing_steps": NEVER}, 8, 6, NEVER, []),
+        ({"stop_after_steps": 9, "checkpointing_steps": 2}, 8, 8, 2, [2, 4, 6, 8]),
     ],
 )
-def test_a_run_ends_early_on_the_whole_runs_schedule(changes, num_steps, last_step, save_every):
-    """10 samples, 3 a step, 2 epochs of 4 steps. stop_after_steps changes no learning rate, max_train_steps does."""
+def test_a_run_ends_early_on_the_whole_runs_schedule(changes, num_steps, last_step, save_every, saved):
+    """10 samples, 3 a step, 2 epochs of 4 steps. stop_after_steps changes no learning rate, max_train_steps does.
+
+    saved: the steps after which there is a checkpoint; what ends early keeps its end, to go on from."""
     config = SFTConfig(global_batch_size=3, lr_scheduler_type="cosine", seed=7, **changes)
     schedule = Schedule(config, 10)
     assert (schedule.num_steps, schedule.last_step, schedule.save_every) == (num_steps, last_step, save_every)
     rate = learning_rate_schedule("cosine", config.learning_rate, num_steps, config.warmup_ratio)
     for step in range(last_step):
         assert schedule.samples(step) == step_samples(step, 10, 3, 7) and schedule.learning_rate(step) == rate(step)
+    assert [step for step in range(1, last_step + 1) if schedule.saves(step)] == saved
     report = schedule.report("SFT", "samples")
     assert f"{last_step} of {num_steps} steps" in report and "\n" not in report.partition("\nwarning: ")[0]
-    assert ("--checkpointing_steps" in report) == (save_every > last_step), "a run that is never saved says so"
+    assert ("--checkpointing_steps" in report) == (not saved), "a run that is never saved says so"

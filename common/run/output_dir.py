@@ -64,6 +64,11 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
         ranks.once(lambda: hub.require_repository(config, identity))
     path = checkpoint.find(config.output_dir, config.resume, ranks)
     if path is None:
+        steps = ranks.once(lambda: read_run_config(config.output_dir)).get("result", {}).get("steps")
+        if steps and config.resume == "auto":
+            ranks.say(
+                f"warning: {config.output_dir}: this run ended after {steps} steps, no checkpoint: it begins anew"
+            )
         return RunState(identity=identity), None
     state = checkpoint.read_state(path)
     _require_same_run(f"checkpoint {path}", state.identity, identity, state.step, last_step)
@@ -204,7 +209,8 @@ def record_of(method: str, config: TrainConfig, identity: dict, state: RunState,
 
 def num_on_disk(config: TrainConfig, schedule: Schedule) -> tuple[int, int]:
     """(checkpoints, exported models) that are on disk at once, at most."""
-    num_checkpoints = min(config.keep_last_n_checkpoints + 1, schedule.last_step // schedule.save_every)
+    num_written = sum(map(schedule.saves, range(1, schedule.last_step + 1)))
+    num_checkpoints = min(config.keep_last_n_checkpoints + 1, num_written)
     num_checkpoints += config.keep_best is not None
     return num_checkpoints, 1 + num_checkpoints * config.export_at_checkpoints
 

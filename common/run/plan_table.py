@@ -157,7 +157,7 @@ def plan_rows(
             f"{steps} of {schedule.num_steps:,}, {schedule.batch} {unit} a step, {schedule.steps_per_epoch:,} an epoch",
         ),
         ("warm-up", f"{warm_up:,} steps"),
-        ("checkpoints", listed([step for step in range(1, last + 1) if step % schedule.save_every == 0])),
+        ("checkpoints", listed([step for step in range(1, last + 1) if schedule.saves(step)])),
         ("evaluations", listed([step for step in range(1, last + 1) if evaluation.is_due(step)])),
         (
             "disk",

@@ -12,6 +12,8 @@ from transformers import get_scheduler
 
 from common.failures import as_user_error
 
+NEVER = 10**9  # as --checkpointing_steps: no checkpoint, not even of the end
+
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
     """Optimizer steps in one epoch; the last one may hold fewer than global_batch_size samples."""
@@ -47,7 +49,8 @@ class Schedule:
     """The steps of one run over num_samples kept samples (pairs). config: common.config.TrainConfig.
 
     num_steps: of the whole schedule, max_train_steps if given; last_step: after which this run ends; save_every: steps
-    between two checkpoints; samples(step), learning_rate(step): of optimizer step `step`, from 0.
+    between two checkpoints; keeps_end: whether there is one of the last step, for a run that is to go on;
+    samples(step), learning_rate(step): of optimizer step `step`, from 0.
     """
 
     def __init__(self, config, num_samples: int):
@@ -56,11 +59,17 @@ class Schedule:
         self.num_steps = config.max_train_steps or self.steps_per_epoch * config.num_train_epochs
         self.last_step = min(self.num_steps, config.stop_after_steps or self.num_steps)
         self.save_every = self.steps_per_epoch if config.checkpointing_steps == "epoch" else config.checkpointing_steps
+        has_use = self.save_every < NEVER and not config.clean_checkpoints_at_end
+        self.keeps_end = self.last_step < self.num_steps and has_use
         shape = self.num_steps, config.warmup_ratio
         self.learning_rate = learning_rate_schedule(config.lr_scheduler_type, config.learning_rate, *shape)
 
     def samples(self, step: int) -> list[int]:
         return step_samples(step, self.num_samples, self.batch, self.seed)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is written after `step` steps, whatever else asks for one."""
+        return step % self.save_every == 0 or (self.keeps_end and step == self.last_step)
 
     def report(self, method: str, unit: str) -> str:
         """What will be trained, and how often it is saved, in a line; a second one if it is never saved."""
@@ -68,7 +77,7 @@ class Schedule:
             f"{method}: {self.num_samples:,} {unit}; {self.last_step:,} of {self.num_steps:,} steps of {self.batch} "
             f"{unit}; a checkpoint every {self.save_every} steps"
         )
-        if self.save_every > self.last_step:
+        if self.save_every > self.last_step and not self.keeps_end:
             text += (
                 f"\nwarning: --checkpointing_steps {self.save_every} is more than this run's {self.last_step} steps: "
                 f"no checkpoint will be written, and a crash loses everything"

@@ -87,7 +87,14 @@ def sanity_of_recipe(method: str, words: list[str]) -> int:
     output_dir = Path(f"output/sanity-{method}")
     shutil.rmtree(output_dir, ignore_errors=True)
     output_dir.mkdir(parents=True)
-    first_steps = ["--stop_after_steps", "100", "--logging_steps", "1"]  # a flag that comes twice: the last one wins
+    first_steps = [
+        "--stop_after_steps",
+        "100",
+        "--logging_steps",
+        "1",
+        "--clean_checkpoints_at_end",
+        "true",
+    ]  # a flag that comes twice: the last one wins
     words = [method, str(num_ranks), *first_steps, *flags, "--output_dir", str(output_dir)]
     exit_code, output = train(words, output_dir / "sanity.log")
     if exit_code == UserError.EXIT_CODE:  # it has said what was wrong
