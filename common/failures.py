@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import sys
@@ -115,6 +116,18 @@ def _log(text: str) -> None:
         with contextlib.suppress(OSError), open(_log_path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write("".join(_said))  # a log is not worth a run that goes on
         _said.clear()
+
+
+class _ToLog(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _log(f"{record.name}: {record.getMessage()}")
+
+
+def log_libraries() -> None:
+    """What libraries warn of goes to the log, and to the terminal only where they print it themselves."""
+    logging.captureWarnings(True)
+    for name in ("", "transformers", "DeepSpeed"):  # the two pass nothing on
+        logging.getLogger(name).addHandler(_ToLog(logging.WARNING))
 
 
 def print_line(text: str, stream: TextIO | None = None, end: str = "\n") -> None:

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import traceback
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common.failures import ElsewhereError, UserError, as_user_error, explained, one_line, print_line
+from common.failures import ElsewhereError, UserError, as_user_error, explained, log_libraries, one_line, print_line
 from common.files import digest
 
 LONGEST_PAUSE = 0.5  # seconds between two looks at whether one rank's work is done
@@ -274,8 +273,7 @@ def start(timeout_minutes: float) -> Ranks:
     from deepspeed.utils import logger
 
     logger.setLevel("WARNING")
-    for noise in (".*torch.distributed.*is deprecated.*", r"barrier\(\): using the device under current context.*"):
-        warnings.filterwarnings("ignore", message=noise)
+    log_libraries()
     if "RANK" not in os.environ:
         os.environ |= _of_srun() or dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))

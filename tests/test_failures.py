@@ -1,15 +1,18 @@
 """What an error means to whoever started the run: pytest tests/test_failures.py"""
 
 import errno
+import logging
 import os
 import subprocess
 import sys
+import warnings
 
 import launch
 import pytest
 import torch
 from safetensors import SafetensorError
 
+from common import failures
 from common.failures import TrainingStopped, UserError, as_user_error, explained, one_line, progress, shown
 from common.files import naming, replace_file, sync_folder
 from common.zero.engine import out_of_memory_explained
@@ -132,3 +135,24 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch):
             now[0] = seconds
             advance(1000)
     assert lines == ["counting: 2,000 of 5,000 sheep", "counting: 4,000 of 5,000 sheep"]
+
+
+def test_what_libraries_warn_of_is_in_the_log_and_not_on_the_terminal(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(failures, "_log_path", None)
+    names, before = ("", "transformers", "DeepSpeed"), {}
+    for name in names:
+        before[name] = logging.getLogger(name).handlers[:]
+    try:
+        failures.log_libraries()
+        warnings.warn("before there is a folder", stacklevel=1)
+        failures.log_to(tmp_path / "logs" / "rank_0.log")
+        logging.getLogger("some.library").warning("means nothing")
+        failures.print_line("ours")
+    finally:
+        logging.captureWarnings(False)
+        for name in names:
+            logging.getLogger(name).handlers[:] = before[name]
+    logged = (tmp_path / "logs" / "rank_0.log").read_text()
+    assert all(text in logged for text in ("before there is a folder", "some.library: means nothing", "ours"))
+    out, err = capfd.readouterr()
+    assert out == "ours\n" and err == ""
