@@ -46,6 +46,8 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except Stopped as e:
             code = 128 + e.signal_number
+            if is_first_to_tell("stopped"):
+                print_line("stopped: all steps so far are in the last checkpoint; the same command continues")
         except Exception as e:
             known = explained(e)
             code = known.EXIT_CODE if known else 1

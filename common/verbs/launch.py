@@ -105,6 +105,8 @@ def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> i
         if running and not requests and time.monotonic() > told_at:
             told_at = math.inf
             say(f"a rank ended with {exit_code} (137: often for the host's memory). The others have {GRACE:g} s")
+    if requests and {*codes} <= {0, -signal.SIGTERM}:  # they had nothing to save yet
+        say("stopped before training: what earlier runs saved stands, and the same command begins where they ended")
     return 130 if requests[:1] == [signal.SIGINT] and exit_code == 143 else exit_code
 
 
@@ -136,7 +138,9 @@ def main(method: str, *words: str) -> int:
 def exit_with(main: Callable[..., int]) -> None:
     """Ends a verb with main's exit code; a mistake, or a full disk, becomes one line."""
     try:
-        sys.exit(main(*sys.argv[1:]))
+        code = main(*sys.argv[1:])
+        print_line("", end="")
+        os._exit(code)  # taking torch down, where a verb has imported it, takes seconds
     except Exception as e:
         if (known := explained(e)) is None:
             raise
