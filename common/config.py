@@ -33,6 +33,7 @@ def _field(default, help, choices=(), least=-math.inf, most=math.inf, below=math
     return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=nature)
 
 
+LENGTHS = ("num_train_epochs", "max_train_steps")  # of a run
 LR_SCHEDULERS = ["linear", "cosine", "constant", "constant_with_warmup"]
 LR_SCHEDULERS += ["inverse_sqrt", "cosine_with_restarts", "polynomial"]
 TRACKERS = ("none", "tensorboard", "wandb", "trackio")
@@ -177,8 +178,13 @@ class DPOConfig(TrainConfig):
 
 
 def identity_values(config: TrainConfig, kinds: tuple = (True,)) -> dict:
-    """The settings whose values identify a run; kinds (True, "contents"): all that decide its result."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["identifies"] in kinds}
+    """The settings whose values identify a run; kinds (True, "contents"): all that decide its result.
+
+    Not how long it is where no step depends on that: a run of a constant learning rate goes on for more epochs.
+    """
+    free = LENGTHS if config.lr_scheduler_type == "constant" and kinds == (True,) else ()
+    fields = [f for f in dataclasses.fields(config) if f.metadata["identifies"] in kinds and f.name not in free]
+    return {f.name: getattr(config, f.name) for f in fields}
 
 
 def parse_config(cls: type, argv: list[str] | None = None):

@@ -113,6 +113,20 @@ def test_each_value_that_changes_the_result_is_refused_with_old_and_new(cls, fol
         begin(seed=7, learning_rate=1.0)
 
 
+def test_more_epochs_go_on_where_no_step_depends_on_their_number_and_else_the_ways_are_named(folder, model):
+    for scheduler, is_free in (("constant", True), ("linear", False), ("constant_with_warmup", False)):
+        config = dataclasses.replace(config_of(folder, SFTConfig), lr_scheduler_type=scheduler)
+        path = save(folder, 4, run_identity(config, "d", "t", model))
+        longer = run_identity(dataclasses.replace(config, num_train_epochs=9), "d", "t", model)
+        if is_free:
+            state, found = claim(config, longer, 10, OneRank())
+            assert (state.step, found) == (4, path)
+        else:
+            with pytest.raises(UserError, match=f"num_train_epochs was 2, is 9.*--model_name_or_path {folder}"):
+                claim(config, longer, 10, OneRank())
+        shutil.rmtree(folder)
+
+
 @pytest.mark.parametrize("changed", ["config.json", "model-1.safetensors", "part/model-2.safetensors"])
 def test_a_model_is_its_bytes_wherever_it_lies_and_however_its_path_is_written(tmp_path, monkeypatch, changed):
     """As an SFT folder that a new run has overwritten, or another reference under the same name."""

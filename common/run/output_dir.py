@@ -13,7 +13,7 @@ from typing import TextIO
 
 import torch
 
-from common.config import TrainConfig, identity_values
+from common.config import LENGTHS, TrainConfig, identity_values
 from common.failures import UserError, as_user_error, log_to, one_line, print_line
 from common.files import replace_file, weight_files, weights_digest
 from common.ranks import Ranks
@@ -71,7 +71,7 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
             )
         return RunState(identity=identity), None
     state = checkpoint.read_state(path)
-    _require_same_run(f"checkpoint {path}", state.identity, identity, state.step, last_step)
+    _require_same_run(f"checkpoint {path}", config.output_dir, state.identity, identity, state.step, last_step)
     return state, path
 
 
@@ -86,7 +86,9 @@ def _finished_after(config: TrainConfig, identity: dict, last_step: int) -> int 
     steps = record.get("result", {}).get("steps")
     if config.resume != "auto" or steps is None:
         return None
-    _require_same_run(f"the model in {output_dir}", record.get("identity", {}), identity, steps, last_step)
+    _require_same_run(
+        f"the model in {output_dir}", config.output_dir, record.get("identity", {}), identity, steps, last_step
+    )
     # A run that stopped early is finished for as long as the same patience is asked for.
     has_ended = steps == last_step or record["result"].get("stopped_early") == (config.early_stopping_patience or 0)
     is_finished = has_ended and _holds_model(output_dir)
@@ -123,7 +125,9 @@ def require_no_other_run(config: TrainConfig, identity: dict, last_step: int) ->
     record = read_run_config(config.output_dir)
     if record and config.resume == "auto":
         old = {name: record.get("identity", {}).get(name) for name in identity}
-        _require_same_run(config.output_dir, old, identity, record.get("result", {}).get("steps", 0), last_step)
+        _require_same_run(
+            config.output_dir, config.output_dir, old, identity, record.get("result", {}).get("steps", 0), last_step
+        )
 
 
 def _require_no_other_model(config: TrainConfig) -> None:
@@ -137,7 +141,7 @@ def _require_no_other_model(config: TrainConfig) -> None:
         raise UserError(f"--output_dir {output_dir}: no run of this project wrote {foreign.name}; name another folder")
 
 
-def _require_same_run(what: str, old: dict, new: dict, steps: int, last_step: int) -> None:
+def _require_same_run(what: str, output_dir: str, old: dict, new: dict, steps: int, last_step: int) -> None:
     """Raises UserError if `what` is of another identity, with each value that differs, or of a later step."""
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     differing = [f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names]
@@ -145,6 +149,8 @@ def _require_same_run(what: str, old: dict, new: dict, steps: int, last_step: in
         differing = [f"it is after step {steps}, past this run's last step, {last_step}"]
     if differing:
         advice = "Use the old values, another --output_dir, or --resume never to start over"
+        if names and {*names} <= {*LENGTHS}:  # each step's learning rate follows from the number of steps
+            advice += f"; to train its model further: --model_name_or_path {output_dir} and another --output_dir"
         raise UserError(f"{what} belongs to another run: {'; '.join(differing)}. {advice}")
 
 

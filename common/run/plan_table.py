@@ -150,6 +150,7 @@ def plan_rows(
     needed, free = disk_space(plan.shape.numel, plan.shape.itemsize, config.output_dir, num_checkpoints, num_models)
     steps = ranged(last, 0.0 if config.max_train_steps else spread.samples)
     rows = [
+        *([("loss", f"{config.loss_type}, beta {config.beta:g}")] if isinstance(config, DPOConfig) else []),
         (unit, ranged(schedule.num_samples, spread.samples, num_rows)),
         ("tokens", f"{ranged(planned['tokens'], spread.tokens)} in all; longest {workload.longest:,}"),
         (
@@ -260,8 +261,8 @@ def plan_table(
     warnings += [line for line in ranks.said if line.startswith("warning")]
     warnings += trouble(config, folder, None if is_drawn else data.digest, template, last)
     rows = plan_rows(config, plan, workload, schedule, evaluation, planned, ranks, mfu is not None, spread, num_rows)
-    rows[0] = (rows[0][0], rows[0][1] + held_out_text(held_out, is_drawn))
-    rows.insert(7, ("machine", called))
+    rows = [(name, text + held_out_text(held_out, is_drawn) * (name == unit)) for name, text in rows]
+    rows.insert([name for name, _ in rows].index("disk") + 1, ("machine", called))
     if is_drawn:
         of_rows = f"{whole.stats['rows_read']:,} of {num_rows:,} rows were tokenized, {share:.1%} of them kept"
         rows.insert(0, ("data", f"{of_rows}: numbers with `about` are estimates, with their 95% intervals"))
