@@ -6,6 +6,7 @@ one row are those of plain transformers on each sample alone), or why it is refu
 
 import inspect
 import multiprocessing
+import re
 import resource
 import sys
 import warnings
@@ -130,7 +131,13 @@ SMALL_VISION = {
     "global_head_dim": 8,
     "projection_dim": 16,
 }
-SMALL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}  # of a head of 8
+# Of a head of 8; what text parts of these types need besides.
+SMALL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+OWN_TEXT = {
+    "(qwen2_vl|qwen2_5_vl|qwen3_vl|qwen2_5_omni|paddleocr)": {"rope_parameters": SMALL_ROPE},
+    "glm": {"rope_parameters": SMALL_ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
+    "gemma4": {"pad_token_id": 0},
+}
 
 
 def small_config(model_type: str):
@@ -158,13 +165,11 @@ def small(values: dict, numbers: dict = SMALL) -> dict:
             is_text = name == "text_config"
             of_type = {"model_type": value["model_type"]} if "model_type" in value else {}
             changes[name] = small(value, SMALL if is_text else SMALL | {"hidden_size": 16} | SMALL_VISION) | of_type
-            if is_text and model_has_mrope(value):
-                changes[name]["rope_parameters"] = SMALL_ROPE
+            if is_text:
+                changes[name] |= next(
+                    (own for kind, own in OWN_TEXT.items() if re.match(kind, value["model_type"])), {}
+                )
     return changes
-
-
-def model_has_mrope(values: dict) -> bool:
-    return values.get("model_type", "").startswith(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"))
 
 
 def tried(model_type: str) -> str:
