@@ -141,6 +141,8 @@ def test_two_hosts_compute_what_one_does(hosts, folder, method, per_node, launch
     run = TwoHosts(f"train_{method}", flags, per_node, launcher)
     codes, output = run.wait()
     assert set(codes) == {0}, [line for line in output.splitlines() if "rror" in line]
+    (crossing,) = {line for line in output.splitlines() if line.startswith("2 hosts: in each step ")}
+    assert crossing.endswith("by veth0 (GLOO_SOCKET_IFNAME)")
     one = flags[0] | {"output_dir": folder / f"{method}-{per_node}-one", "cache_dir": folder / "cache-one"}
     alone = launch.launch(f"train_{method}", one, 2 * per_node).succeeded()
     for seen, expected in zip(run.metrics(), alone.metrics, strict=True):

@@ -14,11 +14,13 @@ import pytest
 import test_memory
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from common.config import SFTConfig
 from common.data.chat_template import TULU
 from common.failures import UserError
 from common.run import plan_table
-from common.run.forecast import beside
+from common.run.forecast import beside, tokens_of
 from common.run.plan_table import CARDS, WIDTH, Machine
+from common.step.schedule import Schedule
 from common.verbs.plan import main
 from common.zero.plan import estimated, shard_groups
 
@@ -184,3 +186,28 @@ def test_what_was_planned_stands_beside_what_came():
         "30,000 tokens (30,000 tokens), 2.5 hours of steps (3 hours of steps), 75.0 GB (73.0 GB), 50.0% MFU (44.0% MFU)"
     )
     assert beside(planned, records) == f"planned (came): {text}"
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 7, 12, None])
+def test_tokens_of_a_run_are_those_of_its_steps_however_many_there_are(stop):
+    config = SFTConfig(num_train_epochs=3, global_batch_size=3, stop_after_steps=stop)
+    schedule, lengths = Schedule(config, 10), np.arange(100, 110)
+    of_steps = [int(lengths[schedule.samples(step)].sum()) for step in range(schedule.last_step)]
+    assert tokens_of(schedule, lengths) == sum(of_steps)
+    assert tokens_of(schedule, lengths[:4]) == round(
+        101.5 * sum(len(schedule.samples(step)) for step in range(schedule.last_step))
+    )
+    endless = Schedule(SFTConfig(num_train_epochs=10**9, global_batch_size=3), 10)
+    assert tokens_of(endless, lengths) == 10**9 * lengths.sum()
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7, 30, 10**9])
+@pytest.mark.parametrize("last", [1, 5, 6, 28, 10**9])
+@pytest.mark.parametrize("has_end", [False, True])
+def test_steps_are_listed_by_the_first_and_the_last(every, last, has_end):
+    text = plan_table.listed(every, last, has_end)
+    if last < 10**9:
+        steps = [step for step in range(1, last + 1) if step % every == 0 or (has_end and step == last)]
+        seen = [int(word) for word in re.findall(r"\d+", text.partition("(")[0])]
+        assert seen == (steps if len(steps) <= 5 else [*steps[:4], steps[-1]])
+        assert ("in all" in text) == (len(steps) > 5) and (text == "none") == (not steps)

@@ -15,10 +15,12 @@ from common.zero.plan import Plan, Shape, Workload
 
 def tokens_of(schedule: Schedule, lengths: np.ndarray) -> int:
     """Tokens of all steps of a run; lengths: int, of each of its samples (pairs), or of a draw of them."""
-    taken = [schedule.samples(step) for step in range(schedule.last_step)]
+    num_epochs = schedule.last_step // schedule.steps_per_epoch
+    rest = range(num_epochs * schedule.steps_per_epoch, schedule.last_step)
+    taken = np.array([i for step in rest for i in schedule.samples(step)], int)
     if len(lengths) < schedule.num_samples:
-        return round(sum(map(len, taken)) * float(lengths.mean()))
-    return sum(int(lengths[samples].sum()) for samples in taken)
+        return round((num_epochs * schedule.num_samples + len(taken)) * float(lengths.mean()))
+    return num_epochs * int(lengths.sum()) + int(lengths[taken].sum())
 
 
 def flops_of(shape: Shape, config: PretrainedConfig, lengths: np.ndarray) -> float:

@@ -215,7 +215,7 @@ def record_of(method: str, config: TrainConfig, identity: dict, state: RunState,
 
 def num_on_disk(config: TrainConfig, schedule: Schedule) -> tuple[int, int]:
     """(checkpoints, exported models) that are on disk at once, at most."""
-    num_written = sum(map(schedule.saves, range(1, schedule.last_step + 1)))
+    num_written = schedule.last_step // schedule.save_every + schedule.keeps_end
     num_checkpoints = min(config.keep_last_n_checkpoints + 1, num_written)
     num_checkpoints += config.keep_best is not None
     return num_checkpoints, 1 + num_checkpoints * config.export_at_checkpoints

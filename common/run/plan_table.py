@@ -116,14 +116,14 @@ def ranged(value: float, part: float, most: float = math.inf) -> str:
     return f"about {value:,.0f} ({value * (1 - part):,.0f} to {min(most, value * (1 + part)):,.0f})"
 
 
-def listed(steps: list[int]) -> str:
-    """`after step 2, 4, ... 12 (6 in all)`, or `none`."""
-    if not steps:
-        return "none"
-    shown = [f"{step:,}" for step in steps]
-    if len(steps) > 5:
-        shown = [*shown[:4], f"... {shown[-1]} ({len(steps)} in all)"]
-    return f"after step {', '.join(shown)}"
+def listed(every: int, last: int, has_end: bool) -> str:
+    """`after step 2, 4, 6, 8, ... 12 (6 in all)`, or `none`: every so many steps and, if asked for, the last one."""
+    number = last // every + (has_end and last % every > 0)
+    end = last if has_end else number * every
+    shown = [f"{step:,}" for step in [*range(every, last + 1, every)[: min(4, number - 1)], end]]
+    if number > 5:
+        shown[-1] = f"... {shown[-1]} ({number:,} in all)"
+    return f"after step {', '.join(shown)}" if number else "none"
 
 
 def plan_rows(
@@ -158,8 +158,8 @@ def plan_rows(
             f"{steps} of {schedule.num_steps:,}, {schedule.batch} {unit} a step, {schedule.steps_per_epoch:,} an epoch",
         ),
         ("warm-up", f"{warm_up:,} steps"),
-        ("checkpoints", listed([step for step in range(1, last + 1) if schedule.saves(step)])),
-        ("evaluations", listed([step for step in range(1, last + 1) if evaluation.is_due(step)])),
+        ("checkpoints", listed(schedule.save_every, last, schedule.keeps_end)),
+        ("evaluations", listed(evaluation.every, last, True) if evaluation.held_out is not None else "none"),
         (
             "disk",
             f"{needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and {num_models} exported models at once, "
