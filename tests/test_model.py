@@ -32,6 +32,7 @@ from common.failures import UserError
 from common.model import export, packed
 from common.model import load as model
 from common.model.attention import SINKS, SOFT_CAP, WINDOWS, registered_name
+from common.model.experts import GROUPED, experts_in
 from common.model.packed import PackedModel
 from common.run.output_dir import _holds_model
 from common.zero.ds_config import deepspeed_config
@@ -74,7 +75,8 @@ def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
         sizes = {"held": [p.ds_tensor for p in parameters], "whole": parameters}
         sizes = {name: sum(p.numel() for p in of) for name, of in sizes.items()}
         sizes["total"] = sum(p.ds_numel for p in parameters)
-        seen.append({"logits": logits, "buffers": dict(packed.lm.named_buffers()), **sizes})
+        experts = {module.config._experts_implementation for module in experts_in(packed.lm)}
+        seen.append({"logits": logits, "buffers": dict(packed.lm.named_buffers()), "experts": experts, **sizes})
         template = ChatTemplate("bar", TULU.replace("eos_token", "'|'"), model.load_tokenizer(folder))
         export.export_model(packed, output, template, folder, ranks)
     return seen
@@ -113,6 +115,7 @@ def test_partitioned_model_is_what_a_plain_load_gives(loaded, case):
             assert torch.equal(rank["buffers"][name], buffer), name
         assert rank["total"] / 2 <= rank["held"] <= rank["total"] / 2 + 40
         assert rank["whole"] < rank["total"]
+        assert rank["experts"] == ({GROUPED} if case in models.WITH_EXPERTS else set())
 
 
 @pytest.mark.parametrize("case", CASES)

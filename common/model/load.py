@@ -273,8 +273,9 @@ def load_partitioned(
     if names := ranks.once(lambda: not_finite[:3]):  # now that no rank waits for a parameter
         kind = str(dtype).removeprefix("torch.")
         raise UserError(f"model {folder}: weights that, in {kind}, are NaN or infinite: in {', '.join(names)}")
-    text_config(config)._experts_implementation = GROUPED
-    return PackedModel(model)
+    policy = PackedModel(model)
+    policy.config._experts_implementation = GROUPED
+    return policy
 
 
 def _partition(group: list[nn.Parameter], ds_config: dict, ranks: Ranks) -> None:
