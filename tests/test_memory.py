@@ -263,7 +263,9 @@ def placed(monkeypatch, frees, kept="", budget=None, own=None, host=500, workloa
     """The residency chosen for 8B and ranks with `frees` GB each, `own` being in the file; the state's share there."""
     own = own if isinstance(own, dict) else {"residency": own} if own else {}
     said, given, gather = [], {"zero_optimization": ZERO} | own, lambda work: [work() for _ in frees]
-    ranks = SimpleNamespace(device=torch.device("cuda"), world_size=len(frees), local_world_size=len(frees))
+    ranks = SimpleNamespace(
+        device=torch.device("cuda"), world_size=len(frees), local_world_size=len(frees), num_hosts=1
+    )
     ranks.say, ranks.gather = said.append, gather
     card = CARD._replace(free=min(frees) * GB, host_free=host * GB / len(frees))
     monkeypatch.setattr(memory, "_card", lambda ranks: card)
