@@ -20,7 +20,7 @@ from common.ranks import _of_srun
 
 HOSTS = (f"plaintune-{os.getpid()}-a", f"plaintune-{os.getpid()}-b")  # of this process alone
 ADDRESSES = ("10.213.7.1", "10.213.7.2")
-ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "veth0", "MASTER_ADDR": ADDRESSES[0]}
+ENVIRONMENT = {f"{name}_SOCKET_IFNAME": "veth0" for name in ("GLOO", "NCCL")} | {"MASTER_ADDR": ADDRESSES[0]}
 
 
 def can_make_hosts() -> bool:
@@ -142,7 +142,7 @@ def test_two_hosts_compute_what_one_does(hosts, folder, method, per_node, launch
     codes, output = run.wait()
     assert set(codes) == {0}, [line for line in output.splitlines() if "rror" in line]
     (crossing,) = {line for line in output.splitlines() if line.startswith("2 hosts: in each step ")}
-    assert crossing.endswith("by veth0 (GLOO_SOCKET_IFNAME)")
+    assert crossing.endswith("by veth0 (NCCL_SOCKET_IFNAME)")
     one = flags[0] | {"output_dir": folder / f"{method}-{per_node}-one", "cache_dir": folder / "cache-one"}
     alone = launch.launch(f"train_{method}", one, 2 * per_node).succeeded()
     for seen, expected in zip(run.metrics(), alone.metrics, strict=True):
