@@ -138,8 +138,7 @@ def built(config: PretrainedConfig) -> nn.Module:
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """What of a model's config describes its text decoder: all of it, unless the model has other parts. Raises
-    UserError."""
+    """What of a model's config describes its text decoder: all, unless it has other parts. Raises UserError."""
     with as_user_error(f"model type {config.model_type} has more than one text decoder", ValueError):
         return config.get_text_config()
 
@@ -295,7 +294,7 @@ def _from_folder(folder: str, config: PretrainedConfig, options: dict, expected:
     # Mismatched shapes are reported as the rest is: the error in place of that names none.
     options = options | {"ignore_mismatched_sizes": True, "output_loading_info": True, "use_safetensors": True}
     with as_user_error(f"model {folder}: its weights cannot be used"):
-        stored = _stored_tensors(Path(folder))
+        file_of = _files_of_tensors(Path(folder))
         model, report = auto_class(config).from_pretrained(folder, config=config, **options)
         if wrong := [f"{what} {sorted(map(str, names))[:3]}" for what, names in report.items() if names]:
             raise ValueError(f"they do not fit config.json: {'; '.join(wrong)}")
@@ -303,12 +302,13 @@ def _from_folder(folder: str, config: PretrainedConfig, options: dict, expected:
         if untied:
             raise ValueError(f"config.json ties {', '.join(sorted(untied))} to weights that differ from it")
     # For the export, when the folder may be gone: the file of each tensor, and the tensors of the other parts.
-    model.file_of = {name: file for name, (file, _) in stored.items()}
-    model.others = {}
+    model.file_of, model.others = file_of, {}
     if text_config(config) is not config:
         own = without_other_parts(model).state_dict()
         names = {*own} | {stored for name, tensor in own.items() for stored in stored_names(model, name, tensor)}
-        model.others = {name: tensor for name, (_, tensor) in stored.items() if name not in names}
+        for name in file_of.keys() - names:
+            with safe_open(Path(folder) / file_of[name], framework="pt") as weights:
+                model.others[name] = weights.get_tensor(name)
     return model
 
 
@@ -318,21 +318,21 @@ def stored_names(lm: nn.Module, name: str, tensor: torch.Tensor) -> list[str]:
     return [*revert_weight_conversion(lm, {name: torch.empty(shape, device="meta")})]
 
 
-def _stored_tensors(folder: Path) -> dict[str, tuple[str, torch.Tensor]]:
-    """Name -> file and tensor, in the mapped file, of all that from_pretrained reads.
+def _files_of_tensors(folder: Path) -> dict[str, str]:
+    """Tensor -> its file, of all that from_pretrained reads; by the files' headers alone.
 
     Raises ValueError for weights that are stored as integers or in 8 bits, which it would convert without a word:
     without their scales they are wrong.
     """
-    stored = {}
+    file_of = {}
     for file in weight_files(folder):
         with safe_open(folder / file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (it is no dict)
                 dtype = weights.get_slice(name).get_dtype()
                 if name.endswith("weight") and dtype not in ("F64", "F32", "F16", "BF16"):
                     raise ValueError(f"{name} is stored as {dtype}; quantized weights are not trained")
-                stored[name] = file, weights.get_tensor(name)
-    return stored
+                file_of[name] = file
+    return file_of
 
 
 def _share_buffers(model: nn.Module, ranks: Ranks) -> None:
