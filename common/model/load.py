@@ -27,6 +27,7 @@ from common.files import weight_files
 from common.model.attention import SINKS, SOFT_CAP, WINDOWS, registered_name
 from common.model.experts import GROUPED, part_met
 from common.model.packed import PackedModel
+from common.model.recurrent import STATEFUL_TYPES
 from common.ranks import Ranks
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -40,6 +41,7 @@ SAMPLES = (
     "x=[1,2];y_2",
     "<|a|>\n b",
 )
+KNOWN_TYPES = {"full_attention", "sliding_attention", "moe", "mlp", *STATEFUL_TYPES}  # of layers, in a config
 NO_CODE = {"trust_remote_code": False}  # code in a folder never runs, and nobody is asked whether it may
 # Pattern of a config's numbers -> the value that changes nothing here, and what another one means.
 REFUSED_NUMBERS = {
@@ -172,7 +174,8 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     values = text.to_dict()
     layer_types = set(values.get("layer_types") or [])
-    unknown = ", ".join(sorted(layer_types - {"full_attention", "sliding_attention"}))
+    unknown = ", ".join(sorted(layer_types - KNOWN_TYPES))
+    is_stateful = getattr(model_class, "_is_stateful", False)  # transformers asks no more of such a class
     chunk, positions = values.get("attention_chunk_size"), getattr(text, "max_position_embeddings", longest)
     rope = values.get("rope_parameters") or {}
     rope_types = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
@@ -183,8 +186,8 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
             model_class is None or config.is_encoder_decoder or text.is_encoder_decoder,
             "is not a causal language model of transformers",
         ),
-        (getattr(model_class, "_is_stateful", False), "keeps state across samples"),
-        (not getattr(model_class, "_supports_attention_backend", False), "does not use AttentionInterface"),
+        (is_stateful and not layer_types & STATEFUL_TYPES, "keeps state across samples"),
+        (not (is_stateful or getattr(model_class, "_supports_attention_backend", False)), "does not use AttentionInterface"),
         (unknown, f"has layers of type {unknown}"),
         (chunk, f"has attention chunks of {chunk} tokens"),
         *_refused_numbers(values),

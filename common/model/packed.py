@@ -16,9 +16,10 @@ from transformers import PretrainedConfig
 
 from common.data.tokens import SFTSample
 from common.failures import UserError, as_user_error
-from common.model.attention import KERNELS, WINDOWS, attention_kwargs, registered_name, to_device
+from common.model.attention import KERNELS, WINDOWS, attention_kwargs, registered_name, segments, to_device
 from common.model.experts import GROUPED, experts_per_token, part_met, router_loss, sequence_weights
 from common.model.logprobs import LogProbHead
+from common.model.recurrent import Segments, by_segment, stateful_modules
 from common.ranks import Ranks
 from common.step.packing import MicroBatch, pack, sft_documents
 
@@ -38,7 +39,8 @@ class PackedModel(nn.Module):
 
     forward(input_ids, position_ids int64 [1, T], target_rows, target_ids int64 [N], **attention) -> float32 [N],
     log p(target_ids[n] | hidden state of row target_rows[n]); attention: see attention_kwargs. With `sequences`
-    float32 [Q, T] (see sequence_weights) `router_loss` is then that of this row, else 0.
+    float32 [Q, T] (see sequence_weights) `router_loss` is then that of this row, else 0. of_segments (see segments) is
+    what layers that carry a state from token to token run on; until the next forward pass, for recomputation.
     forward(input_ids int64 [B, L]) -> logits [B, L, vocab_size], by transformers' own path.
     """
 
@@ -47,14 +49,28 @@ class PackedModel(nn.Module):
         self.lm, self.config = lm, lm.config.get_text_config()
         self.is_compiled = False
         self.router_loss = torch.zeros(())
+        self.stateful, self.segments = stateful_modules(self.decoder), Segments()
+        for module in self.stateful:
+            module.forward = by_segment(module.forward, lambda: self.segments)
         self.finish_gathering: Callable[[], None] = lambda: None  # common/zero/residency.py
         lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings(), *final_logits(self.config)))
         assert "position_ids" in inspect.signature(self.decoder.forward).parameters
         lm.train()
 
     def forward(
-        self, input_ids, position_ids=None, target_rows=None, target_ids=None, sequences=None, **attention
+        self,
+        input_ids,
+        position_ids=None,
+        target_rows=None,
+        target_ids=None,
+        sequences=None,
+        of_segments=(),
+        **attention,
     ) -> torch.Tensor:
+        self.segments = [
+            (len(queries), slice(keys[0], keys[-1] + 1) if len(queries) == len(keys) else to_device(keys, input_ids.device))
+            for queries, keys in (of_segments if self.stateful else ())
+        ]
         if target_rows is None:
             types = {"token_type_ids", "mm_token_type_ids"} & inspect.signature(self.lm.forward).parameters.keys()
             all_text = {} if self.config is self.lm.config else dict.fromkeys(types, torch.zeros_like(input_ids))
@@ -113,7 +129,7 @@ def model_inputs(micro_batch: MicroBatch, kernel: str, device: torch.device, rou
     arrays |= {"target_rows": micro_batch.target_rows, "target_ids": micro_batch.target_ids}
     arrays |= {"sequences": sequence_weights(micro_batch)} if router_coefficient else {}
     tensors = {name: to_device(array, device) for name, array in arrays.items()}
-    return tensors | attention_kwargs(micro_batch, kernel, device)
+    return tensors | attention_kwargs(micro_batch, kernel, device) | {"of_segments": segments(micro_batch)}
 
 
 @contextmanager
