@@ -93,7 +93,29 @@ OWN = {
     "glm4_moe_lite": {"num_key_value_heads": 4},
     "longcat_flash": {"num_key_value_heads": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "bailing_hybrid": {"num_key_value_heads": 4, "num_expert_group": 1, "topk_group": 1},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64},
+    "glm5_next": {"num_key_value_heads": 4},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "kimi_linear": {"num_key_value_heads": 4},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "moe_shared_expert_intermediate_size": 24,
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
+    "zamba": {
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "mamba_dt_rank": 4,
+        "attention_head_dim": 16,
+        "attention_hidden_size": 64,
+    },
     "camembert": {"pad_token_id": 1},
     "cwm": {"bos_token_id": 1},
     "data2vec-text": {"pad_token_id": 1},
@@ -114,6 +136,7 @@ OWN = {
     "xlm-roberta": {"pad_token_id": 1},
     "xlm-roberta-xl": {"pad_token_id": 1},
     "youtu": {"num_key_value_heads": 4},
+    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
 }
 
 
@@ -183,6 +206,7 @@ def tried(model_type: str) -> str:
     from common.model.attention import registered_name
     from common.model.experts import GROUPED
     from common.model.packed import PackedModel, model_inputs
+    from common.run.metrics import flops_per_token
     from common.step.packing import pack, sft_documents
 
     try:
@@ -191,6 +215,8 @@ def tried(model_type: str) -> str:
         return f"not built: {type(e).__name__}: {e}"
     try:
         load.check_supported(config, max(LENGTHS), 0)
+        numel, *_ = load.parameter_sizes(config)
+        assert flops_per_token(sum(numel), config.get_text_config(), max(LENGTHS)) > 0
         torch.manual_seed(0)
         config._attn_implementation = config._experts_implementation = "eager"
         lm = load.auto_class(config).from_config(config, dtype=torch.float32)

@@ -27,7 +27,7 @@ from common.files import weight_files
 from common.model.attention import SINKS, SOFT_CAP, WINDOWS, registered_name
 from common.model.experts import GROUPED, part_met
 from common.model.packed import PackedModel
-from common.model.recurrent import STATEFUL_TYPES
+from common.model.recurrent import STATEFUL_TYPES, is_stateful
 from common.ranks import Ranks
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
@@ -45,7 +45,7 @@ KNOWN_TYPES = {"full_attention", "sliding_attention", "moe", "mlp", *STATEFUL_TY
 NO_CODE = {"trust_remote_code": False}  # code in a folder never runs, and nobody is asked whether it may
 # Pattern of a config's numbers -> the value that changes nothing here, and what another one means.
 REFUSED_NUMBERS = {
-    r"(?!attn_logit_softcapping|final_logit_softcapping).*softcap": (0, "caps logits softly"),
+    r"(?!attn_logit_softcapping|final_logit_softcapping).*soft_?cap": (0, "caps logits softly"),
     r"(?!logit_scale$|logits_scaling$).*(logit.*scal|scal.*logit)": (1, "scales its logits"),
     r".*jitter": (0, "adds noise to its router"),
     r"^(?!.*(classifier|summary)).*drop": (0, "has dropout"),
@@ -173,9 +173,7 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
     text, model_class = text_config(config), auto_class(config)._model_mapping.get(type(config), None)
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     values = text.to_dict()
-    layer_types = set(values.get("layer_types") or [])
-    unknown = ", ".join(sorted(layer_types - KNOWN_TYPES))
-    is_stateful = getattr(model_class, "_is_stateful", False)  # transformers asks no more of such a class
+    unknown = ", ".join(sorted({*(getattr(text, "layer_types", None) or [])} - KNOWN_TYPES))
     chunk, positions = values.get("attention_chunk_size"), getattr(text, "max_position_embeddings", longest)
     rope = values.get("rope_parameters") or {}
     rope_types = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
@@ -186,8 +184,11 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
             model_class is None or config.is_encoder_decoder or text.is_encoder_decoder,
             "is not a causal language model of transformers",
         ),
-        (is_stateful and not layer_types & STATEFUL_TYPES, "keeps state across samples"),
-        (not (is_stateful or getattr(model_class, "_supports_attention_backend", False)), "does not use AttentionInterface"),
+        (getattr(model_class, "_is_stateful", False) and not is_stateful(text), "keeps state across samples"),
+        (
+            not (is_stateful(text) or getattr(model_class, "_supports_attention_backend", False)),
+            "does not use AttentionInterface",
+        ),
         (unknown, f"has layers of type {unknown}"),
         (chunk, f"has attention chunks of {chunk} tokens"),
         *_refused_numbers(values),
@@ -216,21 +217,25 @@ def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
 
 
 def compiles_layers(asked: bool | str, device_type: str, config: PretrainedConfig) -> bool:
-    """What `--compile_layers` comes to. `auto` leaves layers with experts alone: compiled, none was seen on a GPU."""
-    return asked is True or (
-        asked == "auto" and device_type == "cuda" and part_met(text_config(config), ".experts.") == 1
-    )
+    """What `--compile_layers` comes to. `auto` leaves layers with experts or a state alone: none was seen on a GPU."""
+    text = text_config(config)
+    is_plain = part_met(text, ".experts.") == 1 and not is_stateful(text)
+    return asked is True or (asked == "auto" and device_type == "cuda" and is_plain)
 
 
 def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int, int]:
     """Elements of each parameter and of one layer's, of the model that this config describes; tied ones count once.
-    And how many of all no token meets, on average."""
+    And how many of all no token meets, on average. Raises UserError for layers that share parameters: of one that is
+    reduced with the layer that it is in, the gradients of the others would be lost."""
     with as_user_error("config.json describes no model that transformers can build"):
         model = PackedModel(built(config))
         model.lm.tie_weights()
         layers = model.decoder_layers()
-        of_layer = sum(p.numel() for layer in layers for p in layer.parameters()) // len(layers)
+        of_layers = [p for layer in layers for p in layer.parameters()]
+    if len(of_layers) > len({*of_layers}):
+        raise UserError(f"model type {config.model_type} has layers that share parameters, which are not trained")
     unmet = sum(p.numel() * (1 - part_met(model.config, name)) for name, p in model.named_parameters())
+    of_layer = sum(p.numel() for p in of_layers) // len(layers)
     return [p.numel() for p in model.parameters()], of_layer, round(unmet)
 
 
@@ -277,6 +282,9 @@ def load_partitioned(
         raise UserError(f"model {folder}: weights that, in {kind}, are NaN or infinite: in {', '.join(names)}")
     policy = PackedModel(model)
     policy.config._experts_implementation = GROUPED
+    if policy.stateful:
+        how = "each sample, and each answer with its prompt, runs through them by itself"
+        ranks.say(f"{len(policy.stateful)} layers carry a state from token to token: {how}")
     return policy
 
 

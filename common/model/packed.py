@@ -49,12 +49,12 @@ class PackedModel(nn.Module):
         self.lm, self.config = lm, lm.config.get_text_config()
         self.is_compiled = False
         self.router_loss = torch.zeros(())
-        self.stateful, self.segments = stateful_modules(self.decoder), Segments()
+        self.segments: Segments = []
+        self.stateful = stateful_modules(self.decoder)
         for module in self.stateful:
             module.forward = by_segment(module.forward, lambda: self.segments)
         self.finish_gathering: Callable[[], None] = lambda: None  # common/zero/residency.py
         lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings(), *final_logits(self.config)))
-        assert "position_ids" in inspect.signature(self.decoder.forward).parameters
         lm.train()
 
     def forward(
@@ -68,7 +68,10 @@ class PackedModel(nn.Module):
         **attention,
     ) -> torch.Tensor:
         self.segments = [
-            (len(queries), slice(keys[0], keys[-1] + 1) if len(queries) == len(keys) else to_device(keys, input_ids.device))
+            (
+                len(queries),
+                slice(keys[0], keys[-1] + 1) if len(queries) == len(keys) else to_device(keys, input_ids.device),
+            )
             for queries, keys in (of_segments if self.stateful else ())
         ]
         if target_rows is None:

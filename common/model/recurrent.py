@@ -9,9 +9,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
+from transformers import PretrainedConfig
 
 STATEFUL_TYPES = {"linear_attention", "conv", "hybrid"}  # of layers, in a config
 Segments = list[tuple[int, slice | torch.Tensor]]  # of each segment: how many queries it ends in, its keys in the row
+
+
+def is_stateful(config: PretrainedConfig) -> bool:
+    """Whether a text decoder's config names layers that carry a state."""
+    return bool(STATEFUL_TYPES & {*(getattr(config, "layer_types", None) or [])})
 
 
 def stateful_modules(decoder: nn.Module) -> list[nn.Module]:

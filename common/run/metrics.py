@@ -40,14 +40,15 @@ def flops_per_token(num_parameters: int, config: PretrainedConfig, length: float
 
     num_parameters: N, those that multiply it (all but an input embedding that is not also the output's, and experts
     that it is not routed to). length: sum of squared lengths / sum of lengths of the tokens in question; in a layer
-    with a window at most two windows, for on average a token sees half of it.
+    with a window at most two windows, for on average a token sees half of it; 0 in one without attention.
     Kaplan et al. 2020, section 2.1, with the causal half of the attention term of Chowdhery et al. 2022, appendix B.
     """
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     window = (getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)) or length
-    lengths = sum(min(length, 2 * window) if kind == "sliding_attention" else length for kind in types)
-    return 6 * num_parameters + 6 * head_dim * config.num_attention_heads * lengths
+    seen = {"sliding_attention": min(length, 2 * window), "linear_attention": 0, "conv": 0, "moe": 0, "mlp": 0}
+    return 6 * num_parameters + 6 * head_dim * heads * sum(seen.get(kind, length) for kind in types)
 
 
 @dataclass
