@@ -86,6 +86,22 @@ ARCHITECTURES = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
     ),
+    # A layer of linear attention, which carries a state from token to token, and experts.
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "head_dim": 8,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
 # Models of images and text, of which the text part is trained.
 TINY_VISION = {
@@ -110,6 +126,18 @@ WITH_IMAGES = {  # name -> (of the text, of the images)
     ),
     "mistral3": ({"model_type": "mistral", "head_dim": 8}, TINY_VISION | {"model_type": "pixtral", "head_dim": 8}),
     "qwen2_5_vl": (MROPE, TINY_QWEN_VISION | {"fullatt_block_indexes": [0]}),
+    "qwen3_5": (  # with a layer of linear attention
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "head_dim": 16,
+            "rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 0.5},
+        },
+        TINY_QWEN_VISION | {"num_position_embeddings": 16},
+    ),
     "qwen3_vl_moe": (
         MROPE | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
         TINY_QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
@@ -120,6 +148,7 @@ WITH_EXPERTS = {
     "mixtral",
     "qwen2_moe",
     "gpt_oss",
+    "qwen3_next",
 }  # whose matrix products are of other sizes where another sample is
 LLAMA3_ROPE = {
     "rope_type": "llama3",

@@ -50,7 +50,7 @@ def test_outputs_and_gradients_are_those_of_transformers_own_loop_over_experts(n
     for how in ("grouped", "summed"):
         torch.testing.assert_close(seen[how][0], seen["eager"][0], rtol=1e-5, atol=1e-6)
         for n, gradient in seen["eager"][1].items():
-            torch.testing.assert_close(seen[how][1][n], gradient, rtol=1e-4, atol=1e-5, msg=n)
+            torch.testing.assert_close(seen[how][1][n], gradient, rtol=1e-4, atol=2e-5, msg=n)
 
 
 def test_experts_products_are_added_in_float32():

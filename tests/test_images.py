@@ -100,7 +100,7 @@ def test_packed_text_is_that_of_the_whole_model_without_images(name):
     sizes, _, _ = load.parameter_sizes(models.make_config(name))
     assert sum(sizes) == sum(p.numel() for p in engine.module.lm.parameters())
     verify_packed_model(engine, "sdpa", models.OneRank())
-    values = engine.module.decoder_layers()[0].self_attn.v_proj
+    values = engine.module.decoder_layers()[-1].self_attn.v_proj
     values.register_forward_hook(lambda module, inputs, output: output + 0.1 if output.shape[1] > 30 else output)
     with pytest.raises(UserError, match="in one row differ"):
         verify_packed_model(engine, "sdpa", models.OneRank())

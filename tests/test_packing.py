@@ -119,7 +119,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name.removeprefix("lm."): p.grad.double() for name, p in model.named_parameters()}
 
 
-def assert_same_gradients(seen: dict, expected: dict, tolerance: float = 1e-5) -> None:
+def assert_same_gradients(seen: dict, expected: dict, tolerance: float = 2e-5) -> None:
     """A tensor's difference is judged by its own norm. Parameters of a single element (Apertus' alphas) are judged
     together, as one vector: alone, such a gradient can be the small rest of large terms that cancel, which says nothing
     of the size of their rounding."""
@@ -180,7 +180,7 @@ def test_packed_pair_gradient_is_that_of_sides_one_at_a_time(folder, pairs, shar
     logps = sequence_logps(packed(**model_inputs(micro_batch, "sdpa", CPU)), micro_batch.sequence_targets)
     (weights * logps).sum().backward()
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
-    assert_same_gradients(gradients(packed), gradients(plain), 2e-5)
+    assert_same_gradients(gradients(packed), gradients(plain))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
