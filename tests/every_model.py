@@ -4,6 +4,7 @@ Writes docs/models.md: each type with `equal` (log-probabilities and every param
 one row are those of plain transformers on each sample alone), or why it is refused. Some minutes; a process a type.
 """
 
+import copy
 import inspect
 import multiprocessing
 import re
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 MOST_MEMORY, MOST_SECONDS = 4 * 2**30, 120  # bytes, of what a process allocates
 LENGTHS = (40, 29, 17)  # tokens of the samples; windows below are shorter than two of them
 # Numbers that make a config small, by name. What a type's config does not have is left out.
@@ -197,15 +198,18 @@ def small(values: dict, numbers: dict = SMALL) -> dict:
 
 def tried(model_type: str) -> str:
     """`equal`, `refused: WHY`, `differs: BY HOW MUCH` or `error: WHAT`."""
+    import models
     import numpy as np
     import torch
+    from test_packed import Engine
+    from torch import nn
 
     from common.data.tokens import SFTSample
     from common.failures import UserError
     from common.model import load
     from common.model.attention import registered_name
     from common.model.experts import GROUPED
-    from common.model.packed import PackedModel, model_inputs
+    from common.model.packed import PackedModel, model_inputs, verify_packed_model
     from common.run.metrics import flops_per_token
     from common.step.packing import pack, sft_documents
 
@@ -213,17 +217,28 @@ def tried(model_type: str) -> str:
         config = small_config(model_type)
     except Exception as e:
         return f"not built: {type(e).__name__}: {e}"
-    try:
-        load.check_supported(config, max(LENGTHS), 0)
-        numel, *_ = load.parameter_sizes(config)
-        assert flops_per_token(sum(numel), config.get_text_config(), max(LENGTHS)) > 0
+
+    def drawn() -> nn.Module:
         torch.manual_seed(0)
-        config._attn_implementation = config._experts_implementation = "eager"
         lm = load.auto_class(config).from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in lm.named_parameters():
                 parameter.normal_(1.0 if parameter.ndim == 1 and "norm" in name else 0.0, 0.1)
-        lm.train()
+        return lm.train()
+
+    try:
+        load.check_supported(config, max(LENGTHS), 0)
+        load.attention_needs(config, max(LENGTHS))
+        numel, *_ = load.parameter_sizes(config)
+        assert flops_per_token(sum(numel), config.get_text_config(), max(LENGTHS)) > 0
+        policy = PackedModel(load.without_other_parts(drawn()))
+        policy.decoder.set_attn_implementation(registered_name("sdpa"))
+        policy.config._experts_implementation = GROUPED
+        verify_packed_model(Engine(policy), "sdpa", models.OneRank())
+        # From here on each has its own settings.
+        config = copy.deepcopy(config)
+        config._attn_implementation = config._experts_implementation = "eager"
+        lm = drawn()
         samples = [np.random.default_rng(n).integers(2, config.get_text_config().vocab_size, n) for n in LENGTHS]
         alone = []
         for ids in samples:
@@ -237,17 +252,12 @@ def tried(model_type: str) -> str:
             alone.append(logps.gather(1, tokens[0, 1:, None])[:, 0])
         alone = torch.cat(alone)
         alone.sum().backward()
-        gradients = {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
-        lm.zero_grad()
-        policy = PackedModel(load.without_other_parts(lm))
-        policy.decoder_layers()
-        policy.decoder.set_attn_implementation(registered_name("sdpa"))
-        policy.config._experts_implementation = GROUPED
+        gradients = {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
         row = pack([sft_documents(SFTSample(ids, np.array([[1, len(ids)]]))) for ids in samples])
         packed = policy(**model_inputs(row, "sdpa", torch.device("cpu")))
         packed.sum().backward()
         worst = forward = (packed - alone).abs().max().item()
-        for name, p in lm.named_parameters():
+        for name, p in policy.lm.named_parameters():
             expected = gradients.get(name, torch.zeros(()))
             got = torch.zeros(()) if p.grad is None else p.grad
             scale = max(1e-3, expected.abs().max().item())

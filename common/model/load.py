@@ -195,7 +195,10 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
         (has_alibi, "has ALiBi position biases"),
         (getattr(config, "quantization_config", None), "has quantized weights"),
         (rope_types & {"dynamic", "longrope"} and longest > original, f"changes its RoPE above {original} tokens"),
-        (not rope and positions < longest, f"has {positions} positions, the longest sample {longest} tokens"),
+        (
+            not rope and not is_stateful(text) and positions < longest,
+            f"has {positions} positions, the longest sample {longest} tokens",
+        ),
     ]
     for is_refused, reason in refusals:
         if is_refused:
@@ -265,21 +268,22 @@ def load_partitioned(
     model = on_main.pop() if ranks.is_main else without_other_parts(model)
     _share_buffers(model, ranks)
 
-    group, not_finite, parameters = [], [], list(model.named_parameters())
+    group, unfit, parameters = [], [], list(model.named_parameters())
     for i, (name, param) in enumerate(parameters):
         on_device = nn.Parameter(torch.empty(param.shape, dtype=dtype, device=ranks.device))
         if ranks.is_main:
             on_device.data.copy_(param)
             if not torch.stack(on_device.data.aminmax()).isfinite().all():  # the smallest of what holds a NaN is NaN
-                not_finite.append(name)
+                unfit.append(f"{name} is NaN or infinite")
+            if param.dtype != dtype:  # which plain transformers trains in it
+                unfit.append(f"{name} is kept in {param.dtype}")
         torch.utils.swap_tensors(param, on_device)  # in every module that uses it; the host's memory is given up
         group.append(param)
         if sum(p.numel() for p in group) >= LOAD_GROUP_ELEMENTS or i == len(parameters) - 1:
             _partition(group, ds_config, ranks)
             group = []
-    if names := ranks.once(lambda: not_finite[:3]):  # now that no rank waits for a parameter
-        kind = str(dtype).removeprefix("torch.")
-        raise UserError(f"model {folder}: weights that, in {kind}, are NaN or infinite: in {', '.join(names)}")
+    if reasons := ranks.once(lambda: unfit[:3]):  # now that no rank waits for a parameter
+        raise UserError(f"model {folder} cannot be trained in {dtype}: {', '.join(reasons)}")
     policy = PackedModel(model)
     policy.config._experts_implementation = GROUPED
     if policy.stateful:

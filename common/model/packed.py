@@ -84,7 +84,8 @@ class PackedModel(nn.Module):
         self.router_loss = torch.zeros((), device=input_ids.device)
         if sequences is not None:
             self.router_loss = router_loss(outputs.router_logits, sequences, experts_per_token(self.config))
-        return self.lm.get_output_embeddings()(outputs.last_hidden_state[0][target_rows], target_ids)
+        hidden = outputs.last_hidden_state[0][target_rows].to(self.lm.dtype)  # some add up in float32
+        return self.lm.get_output_embeddings()(hidden, target_ids)
 
     @property
     def decoder(self) -> nn.Module:
@@ -185,7 +186,7 @@ def verify_packed_model(engine, kernel: str, ranks: Ranks) -> None:
         for parameter in parameters:
             parameter.requires_grad_(False)
         what = f"model type {lm.config.model_type} cannot be run"
-        with _short_windows(lm, kernel, 8), as_user_error(what, ValueError, TypeError, KeyError, AttributeError):
+        with _short_windows(lm, kernel, 8), as_user_error(what):
             packed, apart = in_one_row(*samples), [in_one_row(ids) for ids in samples]
             engine.module.decoder.set_attn_implementation("eager")
             config._experts_implementation = "eager"
