@@ -87,6 +87,38 @@ SMALL = {
 }
 
 
+# Of parts that see images.
+SMALL_VISION = {
+    "depth": 1,
+    "num_heads": 2,
+    "embed_dim": 16,
+    "out_hidden_size": 32,
+    "image_size": 28,
+    "patch_size": 14,
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0],
+    "num_position_embeddings": 16,
+    "global_head_dim": 8,
+    "projection_dim": 16,
+}
+# Of a head of 8; what text parts of these types need besides.
+SMALL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+OWN_TEXT = {
+    "(qwen2_vl|qwen2_5_vl|qwen3_vl|qwen2_5_omni|paddleocr)": {"rope_parameters": SMALL_ROPE},
+    "(glm4v|glm_ocr)": {"rope_parameters": SMALL_ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "step3p5": {"pad_token_id": 0, "sliding_window": 16},
+    "dots3_note": {"num_key_value_heads": 4, "head_dim": 16},
+    "glm5_next": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0},
+    "(gemma4|emu3|mllama)": {"pad_token_id": 0, "bos_token_id": 0},
+    "cohere_compass": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "deepseek_ocr2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
+    "ernie4_5_vl_moe": {"rope_parameters": SMALL_ROPE},
+    "hunyuan_vl": {"head_dim": 8, "rope_parameters": SMALL_ROPE},
+}
+
+
 # What a type needs besides, for its numbers to go together.
 OWN = {
     "axk1": {"num_key_value_heads": 4},
@@ -118,7 +150,27 @@ OWN = {
         "attention_hidden_size": 64,
     },
     "camembert": {"pad_token_id": 1},
+    "cohere_compass_text": OWN_TEXT["cohere_compass"],
     "cwm": {"bos_token_id": 1},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    },
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "dots3_note": {"vision_config": {"adapter_in_dim": 16, "adapter_out_dim": 32}},
+    "step3p5": {"pad_token_id": 0, "sliding_window": 16},
+    "granite4_vision": {
+        "vision_config": {"hidden_size": 64, "num_attention_heads": 2},
+        "deepstack_layer_map": [],
+        "spatial_target_layers": [0],
+        "downsample_rate": "1/2",
+    },
+    "molmo2": {"adapter_config": {"vision_feature_layer": [0]}},
+    "muse_spark": {"audio_config": {"patch_sizes": [2], "hidden_sizes": [16], "depths": [1], "num_hidden_layers": 1}},
+    "emu3": {"vocabulary_map": {"<image>": 1}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "inkling2": {"vision_config": {"text_hidden_size": 32}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "data2vec-text": {"pad_token_id": 1},
     "hunyuan_v1_dense": {"head_dim": 8},
     "minicpm3": {"head_dim": 16, "num_key_value_heads": 4},
@@ -141,40 +193,23 @@ OWN = {
 }
 
 
-# Of parts that see images.
-SMALL_VISION = {
-    "depth": 1,
-    "num_heads": 2,
-    "embed_dim": 16,
-    "out_hidden_size": 32,
-    "image_size": 28,
-    "patch_size": 14,
-    "deepstack_visual_indexes": [0],
-    "fullatt_block_indexes": [0],
-    "num_position_embeddings": 16,
-    "global_head_dim": 8,
-    "projection_dim": 16,
-}
-# Of a head of 8; what text parts of these types need besides.
-SMALL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-OWN_TEXT = {
-    "(qwen2_vl|qwen2_5_vl|qwen3_vl|qwen2_5_omni|paddleocr)": {"rope_parameters": SMALL_ROPE},
-    "glm": {"rope_parameters": SMALL_ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
-    "gemma4": {"pad_token_id": 0},
-}
-
-
 def small_config(model_type: str):
     """A type's config with SMALL's numbers and no dropout."""
     from transformers import AutoConfig
 
-    values = AutoConfig.for_model(model_type).to_dict()
-    return AutoConfig.for_model(model_type, **{**small(values), **OWN.get(model_type, {})})
+    own = OWN.get(model_type, {})
+    parts = {name: value for name, value in own.items() if name == "text_config"}  # whose default is refused
+    changes = small(AutoConfig.for_model(model_type, **parts).to_dict())
+    for name, value in own.items():
+        changes[name] = {**changes.get(name, {}), **value} if name.endswith("_config") else value
+    return AutoConfig.for_model(model_type, **changes)
 
 
 def small(values: dict, numbers: dict = SMALL) -> dict:
     """The changes that make a config small, or a part of one."""
-    changes = {name: value for name, value in numbers.items() if name in values and values[name] is not None}
+    changes = {
+        name: value for name, value in numbers.items() if type(values.get(name)) in (int, float) or value is None
+    }
     changes |= {name: SMALL[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     for name, value in values.items():
         if "drop" in name and type(value) in (int, float) and "token" not in name:
@@ -185,14 +220,14 @@ def small(values: dict, numbers: dict = SMALL) -> dict:
             changes[name] = SMALL_ROPE
         if name.endswith("token_id") or name.endswith("token_index"):
             changes.setdefault(name, 0)
-        if name in ("text_config", "vision_config", "audio_config") and isinstance(value, dict):
-            is_text = name == "text_config"
+        if name == "per_layer_config":
+            changes[name] = {}
+        if name in ("text_config", "vision_config", "audio_config", "sam_config", "encoder_config") and value:
             of_type = {"model_type": value["model_type"]} if "model_type" in value else {}
-            changes[name] = small(value, SMALL if is_text else SMALL | {"hidden_size": 16} | SMALL_VISION) | of_type
-            if is_text:
-                changes[name] |= next(
-                    (own for kind, own in OWN_TEXT.items() if re.match(kind, value["model_type"])), {}
-                )
+            vision = SMALL | {"hidden_size": 16} | SMALL_VISION
+            changes[name] = small(value, SMALL if name == "text_config" else vision) | of_type
+            own = (own for kind, own in OWN_TEXT.items() if re.match(kind, value.get("model_type", "")))
+            changes[name] |= next(own, {}) if name == "text_config" else {}
     return changes
 
 
@@ -228,6 +263,14 @@ def tried(model_type: str) -> str:
 
     try:
         load.check_supported(config, max(LENGTHS), 0)
+        try:
+            drawn_config = copy.deepcopy(config)
+            with torch.device("meta"):
+                load.auto_class(config).from_config(drawn_config)
+        except ImportError:
+            pass  # refused below
+        except Exception as e:
+            return f"not built: {type(e).__name__}: {e}"
         load.attention_needs(config, max(LENGTHS))
         numel, *_ = load.parameter_sizes(config)
         assert flops_per_token(sum(numel), config.get_text_config(), max(LENGTHS)) > 0

@@ -393,7 +393,7 @@ def test_auto_compiles_layers_on_a_gpu_but_for_those_with_experts():
 def test_models_that_cannot_be_built_or_have_no_one_list_of_layers_are_refused_by_name():
     with pytest.raises(UserError, match="model type hrm_text is not supported"):
         model.parameter_sizes(config_of("hrm_text"))
-    with pytest.raises(UserError, match="no model that transformers can build"):
+    with pytest.raises(UserError, match="transformers cannot build it"):
         model.parameter_sizes(models.make_config(hidden_act="no_such_function"))
 
 

@@ -135,7 +135,8 @@ def attention_needs(config: PretrainedConfig, longest: int) -> set[str]:
 
 def built(config: PretrainedConfig) -> nn.Module:
     """The model that this config describes, its text part alone, without storage. Raises UserError."""
-    with torch.device("meta"), as_user_error("config.json describes no model that transformers can build"):
+    what = f"model type {config.model_type}: transformers cannot build it, or its text part cannot be told apart"
+    with torch.device("meta"), as_user_error(what):
         return without_other_parts(auto_class(config).from_config(config, **NO_CODE))
 
 
@@ -230,7 +231,7 @@ def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int, int]:
     """Elements of each parameter and of one layer's, of the model that this config describes; tied ones count once.
     And how many of all no token meets, on average. Raises UserError for layers that share parameters: of one that is
     reduced with the layer that it is in, the gradients of the others would be lost."""
-    with as_user_error("config.json describes no model that transformers can build"):
+    with as_user_error(f"model type {config.model_type} cannot be run on packed rows"):
         model = PackedModel(built(config))
         model.lm.tie_weights()
         layers = model.decoder_layers()

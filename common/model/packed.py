@@ -12,7 +12,6 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch.fx.experimental import _config as fx_config
 from torch.utils.checkpoint import checkpoint
-from transformers import PretrainedConfig
 
 from common.data.tokens import SFTSample
 from common.failures import UserError, as_user_error
@@ -26,12 +25,14 @@ from common.step.packing import MicroBatch, pack, sft_documents
 ACTIVATION_MEMORY_BUDGET = 0.8  # at this a compiled layer keeps no outputs of norms and activation functions
 
 
-def final_logits(config: PretrainedConfig) -> tuple[float, float]:
+def final_logits(lm: nn.Module) -> tuple[float, float]:
     """(scale, soft cap, 0 for none) that a model's output layer puts on its projection's logits."""
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    return scale / (getattr(config, "logits_scaling", None) or 1.0), getattr(
-        config, "final_logit_softcapping", None
-    ) or 0.0
+    config = lm.config.get_text_config()
+    scale = getattr(lm, "logit_scale", None) or 1.0  # of the class: some around a text part of that config scale none
+    for name in ("lm_head_multiplier", "output_multiplier"):
+        scale *= getattr(config, name, None) or 1.0
+    cap = getattr(config, "final_logit_softcapping", None) or 0.0
+    return scale / (getattr(config, "logits_scaling", None) or 1.0), cap
 
 
 class PackedModel(nn.Module):
@@ -54,7 +55,7 @@ class PackedModel(nn.Module):
         for module in self.stateful:
             module.forward = by_segment(module.forward, lambda: self.segments)
         self.finish_gathering: Callable[[], None] = lambda: None  # common/zero/residency.py
-        lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings(), *final_logits(self.config)))
+        lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings(), *final_logits(lm)))
         lm.train()
 
     def forward(
