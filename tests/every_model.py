@@ -157,8 +157,10 @@ OWN = {
         "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
     },
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "dots3_note": {"vision_config": {"adapter_in_dim": 16, "adapter_out_dim": 32}},
-    "step3p5": {"pad_token_id": 0, "sliding_window": 16},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 16, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 16},
+    },
     "granite4_vision": {
         "vision_config": {"hidden_size": 64, "num_attention_heads": 2},
         "deepstack_layer_map": [],
@@ -360,9 +362,10 @@ def main() -> None:
         "and trained on three samples in one row (`python tests/every_model.py` writes this file). `equal`:",
         "log-probabilities and every parameter's gradient are those of plain transformers' eager attention on each",
         "sample alone, in float32 to 1e-3; windows are shorter than the samples. `refused`: by name, before",
-        "training. `differs`: refused by the check that every run makes before step 1. `error`: transformers failed on",
-        "the tiny model, which was not looked into. `not built`: a small config of",
-        "that type was not found. " + ", ".join(f"{number} {kind}" for kind, number in counts.most_common()) + ".",
+        "training, by the checks that every run makes. `differs`: none of these found it. `error`: the script failed.",
+        "`not built`: a small config of that type was not found. "
+        + ", ".join(f"{number} {kind}" for kind, number in counts.most_common())
+        + ".",
         "",
         "Equal: " + ", ".join(f"`{name}`" for name, result in results.items() if result == "equal") + ".",
         "",

@@ -11,6 +11,7 @@ import resource
 import shutil
 import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import launch
 import models
@@ -22,7 +23,7 @@ from faults import Crash, Disk
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from common import files
 from common import ranks as distributed
@@ -34,6 +35,7 @@ from common.model import load as model
 from common.model.attention import SINKS, SOFT_CAP, WINDOWS, registered_name
 from common.model.experts import GROUPED, experts_in
 from common.model.packed import PackedModel
+from common.run.metrics import flops_per_token
 from common.run.output_dir import _holds_model
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import build_engine
@@ -79,6 +81,10 @@ def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
         seen.append({"logits": logits, "buffers": dict(packed.lm.named_buffers()), "experts": experts, **sizes})
         template = ChatTemplate("bar", TULU.replace("eos_token", "'|'"), model.load_tokenizer(folder))
         export.export_model(packed, output, template, folder, ranks)
+    kept = patch.object(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"norm"})
+    with kept, pytest.raises(UserError, match="layernorm.weight is kept in torch.float32"):
+        of_llama = folders[[*CASES].index("llama")]
+        model.load_partitioned(of_llama, model.load_config(of_llama), torch.bfloat16, "sdpa", ds_config, ranks)
     return seen
 
 
@@ -342,8 +348,9 @@ REFUSED = {
     "noise in the router": (lambda: config_of("phimoe"), "router_jitter_noise"),
     "dropout": (lambda: models.make_config(attention_dropout=0.1), "attention_dropout"),
     "positions, GPT-2": (lambda: config_of("gpt2", **POSITIONS), "64 positions, the longest sample 100 tokens"),
-    "state, Mamba": (lambda: config_of("mamba"), "mamba"),
-    "linear attention": (lambda: config_of("qwen3_next"), "qwen3_next"),
+    "state, RWKV": (lambda: config_of("rwkv"), "rwkv"),
+    "layers of a type that is not known": (lambda: config_of("deepseek_v32"), "indexed_attention"),
+    "a soft cap by another name": (lambda: config_of("recurrent_gemma"), "logits_soft_cap"),
     "chunks": (lambda: config_of("llama4_text"), "llama4"),
     "encoder": (lambda: config_of("t5"), "not a causal language model"),
     "several decoders": (lambda: config_of("musicgen"), "musicgen"),
@@ -372,6 +379,7 @@ def test_what_would_be_trained_wrongly_is_refused_by_name(name):
         (lambda: models.make_config("qwen2", use_sliding_window=False, sliding_window=50), set()),
         (lambda: models.make_config("qwen2", **WINDOW_OF_SOME), {WINDOWS}),
         (lambda: models.make_config(rope_parameters=models.LLAMA3_ROPE), set()),
+        (lambda: config_of("nemotron_h", max_position_embeddings=64), set()),  # which has no positions
         (lambda: config_of("cohere", logit_scale=0.0625, num_hidden_layers=1), set()),
         (lambda: config_of("gpt2", **POSITIONS | {"n_positions": 100}), set()),
         (lambda: models.make_config(vocab_size=300), set()),
@@ -383,14 +391,24 @@ def test_what_can_be_trained_is_accepted_with_what_its_attention_needs(make, nee
     assert model.attention_needs(config, 100) == needs
 
 
-def test_auto_compiles_layers_on_a_gpu_but_for_those_with_experts():
+def test_auto_compiles_layers_on_a_gpu_but_for_those_with_experts_or_a_state():
     dense, experts = models.make_config(), models.make_config("qwen3_moe")
     assert model.compiles_layers("auto", "cuda", dense) and not model.compiles_layers("auto", "cpu", dense)
     assert model.compiles_layers(True, "cpu", dense) and not model.compiles_layers(False, "cuda", dense)
-    assert not model.compiles_layers("auto", "cuda", experts) and model.compiles_layers(True, "cuda", experts)
+    for config in (experts, config_of("lfm2", layer_types=["conv", "full_attention"], num_hidden_layers=2)):
+        assert not model.compiles_layers("auto", "cuda", config) and model.compiles_layers(True, "cuda", config)
 
 
-def test_models_that_cannot_be_built_or_have_no_one_list_of_layers_are_refused_by_name():
+def test_flops_of_attention_are_those_of_the_layers_that_have_some():
+    of = {name: flops_per_token(10, models.make_config(name), 100) for name in ("llama", "qwen3_next", "gemma2")}
+    assert of == {"llama": 60 + 6 * 32 * 200, "qwen3_next": 60 + 6 * 32 * 100, "gemma2": 60 + 6 * 32 * 132}
+    assert flops_per_token(10, config_of("mamba2"), 100) == 60
+
+
+def test_models_that_cannot_be_built_or_have_no_layers_of_their_own_are_refused_by_name():
+    shared = {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]}
+    with pytest.raises(UserError, match="model type zamba2 has layers that share parameters"):
+        model.parameter_sizes(config_of("zamba2", **shared))
     with pytest.raises(UserError, match="model type hrm_text is not supported"):
         model.parameter_sizes(config_of("hrm_text"))
     with pytest.raises(UserError, match="transformers cannot build it"):
