@@ -82,7 +82,7 @@ def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
         template = ChatTemplate("bar", TULU.replace("eos_token", "'|'"), model.load_tokenizer(folder))
         export.export_model(packed, output, template, folder, ranks)
     kept = patch.object(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"norm"})
-    with kept, pytest.raises(UserError, match="layernorm.weight is kept in torch.float32"):
+    with kept, pytest.raises(UserError, match=r"norm\.weight is kept"):
         of_llama = folders[[*CASES].index("llama")]
         model.load_partitioned(of_llama, model.load_config(of_llama), torch.bfloat16, "sdpa", ds_config, ranks)
     return seen

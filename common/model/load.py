@@ -175,6 +175,7 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     values = text.to_dict()
     unknown = ", ".join(sorted({*(getattr(text, "layer_types", None) or [])} - KNOWN_TYPES))
+    has_state, uses_interface = is_stateful(text), getattr(model_class, "_supports_attention_backend", False)
     chunk, positions = values.get("attention_chunk_size"), getattr(text, "max_position_embeddings", longest)
     rope = values.get("rope_parameters") or {}
     rope_types = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
@@ -185,11 +186,8 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
             model_class is None or config.is_encoder_decoder or text.is_encoder_decoder,
             "is not a causal language model of transformers",
         ),
-        (getattr(model_class, "_is_stateful", False) and not is_stateful(text), "keeps state across samples"),
-        (
-            not (is_stateful(text) or getattr(model_class, "_supports_attention_backend", False)),
-            "does not use AttentionInterface",
-        ),
+        (getattr(model_class, "_is_stateful", False) and not has_state, "keeps state across samples"),
+        (not (has_state or uses_interface), "does not use AttentionInterface"),
         (unknown, f"has layers of type {unknown}"),
         (chunk, f"has attention chunks of {chunk} tokens"),
         *_refused_numbers(values),
@@ -197,7 +195,7 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
         (getattr(config, "quantization_config", None), "has quantized weights"),
         (rope_types & {"dynamic", "longrope"} and longest > original, f"changes its RoPE above {original} tokens"),
         (
-            not rope and not is_stateful(text) and positions < longest,
+            not (rope or has_state) and positions < longest,
             f"has {positions} positions, the longest sample {longest} tokens",
         ),
     ]

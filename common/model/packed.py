@@ -40,8 +40,8 @@ class PackedModel(nn.Module):
 
     forward(input_ids, position_ids int64 [1, T], target_rows, target_ids int64 [N], **attention) -> float32 [N],
     log p(target_ids[n] | hidden state of row target_rows[n]); attention: see attention_kwargs. With `sequences`
-    float32 [Q, T] (see sequence_weights) `router_loss` is then that of this row, else 0. of_segments (see segments) is
-    what layers that carry a state from token to token run on; until the next forward pass, for recomputation.
+    float32 [Q, T] (see sequence_weights) `router_loss` is then that of this row, else 0. Layers that carry a state run
+    on `of_segments` (see segments), which stand until the next forward pass: its layers may be computed again.
     forward(input_ids int64 [B, L]) -> logits [B, L, vocab_size], by transformers' own path.
     """
 
@@ -50,7 +50,7 @@ class PackedModel(nn.Module):
         self.lm, self.config = lm, lm.config.get_text_config()
         self.is_compiled = False
         self.router_loss = torch.zeros(())
-        self.segments: Segments = []
+        self.segments: Segments = ()
         self.stateful = stateful_modules(self.decoder)
         for module in self.stateful:
             module.forward = by_segment(module.forward, lambda: self.segments)
@@ -59,22 +59,9 @@ class PackedModel(nn.Module):
         lm.train()
 
     def forward(
-        self,
-        input_ids,
-        position_ids=None,
-        target_rows=None,
-        target_ids=None,
-        sequences=None,
-        of_segments=(),
-        **attention,
+        self, input_ids, position_ids=None, target_rows=None, target_ids=None, sequences=None, **attention
     ) -> torch.Tensor:
-        self.segments = [
-            (
-                len(queries),
-                slice(keys[0], keys[-1] + 1) if len(queries) == len(keys) else to_device(keys, input_ids.device),
-            )
-            for queries, keys in (of_segments if self.stateful else ())
-        ]
+        self.segments = attention.pop("of_segments", ())
         if target_rows is None:
             types = {"token_type_ids", "mm_token_type_ids"} & inspect.signature(self.lm.forward).parameters.keys()
             all_text = {} if self.config is self.lm.config else dict.fromkeys(types, torch.zeros_like(input_ids))

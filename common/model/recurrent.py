@@ -4,15 +4,16 @@ transformers computes them on a whole row, in plain torch or by the kernels that
 forward pass runs on each segment of a row (see attention.segments) by itself: exact, and slower than a packed kernel.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PretrainedConfig
 
 STATEFUL_TYPES = {"linear_attention", "conv", "hybrid"}  # of layers, in a config
-Segments = list[tuple[int, slice | torch.Tensor]]  # of each segment: how many queries it ends in, its keys in the row
+Segments = Sequence[tuple[np.ndarray, np.ndarray]]  # see attention.segments
 
 
 def is_stateful(config: PretrainedConfig) -> bool:
@@ -39,15 +40,18 @@ def by_segment(forward: Callable, segments: Callable[[], Segments]) -> Callable:
     def run(*inputs, **named):
         if not (of_row := segments()):
             return forward(*inputs, **named)
-        length, parts = sum(num_queries for num_queries, _ in of_row), []
-        for num_queries, keys in of_row:
+        sizes, order = [len(keys) for _, keys in of_row], np.concatenate([keys for _, keys in of_row])
+        length, results = int(of_row[-1][0][-1]) + 1, []
 
-            def cut(x, keys=keys):
-                is_row = isinstance(x, torch.Tensor) and x.ndim > 1 and x.shape[1] == length
-                return x[:, keys] if is_row else x
+        def cut(x) -> Sequence:
+            if not (isinstance(x, torch.Tensor) and x.ndim > 1 and x.shape[1] == length):
+                return [x] * len(sizes)
+            return (x if len(order) == length else x[:, torch.from_numpy(order).to(x.device)]).split(sizes, 1)
 
-            some, others = tree_map(cut, (inputs, named))
-            parts.append(tree_map(lambda y, n=num_queries: y[:, -n:], forward(*some, **others)))
-        return tree_map(lambda *of_segments: torch.cat(of_segments, 1), *parts)
+        arguments, form = tree_flatten((inputs, named))
+        for (queries, _), of_segment in zip(of_row, zip(*map(cut, arguments), strict=True), strict=True):
+            some, others = tree_unflatten(of_segment, form)
+            results.append(tree_map(lambda y, of=queries: y[:, -len(of) :], forward(*some, **others)))
+        return tree_map(lambda *parts: torch.cat(parts, 1), *results)
 
     return run
