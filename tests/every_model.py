@@ -336,6 +336,7 @@ def in_a_process(model_type: str) -> str:
 
 
 def main() -> None:
+    import test_packed  # noqa: F401  (once, and not in each process)
     import torch
     import transformers
     from transformers.models.auto.modeling_auto import (
