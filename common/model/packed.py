@@ -154,7 +154,7 @@ def verify_packed_model(engine, kernel: str, ranks: Ranks) -> None:
 
     def cut(module: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         embeddings.append(output.detach().requires_grad_())
-        return embeddings[-1]
+        return embeddings[-1].clone()  # which a model may change in place
 
     def gradient(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return logps.detach(), torch.autograd.grad(logps.sum(), embeddings.pop())[0][0]
