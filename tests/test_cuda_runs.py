@@ -87,7 +87,8 @@ def test_a_rank_that_does_not_come_to_a_collective_ends_all_within_the_limit(tmp
     data = models.write_jsonl(tmp_path / "rows.jsonl", models.conversations(10))
     flags = launch.flags(model, data, tmp_path, global_batch_size=2, num_train_epochs=500, compile_layers="false")
     flags |= {"collective_timeout_minutes": 1, "checkpointing_steps": 10_000}
-    patches = {"train_sft.set_learning_rate": sleeps_in_step_three} if how == "busy" else {}
+    patches = {"common.ranks.PATIENCE": 0.25}  # of a minute
+    patches |= {"train_sft.set_learning_rate": sleeps_in_step_three} if how == "busy" else {}
     run, started = start("sft", flags, 2, patches), time.monotonic()
     while "\nstep 2/" not in (text := (run.logs / "stdout").read_text() if (run.logs / "stdout").exists() else ""):
         assert run.is_alive() and time.monotonic() - started < launch.TIMEOUT, text
@@ -95,10 +96,10 @@ def test_a_rank_that_does_not_come_to_a_collective_ends_all_within_the_limit(tmp
     if how == "stopped":
         os.kill(run.processes[1].pid, signal.SIGSTOP)
     since = time.monotonic()
-    run.processes[0].join(100)
-    assert time.monotonic() - since < 75
+    run.processes[0].join(40)
+    assert time.monotonic() - since < 30
     run.kill()
     ended = run.wait()
     assert ended.exit_codes[0] == 1, ended
-    assert "rank 1 was last seen in step 3" in ended.stderr or how == "stopped", ended
-    assert "rank 1 was last seen in step" in ended.stderr, ended
+    seen = "in step 3" if how == "busy" else ""  # a rank that is stopped may not have said where it is
+    assert f"rank 1 was last seen {seen}" in ended.stderr, ended
