@@ -403,4 +403,4 @@ def test_a_token_meets_the_experts_that_it_is_routed_to():
     counts, _, unmet = parameter_sizes(config)
     assert unmet == 2 * 2 * 3 * 32 * 24
     shape = shape_of(config, SFTConfig(), True)
-    assert shape.num_met == sum(counts) - unmet
+    assert shape.num_met == sum(counts) - unmet and shape.chosen == 2

@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from common.config import TrainConfig
 from common.data.tokens import PreferencePair, SFTSample
 from common.failures import UserError
+from common.model.experts import experts_per_token
 from common.model.load import compiles_layers, parameter_sizes, text_config
 from common.model.packed import model_inputs
 from common.ranks import Ranks, way_to_other_hosts
@@ -66,7 +67,8 @@ def shape_of(model_config, config: TrainConfig, is_compiled: bool) -> Shape:
     text = text_config(model_config)
     layers, hidden, vocab = text.num_hidden_layers, text.hidden_size, text.vocab_size
     itemsize = getattr(torch, config.dtype).itemsize
-    return Shape(sizes, layer_numel, layers, hidden, vocab, itemsize, is_compiled, unmet)
+    chosen = experts_per_token(text) if unmet else 0
+    return Shape(sizes, layer_numel, layers, hidden, vocab, itemsize, is_compiled, unmet, chosen)
 
 
 def choose_residency(

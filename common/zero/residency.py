@@ -282,13 +282,13 @@ class Update:
             sizes = [end - start for _, start, end in pieces]
             rounded = [shards[i][start:end] for i, start, end in pieces]
             is_whole = kept.dtype == torch.float32
-            master = kept if is_whole else put_together(torch.cat(rounded), kept, exp_avg_sq)
+            master = kept if is_whole else put_together(torch.cat(rounded).to(kept.device), kept, exp_avg_sq)
             parts = [gradients[i][start:end] for i, start, end in pieces]
             weights, exp_avgs, exp_avg_sqs = (list(x.split(sizes)) for x in (master, exp_avg, exp_avg_sq))
             update_group(weights, parts, exp_avgs, exp_avg_sqs, step, self.divisor, options)
             torch._foreach_copy_(rounded, weights)
             if not is_whole:
-                take_apart(master, torch.cat(rounded), kept, exp_avg_sq)
+                take_apart(master, torch.cat(rounded).to(kept.device), kept, exp_avg_sq)
         self.when_updated(group)
 
 
