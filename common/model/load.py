@@ -173,19 +173,18 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
     """
     text, model_class = text_config(config), auto_class(config)._model_mapping.get(type(config), None)
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    is_decoder = model_class is not None and not (config.is_encoder_decoder or text.is_encoder_decoder)
     values = text.to_dict()
     unknown = ", ".join(sorted({*(getattr(text, "layer_types", None) or [])} - KNOWN_TYPES))
     has_state, uses_interface = is_stateful(text), getattr(model_class, "_supports_attention_backend", False)
     chunk, positions = values.get("attention_chunk_size"), getattr(text, "max_position_embeddings", longest)
     rope = values.get("rope_parameters") or {}
     rope_types = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
+    is_beyond = not (rope or has_state) and positions < longest
     original = rope.get("original_max_position_embeddings") or positions
     has_alibi = values.get("alibi") or values.get("position_embedding_type") == "alibi"
     refusals = [
-        (
-            model_class is None or config.is_encoder_decoder or text.is_encoder_decoder,
-            "is not a causal language model of transformers",
-        ),
+        (not is_decoder, "is not a causal language model of transformers"),
         (getattr(model_class, "_is_stateful", False) and not has_state, "keeps state across samples"),
         (not (has_state or uses_interface), "does not use AttentionInterface"),
         (unknown, f"has layers of type {unknown}"),
@@ -194,10 +193,7 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
         (has_alibi, "has ALiBi position biases"),
         (getattr(config, "quantization_config", None), "has quantized weights"),
         (rope_types & {"dynamic", "longrope"} and longest > original, f"changes its RoPE above {original} tokens"),
-        (
-            not (rope or has_state) and positions < longest,
-            f"has {positions} positions, the longest sample {longest} tokens",
-        ),
+        (is_beyond, f"has {positions} positions, the longest sample {longest} tokens"),
     ]
     for is_refused, reason in refusals:
         if is_refused:
@@ -286,8 +282,8 @@ def load_partitioned(
     policy = PackedModel(model)
     policy.config._experts_implementation = GROUPED
     if policy.stateful:
-        how = "each sample, and each answer with its prompt, runs through them by itself"
-        ranks.say(f"{len(policy.stateful)} layers carry a state from token to token: {how}")
+        how = "each sample, and each answer with its prompt, by itself"
+        ranks.say(f"{len(policy.stateful)} layers carry a state from token to token: they run on {how}")
     return policy
 
 

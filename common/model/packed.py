@@ -1,7 +1,7 @@
 """A causal LM that runs on packed rows and answers for their targets."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -18,7 +18,7 @@ from common.failures import UserError, as_user_error
 from common.model.attention import KERNELS, WINDOWS, attention_kwargs, registered_name, segments, to_device
 from common.model.experts import GROUPED, experts_per_token, part_met, router_loss, sequence_weights
 from common.model.logprobs import LogProbHead
-from common.model.recurrent import Segments, by_segment, stateful_modules
+from common.model.recurrent import by_segment, stateful_modules
 from common.ranks import Ranks
 from common.step.packing import MicroBatch, pack, sft_documents
 
@@ -50,7 +50,7 @@ class PackedModel(nn.Module):
         self.lm, self.config = lm, lm.config.get_text_config()
         self.is_compiled = False
         self.router_loss = torch.zeros(())
-        self.segments: Segments = ()
+        self.segments: Sequence = ()
         self.stateful = stateful_modules(self.decoder)
         for module in self.stateful:
             module.forward = by_segment(module.forward, lambda: self.segments)

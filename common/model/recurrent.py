@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PretrainedConfig
 
 STATEFUL_TYPES = {"linear_attention", "conv", "hybrid"}  # of layers, in a config
-Segments = Sequence[tuple[np.ndarray, np.ndarray]]  # see attention.segments
 
 
 def is_stateful(config: PretrainedConfig) -> bool:
@@ -23,15 +22,11 @@ def is_stateful(config: PretrainedConfig) -> bool:
 
 def stateful_modules(decoder: nn.Module) -> list[nn.Module]:
     """The modules that mix tokens otherwise than by attention: by a convolution, or (MiniMax) by a sum that decays."""
-    return [
-        module
-        for module in decoder.modules()
-        if hasattr(module, "slope_rate") or any(type(child) is nn.Conv1d for child in module.children())
-    ]
+    return [m for m in decoder.modules() if hasattr(m, "slope_rate") or nn.Conv1d in map(type, m.children())]
 
 
-def by_segment(forward: Callable, segments: Callable[[], Segments]) -> Callable:
-    """`forward` run on each of segments() by itself, in place of the row; on all of it if there are none.
+def by_segment(forward: Callable, segments: Callable[[], Sequence]) -> Callable:
+    """`forward` run on each of segments(), attention.segments' pairs, by itself; on the whole row if there are none.
 
     Every tensor [1, T, ...] among the arguments is cut to a segment's keys; results, [1, keys, ...], to its queries.
     """
