@@ -24,10 +24,10 @@ from common.run.agreement import agreed_identity
 from common.run.card import base_of
 from common.run.evaluate import Evaluation, largest, training_and_held_out
 from common.run.forecast import forecast
-from common.run.metrics import StepMeter, StepTotals
+from common.run.metrics import StepMeter
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.run.plan_table import as_text, plan_rows
-from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
+from common.step.packing import MicroBatch, one_ahead, pack, plan_step, sft_documents
 from common.step.schedule import Schedule
 from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_finite
 from common.zero import checkpoint
@@ -67,7 +67,8 @@ def main() -> None:
 
     # ------------------------------------------------------------------ schedule
     schedule = Schedule(config, len(data))  # samples and learning rate of each step; the run ends after last_step
-    ranks.say(schedule.report("SFT", "samples"))
+    for warning in schedule.warnings():
+        ranks.say(warning)
     evaluation = Evaluation(data, held_out, config, schedule, ranks)
     ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
 
@@ -101,16 +102,13 @@ def main() -> None:
     # Dry runs on made-up samples, of which it also follows how many layers recompute their activations.
     budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up_conversation, ranks)  # tokens
     state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
-    first_steps = [data.lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
-    ranks.say(packing_report(first_steps, ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())  # lm: transformers' model
     if resume_from is not None:
         checkpoint.load(engine, parameters, resume_from, state, config.resume, ranks)
 
     # ------------------------------------------------------------------ loop
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
-    resolved["evaluation"] = evaluation.record
-    resolved["planned"] = planned
+    resolved |= {"evaluation": evaluation.record, "planned": planned}
     record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     writer = checkpoint.Writer(engine, parameters, config, ranks)
@@ -135,7 +133,8 @@ def main() -> None:
         ranks.step = step + 1  # for what is said of a rank that hangs
         # -------------------------------------------------------------- the recipe's step
         num_targets = int(data.num_targets[samples].sum())  # of the whole step: all ranks, all micro-batches
-        set_learning_rate(engine, schedule.learning_rate(step))
+        learning_rate = schedule.learning_rate(step)
+        set_learning_rate(engine, learning_rate)
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         balances = torch.zeros((), dtype=torch.float64, device=ranks.device)
         num_tokens = squared_lengths = 0
@@ -171,10 +170,10 @@ def main() -> None:
         # -------------------------------------------------------------- the step is done
 
         state.finish_step(len(samples), int(all_tokens), num_targets)
-        totals = StepTotals(int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
-        grad_norm = float(engine.get_global_grad_norm())  # before clipping
-        step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm)
-        step_record |= {"router_aux_loss": router_loss} if config.router_aux_loss_coef else {}
+        computed = {"train_loss": train_loss, "learning_rate": learning_rate}
+        computed["grad_norm"] = float(engine.get_global_grad_norm())  # before clipping
+        computed |= {"router_aux_loss": router_loss} if config.router_aux_loss_coef else {}
+        step_record = meter.record(state, computed, int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         is_evaluated = evaluation.is_due(state.step)
         if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
             ranks.say(meter.line(step_record, schedule.last_step))

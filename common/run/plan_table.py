@@ -256,7 +256,7 @@ def plan_table(
     workload = workload_of(config, lengths, data.source_of(int(lengths.argmax())), RunState(), ranks)
     _, plan = choose_residency(ds_config, config, model_config, workload, ranks, card)
     planned = forecast(plan, workload, schedule, lengths, model_config, config, ranks, peak, mfu)
-    warnings = load.warnings(template, model_config, longest) + schedule.report(method, unit).splitlines()[1:]
+    warnings = load.warnings(template, model_config, longest) + schedule.warnings()
     warnings += [*losses_of_sources(whole, LOSS), *([lost] if lost else [])]
     warnings += [line for line in ranks.said if line.startswith("warning")]
     warnings += trouble(config, folder, None if is_drawn else data.digest, template, last)
