@@ -95,8 +95,10 @@ def main() -> None:
     # ------------------------------------------------------------------ output folder
     # `claim` returns None for a finished run; for one that was cut short its state and the checkpoint to resume from;
     # for a new one a state with step == 0 and no checkpoint. It refuses a folder that holds another run.
-    folders = tokenizer_folder, model_folder, reference_folder
-    identity = agreed_identity(config, ds_config, (data.digest, template.digest), folders, ranks)
+    models = {"model_name_or_path": model_folder}
+    models |= {"ref_model_name_or_path": reference_folder} if reference_folder is not None else {}
+    digests = {"dataset_mixer": data.digest, "chat_template": template.digest}
+    identity = agreed_identity(config, ds_config, digests, tokenizer_folder, models, ranks)
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
         return

@@ -112,7 +112,7 @@ def test_help_lists_every_flag_with_its_default_once_and_exits_0(capsys, monkeyp
 
 
 def test_what_identifies_a_run():
-    """Speed, logging and placement do not; what is read from files does by its contents, in output_dir.run_identity."""
+    """Speed, logging and placement do not; what is read from files does by its contents, in agreement.run_identity."""
     free = "share_prompt max_tokens_per_micro_batch gradient_checkpointing ds_config output_dir stop_after_steps"
     by_contents = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}
     config = dpo("--seed", "7", "--beta", "2")

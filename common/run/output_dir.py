@@ -13,9 +13,9 @@ from typing import TextIO
 
 import torch
 
-from common.config import LENGTHS, TrainConfig, identity_values
+from common.config import LENGTHS, TrainConfig
 from common.failures import UserError, as_user_error, log_to, one_line, print_line
-from common.files import replace_file, weight_files, weights_digest
+from common.files import replace_file, weight_files
 from common.ranks import Ranks
 from common.run import hub
 from common.run.card import model_card
@@ -30,19 +30,6 @@ from common.zero.checkpoint import RunState
 
 SECONDS_UNTIL_SEEN = 15  # a network file system may show a new file late
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
-
-
-def run_identity(config: TrainConfig, data: str, template: str, model: str, reference: str | None = None) -> dict:
-    """Every value that decides what is trained, by the name under which a user knows it.
-
-    data, template: digests of what was read; model, reference: folders, of which the digests of config.json and weights
-    count, for a new run may overwrite an SFT folder. It reads the weights: call it on one rank.
-    """
-    identity = identity_values(config) | {"dataset_mixer (contents)": data, "chat_template (contents)": template}
-    identity["model_name_or_path (contents)"] = weights_digest(model)
-    if reference is not None:
-        identity["ref_model_name_or_path (contents)"] = weights_digest(reference)
-    return identity
 
 
 # ---------------------------------------------------------------------- where the run stands

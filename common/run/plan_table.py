@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi
 
-from common.config import DPOConfig, TrainConfig, identity_values
+from common.config import DPOConfig, TrainConfig
 from common.data.cache import prepare_tokens, too_much_dropped
 from common.data.chat_template import ChatTemplate, resolve_template
 from common.data.dataset import TokenDataset
@@ -23,6 +23,7 @@ from common.files import weights_digest
 from common.model import load
 from common.ranks import Ranks
 from common.run import hub
+from common.run.agreement import run_identity
 from common.run.evaluate import Evaluation, largest, training_and_held_out
 from common.run.forecast import forecast
 from common.run.metrics import device_peak_flops, peak_flops_of
@@ -277,14 +278,12 @@ def held_out_text(held_out: TokenDataset | None, is_drawn: bool) -> str:
 
 def trouble(config: TrainConfig, folder: str, data: str | None, template: ChatTemplate, last_step: int) -> list[str]:
     """What the run would find wrong with its output folder and with its token for the hub. data: digest, if known."""
-    lines, identity = [], identity_values(config) | {"chat_template (contents)": template.digest}
-    if data is not None:
-        identity["dataset_mixer (contents)"] = data
+    lines, digests = [], {"chat_template": template.digest} | ({"dataset_mixer": data} if data else {})
     has_record = (Path(config.output_dir) / hub.RECORD).is_file()
     if has_record and next(Path(folder).glob("*.safetensors"), None):
-        identity["model_name_or_path (contents)"] = weights_digest(folder)
+        digests["model_name_or_path"] = weights_digest(folder)
     try:
-        require_no_other_run(config, identity, last_step)
+        require_no_other_run(config, run_identity(config, digests), last_step)
     except UserError as error:
         lines.append(str(error))
     if config.push_to_hub:
