@@ -33,16 +33,8 @@ REFUSED = ("zero_quantized_", "zero_hpz_", "mics_", "zenflow", "cpu_offload", "l
 RESIDENCY = ("nothing", "gradients", "all")
 # `residency` and `optimizer_state` (the share of it on the device) are the keys that are not DeepSpeed's.
 STATE_ON_DEVICE = {"device": 1.0, "host": 0.0}
-PLACEMENT_KEYS = {
-    "residency",
-    "optimizer_state",
-    "zero_optimization",
-    "aio",
-    "comms_logger",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-}
-PLACEMENT_KEYS |= {"flops_profiler", "steps_per_print", "compile"}
+PLACEMENT_KEYS = {"residency", "optimizer_state", "zero_optimization", "aio", "compile"}
+PLACEMENT_KEYS |= {"steps_per_print", "comms_logger", "wall_clock_breakdown", "memory_breakdown", "flops_profiler"}
 
 
 def deepspeed_config(config: TrainConfig) -> dict:
