@@ -43,9 +43,8 @@ def data_table(ds: TokenDataset) -> str:
 
     def counted(name: str, title: str) -> None:
         for what, count in stats[name].items():
-            lines.append(
-                (f"  {title.format(one_line(what))}", f"{count:,}; first {one_line(stats['places'][name][what])}")
-            )
+            first = one_line(stats["places"][name][what])
+            lines.append((f"  {title.format(one_line(what))}", f"{count:,}; first {first}"))
 
     for source in stats["sources"]:
         known_by = ", ".join(f"{name} {source[name]}" for name in ("revision", "split", "sha256") if name in source)
@@ -99,11 +98,8 @@ def quality_report(ds: TokenDataset, end_ids: list[int]) -> str:
         known = digest(b"".join(np.asarray(part).tobytes() + b"|" for part in ds[i]))
         if (place := first.setdefault(known, ds.source_of(i))) != ds.source_of(i):
             repeated.append(f"{ds.source_of(i)} is {place}")
-    lines.append(f"exact duplicates of another row: {len(repeated):,}{_first(repeated)}")
+    example = f"; first {one_line(repeated[0])}" if repeated else ""
+    lines.append(f"exact duplicates of another row: {len(repeated):,}{example}")
     endless = np.flatnonzero(~np.isin(ds.last_tokens(), end_ids))
     lines.append(f"answers without an end token (of {len(ds.last_tokens()):,}): {len(endless):,}")
     return "\n".join(lines)
-
-
-def _first(examples: list[str]) -> str:
-    return f"; first {one_line(examples[0])}" if examples else ""

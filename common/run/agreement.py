@@ -36,7 +36,9 @@ def agreed_identity(
     weights = ranks.once_per_node(lambda: {name: weights_digest(folder) for name, folder in models.items()})
     identity = run_identity(config, digests | weights)
     views = ranks.gather(lambda: (socket.gethostname(), identity | environment(config, ds_config, tokenizer)))
-    ranks.once(lambda: require_agreement(views))
+    for rank, (host, theirs) in enumerate(views):
+        if found := differences(views[0][1], theirs):
+            raise UserError(f"rank {rank} ({host}) differs from rank 0 ({views[0][0]}) in {'; '.join(found)}")
     if warning := clocks_apart(dict(ranks.gather(lambda: (socket.gethostname(), time.time())))):
         ranks.say(warning)
     return identity
@@ -48,13 +50,6 @@ def clocks_apart(clocks: dict[str, float]) -> str:
     apart = clocks[last] - clocks[first]
     what = f"the clock of {last} is {apart:.0f} s ahead of that of {first}"
     return f"warning: {what}; times in logs and files do not agree" if apart > CLOCKS_APART else ""
-
-
-def require_agreement(views: list[tuple[str, dict]]) -> None:
-    """Raises UserError if a rank's view is not that of rank 0. views: (host, view) of each rank."""
-    for rank, (host, theirs) in enumerate(views):
-        if found := differences(views[0][1], theirs):
-            raise UserError(f"rank {rank} ({host}) differs from rank 0 ({views[0][0]}) in {'; '.join(found)}")
 
 
 def environment(config: TrainConfig, ds_config: dict, tokenizer_folder: str) -> dict:

@@ -78,8 +78,7 @@ def split(data: TokenDataset, amount: str) -> tuple[TokenDataset, TokenDataset]:
 def largest(*parts: TokenDataset | None) -> tuple[int, int]:
     """(tokens of the longest sequence, the largest token id + 1), over all parts: what the model must take."""
     data = [part for part in parts if part is not None]
-    sides = [d.lengths if d.pair_lengths is None else d.pair_lengths[:, 0] + d.pair_lengths[:, 1:].max(1) for d in data]
-    return max(int(lengths.max()) for lengths in sides), max(d.stats["largest_token_id"] for d in data) + 1
+    return max(d.longest_side() for d in data), max(d.stats["largest_token_id"] for d in data) + 1
 
 
 def source_names(data: TokenDataset) -> list[str]:

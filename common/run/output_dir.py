@@ -89,7 +89,7 @@ def _require_one_folder(output_dir: str, ranks: Ranks) -> None:
     if ranks.local_world_size == ranks.world_size:
         return
     lock = Path(output_dir) / ".lock"
-    written = ranks.once(_token)
+    written = ranks.once(lambda: _locks[-1][1])
 
     def is_seen() -> bool:
         for _ in range(SECONDS_UNTIL_SEEN):
@@ -149,30 +149,26 @@ def _holds_model(output_dir: Path) -> bool:
         return False
 
 
-_locks: list[TextIO] = []  # the system lets go of them when this process ends
+# What was locked, and written there. The system lets go of a lock when this process ends or closes any other open file
+# of that name.
+_locks: list[tuple[TextIO, str]] = []
 
 
 def _lock(output_dir: Path) -> None:
     """Raises UserError if another process writes in this folder now."""
     # Opened for writing, for network file systems lock no folder; not emptied, for it may be another run's.
-    file = open(output_dir / ".lock", "a+")
+    file = open(output_dir / ".lock", "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--output_dir {output_dir}: another run writes there now; name another folder") from None
     except OSError as e:
         print_line(f"warning: --output_dir {output_dir}: no lock keeps a second run out ({e.strerror})")
+    _locks.append((file, secrets.token_hex(8)))  # by which the other hosts know it
     file.truncate(0)
-    file.write(secrets.token_hex(8))  # by which the other hosts know it
+    file.write(_locks[-1][1])
     file.flush()
     os.fsync(file.fileno())
-    _locks.append(file)
-
-
-def _token() -> str:
-    """What _lock wrote. Another open file of this process, once closed, would take the system's lock with it."""
-    _locks[-1].seek(0)
-    return _locks[-1].read()
 
 
 # ---------------------------------------------------------------------- the run's record
