@@ -30,16 +30,9 @@ from common.run.plan_table import as_text, plan_rows
 from common.step.packing import MicroBatch, one_ahead, pack, plan_step, sft_documents
 from common.step.schedule import Schedule
 from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_finite
-from common.zero import checkpoint
+from common.zero import checkpoint, memory
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import build_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
-from common.zero.memory import (
-    choose_micro_batch,
-    choose_residency,
-    made_up_conversation,
-    reserve_host_memory,
-    workload_of,
-)
 
 
 @main_with_exit_codes
@@ -86,22 +79,23 @@ def main() -> None:
     # ------------------------------------------------------------------ memory plan
     # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A run resumed on as
     # many ranks keeps its micro-batch size and its way to sum gradients, unless a flag or the ds_config says otherwise.
-    workload = workload_of(config, data.lengths, data.source_of(int(data.lengths.argmax())), state, ranks)
+    workload = memory.workload_of(config, data.lengths, data.source_of(int(data.lengths.argmax())), state, ranks)
     # estimate: bytes on a rank; planned: tokens, and where the device's peak is known hours, MFU, memory and cost.
-    ds_config, estimate = choose_residency(ds_config, config, model_config, workload, ranks)
+    ds_config, estimate = memory.choose_residency(ds_config, config, model_config, workload, ranks)
     planned = forecast(estimate, workload, schedule, data.lengths, model_config, config, ranks)
     ranks.say(as_text(plan_rows(config, estimate, workload, schedule, evaluation, planned, ranks)))
 
     # ------------------------------------------------------------------ model and engine
     ranks.say(f"loading {model_folder}")
-    host = reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
+    host = memory.reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config, host)
     verify_packed_model(engine, kernel, ranks)
     if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):
         policy.compile_layers()
     # Dry runs on made-up samples, of which it also follows how many layers recompute their activations.
-    budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up_conversation, ranks)  # tokens
+    made_up = memory.made_up_conversation
+    budget = memory.choose_micro_batch(engine, config, estimate, kernel, workload, made_up, ranks)  # tokens
     state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
     parameters = dict(policy.lm.named_parameters())  # lm: transformers' model
     if resume_from is not None:

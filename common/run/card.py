@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub.repocard import metadata_load
 
-from common.config import TrainConfig, identity_values
+from common.config import TrainConfig, as_words, identity_values
 
 LICENSE = ("license", "license_name", "license_link")
 PLAN = ("num_steps", "micro_batch_budget", "residency", "kernel", "layers")  # of run_config.json
@@ -93,7 +93,6 @@ def _command(config: TrainConfig, record: dict, commits: dict[str, str]) -> str:
     if record["result"].get("stopped_early"):
         values["stop_after_steps"] = record["result"]["steps"]
     values |= {"model_revision": record["base"]["commit"], "dataset_mixer": mixer}
-    for name, value in values.items():
-        if value != getattr(type(config)(), name) or name == "beta":  # whose default is the loss's
-            words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    defaults = vars(type(config)()) | {"beta": None}  # whose default is the loss's
+    words += as_words({name: value for name, value in values.items() if value != defaults[name]})
     return shlex.join(words)

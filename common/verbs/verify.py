@@ -11,6 +11,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from common.config import as_words
 from common.failures import UserError, print_line, progress
 from common.run.curves import read_metrics
 from common.verbs.launch import exit_with, lines_of, on_request_to_stop, start_run, visible_gpus
@@ -65,12 +66,8 @@ def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None) ->
             (Path(folder) / "checkpoints" / before.name).symlink_to(before.resolve())
         flags = record["config"] | {name: value for name, value in CHANGED.items() if name in record["config"]}
         flags |= {"output_dir": folder, "stop_after_steps": step}
-        words = [
-            [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-            for name, value in flags.items()
-            if value != []
-        ]
-        run = start_run([record["method"].lower(), str(num_ranks), *(word for flag in words for word in flag)])
+        words = as_words({name: value for name, value in flags.items() if value != []})
+        run = start_run([record["method"].lower(), str(num_ranks), *words])
         on_request_to_stop(run.send_signal)
         for line in lines_of(run):
             print_line(f"  {line}", end="")
