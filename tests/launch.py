@@ -117,6 +117,22 @@ class Run:
     def is_alive(self) -> bool:
         return any(process.is_alive() for process in self.processes)
 
+    def wait_until(self, has_come, timeout: float = TIMEOUT) -> bool:
+        """Until has_come(), which is asked once more after the run's end; False if that came without it."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            was_alive = self.is_alive()
+            if has_come():
+                return True
+            if not was_alive:
+                return False
+            time.sleep(0.002)
+        raise AssertionError(f"it did not come in {timeout} s\n{self.output()[-2000:]}")
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return (self.logs / "stdout").read_text() if (self.logs / "stdout").exists() else ""
+
     def wait(self, timeout: float = TIMEOUT) -> Finished:
         deadline = time.monotonic() + timeout
         for process in self.processes:

@@ -107,26 +107,27 @@ def make_config(architecture: str = "llama", **changes):
     return AutoConfig.for_model(architecture, **{**TINY, **ARCHITECTURES.get(architecture, {}), **changes})
 
 
+def drawn(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, with every weight drawn, biases and norms too, so that none is idle."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 and "norm" in name else 0.0, 0.15)
+    return model
+
+
 def make_model(
     folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, shard="1GB", **changes
 ) -> Path:
-    """A model folder with the tokenizer. Every weight is drawn, biases and norms too, so that none is idle.
+    """A model folder with the tokenizer.
 
     shard: the most bytes of a file; one file has no index.
     """
     torch.manual_seed(seed)
     auto = AutoModelForImageTextToText if architecture in WITH_IMAGES else AutoModelForCausalLM
-    model = auto.from_config(make_config(architecture, **changes), dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 and "norm" in parameter_name(model, parameter) else 0.0, 0.15)
+    model = drawn(auto.from_config(make_config(architecture, **changes), dtype=torch.float32))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     make_tokenizer().save_pretrained(folder)
     return Path(folder)
-
-
-def parameter_name(model, parameter) -> str:
-    return next(name for name, p in model.named_parameters() if p is parameter)
 
 
 def sentence(rng: random.Random, shortest: int = 2, longest: int = 14) -> str:

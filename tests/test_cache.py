@@ -20,6 +20,7 @@ import pytest
 import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import write_jsonl as write
 from tokenizers import processors
 
 from common.config import SFTConfig
@@ -57,11 +58,6 @@ ANSWER = CHATS[0][1]
 
 TOKENIZER = tiny_tokenizer.tiny_tokenizer()
 TEMPLATE = resolve_template("tulu", TOKENIZER)
-
-
-def write(file: Path, rows: list[dict]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def prepare(data, cache, kind="sft", template=TEMPLATE, **flags) -> str:

@@ -1,7 +1,6 @@
 """Both scripts on two GPUs, through NCCL: pytest -m cuda tests/test_cuda_runs.py"""
 
 import json
-import time
 
 import launch
 import models
@@ -31,29 +30,18 @@ def test_killed_and_resumed_on_two_gpus_then_on_one_each_time_the_plain_loop(tmp
     model = models.make_model(tmp_path / "model", architecture)
     rows = {"sft": models.conversations, "dpo": models.preferences}[method](10)
     tokenizer = reference.load_tokenizer(model)
-    tokens_of = (
-        reference.pair_tokens
-        if method == "dpo"
-        else lambda t, row, n: reference.conversation_tokens(t, row["messages"], n)
-    )
-    samples = [tokens_of(tokenizer, row, longest) for row in rows]
+    if method == "dpo":
+        samples = [reference.pair_tokens(tokenizer, row, longest) for row in rows]
+    else:
+        samples = [reference.conversation_tokens(tokenizer, row["messages"], longest) for row in rows]
     records = getattr(reference, f"train_{method}")(reference.load(model), samples, num_steps=num_steps, **settings)
 
-    changes = {
-        "max_seq_length": longest,
-        "max_train_steps": num_steps,
-        "checkpointing_steps": 1,
-        "keep_last_n_checkpoints": 9,
-    }
+    changes = {"max_seq_length": longest, "max_train_steps": num_steps}
+    changes |= {"checkpointing_steps": 1, "keep_last_n_checkpoints": 9}
     data = models.write_jsonl(tmp_path / "rows.jsonl", rows)
     flags = launch.flags(model, data, tmp_path, **changes, **settings, compile_layers="false")
     run = start(method, flags, 2)
-    deadline = time.monotonic() + launch.TIMEOUT
-    while "/step_00000001\n" not in (
-        text := (run.logs / "stdout").read_text() if (run.logs / "stdout").exists() else ""
-    ):
-        assert run.is_alive() and time.monotonic() < deadline, text
-        time.sleep(0.01)
+    assert run.wait_until(lambda: "/step_00000001\n" in run.output())
     run.kill()
     killed = run.wait()
     assert "done: " not in killed.stdout

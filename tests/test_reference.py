@@ -162,9 +162,7 @@ def check_kill(written, train, cache, delay: float, num_ranks: int) -> int:
     """Kills a run `delay` seconds after its first part was written, wherever it is, even at its end, and runs another
     with that cache. How many parts were left."""
     run = train(num_ranks, SMALL_PARTS, launch.start, cache_dir=cache)
-    deadline = time.monotonic() + 60
-    while not parts(cache) and run.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.002)
+    run.wait_until(lambda: parts(cache))
     time.sleep(delay)
     run.kill()
     run.wait()

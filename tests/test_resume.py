@@ -145,18 +145,9 @@ def assert_continued(done: launch.Finished, step: int) -> None:
     assert (f"resuming after step {step} from" in done.stdout) == (step > 0)
 
 
-def wait_for(run: launch.Run, text: str, timeout: float = 180) -> bool:
+def wait_for(run: launch.Run, text: str) -> bool:
     """Until the run has printed `text`; False if it ended before."""
-    log, deadline = run.logs / "stdout", time.monotonic() + timeout
-    log.touch()
-    while time.monotonic() < deadline:
-        was_alive = run.is_alive()
-        if text in log.read_text():
-            return True
-        if not was_alive:
-            return False
-        time.sleep(0.002)
-    raise AssertionError(f"{text!r} not printed in {timeout} s\n" + log.read_text()[-2000:])
+    return run.wait_until(lambda: text in run.output())
 
 
 # ------------------------------------------------------------------ kill -9

@@ -5,6 +5,8 @@ pytest tests/test_schedule.py
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import get_scheduler
 
 from common.config import LR_SCHEDULERS, SFTConfig
@@ -25,6 +27,17 @@ def test_order_is_the_contracts_formula(num_samples, batch, seed):
     schedule = Schedule(SFTConfig(global_batch_size=batch, seed=seed), num_samples)
     assert [schedule.samples(step) for step in range(len(visited))] == visited
     assert schedule.samples(1) == visited[1], "a step asked for out of turn is the same step"
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_visits_every_sample_once(num_samples, batch, seed):
+    schedule = Schedule(SFTConfig(global_batch_size=batch, seed=seed), num_samples)
+    steps = schedule.steps_per_epoch
+    for epoch in range(2):
+        epoch_steps = [schedule.samples(epoch * steps + step) for step in range(steps)]
+        assert sorted(i for samples in epoch_steps for i in samples) == list(range(num_samples))
+        assert {len(samples) for samples in epoch_steps[:-1]} <= {batch}
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULERS)

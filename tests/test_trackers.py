@@ -5,7 +5,6 @@ import importlib.metadata
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import launch
@@ -132,9 +131,7 @@ def test_a_stopped_run_and_the_one_that_continues_finish_their_trackers(tiny_lla
     flags = launch.flags(tiny_llama, sft_data, tmp_path, **changes)
     run = launch.start("train_sft", flags, 1, patches)
     metrics = tmp_path / "output" / "metrics.jsonl"
-    while not (metrics.is_file() and metrics.read_text().count("\n") > 4):
-        time.sleep(0.02)
-        assert run.is_alive()
+    assert run.wait_until(lambda: metrics.is_file() and metrics.read_text().count("\n") > 4)
     os.kill(run.processes[0].pid, signal.SIGTERM)
     stopped = run.wait()
     assert stopped.exit_codes == [143]
