@@ -6,11 +6,10 @@ import errno
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +33,6 @@ from common.data.sources import load_source, parse_source
 from common.data.tokens import Encoder, preference_pair, render_pair, sft_sample
 from common.failures import UserError
 from common.files import locked
-
-REPO = Path(__file__).parents[1]
 
 
 def message(role: str, content) -> dict:
@@ -546,72 +543,16 @@ def test_nothing_is_swept_up_while_somebody_builds_and_all_that_is_left_after(tm
     assert len(TokenDataset(tmp_path / "tokens" / name)) == 1
 
 
-# prepare() builds the cache of x.jsonl in a folder.
-SCRIPT = """
-import os, pathlib, signal, sys, time
-import tiny_tokenizer
-from common.config import SFTConfig
-from common.data import cache as token_cache
-from common.data.chat_template import resolve_template
+def test_of_two_builders_at_once_one_builds_and_both_use_it(tmp_path, said, monkeypatch):
+    data, build, built = write(tmp_path / "x.jsonl", ROWS), token_cache._build, []
 
-folder = sys.argv[1]
-token_cache.BLOCK_ROWS = 8
-tokenize = token_cache.BlockTokenizer.__call__
+    def build_when_the_other_waits(*arguments):
+        while not any("waiting" in line for line in said):
+            time.sleep(0.01)
+        built.append(build(*arguments))
 
-def prepare():
-    config = SFTConfig(dataset_mixer=[folder + "/x.jsonl"], max_seq_length=64, cache_dir=folder + "/cache")
-    return token_cache.prepare_tokens("sft", config, resolve_template("tulu", tiny_tokenizer.tiny_tokenizer()))
-"""
-
-
-def start(folder: Path, script: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
-    command, pipe = [sys.executable, "-c", SCRIPT + script, str(folder)], subprocess.PIPE
-    return subprocess.Popen(command, text=True, env=environment, stdout=pipe, stderr=pipe)
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode == code, errors
-    return output
-
-
-def test_of_two_builders_at_once_one_builds_and_both_use_it(tmp_path):
-    write(tmp_path / "x.jsonl", ROWS)
-    script = """
-build = token_cache._build
-def build_when_the_other_waits(*arguments):
-    time.sleep(2)
-    build(*arguments)
-token_cache._build = build_when_the_other_waits
-pathlib.Path(folder, str(os.getpid()) + ".ready").touch()
-while len(list(pathlib.Path(folder).glob("*.ready"))) < 2:
-    time.sleep(0.01)
-print(prepare())
-"""
-    builders = [start(tmp_path, script), start(tmp_path, script)]
-    outputs = [finish(builder) for builder in builders]
-    first, second = (output.splitlines()[-1] for output in outputs)
-    assert first == second and len(TokenDataset(first)) == 40
-    assert sorted(output.count("rows kept") for output in outputs) == [0, 1]
-    assert sum(output.count("waiting") for output in outputs) == 1
-    assert left_in(tmp_path / "cache") == [Path(first).name]
-
-
-def test_kill_9_while_building_leaves_the_next_run_to_rebuild(tmp_path):
-    write(tmp_path / "x.jsonl", ROWS)
-    script = """
-num_blocks = 0
-def kill_at_the_third(*arguments):
-    global num_blocks
-    num_blocks += 1
-    if num_blocks == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return tokenize(*arguments)
-token_cache.BlockTokenizer.__call__ = kill_at_the_third
-prepare()
-"""
-    finish(start(tmp_path, script), -signal.SIGKILL)
-    assert left_in(tmp_path / "cache") == ["building"]
-    path = prepare(tmp_path / "x.jsonl", tmp_path / "cache")
-    assert len(TokenDataset(path)) == 40 and left_in(tmp_path / "cache") == [Path(path).name]
+    monkeypatch.setattr(token_cache, "_build", build_when_the_other_waits)
+    with ThreadPoolExecutor() as threads:
+        first, second = threads.map(prepare, [data] * 2, [tmp_path] * 2)
+    assert first == second and len(TokenDataset(first)) == 40 and len(built) == 1
+    assert sum("waiting" in line for line in said) == 1 and left_in(tmp_path) == [Path(first).name]
