@@ -178,14 +178,8 @@ def test_preview_and_table_show_what_is_trained(tmp_path, monkeypatch):
         "<|user|>\nwhy 0?\n<|assistant|>\n[[so 0.<eos>]]"
     )
     table = data_table(ds)
-    counted = (
-        "rows read +2",
-        "kept +1",
-        "dropped +1",
-        "no assistant message +1; first .*x.jsonl:2",
-        f"tokens +{ds.lengths[0]}",
-    )
-    for line in (*counted, f"target tokens +{ds.num_targets[0]}", "sha256 [0-9a-f]{64}"):
+    counted = ["rows read +2", "kept +1", "dropped +1", "no assistant message +1; first .*x.jsonl:2"]
+    for line in (*counted, f"tokens +{ds.lengths[0]}", f"target tokens +{ds.num_targets[0]}", "sha256 [0-9a-f]{64}"):
         assert re.search(line + "$", table, re.MULTILINE), (line, table)
     shown = preview(TokenDataset(prepare(write(tmp_path / "p.jsonl", [PAIRS[1]]), tmp_path, "dpo")), 0, TOKENIZER)
     assert shown.endswith("<|assistant\n--- chosen:\n|>\n[[so 1.so 1.<eos>]]\n--- rejected:\n|>\n\n\n[[no.<eos>]]")
@@ -195,6 +189,7 @@ def test_preview_and_table_show_what_is_trained(tmp_path, monkeypatch):
 
 COMMON = "a style {% for tool in tools or [] %}{{ tool.name + tool['function'].name }}{% endfor %}" + TULU
 READING = "{% set m = messages[0] %}{{ m['user'] if 'a' in m and m.get('b') else m.reasoning_content }}"
+PROMPTED = {"prompt": "x", "completion": "y"}
 NAMED = "{% for m in messages %}{{ m.role + m.name + style + m.content + eos_token }}{% endfor %}"
 
 
@@ -203,21 +198,14 @@ NAMED = "{% for m in messages %}{{ m.role + m.name + style + m.content + eos_tok
     [
         ({**ROWS[0], "score": 3, "labels": None}, TULU, {"column 'score'", "column 'labels'"}),
         ({**ROWS[0], "tools": [], "system": "be", "prompt": "x"}, TULU, {"column 'prompt'"}),
-        (
-            {"prompt": "x", "completion": "y", "messages": None, "text": "z"},
-            TULU,
-            {"column 'messages'", "column 'text'"},
-        ),
+        ({**PROMPTED, "messages": None, "text": "z"}, TULU, {"column 'messages'", "column 'text'"}),
         ({"messages": [{**ANSWER, "loss_weight": 0.3, "name": "x"}]}, TULU, {"key 'loss_weight'", "key 'name'"}),
         ({"messages": [{**ANSWER, "loss_weight": 0.3, "name": "x"}]}, NAMED, {"key 'loss_weight'"}),
         ({"messages": [{**ANSWER, "name": None, "weight": 1}]}, TULU, set()),
         ({**ROWS[0], "chat_template_kwargs": {"style": "a"}}, TULU, {"'style' of chat"}),
         ({**ROWS[0], "chat_template_kwargs": {"role": "a"}}, "a role of your own" + TULU, {"'role' of chat"}),
-        (
-            {"messages": [{**ANSWER, "user": "x", "style": 1, "name": "y"}]},
-            COMMON,
-            {"key 'user'", "key 'style'", "key 'name'"},
-        ),
+        ({"messages": [{**ANSWER, "user": "x", "style": 1}]}, COMMON, {"key 'user'", "key 'style'"}),
+        ({"messages": [{**ANSWER, "name": "y"}]}, COMMON, {"key 'name'"}),
         ({"messages": [{**ANSWER, "user": "x", "a": 1, "b": 1, "reasoning": "y"}]}, READING + COMMON, set()),
     ],
 )

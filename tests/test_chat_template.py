@@ -448,11 +448,8 @@ def test_rendering_is_linear_in_the_turns(tmp_path, monkeypatch, name):
     def renderings(turns: int) -> int:
         messages, counted = [], []
         for i in range(turns):
-            call = {
-                "type": "function",
-                "id": f"call{i}",
-                "function": {"name": f"look{i}", "arguments": {"n": i, "x": -i}},
-            }
+            function = {"name": f"look{i}", "arguments": {"n": i, "x": -i}}
+            call = {"type": "function", "id": f"call{i}", "function": function}
             messages += [{**USER, "content": f"why {i}?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
             messages += [{"role": "tool", "content": f"{i}", "tool_call_id": f"call{i}"}]
             messages += [{"role": "assistant", "content": f"<think>{i}</think>so {i}."}]

@@ -30,13 +30,8 @@ def tiny_tokenizer(words: str = "llama3", chat_template: str | None = None) -> P
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        chat_template=chat_template,
-        clean_up_tokenization_spaces=False,
-    )
+    named = {"bos_token": "<bos>", "eos_token": "<eos>", "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **named)
 
 
 CHATML = """\
