@@ -153,15 +153,10 @@ def test_a_finished_run_has_nothing_to_do_unless_more_is_asked_for(folder):
             claim(config, asked, last_step, OneRank())
 
 
-@pytest.mark.parametrize("lost", [0, 1, 2])
-def test_a_finished_run_whose_model_is_gone_is_not_finished(folder, lost):
-    finished(folder, {})[lost].unlink()
-    assert claim(config_of(folder), {}, 4, OneRank()) is not None
-
-
-@pytest.mark.parametrize("text", ["[]", "null", '{"weight_map": 3}', "{"])
-def test_a_finished_run_whose_index_is_none_is_not_finished(folder, text):
-    finished(folder, {})[0].write_text(text)
+@pytest.mark.parametrize("lost", [0, 1, 2, "[]", "null", '{"weight_map": 3}', "{"])
+def test_a_finished_run_whose_model_is_gone_or_has_no_index_is_not_finished(folder, lost):
+    paths = finished(folder, {})
+    paths[lost].unlink() if isinstance(lost, int) else paths[0].write_text(lost)
     assert claim(config_of(folder), {}, 4, OneRank()) is not None
 
 

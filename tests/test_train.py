@@ -16,7 +16,7 @@ import torch
 from test_model import load_silently
 
 LONGEST = 271  # tokens of the longest conversation
-NUM_SAMPLES = 10
+NUM_SAMPLES = 10  # of sft_data and of dpo_data
 # The last step of an epoch holds one conversation, or two pairs; clipping, weight decay and warm-up are on.
 SFT = {"learning_rate": 1e-2, "warmup_ratio": 0.4, "weight_decay": 0.1, "max_grad_norm": 0.7, "global_batch_size": 3}
 SFT |= {"lr_scheduler_type": "cosine", "adam_beta2": 0.95, "seed": 5}
@@ -74,12 +74,8 @@ every_dpo = pytest.mark.parametrize("number", [i for i, run in enumerate(RUNS) i
 class Runs:
     """Each model, plain loop and run, made once."""
 
-    def __init__(self, root):
-        self.root = root
-        self.data = {
-            "sft": models.write_jsonl(root / "conversations.jsonl", models.conversations(NUM_SAMPLES)),
-            "dpo": models.write_jsonl(root / "preferences.jsonl", models.preferences(NUM_SAMPLES)),
-        }
+    def __init__(self, root, data: dict):
+        self.root, self.data = root, data
 
     @functools.cache  # noqa: B019
     def model(self, architecture: str):
@@ -115,8 +111,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
+def runs(tmp_path_factory, sft_data, dpo_data) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), {"sft": sft_data, "dpo": dpo_data})
 
 
 # ------------------------------------------------------------------ the numbers
