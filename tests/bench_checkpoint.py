@@ -28,6 +28,7 @@ from models import OneRank
 
 from common.config import SFTConfig
 from common.zero import checkpoint, residency
+from common.zero.host_state import Shard
 
 HIDDEN = 2048
 
@@ -90,7 +91,8 @@ def main() -> None:
     num_bytes = 12 * HIDDEN * HIDDEN * count
     folder = Path(tempfile.mkdtemp(prefix="bench_checkpoint_", dir=given.folder))
     (folder / "checkpoints").mkdir()
-    residency.state_shards = lambda engine: {p: p.local for p in parameters.values()}
+    shards = {p: Shard(p.local["master"], **p.local) for p in parameters.values()}
+    residency.state_shards = lambda engine: shards
     residency.set_step = residency.round_master_weights = lambda *_: None
     ranks = OneRank()
     ranks.device = device

@@ -29,6 +29,7 @@ from common.config import SFTConfig
 from common.failures import UserError, explained
 from common.zero import checkpoint, residency
 from common.zero.checkpoint import RunState
+from common.zero.host_state import Shard
 
 SHAPES = {"embed.weight": (7, 3), "layer.weight": (5,), "norm.weight": (1,)}
 
@@ -48,9 +49,13 @@ class Slice:
         return 2
 
 
+def as_shard(local: dict) -> Shard:
+    return Shard(weight=local["master"], **local)  # of the weight the device alone counts
+
+
 def patch_engine(monkeypatch):
     """The parameters stand for the engine."""
-    monkeypatch.setattr(residency, "state_shards", lambda engine: {p: p.local for p in engine.values()})
+    monkeypatch.setattr(residency, "state_shards", lambda engine: {p: as_shard(p.local) for p in engine.values()})
     monkeypatch.setattr(residency, "set_step", lambda engine, step: None)
     monkeypatch.setattr(residency, "round_master_weights", lambda engine: None)
 
@@ -228,17 +233,20 @@ def test_any_number_of_ranks_reads_what_any_number_wrote_and_every_byte_is_verif
         ranks, values = shard_of(rank, writers)
         writer = checkpoint.Writer(values, values, SFTConfig(output_dir=str(output_dir)), ranks)
         writer.memory.wait_until_pinned()
-        entries.append(checkpoint._write_files(temporary, writer._copied({p: p.local for p in values.values()})))
+        entries.append(
+            checkpoint._write_files(temporary, writer._copied({p: as_shard(p.local) for p in values.values()}))
+        )
     writer.path = output_dir / "checkpoints" / "step_00000005"
     writer._publish(temporary, json.dumps({"step": 5}), entries)
     manifest, verified = json.loads((writer.path / "manifest.json").read_text()), set()
     for rank in range(readers):
         ranks, values = shard_of(rank, readers)
-        shards = {p: {kind: torch.zeros_like(shard) for kind, shard in p.local.items()} for p in values.values()}
+        empty = {p: {kind: torch.zeros_like(shard) for kind, shard in p.local.items()} for p in values.values()}
+        shards = {p: as_shard(local) for p, local in empty.items()}
         reader = checkpoint._Reader(writer.path, manifest, values, shards, ranks)
         assert reader.read() is None
         verified |= {file for file in manifest["files"] for w in reader.overlaps if file.startswith(f"rank_{w:05d}_")}
-        for p, read in shards.items():
+        for p, read in empty.items():
             for kind, values_read in read.items():
                 np.testing.assert_array_equal(values_read, p.local[kind])
     assert verified == {*manifest["files"]} - {"state.json"}

@@ -54,7 +54,7 @@ PACKS = {
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("pack", PACKS)
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
-@pytest.mark.parametrize("window", [None, 1, 100])
+@pytest.mark.parametrize("window", [None, 2, 100])
 def test_varlen_kernel_equals_block_mask_forward_and_backward(kernel, pack, heads, window):
     if window and attention.WINDOWS not in attention.KERNELS[kernel][1]:
         pytest.skip("is not taken for models with windows")
@@ -224,12 +224,13 @@ def test_whole_gradients_and_weights_are_the_plain_ones_though_a_rank_is_late(tm
     test_residency.check_against_plain(folder, seen)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("stays_whole", ["nothing", "gradients", "all"])
-def test_state_in_host_memory_is_updated_to_the_same_bits(tmp_path, num_ranks, stays_whole):
+def test_state_in_host_memory_is_updated_to_the_same_bits(tmp_path, num_ranks, stays_whole, dtype):
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs")
-    test_residency.check_host_state(tmp_path, stays_whole, num_ranks, 0.4, on_gpu=True)
+    test_residency.check_host_state(tmp_path, stays_whole, num_ranks, 0.4, dtype, on_gpu=True)
 
 
 @pytest.mark.parametrize("lends", [False, True])

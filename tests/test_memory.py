@@ -248,8 +248,9 @@ def test_what_counts_for_memory_is_the_ds_configs():
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_state_counts_where_it_lies_and_at_most_13_bytes_a_parameter_on_the_host(share):
     memory, whole = estimate_8b("all", 2, share), estimate_8b("all", 2)
-    ring = 12 * 4 * 2**25 if share < 1 else 0
-    assert memory.host + memory.optimizer - ring == whole.optimizer == pytest.approx(12 * NUMEL / 2, rel=1e-6)
+    ring = 10 * 8 * 2**24 if share < 1 else 0  # 10 bytes there: what rounding lost of a master weight, and moments
+    assert 1.2 * memory.host + memory.optimizer - ring == pytest.approx(whole.optimizer)
+    assert whole.optimizer == pytest.approx(12 * NUMEL / 2, rel=1e-6)
     assert memory.optimizer - ring <= share * whole.optimizer <= memory.optimizer - ring + 12 * 3e8
     assert memory.host + ring <= 13 * NUMEL / 2
 
@@ -321,7 +322,7 @@ def test_state_lies_in_host_memory_where_the_device_has_better_uses_or_where_it_
 @pytest.mark.parametrize(
     ("frees", "options", "named"),
     [
-        ([83], {"host": 60}, ("GPUs", "host memory")),
+        ([83], {"host": 40}, ("GPUs", "host memory")),
         ([40], {}, ("GPUs",)),
         ([83] * 2, {"workload": ANY._replace(longest=300_000, steps=((42_000, 300_000),))}, ("--max_seq_length",)),
         ([140], {"own": {"optimizer_state": 1.0}}, ("2 GPUs",)),

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import reference
 import torch
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import nn
 
 from common import ranks as distributed
@@ -166,11 +165,11 @@ def test_an_update_is_torchs_own(changes, divisor):
 # ------------------------------------------------------------------ under ZeRO-3
 
 
-def make_engine(folder: str, residency: str, ranks: distributed.Ranks, share: float = 1.0):
-    config = SFTConfig(dtype="float32", max_grad_norm=MAX_NORM, learning_rate=LEARNING_RATE, adam_epsilon=EPSILON)
+def make_engine(folder: str, residency: str, ranks: distributed.Ranks, share: float = 1.0, dtype: str = "float32"):
+    config = SFTConfig(dtype=dtype, max_grad_norm=MAX_NORM, learning_rate=LEARNING_RATE, adam_epsilon=EPSILON)
     ds_config = deepspeed_config(config) | {"residency": residency, "optimizer_state": share}
     ds_config["zero_optimization"]["sub_group_size"] = 3000  # several groups of parameters in a step
-    policy = model.load_partitioned(folder, model.load_config(folder), torch.float32, "sdpa", ds_config, ranks)
+    policy = model.load_partitioned(folder, model.load_config(folder), getattr(torch, dtype), "sdpa", ds_config, ranks)
     return policy, build_engine(policy, config, ds_config)
 
 
@@ -185,7 +184,7 @@ def backward_passes(engine, ranks: distributed.Ranks):
 
 
 def run_micro_batches(
-    folder: str, residency: str, functional: bool = False, in_a_row: bool = False, share: float = 1.0
+    folder: str, residency: str, functional: bool = False, in_a_row: bool = False, share: float = 1.0, dtype="float32"
 ) -> list[dict]:
     """Two steps of PLANS. For each: {name: this rank's part of the gradient} before it, the norm, and every
     parameter, whole, after it; in_a_row: only after the last, so that nothing waits for what a step began. functional:
@@ -195,7 +194,7 @@ def run_micro_batches(
     torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN, so that whoever reads it is found out
     ranks = distributed.start(5)
     host_state.CHUNK_ELEMENTS = 700  # some parameters have more, and the ring's buffers are used again
-    policy, engine = make_engine(folder, residency, ranks, share)
+    policy, engine = make_engine(folder, residency, ranks, share, dtype)
     assert (not engine.updater.carrier.by_group) == (share == 1.0)
     engine.updater.carrier.memory_limit = 10**9 if ranks.device.type == "cuda" else None
     if functional:
@@ -233,15 +232,15 @@ def run_micro_batches(
         past_the_end, state = [], {}
         if step == 1:
             past_the_end = padding(engine, policy, ranks)
-            state = {name: [shard.cpu().clone() for shard in shards(param)] for name, param in parameters.items()}
+            state = {name: shards(engine, param) for name, param in parameters.items()}
         seen.append({"parts": parts, "norm": norm, "whole": whole, "padding": past_the_end, "state": state})
     return seen
 
 
-def shards(param) -> list[torch.Tensor]:
+def shards(engine, param) -> list[torch.Tensor]:
     """This rank's of a weight, its master weight and both moments."""
-    moments = (safe_get_local_optimizer_state(param, name) for name in ("exp_avg", "exp_avg_sq"))
-    return [param.ds_tensor.data, safe_get_local_fp32_param(param), *moments]
+    shard, size = kept.state_shards(engine)[param], param.ds_tensor.numel()
+    return [x.cpu().clone() for x in (param.ds_tensor.data, *(shard.read(kind, 0, size) for kind in checkpoint.KINDS))]
 
 
 def padding(engine, policy, ranks: distributed.Ranks) -> list[float]:
@@ -251,7 +250,7 @@ def padding(engine, policy, ranks: distributed.Ranks) -> list[float]:
     values = []
     for param in policy.parameters():
         start = max(0, param.ds_numel - ranks.rank * param.ds_tensor.numel())
-        values += [value for shard in shards(param) for value in shard.flatten()[start:].tolist()]
+        values += [value for shard in shards(engine, param) for value in shard.flatten()[start:].tolist()]
     return values
 
 
@@ -322,30 +321,34 @@ def test_a_backward_pass_waits_until_the_last_steps_sums_are_zeros(folder, num_r
     check_against_plain(folder, launch.on_ranks(run_with_late_zeros, num_ranks, str(folder), share))
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize(("share", "dtype"), [(0.0, "float32"), (0.4, "bfloat16")])
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("residency", RESIDENCY)
-def test_state_in_host_memory_is_updated_to_the_same_bits(tmp_path, residency, num_ranks, share):
-    check_host_state(tmp_path, residency, num_ranks, share)
+def test_state_in_host_memory_is_updated_to_the_same_bits(tmp_path, residency, num_ranks, share, dtype):
+    check_host_state(tmp_path, residency, num_ranks, share, dtype)
 
 
-def check_host_state(tmp_path, residency: str, num_ranks: int, share: float, on_gpu: bool = False) -> None:
+def check_host_state(
+    tmp_path, residency: str, num_ranks: int, share: float, dtype: str = "float32", on_gpu: bool = False
+) -> None:
     folder = str(models.make_model(tmp_path, "llama", intermediate_size=49))
     arguments = folder, residency, False, True
-    expected = launch.on_ranks(run_micro_batches, num_ranks, *arguments, on_gpu=on_gpu)
-    seen = launch.on_ranks(run_micro_batches, num_ranks, *arguments, share, on_gpu=on_gpu)
-    check_against_plain(folder, seen)
+    expected = launch.on_ranks(run_micro_batches, num_ranks, *arguments, 1.0, dtype, on_gpu=on_gpu)
+    seen = launch.on_ranks(run_micro_batches, num_ranks, *arguments, share, dtype, on_gpu=on_gpu)
+    if dtype == "float32":
+        check_against_plain(folder, seen)
     for ours, theirs in zip(seen, expected, strict=True):
         assert len(ours[1]["state"]) > 10
         for name, same in theirs[1]["state"].items():
             assert all(torch.equal(*pair) for pair in zip(ours[1]["state"][name], same, strict=True)), name
 
 
-def save_and_go_on(folder: str, out: str, resume: bool, residency: str, share: float) -> dict:
-    """One step and a checkpoint, or with `resume` that checkpoint loaded, and one step more: {name: whole weight}."""
+def save_and_go_on(folder: str, out: str, resume: bool, residency: str, share: float, dtype: str) -> dict:
+    """One step and a checkpoint, or with `resume` that checkpoint loaded, and one step more: {name: [this rank's of the
+    weight and its state]}."""
     host_state.CHUNK_ELEMENTS = 700
     ranks = distributed.start(5)
-    policy, engine = make_engine(folder, residency, ranks, share)
+    policy, engine = make_engine(folder, residency, ranks, share, dtype)
     parameters = dict(policy.lm.named_parameters())
     path = Path(out) / "checkpoints" / "step_00000001"
     config = SFTConfig(output_dir=out)
@@ -361,25 +364,40 @@ def save_and_go_on(folder: str, out: str, resume: bool, residency: str, share: f
             writer.save(saved)
             writer.wait()
     policy.finish_gathering()
-    if residency == "all":
-        return {name: param.detach().cpu().clone() for name, param in parameters.items()}
-    return {name: safe_get_full_fp32_param(param).cpu().clone() for name, param in parameters.items()}
+    return {name: [param.ds_numel, *shards(engine, param)] for name, param in parameters.items()}
 
 
 @pytest.mark.parametrize(("saved", "resumed"), [(1.0, 0.0), (0.0, 1.0), (0.4, 0.0)])
-@pytest.mark.parametrize("residency", ["all", "nothing"])
+@pytest.mark.parametrize(("residency", "dtype"), [("all", "bfloat16"), ("nothing", "bfloat16"), ("all", "float32")])
 def test_a_checkpoint_resumes_wherever_state_lies_to_the_same_bits_and_on_other_ranks(
-    tmp_path, saved, resumed, residency
+    tmp_path, saved, resumed, residency, dtype
 ):
     folder = str(models.make_model(tmp_path / "model", "llama", intermediate_size=49))
     (tmp_path / "checkpoints").mkdir()
     arguments = folder, str(tmp_path)
-    expected = launch.on_ranks(save_and_go_on, 2, *arguments, False, residency, saved)
-    same = launch.on_ranks(save_and_go_on, 2, *arguments, True, residency, resumed)
-    alone = launch.on_ranks(save_and_go_on, 1, *arguments, True, residency, resumed)
-    for name, weight in expected[0].items():
-        assert torch.equal(weight, same[0][name]), name
-        torch.testing.assert_close(weight, alone[0][name], rtol=1e-3, atol=1e-4)
+    expected = launch.on_ranks(save_and_go_on, 2, *arguments, False, residency, saved, dtype)
+    same = launch.on_ranks(save_and_go_on, 2, *arguments, True, residency, resumed, dtype)
+    alone = launch.on_ranks(save_and_go_on, 1, *arguments, True, residency, resumed, dtype)
+    close = {"rtol": 1e-3, "atol": 1e-4} if dtype == "float32" else {"rtol": 0.05, "atol": 0.02}
+    for name, (numel, *first) in expected[0].items():
+        for i in range(len(first)):
+            ranks_own = [rank[name][1 + i] for rank in expected]
+            assert all(map(torch.equal, ranks_own, [rank[name][1 + i] for rank in same])), name
+            torch.testing.assert_close(torch.cat(ranks_own)[:numel], alone[0][name][1 + i], **close)
+
+
+def test_what_rounding_loses_and_the_rounded_weight_give_every_float_back():
+    """Each of the 2**16 lower halves, behind even and odd upper ones, of either sign, subnormal, and rounded to inf."""
+    upper = torch.tensor([0x0000, 0x0001, 0x3F80, 0x3F81, 0x7F7E, 0x7F7F, -0x8000, -0x7FFF, -0x4080, -0x407F, -0x81])
+    bits = (upper.to(torch.int32)[:, None] << 16) + torch.arange(2**16, dtype=torch.int32)
+    master = bits.flatten().view(torch.float32)
+    weight, second = master.bfloat16(), torch.rand(len(master)) * (torch.arange(len(master)) % 3 > 0)
+    lost, kept_second = torch.empty(len(master), dtype=torch.int16), second.clone()
+    for _ in range(2):  # what the sign meant before does not count
+        host_state.take_apart(master, weight, lost, kept_second)
+    assert kept_second.signbit().sum() == 5  # one of each even upper half
+    assert torch.equal(host_state.put_together(weight, lost, kept_second).view(torch.int32), master.view(torch.int32))
+    assert torch.equal(kept_second.view(torch.int32), second.view(torch.int32))
 
 
 @pytest.mark.parametrize(("sizes", "most"), [([5], 64), ([500, 1, 130, 63, 65], 200), ([3] * 3, 999), ([64] * 9, 65)])

@@ -373,7 +373,8 @@ def exported_both_ways(root: str, words: list[str]) -> list[dict[str, bytes]]:
     residency.set_step(built, 7)
     torch.manual_seed(ranks.rank)
     for shard in residency.state_shards(built).values():
-        shard["master"] += 0.01 * torch.randn_like(shard["master"])  # no bfloat16 any more
+        master = shard.read("master", 0, len(shard.master)).cpu()
+        shard.write("master", 0, master + 0.01 * torch.randn_like(master))  # no bfloat16 any more
     residency.round_master_weights(built)
     template = resolve_template("tulu", model.load_tokenizer(folder))
     writer = checkpoint.Writer(built, dict(policy.lm.named_parameters()), settings, ranks)

@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,12 +43,13 @@ from common.files import digest, file_digest, naming, replace_file, sync_folder,
 from common.model.export import export_parameters
 from common.ranks import Ranks
 from common.zero import residency
-from common.zero.host_state import HostMemory, available_host_memory
+from common.zero.host_state import HostMemory, Shard, available_host_memory
 
 FOLDER = re.compile(r"step_(\d{8,})")
 FILE = re.compile(r"rank_(\d+)_of_\d+\.(\w+)_\d+\.safetensors")
 SHARD_FILE_BYTES = 2**29  # of a file, about; a reading thread holds one in memory
 BLOCK_BYTES = 2**24  # read at once
+COPIED_AT_ONCE = 2**24  # elements: on their way from host memory to a copy they pass through the device
 WRITERS, READERS, PINNERS = 2, 4, 4  # threads of a rank
 USABLE = 0.8  # of the host memory that is free before training, for copies of checkpoints
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -163,9 +165,11 @@ class Writer:
             tensors = {}
             for key, count in counts.items():
                 kind, _, name = key.partition("/")
-                shard = shards[self.parameters[name]][kind][:count]
-                place = self.copies[key] if self.copies is not None else torch.empty(count)
-                tensors[key] = place.copy_(shard, non_blocking=self.copies is not None)
+                shard = shards[self.parameters[name]]
+                tensors[key] = place = self.copies[key] if self.copies is not None else torch.empty(count)
+                for start in range(0, count, COPIED_AT_ONCE):
+                    part = place[start : start + COPIED_AT_ONCE]
+                    part.copy_(shard.read(kind, start, start + len(part)), non_blocking=self.copies is not None)
             yield file, tensors
 
     def _publish(self, temporary: Path, state: str, shards: list[dict[str, dict]]) -> None:
@@ -442,7 +446,7 @@ def _take_counters(state: RunState, path: Path, damaged: Path, ranks: Ranks) -> 
 class _Reader:
     """Reads what a rank takes of a checkpoint, each file as a whole, into its shards (of residency.state_shards)."""
 
-    def __init__(self, path: Path, manifest: dict, parameters: Parameters, shards: dict, ranks: Ranks):
+    def __init__(self, path: Path, manifest: dict, parameters: Parameters, shards: dict[Any, Shard], ranks: Ranks):
         self.path, self.files, self.parameters = path, manifest["files"], parameters
         self.shards, self.ranks, writers = shards, ranks, manifest["world_size"]
         # writer -> parameter -> _overlap of this rank's shard and the writer's
@@ -456,17 +460,19 @@ class _Reader:
 
     def read(self) -> str | None:
         """What is wrong with the files, None if nothing is. Raises OSError if one cannot be read."""
-        of_rank = {file: int(name[1]) for file in sorted(self.files) if (name := FILE.fullmatch(file))}
-        mine = [file for file, writer in of_rank.items() if writer in self.overlaps]
+        names = {file: name.groups() for file in sorted(self.files) if (name := FILE.fullmatch(file))}
+        mine = {file: (int(rank), kind) for file, (rank, kind) in names.items() if int(rank) in self.overlaps}
         size = sum(self.files[file]["size"] for file in mine)
         shown = progress(f"reading {self.path.name}", size // 10**6, "MB", self.ranks.say, self.ranks.is_main)
         try:
             with shown as advance, ThreadPoolExecutor(READERS) as pool:
-                is_whole = pool.map(lambda file: self._read(file, of_rank[file]), mine)
-                for file, found in zip(mine, is_whole, strict=True):
-                    if not found:
-                        return f"{file} has been changed"
-                    advance(self.files[file]["size"] // 10**6)
+                for kind in reversed(KINDS):  # master weights last (see Shard.write)
+                    of_kind = {file: writer for file, (writer, of) in mine.items() if of == kind}
+                    is_whole = pool.map(self._read, of_kind, of_kind.values())
+                    for file, found in zip(of_kind, is_whole, strict=True):
+                        if not found:
+                            return f"{file} has been changed"
+                        advance(self.files[file]["size"] // 10**6)
         except FileNotFoundError as e:
             return f"{Path(e.filename).name}: {e.strerror}"
         return None
@@ -490,7 +496,8 @@ class _Reader:
                             block.view(np.float32),
                             (first - start) // 4,
                             *place,
-                            self.shards[self.parameters[name]][kind],
+                            self.shards[self.parameters[name]],
+                            kind,
                         )
         return state.hexdigest() == entry["digest"]
 
@@ -503,11 +510,11 @@ def _overlap(numel: int, us: tuple[int, int], them: tuple[int, int]) -> tuple[in
     return (start - our_start, start - their_start, end - start) if start < end else None
 
 
-def _put(block: np.ndarray, at: int, ours: int, theirs: int, count: int, shard: torch.Tensor) -> None:
+def _put(block: np.ndarray, at: int, ours: int, theirs: int, count: int, shard: Shard, kind: str) -> None:
     """Copies what a block, elements from `at` on of a writer's shard, holds of an _overlap to our shard."""
     first, last = max(at, theirs), min(at + len(block), theirs + count)
     if first < last:
-        shard[ours + first - theirs : ours + last - theirs].copy_(torch.from_numpy(block[first - at : last - at]))
+        shard.write(kind, ours + first - theirs, torch.from_numpy(block[first - at : last - at]))
 
 
 def export(path: Path, output_dir: Path) -> None:

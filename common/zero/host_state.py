@@ -1,6 +1,10 @@
 """Master weights and moments in host memory, and their way to the device and back. Knows nothing of DeepSpeed.
 
-A link between host and device moves some 50 GB/s each way at once, and an update needs 12 bytes a parameter each way.
+A link between host and device moves some 50 GB/s each way at once, so an update takes the time of its bytes. Of the
+master weight M of a bfloat16 model only what its rounding W has lost is carried, for W is on the device: with the bits of both
+read as integers, M = 2^16 W + lost, where -2^15 <= lost <= 2^15, as bfloat16 rounds to the nearest. That is one number
+more than 16 bits hold: 2^15, where M was midway and rounded down, is kept as -2^15 and the sign of exp_avg_sq, which is
+never negative itself. So 10 bytes a parameter go each way, of a float32 model 12.
 On a GPU, copies run on two streams of their own, from and to memory that is pinned: a chunk arrives while the one
 before it is updated and the one before that is written back. On a CPU the same chunks are copied, one after another.
 """
@@ -21,7 +25,66 @@ ALIGNED = 64  # elements
 RING_BUFFERS = 8  # on the device, of one chunk each
 FREE_MEMORY_USES = 2  # chunks that memory which activations have given up takes: the next forward pass needs it
 TOUCHED_AT_ONCE = 2**27  # elements
-BYTES_PER_PARAMETER = 12  # master weight and two moments, float32
+BYTES_PER_PARAMETER = 12  # on the device: master weight and two moments, float32
+MIDWAY = 2**15
+
+
+def words(numel: int, itemsize: int) -> int:
+    """float32 elements that hold the state of numel parameters, of itemsize bytes on the device, in host memory."""
+    return 2 * numel + (-(-numel // 2) if itemsize == 2 else numel)
+
+
+def places_in(memory: torch.Tensor, numel: int, dtype: torch.dtype, stride: int) -> tuple[torch.Tensor, ...]:
+    """A state's three parts [numel] in memory float32 [words]: what is kept of master weights, in `dtype`, exp_avg and
+    exp_avg_sq. stride: elements from the beginning of one to that of the next."""
+    exp_avg, exp_avg_sq, rest = memory[:numel], memory[stride : stride + numel], memory[2 * stride :]
+    return rest.view(dtype)[:numel], exp_avg, exp_avg_sq
+
+
+def take_apart(master: torch.Tensor, weight: torch.Tensor, lost: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
+    """Writes to lost int16 [n] what weight bfloat16 [n], the rounded master float32 [n], has lost, and to exp_avg_sq
+    float32 [n] its sign."""
+    exact = master.view(torch.int32) - (weight.view(torch.int16).int() << 16)
+    lost.copy_(exact)
+    torch.copysign(exp_avg_sq, torch.where(exact == MIDWAY, -1.0, 1.0), out=exp_avg_sq)
+
+
+def put_together(weight: torch.Tensor, lost: torch.Tensor, exp_avg_sq: torch.Tensor) -> torch.Tensor:
+    """The master weights that take_apart got, float32 [n]; exp_avg_sq is as it was before."""
+    bits = (weight.view(torch.int16).int() << 16) + lost + (exp_avg_sq.signbit().int() << 16)
+    exp_avg_sq.abs_()
+    return bits.view(torch.float32)
+
+
+@dataclass
+class Shard:
+    """A rank's shard of a parameter and of its state, each [elements, padding included], wherever it lies."""
+
+    weight: torch.Tensor  # of the model, on the device
+    master: torch.Tensor  # float32, or int16: what `weight` lost
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor  # never negative but by take_apart
+
+    def read(self, kind: str, start: int, end: int) -> torch.Tensor:
+        """Elements [start, end) of `master`, `exp_avg` or `exp_avg_sq`, float32, on the device."""
+        device = self.weight.device
+        part = getattr(self, kind)[start:end].to(device, non_blocking=True)
+        if self.master.dtype == torch.float32 or kind == "exp_avg":
+            return part
+        if kind == "exp_avg_sq":
+            return part.abs()
+        exp_avg_sq = self.exp_avg_sq[start:end].to(device, non_blocking=True, copy=True)
+        return put_together(self.weight[start:end], part, exp_avg_sq)
+
+    def write(self, kind: str, start: int, values: torch.Tensor) -> None:
+        """values: float32 [n], in host memory. Of a parameter, exp_avg_sq before master."""
+        end = start + len(values)
+        if self.master.dtype == torch.float32 or kind != "master":
+            getattr(self, kind)[start:end].copy_(values)
+            return
+        weight = values.to(self.weight.dtype)
+        self.weight[start:end].copy_(weight)
+        take_apart(values, weight, self.master[start:end], self.exp_avg_sq[start:end])
 
 
 def num_on_device(group_sizes: list[int], share: float) -> int:
@@ -86,12 +149,17 @@ class HostMemory:
         assert len(taken) == num_elements
         return taken
 
+    def take_state(self, numel: int, itemsize: int) -> tuple[torch.Tensor, ...]:
+        """The state of numel parameters, of itemsize bytes on the device: zeros (see places_in)."""
+        dtype = torch.int16 if itemsize == 2 else torch.float32
+        return places_in(self.take(words(numel, itemsize)), numel, dtype, numel)
+
 
 @dataclass
 class Chunk:
     """A stretch of a group's state. pieces: (parameter of the group, start, end in its shard), one after another."""
 
-    state: tuple[torch.Tensor, ...]  # master weights, exp_avg, exp_avg_sq, float32 [n] in host memory
+    state: tuple[torch.Tensor, ...]  # [n] each, in host memory (see places_in)
     pieces: list[tuple[int, int, int]]
 
 
@@ -118,9 +186,9 @@ def pieces_of(sizes: list[int], most: int) -> Iterator[list[tuple[int, int, int]
 
 @dataclass
 class Buffer:
-    """A chunk's place on the device, float32 [3, n]. uses: how many more chunks it takes."""
+    """A chunk's place on the device, float32 [words]. uses: how many more chunks it takes."""
 
-    tensor: torch.Tensor
+    memory: torch.Tensor
     uses: float = float("inf")
     is_lent: bool = False
     usable: "torch.cuda.Event | None" = None  # once what used the memory before is done
@@ -142,31 +210,32 @@ class Carrier:
         self.memory_limit: float | None = None
         self.by_group: dict[int, list[Chunk]] = {}
         self.inward, self.outward = (torch.cuda.Stream(device) if self.is_cuda else None for _ in range(2))
-        self.width = 0  # elements of the largest chunk
+        self.width = self.words = 0  # elements of the largest chunk; of the memory that it takes
         self.waiting: deque[Chunk] = deque()  # of this step, not yet on their way
         self.brought: deque[tuple[Buffer, Chunk]] = deque()
         self.idle: deque[Buffer] = deque()
         self.used_up: deque[Buffer] = deque()  # given up in the next forward pass, once written back
 
     def add(self, group: int, state: tuple[torch.Tensor, ...], sizes: list[int]) -> None:
-        """state: a group's master weights and moments, in host memory; sizes: of the shards in it. In order."""
+        """state: a group's, in host memory (see places_in); sizes: of the shards in it. In order."""
         chunks, start = [], 0
         for pieces in pieces_of(sizes, CHUNK_ELEMENTS):
             end = start + sum(last - first for _, first, last in pieces)
             chunks.append(Chunk(tuple(flat[start:end] for flat in state), pieces))
             start, self.width = end, max(self.width, -(-(end - start) // ALIGNED) * ALIGNED)
+        self.words = words(self.width, state[0].itemsize)
         self.by_group[group] = chunks
         self.waiting.extend(chunks)
 
     def make_ring(self) -> None:
         """Once all groups are there."""
         for _ in range(min(RING_BUFFERS, len(self.waiting))):
-            self.idle.append(Buffer(torch.empty(3, self.width, device=self.device)))
+            self.idle.append(Buffer(torch.empty(self.words, device=self.device)))
 
     def lend(self, memory: torch.Tensor) -> list[Buffer]:
         """Buffers in memory, float32 [n], until the step ends; it may be used again once each of them is usable."""
-        wholes = memory.split(3 * self.width) if self.width else ()
-        lent = [Buffer(x.view(3, -1), is_lent=True, usable=self._mark()) for x in wholes if len(x) == 3 * self.width]
+        pieces = memory.split(self.words) if self.words else ()
+        lent = [Buffer(piece, is_lent=True, usable=self._mark()) for piece in pieces if len(piece) == self.words]
         self.idle.extend(lent)
         return lent
 
@@ -175,8 +244,11 @@ class Carrier:
         return torch.cuda.current_stream(self.device).record_event() if self.is_cuda else None
 
     def _has_room(self) -> bool:
-        needed = BYTES_PER_PARAMETER * self.width
+        needed = 4 * self.words
         return self.memory_limit is not None and torch.cuda.memory_allocated(self.device) + needed <= self.memory_limit
+
+    def _places(self, buffer: Buffer, chunk: Chunk) -> tuple[torch.Tensor, ...]:
+        return places_in(buffer.memory, len(chunk.state[0]), chunk.state[0].dtype, self.width)
 
     def bring(self, in_free_memory: bool = False) -> None:
         """Starts to bring the step's next chunks: as many as there are idle buffers; in_free_memory: as have room."""
@@ -184,30 +256,30 @@ class Carrier:
             if self.idle:
                 buffer = self.idle.popleft()
             else:  # the current stream has given up this memory, or will have
-                buffer = Buffer(torch.empty(3, self.width, device=self.device), FREE_MEMORY_USES, usable=self._mark())
+                buffer = Buffer(torch.empty(self.words, device=self.device), FREE_MEMORY_USES, usable=self._mark())
             chunk = self.waiting.popleft()
             with torch.cuda.stream(self.inward):
                 if buffer.usable is not None:
                     buffer.usable.wait()
-                for there, here in zip(buffer.tensor, chunk.state, strict=True):
-                    there[: len(here)].copy_(here, non_blocking=True)
+                for there, here in zip(self._places(buffer, chunk), chunk.state, strict=True):
+                    there.copy_(here, non_blocking=True)
                 buffer.arrived = self._mark()
             self.brought.append((buffer, chunk))
 
-    def carry(self, group: int) -> Iterator[tuple[Chunk, list[torch.Tensor]]]:
+    def carry(self, group: int) -> Iterator[tuple[Chunk, tuple[torch.Tensor, ...]]]:
         """Each chunk of a group with its state on the device, which is written back once the caller goes on."""
         for chunk in self.by_group[group]:
             self.bring()
             buffer, _ = self.brought.popleft()
             if buffer.arrived is not None:
                 buffer.arrived.wait()
-            yield chunk, [flat[: len(chunk.state[0])] for flat in buffer.tensor]
+            yield chunk, self._places(buffer, chunk)
             buffer.updated = self._mark()
             with torch.cuda.stream(self.outward):
                 if buffer.updated is not None:
                     buffer.updated.wait()
-                for here, there in zip(chunk.state, buffer.tensor, strict=True):
-                    here.copy_(there[: len(here)], non_blocking=True)
+                for here, there in zip(chunk.state, self._places(buffer, chunk), strict=True):
+                    here.copy_(there, non_blocking=True)
                 buffer.usable = self._mark()
             buffer.uses -= 1
             (self.idle if buffer.uses else self.used_up).append(buffer)

@@ -79,7 +79,7 @@ class Memory(NamedTuple):
     parameters: float  # whole, or the rank's shards
     gathered: float  # layers that are whole only while they run
     gradients: float
-    optimizer: float  # master weights and two moments, in equal parts, and the ring
+    optimizer: float  # master weights and two moments, and the ring
     host: float
     per_token: float  # D
     per_token_and_layer: float  # A
@@ -144,15 +144,16 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
     """
     groups = shard_groups(shape, world_size, zero)
     parameters, state = shape.numel / world_size, sum(groups)
-    on_device = sum(groups[: host_state.num_on_device(groups, share)])
-    ring = min(state - on_device, host_state.RING_BUFFERS * host_state.CHUNK_ELEMENTS)
+    num_kept = host_state.num_on_device(groups, share)
+    on_device, carried = sum(groups[:num_kept]), [host_state.words(size, shape.itemsize) for size in groups[num_kept:]]
+    chunk = 4 * host_state.words(host_state.CHUNK_ELEMENTS, shape.itemsize)
+    ring = min(4 * sum(carried), host_state.RING_BUFFERS * chunk)
     gathered = min(shape.numel, 3 * shape.layer_numel + zero.prefetch_bucket_size)
     if residency == "all" or world_size == 1:
         parameters, gathered = shape.numel, 0
     if "offload_param" in offload_devices(zero):
         parameters = 0
     gradients = 4 * (state + 2 * zero.reduce_bucket_size if residency == "nothing" else shape.numel)
-    chunk = host_state.BYTES_PER_PARAMETER * host_state.CHUNK_ELEMENTS
     others = (
         0.0 if residency == "nothing" else 4 * shape.layer_numel * (1 - 1 / world_size)
     )  # a layer's, of other ranks
@@ -164,8 +165,8 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
         shape.itemsize * parameters,
         shape.itemsize * gathered,
         gradients,
-        host_state.BYTES_PER_PARAMETER * (on_device + ring),
-        host_state.BYTES_PER_PARAMETER * (state - on_device),
+        host_state.BYTES_PER_PARAMETER * on_device + ring,
+        4 * sum(carried),
         shape.itemsize * (shape.vocab + 8 * shape.hidden),
         shape.itemsize * of_layer,
         lent=shape.layers * (others // chunk) * chunk,

@@ -16,7 +16,8 @@ for its own parameters only, while groups whose state lies in host memory (commo
 Undocumented names of engine.optimizer, DeepSpeed's ZeRO-3 optimizer  -> what DeepSpeed does: what is done here
   fp16_groups, fp16_partitioned_groups         -> parameters and their shards, by group: read
   fp16_partitioned_groups_flat                 -> the shards of each group, flat: read
-  fp32_partitioned_groups_flat                 -> master weights of each group, flat: made here, read, updated
+  fp32_partitioned_groups_flat                 -> master weights of each group, flat, or in host memory what their
+                                                  rounding has lost: made here, read, updated
   _create_fp32_partitions, initialize_optimizer_states -> makes them, and gradients: replaced, moments are made too
   defragment                                   -> makes shards one by way of host memory: replaced, stays on the device
   optimizer, sub_group_to_group_id             -> torch's AdamW, its group of options: moments set, updated
@@ -52,7 +53,18 @@ from torch.distributed.distributed_c10d import _coalescing_manager  # one launch
 from common.failures import UserError
 from common.model.experts import experts_in
 from common.model.summing import SummingEmbedding, SummingLinear
-from common.zero.host_state import ALIGNED, Buffer, Carrier, HostMemory, num_on_device, pieces_of
+from common.zero.host_state import (
+    ALIGNED,
+    Buffer,
+    Carrier,
+    HostMemory,
+    Shard,
+    num_on_device,
+    pieces_of,
+    put_together,
+    take_apart,
+    words,
+)
 
 DEEPSPEED = "0.19.8"
 
@@ -79,19 +91,23 @@ def set_step(engine, step: int) -> None:
         state["step"].fill_(step)
 
 
-def state_shards(engine) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
-    """This rank's shard of each parameter's master weights (`master`) and moments (`exp_avg`, `exp_avg_sq`): views,
-    float32 [elements, padding included], wherever they lie. Nothing that has been started writes to them any more."""
+def state_shards(engine) -> dict[nn.Parameter, Shard]:
+    """This rank's shard of each parameter and of its state. Nothing that has been started writes to them any more."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     zero = engine.optimizer
-    shards: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
-    for params, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-        sizes, state = [param.ds_tensor.numel() for param in params], zero.optimizer.state[flat]
-        flats = {"master": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-        split = zip(*(whole.split(sizes) for whole in flats.values()), strict=True)
-        shards |= {param: dict(zip(flats, views, strict=True)) for param, views in zip(params, split, strict=True)}
+    shards: dict[nn.Parameter, Shard] = {}
+    for group, params in enumerate(zero.fp16_groups):
+        weights = [shard.data for shard in zero.fp16_partitioned_groups[group]]
+        split = (flat.split([len(weight) for weight in weights]) for flat in _state(zero, group))
+        shards |= {param: Shard(*views) for param, *views in zip(params, weights, *split, strict=True)}
     return shards
+
+
+def _state(zero, group: int) -> tuple[torch.Tensor, ...]:
+    """A group's master weights, or what their rounding has lost, exp_avg and exp_avg_sq: each flat, of all shards."""
+    flat = zero.fp32_partitioned_groups_flat[group]
+    return flat.detach(), zero.optimizer.state[flat]["exp_avg"], zero.optimizer.state[flat]["exp_avg_sq"]
 
 
 def round_master_weights(engine) -> None:
@@ -100,7 +116,8 @@ def round_master_weights(engine) -> None:
     zero._partition_all_parameters()
     for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
         shards = [shard.data for shard in zero.fp16_partitioned_groups[group]]
-        torch._foreach_copy_(shards, list(flat.detach().split([shard.numel() for shard in shards])))
+        if flat.dtype == torch.float32:  # else setting them has rounded them (see Shard.write)
+            torch._foreach_copy_(shards, list(flat.detach().split([shard.numel() for shard in shards])))
         zero._reassign_or_swap_out_partitioned_parameters(group)
     zero._post_step(set())
 
@@ -129,16 +146,18 @@ def own_state(share_on_device: float, host: HostMemory | None) -> Iterator[None]
     def create(zero) -> None:
         sizes = [flat.numel() for flat in zero.fp16_partitioned_groups_flat]
         zero.num_on_device = num_on_device(sizes, share_on_device)
-        memory = host or HostMemory(3 * sum(sizes[zero.num_on_device :]), torch.device(zero.device))
+        itemsize = zero.fp16_partitioned_groups_flat[0].itemsize
+        needed = sum(words(size, itemsize) for size in sizes[zero.num_on_device :])
+        memory = host or HostMemory(needed, torch.device(zero.device))
         memory.wait_until_pinned()
         for group, shards in enumerate(zero.fp16_partitioned_groups_flat):
             if group < zero.num_on_device:
                 flat = shards.to(zero.device, torch.float32)
                 moments = [torch.zeros_like(flat) for _ in range(2)]
             else:
-                flat, *moments = (memory.take(sizes[group]) for _ in range(3))
-                flat.copy_(shards)
-            flat.requires_grad = True
+                flat, *moments = memory.take_state(sizes[group], itemsize)
+                if flat.dtype == torch.float32:  # else the weights have lost nothing yet
+                    flat.copy_(shards)
             zero.fp32_partitioned_groups_flat.append(flat)
             step = torch.zeros((), device=zero.device)
             zero.optimizer.state[flat] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
@@ -191,9 +210,7 @@ class Update:
             for bucket in zero.ipg_buckets.values():
                 bucket.buffer = None
         for group in range(zero.num_on_device, len(zero.fp16_groups)):
-            flat = zero.fp32_partitioned_groups_flat[group]
-            state = flat.detach(), zero.optimizer.state[flat]["exp_avg"], zero.optimizer.state[flat]["exp_avg_sq"]
-            self.carrier.add(group, state, [shard.numel() for shard in self._shards(group)])
+            self.carrier.add(group, _state(zero, group), [shard.numel() for shard in self._shards(group)])
         self.carrier.make_ring()
         for layer in policy.decoder_layers():
             layer.register_forward_pre_hook(lambda *_: self.carrier.give_up())
@@ -245,21 +262,29 @@ class Update:
     def _update(self, group: int) -> None:
         """update_group on each parameter's stretch of the group's flat master weights and moments, then rounds them."""
         zero, flat = self.zero, self.zero.fp32_partitioned_groups_flat[group]
-        state, options = zero.optimizer.state[flat], zero.optimizer.param_groups[zero.sub_group_to_group_id[group]]
-        state["step"] += 1
+        step, options = (
+            zero.optimizer.state[flat]["step"],
+            zero.optimizer.param_groups[zero.sub_group_to_group_id[group]],
+        )
+        step += 1
         gradients, shards = self._gradients(group), self._shards(group)
-        chunks: Iterable[tuple[list[tuple[int, int, int]], list[torch.Tensor]]]
+        chunks: Iterable[tuple[list[tuple[int, int, int]], tuple[torch.Tensor, ...]]]
         if group in self.carrier.by_group:
             chunks = ((chunk.pieces, on_device) for chunk, on_device in self.carrier.carry(group))
         else:
             pieces = next(pieces_of([shard.numel() for shard in shards], flat.numel()))
-            chunks = [(pieces, [flat.detach(), state["exp_avg"], state["exp_avg_sq"]])]
-        for pieces, flats in chunks:
+            chunks = [(pieces, _state(zero, group))]
+        for pieces, (kept, exp_avg, exp_avg_sq) in chunks:
             sizes = [end - start for _, start, end in pieces]
-            weights, exp_avgs, exp_avg_sqs = (list(x.split(sizes)) for x in flats)
+            rounded = [shards[i][start:end] for i, start, end in pieces]
+            is_whole = kept.dtype == torch.float32
+            master = kept if is_whole else put_together(torch.cat(rounded), kept, exp_avg_sq)
             parts = [gradients[i][start:end] for i, start, end in pieces]
-            update_group(weights, parts, exp_avgs, exp_avg_sqs, state["step"], self.divisor, options)
-            torch._foreach_copy_([shards[i][start:end] for i, start, end in pieces], weights)
+            weights, exp_avgs, exp_avg_sqs = (list(x.split(sizes)) for x in (master, exp_avg, exp_avg_sq))
+            update_group(weights, parts, exp_avgs, exp_avg_sqs, step, self.divisor, options)
+            torch._foreach_copy_(rounded, weights)
+            if not is_whole:
+                take_apart(master, torch.cat(rounded), kept, exp_avg_sq)
         self.when_updated(group)
 
 
@@ -411,7 +436,7 @@ class WholeGradients:
     def _lend(self, sums: Sums, end: int) -> None:
         """Lends what is not lent yet of the first `end` elements, in buffers."""
         lent = self.carrier.lend(sums.memory[sums.num_lent : end])
-        sums.num_lent += sum(buffer.tensor.numel() for buffer in lent)
+        sums.num_lent += sum(buffer.memory.numel() for buffer in lent)
         sums.lent += lent
 
     @torch.no_grad()
