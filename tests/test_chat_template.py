@@ -7,6 +7,7 @@ import pytest
 import tiny_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny_tokenizer import ANSWER, USER
 
 from common.data import chat_template
 from common.data.chat_template import TULU, resolve_template
@@ -14,7 +15,6 @@ from common.data.conversations import Conversation, Dropped
 from common.failures import UserError
 
 TOKENIZER = tiny_tokenizer.tiny_tokenizer()
-USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}
 
 
 def template_of(tmp_path_factory, jinja: str):

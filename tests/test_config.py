@@ -132,11 +132,6 @@ def test_a_typo_in_a_flag_names_the_nearest(yaml_file, flag, nearest):
         assert f"did you mean --{nearest}?" in refusal(sft, *words)
 
 
-def test_all_unknown_flags_are_named_at_once():
-    message = refusal(sft, "--lerning_rate", "1", "--seed", "x", "--sead=1")
-    assert "--lerning_rate: did you mean --learning_rate?" in message and "--sead: did you mean --seed?" in message
-
-
 def test_names_of_other_trainers_are_answered_with_the_flag_here():
     flags = {field.name for field in dataclasses.fields(DPOConfig)}
     names = {name: flag for flag, others in OTHER_NAMES.items() for name in others.split()}

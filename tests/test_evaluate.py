@@ -220,12 +220,7 @@ def test_flags_that_hold_out_nothing_or_everything_are_refused(tmp_path, flags, 
     path = models.write_jsonl(tmp_path / "rows.jsonl", models.conversations(10))
     config = dataclasses.replace(SFTConfig(), dataset_mixer=[str(path)], cache_dir=str(tmp_path), **flags)
     with pytest.raises(UserError, match=named):
-        training_and_held_out("sft", config, resolve_template("tulu", models.make_tokenizer()), PerNode())
-
-
-class PerNode(OneRank):
-    def once_per_node(self, work):
-        return work()
+        training_and_held_out("sft", config, resolve_template("tulu", models.make_tokenizer()), OneRank())
 
 
 # ------------------------------------------------------------------ early stopping

@@ -68,11 +68,6 @@ def test_far_apart_log_probabilities_overflow_nothing(loss_type):
     assert value.isfinite().all() and chosen.grad.isfinite().all()
 
 
-def test_what_is_known_of_each_loss():
-    assert {name for name, entry in LOSSES.items() if entry.averages_over_length} == {"dpo_norm", "ipo", "simpo"}
-    assert {name for name, entry in LOSSES.items() if not entry.needs_reference} == {"simpo"}
-
-
 @pytest.mark.parametrize(
     ("loss_type", "dtype", "logps", "allowed"),
     [

@@ -202,14 +202,6 @@ def test_a_damaged_part_is_not_used(cache):
         assert {i for pairs, _ in read for i in pairs.tolist()} == expected
 
 
-def test_what_was_lost_is_computed_again(written, cache, train, plain_logps):
-    parts(cache)[0].write_bytes(b"")
-    run = train(2).succeeded()
-    assert f"{NUM_PAIRS - len(read_part(parts(written[0])[0])[0])} of 40 pairs cached" in run.stdout
-    assert_same_numbers(run, written[1])
-    torch.testing.assert_close(read_parts(cache), plain_logps, rtol=1e-5, atol=1e-4)
-
-
 def without_memory(*_) -> None:
     torch.empty(2**46)
 

@@ -173,8 +173,3 @@ def test_a_package_that_is_missing_is_named_with_its_command_before_training(nam
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(UserError, match=f"--report_to {name}: .* -m pip install {name}"):
         parse_config(SFTConfig, ["--report_to", name])
-
-
-def test_nothing_is_opened_unless_asked_for(tmp_path):
-    config = dataclasses.replace(SFTConfig(), output_dir=str(tmp_path))
-    assert trackers.Trackers(config, "id", 0, OneRank()).open == {}
