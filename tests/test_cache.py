@@ -6,12 +6,14 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import launch
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -544,3 +546,24 @@ def test_of_two_builders_at_once_one_builds_and_both_use_it(tmp_path, said, monk
         first, second = threads.map(prepare, [data] * 2, [tmp_path] * 2)
     assert first == second and len(TokenDataset(first)) == 40 and len(built) == 1
     assert sum("waiting" in line for line in said) == 1 and left_in(tmp_path) == [Path(first).name]
+
+
+def killed_in_the_third_block(logs: str, data: str, cache: str) -> None:
+    """In a process of its own."""
+    tokenize, blocks = BlockTokenizer.__call__, []
+
+    def counted(*arguments):
+        blocks.append(arguments)
+        return os.kill(os.getpid(), signal.SIGKILL) if len(blocks) == 3 else tokenize(*arguments)
+
+    token_cache.BLOCK_ROWS, BlockTokenizer.__call__ = 8, counted
+    prepare(data, Path(cache))
+
+
+def test_kill_9_while_building_leaves_the_next_run_to_rebuild(tmp_path):
+    data = write(tmp_path / "x.jsonl", ROWS)
+    arguments = str(data), str(tmp_path / "cache")
+    assert launch.Run(killed_in_the_third_block, 1, arguments).wait().exit_codes == [-signal.SIGKILL]
+    assert left_in(tmp_path / "cache") == ["building"]
+    path = prepare(data, tmp_path / "cache")
+    assert len(TokenDataset(path)) == 40 and left_in(tmp_path / "cache") == [Path(path).name]

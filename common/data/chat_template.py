@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from inspect import signature
-from itertools import pairwise, takewhile
+from itertools import pairwise, takewhile, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,6 +98,7 @@ class ChatTemplate:
         self._no_variables = {*signature(tokenizer.apply_chat_template).parameters, "messages"} - {"documents"}
         self._shows_role: dict[str, bool] = {"user": True, "assistant": True}
         self._frames: dict[str, Frame] = {}
+        self._printed: dict[tuple, list[str]] = {}  # of _plain_spans
         with as_user_error(f"chat template {name!r} for a question and an answer", Dropped), bounded():
             self.closing = self.frame({}).closing
             self._shows_tools = self.attempt([QUESTION], tools=[TOOL]) != self.attempt([QUESTION])
@@ -140,11 +141,40 @@ class ChatTemplate:
             turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
             asked_for = [i for i in (turns[-1:] if only_last else turns) if conversation.trained[i]]
             frame = self.frame(conversation.variables, bool(conversation.tools))
+            if not conversation.tools and (plain := self._plain_spans(messages, text, conversation.variables, frame)):
+                return Rendered(text, [plain[i] for i in asked_for], [])
             layout = _Layout(self, messages, text, options, frame)
             spans = [span for i in asked_for for span in layout.spans(i)]
         if conversation.tools and not self._shows_tools:
             layout.notes.append("tools that the template does not show")
         return Rendered(text, spans, layout.notes)
+
+    def _plain_spans(self, messages: list[dict], text: str, variables: dict, frame: Frame) -> dict:
+        """{assistant message: its span} of messages of a role and a content alone, each order of which is rendered with
+        marks once. {} where what is printed around contents depends on more than the roles: then _Layout tells."""
+        if not (frame.prompt and frame.closing) or any(len(m) != 2 or not m.get("content") for m in messages):
+            return {}
+        roles = tuple(message["role"] for message in messages)
+        key = roles, json.dumps(variables, sort_keys=True, default=str)
+        if key not in self._printed:
+            marked = [{"role": role, "content": f"{BEGIN}{i}{STOP}"} for i, role in enumerate(roles)]
+            if len(self._printed) > 1000:
+                self._printed.clear()
+            self._printed[key] = MARK.split(self.attempt(marked, **variables) or "")
+        printed, spans, position = self._printed[key], {}, 0
+        contents = [messages[int(i)]["content"] for i in printed[2::3]]
+        if "".join(part for pair in zip_longest(printed[::3], contents, fillvalue="") for part in pair) != text:
+            return {}
+        for i, before, content, after in zip(
+            map(int, printed[2::3]), printed[::3], contents, printed[3::3], strict=False
+        ):
+            start = position + len(before)
+            position = start + len(content)
+            if roles[i] == "assistant":
+                if not before.endswith(frame.prompt) or not after.startswith(frame.closing):
+                    return {}
+                spans[i] = start, position + len(frame.closing)
+        return spans if len(spans) == roles.count("assistant") else {}
 
     def frame(self, variables: dict, has_tools: bool = False) -> Frame:
         """What is printed around an answer, with these variables of the template. Raises Dropped."""

@@ -48,6 +48,14 @@ def one_ahead(prepared: Callable[[int], Any], steps: range) -> Iterator[tuple[in
             yield step, value
 
 
+def packing_report(steps: list[list[int]], num_ranks: int, budget: int) -> str:
+    """One line on how full the micro-batches of `steps` (the lengths of each step's samples) will be."""
+    micro_batches = [len(plan_step(lengths, num_ranks, budget)[0]) for lengths in steps]
+    used = sum(map(sum, steps)) / (sum(micro_batches) * num_ranks * budget)
+    mean, first = np.mean(micro_batches), f"(first {len(steps)} steps)"
+    return f"packing: {mean:.1f} micro-batches a step on each rank, {used:.1%} of their {budget:,} tokens used {first}"
+
+
 def _longest_first(order: list[int], lengths: list[int], num_bins: int) -> list[tuple[int, list[int]]]:
     """[(tokens, members)] of each bin, fullest first."""
     heap = [(0, b) for b in range(num_bins)]
