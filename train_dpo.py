@@ -121,11 +121,9 @@ def main() -> None:
     if reference_folder is not None:  # it is gone before the policy loads
         model = load.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
         with inference_engine(model, ds_config) as engine:
-            weights_digest = identity["ref_model_name_or_path (contents)"]
-            reference_table, cached_in = reference_pass(
-                engine, data, pairs, weights_digest, config, kernel, workload.budget, ranks
-            )
-            evaluation.read_reference(engine, weights_digest, kernel, workload.budget)
+            digest, size = identity["ref_model_name_or_path (contents)"], workload.budget
+            reference_table, cached_in = reference_pass(engine, data, pairs, digest, config, kernel, size, ranks)
+            evaluation.read_reference(engine, digest, kernel, size)
         del model, engine
 
     # ------------------------------------------------------------------ model and engine
@@ -140,14 +138,13 @@ def main() -> None:
     made_up = partial(memory.made_up_pair, share_prompt=config.share_prompt)
     budget = memory.choose_micro_batch(engine, config, estimate, kernel, workload, made_up, ranks)  # tokens
     state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
-    first_steps = [lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
-    ranks.say(packing_report(first_steps, ranks.world_size, budget))
+    ranks.say(packing_report(schedule, lengths, ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())  # lm: transformers' model
     # No weight has been updated, and no checkpoint loaded yet: here the policy still is the starting model.
     if preference.needs_reference and reference_folder is None:
-        weights_digest = identity["model_name_or_path (contents)"]
-        reference_table, cached_in = reference_pass(engine, data, pairs, weights_digest, config, kernel, budget, ranks)
-        evaluation.read_reference(engine, weights_digest, kernel, budget)
+        digest = identity["model_name_or_path (contents)"]
+        reference_table, cached_in = reference_pass(engine, data, pairs, digest, config, kernel, budget, ranks)
+        evaluation.read_reference(engine, digest, kernel, budget)
     if resume_from is not None:
         checkpoint.load(engine, parameters, resume_from, state, config.resume, ranks)
 
@@ -203,10 +200,9 @@ def main() -> None:
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
-        totals_and_votes = ranks.sum(
-            [*sums.tolist(), balances.item(), num_tokens, squared_lengths, writer.vote(), *stop_request.votes()]
-        )
-        *all_sums, router_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = totals_and_votes
+        votes = writer.vote(), *stop_request.votes()
+        totals = ranks.sum([*sums.tolist(), balances.item(), num_tokens, squared_lengths, *votes])
+        *all_sums, router_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = totals
         writer.proceed(written)
         means = {name: value / len(samples) for name, value in zip(SUMMED, all_sums, strict=True)}
         train_loss = means.pop("train_loss")

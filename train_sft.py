@@ -97,8 +97,7 @@ def main() -> None:
     made_up = memory.made_up_conversation
     budget = memory.choose_micro_batch(engine, config, estimate, kernel, workload, made_up, ranks)  # tokens
     state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
-    first_steps = [data.lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
-    ranks.say(packing_report(first_steps, ranks.world_size, budget))
+    ranks.say(packing_report(schedule, data.lengths, ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())  # lm: transformers' model
     if resume_from is not None:
         checkpoint.load(engine, parameters, resume_from, state, config.resume, ranks)
@@ -150,9 +149,8 @@ def main() -> None:
                 num_tokens += micro_batch.num_tokens
                 squared_lengths += micro_batch.sum_squared_lengths
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
-        sums = ranks.sum(
-            [losses.sum().item(), balances.item(), num_tokens, squared_lengths, writer.vote(), *stop_request.votes()]
-        )
+        votes = writer.vote(), *stop_request.votes()
+        sums = ranks.sum([losses.sum().item(), balances.item(), num_tokens, squared_lengths, *votes])
         nll, router_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = sums
         writer.proceed(written)
         train_loss = nll / num_targets

@@ -52,11 +52,9 @@ def data_table(ds: TokenDataset) -> str:
         lines.append((one_line(source["asked_for"]), f"{rows}; {known_by}"))
         lines += [("  file left out", one_line(name)) for name in source.get("left_out", [])[:5]]
     forms = ", ".join(f"{form} ({count:,} rows)" for form, count in stats["formats"].items())
-    lines += [
-        ("format", forms),
-        *((name.replace("_", " "), f"{stats[name]:,}") for name in ("rows_read", "kept", "truncated")),
-        ("dropped", f"{sum(stats['dropped'].values()):,}"),
-    ]
+    lines.append(("format", forms))
+    lines += [(name.replace("_", " "), f"{stats[name]:,}") for name in ("rows_read", "kept", "truncated")]
+    lines.append(("dropped", f"{sum(stats['dropped'].values()):,}"))
     counted("dropped", "{}")
     for name, title in (("notes", "not trained as its row says"), ("ignored", "nothing acts on")):
         if stats[name]:
@@ -64,11 +62,9 @@ def data_table(ds: TokenDataset) -> str:
             counted(name, "{}")
     counted("unrendered_roles", "messages of role '{}' left out")
     once = "" if ds.pair_lengths is None else ", a pair's prompt once"
-    lines += [
-        ("tokens" + once, f"{stats['tokens']:,}"),
-        ("target tokens", f"{stats['target_tokens']:,}"),
-        ("length" + once, ", ".join(f"{name} {value:,}" for name, value in stats["length_percentiles"].items())),
-    ]
+    lines += [("tokens" + once, f"{stats['tokens']:,}"), ("target tokens", f"{stats['target_tokens']:,}")]
+    lengths = ", ".join(f"{name} {value:,}" for name, value in stats["length_percentiles"].items())
+    lines.append(("length" + once, lengths))
     width = min(40, max(len(name) for name, _ in lines))
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
 

@@ -53,9 +53,8 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     if path is None:
         steps = ranks.once(lambda: read_run_config(config.output_dir)).get("result", {}).get("steps")
         if steps and config.resume == "auto":
-            ranks.say(
-                f"warning: {config.output_dir}: this run ended after {steps} steps, no checkpoint: it begins anew"
-            )
+            ended = f"this run ended after {steps} steps, no checkpoint"
+            ranks.say(f"warning: {config.output_dir}: {ended}: it begins anew")
         return RunState(identity=identity), None
     state = checkpoint.read_state(path)
     _require_same_run(f"checkpoint {path}", config.output_dir, state.identity, identity, state.step, last_step)
@@ -73,9 +72,8 @@ def _finished_after(config: TrainConfig, identity: dict, last_step: int) -> int 
     steps = record.get("result", {}).get("steps")
     if config.resume != "auto" or steps is None:
         return None
-    _require_same_run(
-        f"the model in {output_dir}", config.output_dir, record.get("identity", {}), identity, steps, last_step
-    )
+    what, old = f"the model in {output_dir}", record.get("identity", {})
+    _require_same_run(what, config.output_dir, old, identity, steps, last_step)
     # A run that stopped early is finished for as long as the same patience is asked for.
     has_ended = steps == last_step or record["result"].get("stopped_early") == (config.early_stopping_patience or 0)
     is_finished = has_ended and _holds_model(output_dir)
@@ -112,9 +110,8 @@ def require_no_other_run(config: TrainConfig, identity: dict, last_step: int) ->
     record = read_run_config(config.output_dir)
     if record and config.resume == "auto":
         old = {name: record.get("identity", {}).get(name) for name in identity}
-        _require_same_run(
-            config.output_dir, config.output_dir, old, identity, record.get("result", {}).get("steps", 0), last_step
-        )
+        steps = record.get("result", {}).get("steps", 0)
+        _require_same_run(config.output_dir, config.output_dir, old, identity, steps, last_step)
 
 
 def _require_no_other_model(config: TrainConfig) -> None:

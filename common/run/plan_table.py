@@ -243,9 +243,8 @@ def plan_table(
     warnings += trouble(config, folder, None if is_drawn else data.digest, template, schedule.last_step)
     rows = plan_rows(config, plan, workload, schedule, evaluation, planned, ranks, spread) | {"machine": called}
     if held_out is not None:
-        rows["pairs" if method == "dpo" else "samples"] += (
-            f"; {'some' if is_drawn else f'{len(held_out):,}'} are held out"
-        )
+        number = "some" if is_drawn else f"{len(held_out):,}"
+        rows["pairs" if method == "dpo" else "samples"] += f"; {number} are held out"
     if is_drawn:
         of_rows = f"{whole.stats['rows_read']:,} of {num_rows:,} rows were tokenized, {share:.1%} of them kept"
         rows = {"data": f"{of_rows}: numbers with `about` are estimates, with their 95% intervals"} | rows

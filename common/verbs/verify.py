@@ -25,9 +25,8 @@ CHANGED |= {"push_to_hub": False, "report_to": "none"}
 
 def main(*argv: str) -> int:
     """Returns the exit code. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="verify", usage="bash run.sh verify OUTPUT_DIR [--step K]", description=__doc__
-    )
+    usage = "bash run.sh verify OUTPUT_DIR [--step K]"
+    parser = argparse.ArgumentParser(prog="verify", usage=usage, description=__doc__)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--step", type=int)
     given = parser.parse_args(argv)
@@ -78,11 +77,8 @@ def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None) ->
     different = [name for name in names if json.dumps(logged.get(name)) != json.dumps(repeated.get(name))]
     for name in different:
         print_line(f"step {step}: {name} was {logged.get(name)!r}, is {repeated.get(name)!r}")
-    print_line(
-        f"step {step}: {len(different)} of {len(names)} values differ"
-        if different
-        else f"step {step}: all {len(names)} values are the same, bit by bit: {', '.join(names)}"
-    )
+    verdict = f"all {len(names)} values are the same, bit by bit: {', '.join(names)}"
+    print_line(f"step {step}: {f'{len(different)} of {len(names)} values differ' if different else verdict}")
     return int(bool(different))
 
 
