@@ -89,12 +89,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.NFC()  # as transformers makes it in a folder of a Qwen2
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - 20,
-        special_tokens=["<eos>"],
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
+    options = {"special_tokens": ["<eos>"], "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 20, show_progress=False, **options)
     tokenizer.train_from_iterator([" ".join(WORDS)] * 3 + [f"<|{role}|>\n" for role in ("user", "assistant")], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 

@@ -86,10 +86,8 @@ def left_in(cache: Path) -> list[str]:
 def test_an_sft_cache_holds_every_kept_sample_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "BLOCK_ROWS", 4)
     first = write(tmp_path / "first.jsonl", ROWS[:30])
-    second = write(
-        tmp_path / "second.jsonl",
-        [ROWS[30], {"messages": [message("user", "alone")]}, {"prompt": "why 31?", "completion": "so."}],
-    )
+    rows = [ROWS[30], {"messages": [message("user", "alone")]}, {"prompt": "why 31?", "completion": "so."}]
+    second = write(tmp_path / "second.jsonl", rows)
     ds = TokenDataset(prepare([f"{first}=50%", str(second)], tmp_path / "cache"))
     taken = np.random.RandomState(42).choice(30, size=15, replace=False)
     expected = [(CHATS[i], f"{first}:{i + 1}") for i in taken]
@@ -175,10 +173,8 @@ def test_what_a_template_leaves_out_or_changes_is_warned_of(tmp_path, said, jinj
 def test_preview_and_table_show_what_is_trained(tmp_path, monkeypatch):
     data = write(tmp_path / "x.jsonl", [{"messages": CHATS[1][:2] + CHATS[0]}, {"messages": []}])
     ds = TokenDataset(prepare(data, tmp_path))
-    assert preview(ds, 0, TOKENIZER) == (
-        f"sample 0 ({data}:1):\n<|user|>\nwhy 1?\n<|assistant|>\n[[so 1.so 1.<eos>]]\n"
-        "<|user|>\nwhy 0?\n<|assistant|>\n[[so 0.<eos>]]"
-    )
+    turns = "<|user|>\nwhy 1?\n<|assistant|>\n[[so 1.so 1.<eos>]]\n<|user|>\nwhy 0?\n<|assistant|>\n[[so 0.<eos>]]"
+    assert preview(ds, 0, TOKENIZER) == f"sample 0 ({data}:1):\n{turns}"
     table = data_table(ds)
     counted = ["rows read +2", "kept +1", "dropped +1", "no assistant message +1; first .*x.jsonl:2"]
     for line in (*counted, f"tokens +{ds.lengths[0]}", f"target tokens +{ds.num_targets[0]}", "sha256 [0-9a-f]{64}"):
@@ -223,9 +219,8 @@ def test_what_nothing_acts_on_is_named_with_its_place(tmp_path, row, jinja, igno
 
 
 def test_columns_that_are_not_even_read_are_named(tmp_path):
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist([{**row, "score": 1.0} for row in ROWS]), tmp_path / "x.parquet"
-    )
+    table = pyarrow.Table.from_pylist([{**row, "score": 1.0} for row in ROWS])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     assert TokenDataset(prepare(tmp_path / "x.parquet", tmp_path)).stats["ignored"] == {"column 'score'": 40}
 
 

@@ -517,9 +517,8 @@ def test_roles_that_are_not_shown_are_told(templates):
 def test_a_templates_own_refusal_is_told_from_its_failure(templates, tmp_path_factory):
     with pytest.raises(Dropped, match=r"refused by the chat template: .*alternate"):
         rendered(templates["MISTRAL"], [USER, USER])
-    failing = template_of(
-        tmp_path_factory, "{% if messages|length > 2 %}{{ 1 / 0 }}{% endif %}" + tiny_tokenizer.CHATML
-    )
+    division = "{% if messages|length > 2 %}{{ 1 / 0 }}{% endif %}"
+    failing = template_of(tmp_path_factory, division + tiny_tokenizer.CHATML)
     with pytest.raises(Dropped, match="ZeroDivisionError"):
         rendered(failing, [USER, ANSWER, USER])
 

@@ -73,12 +73,10 @@ class TwoHosts:
         for node, host in enumerate(HOSTS):
             words = [f"{script}.py", *launch.argv(flags[node])]
             torchrun = ["-m", "torch.distributed.run", "--nnodes", 2, "--node_rank", node, "--nproc_per_node", per_node]
-            torchrun = (
-                [*torchrun, "--master_addr", ADDRESSES[0], "--master_port", port] if launcher == "torchrun" else []
-            )
+            torchrun += ["--master_addr", ADDRESSES[0], "--master_port", port]
             for local_rank in range(per_node if launcher == "srun" else 1):
                 of_task = srun_environment(node, local_rank, per_node, port) if launcher == "srun" else ENVIRONMENT
-                command = on_host(host, [sys.executable, *torchrun, *words], hidden[node])
+                command = on_host(host, [sys.executable, *torchrun * (launcher == "torchrun"), *words], hidden[node])
                 pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": launch.REPO}
                 process = subprocess.Popen(command, env=common | of_task, start_new_session=True, **pipes)
                 self.processes.append(process)

@@ -46,9 +46,8 @@ run = "trap 'echo asked; exit 143' TERM; echo ready; while :; do sleep 0.05; don
 sanity.start_run = lambda words: launch.start(["bash", "-c", run], stdout=-1, stderr=-2, text=True)
 sys.exit(sanity.main("sft"))"""
     environment = os.environ | {"PYTHONPATH": str(launch.REPO)}
-    with subprocess.Popen(
-        [sys.executable, "-u", "-c", code], cwd=tmp_path, stdout=-1, text=True, env=environment
-    ) as process:
+    command = [sys.executable, "-u", "-c", code]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=-1, text=True, env=environment) as process:
         next(line for line in process.stdout if line == "ready\n")
         process.send_signal(signal.SIGTERM)
         output = process.stdout.read()

@@ -123,10 +123,8 @@ def broken(config, run_id: str, step: int) -> tuple:
 
 def test_a_stopped_run_and_the_one_that_continues_finish_their_trackers(tiny_llama, sft_data, tmp_path):
     """One that fails in mid-run is named once, and stops nothing."""
-    patches = {
-        "common.run.trackers.OPENERS": {"tensorboard": written, "wandb": broken},
-        "importlib.metadata.version": Known(),
-    }
+    patches = {"common.run.trackers.OPENERS": {"tensorboard": written, "wandb": broken}}
+    patches["importlib.metadata.version"] = Known()
     changes = {"report_to": ["tensorboard", "wandb"], "max_train_steps": 200, "global_batch_size": 2}
     flags = launch.flags(tiny_llama, sft_data, tmp_path, **changes)
     run = launch.start("train_sft", flags, 1, patches)
