@@ -83,10 +83,9 @@ def main() -> None:
 
     # ------------------------------------------------------------------ schedule
     schedule = Schedule(config, len(data))  # samples and learning rate of each step; the run ends after last_step
-    for warning in schedule.warnings():
-        ranks.say(warning)
     evaluation = Evaluation(data, held_out, config, schedule, ranks)
-    ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
+    where = f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention"
+    ranks.say("\n".join([where, *schedule.warnings()]))
     if config.share_prompt:
         unshared = pair_lengths(data.pair_lengths, share_prompt=False).sum()
         ranks.say(f"shared prompts: {lengths.sum():,} tokens an epoch in place of {unshared:,}")
@@ -180,7 +179,6 @@ def main() -> None:
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=ranks.device)
         balances = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        num_tokens = squared_lengths = 0
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 size.tokens = micro_batch.num_tokens
@@ -197,11 +195,10 @@ def main() -> None:
                 balances += balance.detach()
                 losses[m] = loss.detach()
                 sums += micro_batch_sums
-                num_tokens += micro_batch.num_tokens
-                squared_lengths += micro_batch.sum_squared_lengths
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
+        sizes = [sum(row.num_tokens for row in micro_batches), sum(row.sum_squared_lengths for row in micro_batches)]
         votes = writer.vote(), *stop_request.votes()
-        totals = ranks.sum([*sums.tolist(), balances.item(), num_tokens, squared_lengths, *votes])
+        totals = ranks.sum([*sums.tolist(), balances.item(), *sizes, *votes])
         *all_sums, router_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = totals
         writer.proceed(written)
         means = {name: value / len(samples) for name, value in zip(SUMMED, all_sums, strict=True)}

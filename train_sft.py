@@ -60,10 +60,9 @@ def main() -> None:
 
     # ------------------------------------------------------------------ schedule
     schedule = Schedule(config, len(data))  # samples and learning rate of each step; the run ends after last_step
-    for warning in schedule.warnings():
-        ranks.say(warning)
     evaluation = Evaluation(data, held_out, config, schedule, ranks)
-    ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
+    where = f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention"
+    ranks.say("\n".join([where, *schedule.warnings()]))
 
     # ------------------------------------------------------------------ output folder
     # `claim` returns None for a finished run; for one that was cut short its state and the checkpoint to resume from;
@@ -133,7 +132,6 @@ def main() -> None:
         set_learning_rate(engine, learning_rate)
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         balances = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        num_tokens = squared_lengths = 0
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, micro_batch in enumerate(micro_batches):
                 size.tokens = micro_batch.num_tokens
@@ -146,11 +144,10 @@ def main() -> None:
                 engine.backward(loss * ranks.world_size / num_targets + balance * ranks.world_size)
                 balances += balance.detach()
                 losses[m] = loss.detach()
-                num_tokens += micro_batch.num_tokens
-                squared_lengths += micro_batch.sum_squared_lengths
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
+        sizes = [sum(row.num_tokens for row in micro_batches), sum(row.sum_squared_lengths for row in micro_batches)]
         votes = writer.vote(), *stop_request.votes()
-        sums = ranks.sum([losses.sum().item(), balances.item(), num_tokens, squared_lengths, *votes])
+        sums = ranks.sum([losses.sum().item(), balances.item(), *sizes, *votes])
         nll, router_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = sums
         writer.proceed(written)
         train_loss = nll / num_targets
