@@ -1,10 +1,10 @@
 """Master weights and moments in host memory, and their way to the device and back. Knows nothing of DeepSpeed.
 
 A link between host and device moves some 50 GB/s each way at once, so an update takes the time of its bytes. Of the
-master weight M of a bfloat16 model only what its rounding W has lost is carried, for W is on the device: with the bits of both
-read as integers, M = 2^16 W + lost, where -2^15 <= lost <= 2^15, as bfloat16 rounds to the nearest. That is one number
-more than 16 bits hold: 2^15, where M was midway and rounded down, is kept as -2^15 and the sign of exp_avg_sq, which is
-never negative itself. So 10 bytes a parameter go each way, of a float32 model 12.
+master weight M of a bfloat16 model only what its rounding W has lost is carried, for W is on the device: with the bits
+of both read as integers, M = 2^16 W + lost, where -2^15 <= lost <= 2^15, as bfloat16 rounds to the nearest. That is one
+number more than 16 bits hold: 2^15, where M was midway and rounded down, is kept as -2^15 and the sign of exp_avg_sq,
+which is never negative itself. So 10 bytes a parameter go each way, of a float32 model 12.
 On a GPU, copies run on two streams of their own, from and to memory that is pinned: a chunk arrives while the one
 before it is updated and the one before that is written back. On a CPU the same chunks are copied, one after another.
 """
