@@ -88,7 +88,7 @@ def test_a_long_sample_that_few_steps_hold_does_not_slow_the_others():
 def settled(
     monkeypatch, real, total, shape=LLAMA_8B, estimate=ON_2, allocated=None, device="cuda", workload=ANY, **flags
 ):
-    """memory.choose_micro_batch() on devices of `total` bytes, its dry runs played by real(tokens, keeping layers) -> bytes of
+    """choose_micro_batch() on devices of `total` bytes, its dry runs played by real(tokens, keeping layers) -> bytes of
     activations. -> its budget; the layers that recompute at last; (tokens, recomputing) of each dry run; what was said;
     bytes that may be used for activations."""
     runs, said, recomputed, layers = [], [], [], shape.num_hidden_layers
