@@ -96,6 +96,6 @@ def quality_report(ds: TokenDataset, end_ids: list[int]) -> str:
             repeated.append(f"{ds.source_of(i)} is {place}")
     example = f"; first {one_line(repeated[0])}" if repeated else ""
     lines.append(f"exact duplicates of another row: {len(repeated):,}{example}")
-    endless = np.flatnonzero(~np.isin(ds.last_tokens(), end_ids))
-    lines.append(f"answers without an end token (of {len(ds.last_tokens()):,}): {len(endless):,}")
+    ends = np.isin(ds.last_tokens(), end_ids)
+    lines.append(f"answers without an end token (of {len(ends):,}): {(~ends).sum():,}")
     return "\n".join(lines)
