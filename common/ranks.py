@@ -25,7 +25,8 @@ from common.files import digest
 LONGEST_PAUSE = 0.5  # seconds between two looks at whether one rank's work is done
 LONGEST_SILENCE = 30.0  # seconds between two signs of life of a rank that is well
 LONGEST_LOOK = 15.0  # seconds that the store may take to answer
-PATIENCE = 0.9  # of the time-out: a rank that has been silent for so long is lost
+PATIENCE = 0.9  # of the time-out: a rank that has been silent for so long is lost, or a GPU that has waited for one
+WAITS = " (its GPU waits)"
 OURS = tuple(str(Path(__file__).resolve().parents[1] / name) for name in ("common", "train_"))
 
 
@@ -35,7 +36,8 @@ class Ranks:
 
     control: a gloo group of all ranks. A rank that dies closes its connections, which the others notice at once.
     store: where a thread of each rank says again and again what the rank does. A rank that is stopped falls silent, and
-    before collective_timeout_minutes are over the others name it and end.
+    before collective_timeout_minutes are over the others name it and end. One that is busy with something else speaks
+    on: those whose GPUs wait for its part in a collective find that out by themselves, for NCCL ends them late.
     """
 
     rank: int
@@ -47,6 +49,8 @@ class Ranks:
     store: dist.Store
     step: int = 0  # that this rank is in, which the loop sets; 0: before the first
     seen: dict[int, tuple[float, str]] = field(default_factory=dict)  # rank -> (when it said something new, that)
+    num_allocated: int = 0  # tensors on this rank's GPU until the last look
+    waits_since: float | None = None  # monotonic seconds; None: its GPU is not waiting
     has_left: threading.Event = field(default_factory=threading.Event)
     watcher: threading.Thread | None = None
 
@@ -136,7 +140,8 @@ class Ranks:
         now = time.monotonic()
         try:
             host = f" on {socket.gethostname()}" if self.num_hosts > 1 else ""
-            self.store.set(f"rank {self.rank}", f"{tick} {self.when}{host}, {_place()}")
+            waits = WAITS if self.waits_since is not None else ""
+            self.store.set(f"rank {self.rank}", f"{tick} {self.when}{host}, {_place()}{waits}")
             for rank in range(self.world_size):
                 is_there = self.store.check([f"rank {rank}"])
                 text = self.store.get(f"rank {rank}").decode() if is_there else "0 nowhere"
@@ -151,14 +156,31 @@ class Ranks:
         texts = [f"rank {rank} was last seen {self.seen[rank][1].partition(' ')[2]}" for rank in ranks[:4]]
         return "; ".join(texts + [f"and {len(ranks) - 4} ranks more"] * (len(ranks) > 4))
 
+    def _gpu_waits(self) -> bool:
+        """Whether this rank's GPU has something left to do and was given nothing more since the last look."""
+        if self.device.type != "cuda" or not torch.cuda.is_initialized():
+            return False
+        before, self.num_allocated = (
+            self.num_allocated,
+            torch.cuda.memory_stats(self.device)["allocation.all.allocated"],
+        )
+        return self.num_allocated == before and not torch.cuda.default_stream(self.device).query()
+
     def watch(self, limit: float) -> None:
-        """Ends this process, with a line from one rank, once another has been silent for `limit` seconds."""
+        """Ends this process, with a line from one rank, once another is silent, or missed, for `limit` seconds."""
         for tick in itertools.count(1):
+            self.waits_since = (self.waits_since or time.monotonic()) if self._gpu_waits() else None
             self.look(tick)
-            silent = [rank for rank, (when, _) in self.seen.items() if time.monotonic() - when > limit]
-            if silent:
-                if self.rank == min({*range(self.world_size)} - {*silent}):
-                    told = f"no sign of life for {limit / 60:.2g} minutes: {self.last_seen(silent)}"
+            now, told = time.monotonic(), ""
+            if silent := [rank for rank, (when, _) in self.seen.items() if now - when > limit]:
+                told = f"no sign of life for {limit / 60:.2g} minutes: {self.last_seen(silent)}"
+                is_teller = self.rank == min({*range(self.world_size)} - {*silent})
+            elif self.waits_since is not None and now - self.waits_since > limit:
+                busy = [rank for rank, (_, text) in self.seen.items() if rank != self.rank and not text.endswith(WAITS)]
+                told = f"no part in a collective for {limit / 60:.2g} minutes: {self.last_seen(busy)}"
+                is_teller = is_first_to_tell("a GPU waits")
+            if told:
+                if is_teller:
                     print_line(f"rank {self.rank}, {self.when}: {told}", sys.stderr)
                 os._exit(1)  # the main thread waits for a rank that does not come
             if self.has_left.wait(min(LONGEST_SILENCE, limit / 20)):

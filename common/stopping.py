@@ -21,7 +21,13 @@ SAME_REQUEST = 2.0  # seconds
 EXIT_SECONDS = 30.0  # that before_exit may take
 before_exit: list[Callable[[], None]] = []  # called before this process ends, whatever ends it but a kill
 # What gloo says where a rank has ended or hangs.
-LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Broken pipe")
+LOST_CONNECTION = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Application timeout",
+    "Broken pipe",
+)
 
 
 class Stopped(Exception):

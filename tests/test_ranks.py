@@ -126,15 +126,22 @@ def loses_a_rank(ranks, how: str, culprit: int, end: str) -> None:
     group = deepspeed.comm.new_group([*range(ranks.world_size)])
     ranks.gather(lambda: None)  # all are there
     ranks.step = 7
-    if how == "deepspeed" or (how == "once" and culprit == 1 and ranks.rank == 1):
+    if how in ("deepspeed", "async") or (how == "once" and culprit == 1 and ranks.rank == 1):
         work()
     if how == "deepspeed":  # a group that DeepSpeed made
         torch.distributed.all_reduce(torch.ones(1), group=group)
+    if how == "async":
+        works = [torch.distributed.all_reduce(torch.ones(n), async_op=True) for n in (1, 1000)]
+        [work.wait() for work in reversed(works)]  # the first one's time-out is the end of the second
+    if how == "gpu":  # as where NCCL's part of a collective is under way on the others' GPUs
+        ranks._gpu_waits = lambda: ranks.rank != culprit
+        time.sleep(60)
     ranks.sum([work() or 1]) if how == "sum" else getattr(ranks, how)(work)
 
 
 LOST = [("gather", 1, "SIGKILL"), ("once", 0, "SIGKILL"), ("sum", 1, "SIGKILL"), ("gather", 0, "SIGSTOP")]
 LOST += [("once", 1, "SIGSTOP"), ("once", 0, "SIGSTOP"), ("gather", 1, "sleeps"), ("deepspeed", 1, "sleeps")]
+LOST += [("async", 1, "sleeps"), ("gpu", 0, "sleeps"), ("gpu", 2, "sleeps")]
 
 
 @pytest.mark.parametrize(("how", "culprit", "end"), LOST)
