@@ -13,6 +13,8 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -27,6 +29,12 @@ CHOSEN_STYLE, OTHER_STYLE = "answer: {}", "{}."
 STYLE_FOLLOWS_WORDING = 0.7  # how often an SFT answer is in the style that its wording calls for
 EOS_TOKEN = "<|end_of_text|>"
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>"]
+HIDDEN, MLP, LAYERS = 128, 384, 2
+LAYER: dict[str, tuple[int, ...]] = {  # shapes of a layer's weights
+    **{f"self_attn.{name}_proj": (64 if name in "kv" else HIDDEN, HIDDEN) for name in "qkvo"},
+    **{f"mlp.{name}_proj": (MLP, HIDDEN) for name in ("gate", "up")},
+    **{"mlp.down_proj": (HIDDEN, MLP), "input_layernorm": (HIDDEN,), "post_attention_layernorm": (HIDDEN,)},
+}
 
 
 @dataclass(frozen=True)
@@ -108,14 +116,23 @@ def make_tokenizer() -> Tokenizer:
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """Writes a Llama of 0.5M random float32 parameters and its tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
+    """Writes a Llama of 0.5M random float32 parameters and its tokenizer, without torch's and transformers' import."""
     tokenizer = make_tokenizer()
-    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "vocab_size": tokenizer.get_vocab_size()}
-    torch.manual_seed(seed)
-    config = LlamaConfig(**sizes, bos_token_id=None, eos_token_id=tokenizer.token_to_id(EOS_TOKEN))
-    LlamaForCausalLM(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN).save_pretrained(folder)
+    vocabulary = tokenizer.get_vocab_size()
+    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", dtype="float32", tie_word_embeddings=False)
+    config |= dict(hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=4)
+    config |= dict(num_key_value_heads=2, max_position_embeddings=128, vocab_size=vocabulary, bos_token_id=None)
+    config["eos_token_id"] = tokenizer.token_to_id(EOS_TOKEN)
+    shapes = {"model.embed_tokens": (vocabulary, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (vocabulary, HIDDEN)}
+    shapes |= {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in LAYER.items()}
+    rng = np.random.RandomState(seed)
+    weights: dict[str, np.ndarray] = {}  # in the order of their names; norms are ones
+    for name, shape in sorted(shapes.items()):
+        weight = rng.normal(0.0, 0.02, shape) if len(shape) == 2 else np.ones(shape)
+        weights[f"{name}.weight"] = weight.astype(np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": EOS_TOKEN}
+    for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
