@@ -225,7 +225,7 @@ def parse_config(cls: type, argv: list[str] | None = None):
         _parsed(parser, words, {*defaults}, source=f"{given.config}: ")
         given = _parsed(parser, [*words, *argv], {*defaults, "config", "local_rank"})
     for name in {*given.report_to} - {"none"}:
-        with as_user_error(f"--report_to {name}: {sys.executable} -m pip install {name}"):
+        with as_user_error(f"--report_to {name} needs its package ({sys.executable} -m pip install {name})"):
             importlib.metadata.version(name)
     if given.beta is None and cls is DPOConfig:
         given.beta = OWN_BETA[given.loss_type]

@@ -169,5 +169,5 @@ def test_a_package_that_is_missing_is_named_with_its_command_before_training(nam
         raise importlib.metadata.PackageNotFoundError(asked)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(UserError, match=f"--report_to {name}: .* -m pip install {name}"):
+    with pytest.raises(UserError, match=f"--report_to {name} needs .* -m pip install {name}"):
         parse_config(SFTConfig, ["--report_to", name])
