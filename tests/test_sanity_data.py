@@ -102,8 +102,13 @@ def test_the_roles_of_the_tulu_template_are_a_token_each(generated):
     assert tokens[0] == "<|user|>" and tokens.count("<|assistant|>") == tokens.count(tokenizer.eos_token) == 1
 
 
-def test_the_model_is_an_ordinary_llama(generated):
+def test_the_model_is_an_ordinary_llama_with_random_weights(generated):
     model, report = AutoModelForCausalLM.from_pretrained(generated / "model", output_loading_info=True)
     assert not any(report.values()) and {p.dtype for p in model.parameters()} == {torch.float32}
     assert sum(p.numel() for p in model.parameters()) == 462_208
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05), name
+        else:
+            assert (weight == 1).all(), name
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(generated / "model"))
