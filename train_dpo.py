@@ -28,7 +28,7 @@ from common.run.agreement import agreed_identity
 from common.run.card import base_of
 from common.run.evaluate import Evaluation, largest, training_and_held_out
 from common.run.forecast import forecast
-from common.run.metrics import StepMeter, StepTotals
+from common.run.metrics import StepMeter
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.run.plan_table import as_text, plan_rows
 from common.run.reference import reference_pass
@@ -36,7 +36,7 @@ from common.step.losses import SUMMED, check_first_step, preference_loss, prefer
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, pair_documents, pair_lengths, plan_step
 from common.step.schedule import Schedule
 from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_finite
-from common.zero import checkpoint
+from common.zero import checkpoint, memory
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import (
     build_engine,
@@ -45,7 +45,6 @@ from common.zero.engine import (
     require_finite_weights,
     set_learning_rate,
 )
-from common.zero.memory import choose_micro_batch, choose_residency, made_up_pair, reserve_host_memory, workload_of
 
 
 @main_with_exit_codes
@@ -84,9 +83,9 @@ def main() -> None:
 
     # ------------------------------------------------------------------ schedule
     schedule = Schedule(config, len(data))  # samples and learning rate of each step; the run ends after last_step
-    ranks.say(schedule.report(f"DPO ({config.loss_type}, beta {config.beta:g})", "pairs"))
     evaluation = Evaluation(data, held_out, config, schedule, ranks)
-    ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
+    where = f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention"
+    ranks.say("\n".join([where, *schedule.warnings()]))
     if config.share_prompt:
         unshared = pair_lengths(data.pair_lengths, share_prompt=False).sum()
         ranks.say(f"shared prompts: {lengths.sum():,} tokens an epoch in place of {unshared:,}")
@@ -94,8 +93,10 @@ def main() -> None:
     # ------------------------------------------------------------------ output folder
     # `claim` returns None for a finished run; for one that was cut short its state and the checkpoint to resume from;
     # for a new one a state with step == 0 and no checkpoint. It refuses a folder that holds another run.
-    folders = tokenizer_folder, model_folder, reference_folder
-    identity = agreed_identity(config, ds_config, (data.digest, template.digest), folders, ranks)
+    models = {"model_name_or_path": model_folder}
+    models |= {"ref_model_name_or_path": reference_folder} if reference_folder is not None else {}
+    digests = {"dataset_mixer": data.digest, "chat_template": template.digest}
+    identity = agreed_identity(config, ds_config, digests, tokenizer_folder, models, ranks)
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
         return
@@ -104,9 +105,9 @@ def main() -> None:
     # ------------------------------------------------------------------ memory plan
     # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A run resumed on as
     # many ranks keeps its micro-batch size and its way to sum gradients, unless a flag or the ds_config says otherwise.
-    workload = workload_of(config, lengths, data.source_of(int(lengths.argmax())), state, ranks)
+    workload = memory.workload_of(config, lengths, data.source_of(int(lengths.argmax())), state, ranks)
     # estimate: bytes on a rank; planned: tokens, and where the device's peak is known hours, MFU, memory and cost.
-    ds_config, estimate = choose_residency(ds_config, config, model_config, workload, ranks)
+    ds_config, estimate = memory.choose_residency(ds_config, config, model_config, workload, ranks)
     planned = forecast(estimate, workload, schedule, lengths, model_config, config, ranks)
     ranks.say(as_text(plan_rows(config, estimate, workload, schedule, evaluation, planned, ranks)))
 
@@ -119,40 +120,36 @@ def main() -> None:
     if reference_folder is not None:  # it is gone before the policy loads
         model = load.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
         with inference_engine(model, ds_config) as engine:
-            weights_digest = identity["ref_model_name_or_path (contents)"]
-            reference_table, cached_in = reference_pass(
-                engine, data, pairs, weights_digest, config, kernel, workload.budget, ranks
-            )
-            evaluation.read_reference(engine, weights_digest, kernel, workload.budget)
+            digest, size = identity["ref_model_name_or_path (contents)"], workload.budget
+            reference_table, cached_in = reference_pass(engine, data, pairs, digest, config, kernel, size, ranks)
+            evaluation.read_reference(engine, digest, kernel, size)
         del model, engine
 
     # ------------------------------------------------------------------ model and engine
     ranks.say(f"loading {model_folder}")
-    host = reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
+    host = memory.reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config, host)
     verify_packed_model(engine, kernel, ranks)
     if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):
         policy.compile_layers()
-    made_up = partial(made_up_pair, share_prompt=config.share_prompt)
     # Dry runs on made-up pairs, of which it also follows how many layers recompute their activations.
-    budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up, ranks)  # tokens
+    made_up = partial(memory.made_up_pair, share_prompt=config.share_prompt)
+    budget = memory.choose_micro_batch(engine, config, estimate, kernel, workload, made_up, ranks)  # tokens
     state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
-    first_steps = [lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
-    ranks.say(packing_report(first_steps, ranks.world_size, budget))
+    ranks.say(packing_report(schedule, lengths, ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())  # lm: transformers' model
     # No weight has been updated, and no checkpoint loaded yet: here the policy still is the starting model.
     if preference.needs_reference and reference_folder is None:
-        weights_digest = identity["model_name_or_path (contents)"]
-        reference_table, cached_in = reference_pass(engine, data, pairs, weights_digest, config, kernel, budget, ranks)
-        evaluation.read_reference(engine, weights_digest, kernel, budget)
+        digest = identity["model_name_or_path (contents)"]
+        reference_table, cached_in = reference_pass(engine, data, pairs, digest, config, kernel, budget, ranks)
+        evaluation.read_reference(engine, digest, kernel, budget)
     if resume_from is not None:
         checkpoint.load(engine, parameters, resume_from, state, config.resume, ranks)
 
     # ------------------------------------------------------------------ loop
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
-    resolved["evaluation"] = evaluation.record
-    resolved["planned"] = planned
+    resolved |= {"evaluation": evaluation.record, "planned": planned}
     record = record_of("DPO", config, identity, state, policy, ranks, **resolved, reference_cache=cached_in)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     writer = checkpoint.Writer(engine, parameters, config, ranks)
@@ -177,11 +174,11 @@ def main() -> None:
             break
         ranks.step = step + 1  # for what is said of a rank that hangs
         # -------------------------------------------------------------- the recipe's step
-        set_learning_rate(engine, schedule.learning_rate(step))
+        learning_rate = schedule.learning_rate(step)
+        set_learning_rate(engine, learning_rate)
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=ranks.device)
         balances = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        num_tokens = squared_lengths = 0
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 size.tokens = micro_batch.num_tokens
@@ -198,13 +195,11 @@ def main() -> None:
                 balances += balance.detach()
                 losses[m] = loss.detach()
                 sums += micro_batch_sums
-                num_tokens += micro_batch.num_tokens
-                squared_lengths += micro_batch.sum_squared_lengths
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
-        totals_and_votes = ranks.sum(
-            [*sums.tolist(), balances.item(), num_tokens, squared_lengths, writer.vote(), *stop_request.votes()]
-        )
-        *all_sums, router_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = totals_and_votes
+        sizes = [sum(row.num_tokens for row in micro_batches), sum(row.sum_squared_lengths for row in micro_batches)]
+        votes = writer.vote(), *stop_request.votes()
+        totals = ranks.sum([*sums.tolist(), balances.item(), *sizes, *votes])
+        *all_sums, router_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = totals
         writer.proceed(written)
         means = {name: value / len(samples) for name, value in zip(SUMMED, all_sums, strict=True)}
         train_loss = means.pop("train_loss")
@@ -222,10 +217,10 @@ def main() -> None:
 
         num_targets = int(data.num_targets[samples].sum())
         state.finish_step(len(samples), int(all_tokens), num_targets)
-        totals = StepTotals(int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
-        grad_norm = float(engine.get_global_grad_norm())  # before clipping
-        step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm) | means
-        step_record |= {"router_aux_loss": router_loss} if config.router_aux_loss_coef else {}
+        computed = {"train_loss": train_loss, "learning_rate": learning_rate} | means
+        computed["grad_norm"] = float(engine.get_global_grad_norm())  # before clipping
+        computed |= {"router_aux_loss": router_loss} if config.router_aux_loss_coef else {}
+        step_record = meter.record(state, computed, int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         is_evaluated = evaluation.is_due(state.step)
         if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
             ranks.say(meter.line(step_record, schedule.last_step))

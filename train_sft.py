@@ -24,22 +24,15 @@ from common.run.agreement import agreed_identity
 from common.run.card import base_of
 from common.run.evaluate import Evaluation, largest, training_and_held_out
 from common.run.forecast import forecast
-from common.run.metrics import StepMeter, StepTotals
+from common.run.metrics import StepMeter
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.run.plan_table import as_text, plan_rows
 from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
 from common.step.schedule import Schedule
 from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_finite
-from common.zero import checkpoint
+from common.zero import checkpoint, memory
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import build_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
-from common.zero.memory import (
-    choose_micro_batch,
-    choose_residency,
-    made_up_conversation,
-    reserve_host_memory,
-    workload_of,
-)
 
 
 @main_with_exit_codes
@@ -67,15 +60,16 @@ def main() -> None:
 
     # ------------------------------------------------------------------ schedule
     schedule = Schedule(config, len(data))  # samples and learning rate of each step; the run ends after last_step
-    ranks.say(schedule.report("SFT", "samples"))
     evaluation = Evaluation(data, held_out, config, schedule, ranks)
-    ranks.say(f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention")
+    where = f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention"
+    ranks.say("\n".join([where, *schedule.warnings()]))
 
     # ------------------------------------------------------------------ output folder
     # `claim` returns None for a finished run; for one that was cut short its state and the checkpoint to resume from;
     # for a new one a state with step == 0 and no checkpoint. It refuses a folder that holds another run.
-    folders = tokenizer_folder, model_folder, None  # no reference model
-    identity = agreed_identity(config, ds_config, (data.digest, template.digest), folders, ranks)
+    models = {"model_name_or_path": model_folder}
+    digests = {"dataset_mixer": data.digest, "chat_template": template.digest}
+    identity = agreed_identity(config, ds_config, digests, tokenizer_folder, models, ranks)
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
         return
@@ -84,33 +78,32 @@ def main() -> None:
     # ------------------------------------------------------------------ memory plan
     # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A run resumed on as
     # many ranks keeps its micro-batch size and its way to sum gradients, unless a flag or the ds_config says otherwise.
-    workload = workload_of(config, data.lengths, data.source_of(int(data.lengths.argmax())), state, ranks)
+    workload = memory.workload_of(config, data.lengths, data.source_of(int(data.lengths.argmax())), state, ranks)
     # estimate: bytes on a rank; planned: tokens, and where the device's peak is known hours, MFU, memory and cost.
-    ds_config, estimate = choose_residency(ds_config, config, model_config, workload, ranks)
+    ds_config, estimate = memory.choose_residency(ds_config, config, model_config, workload, ranks)
     planned = forecast(estimate, workload, schedule, data.lengths, model_config, config, ranks)
     ranks.say(as_text(plan_rows(config, estimate, workload, schedule, evaluation, planned, ranks)))
 
     # ------------------------------------------------------------------ model and engine
     ranks.say(f"loading {model_folder}")
-    host = reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
+    host = memory.reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
     engine = build_engine(policy, config, ds_config, host)
     verify_packed_model(engine, kernel, ranks)
     if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):
         policy.compile_layers()
     # Dry runs on made-up samples, of which it also follows how many layers recompute their activations.
-    budget = choose_micro_batch(engine, config, estimate, kernel, workload, made_up_conversation, ranks)  # tokens
+    made_up = memory.made_up_conversation
+    budget = memory.choose_micro_batch(engine, config, estimate, kernel, workload, made_up, ranks)  # tokens
     state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
-    first_steps = [data.lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
-    ranks.say(packing_report(first_steps, ranks.world_size, budget))
+    ranks.say(packing_report(schedule, data.lengths, ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())  # lm: transformers' model
     if resume_from is not None:
         checkpoint.load(engine, parameters, resume_from, state, config.resume, ranks)
 
     # ------------------------------------------------------------------ loop
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
-    resolved["evaluation"] = evaluation.record
-    resolved["planned"] = planned
+    resolved |= {"evaluation": evaluation.record, "planned": planned}
     record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     writer = checkpoint.Writer(engine, parameters, config, ranks)
@@ -135,10 +128,10 @@ def main() -> None:
         ranks.step = step + 1  # for what is said of a rank that hangs
         # -------------------------------------------------------------- the recipe's step
         num_targets = int(data.num_targets[samples].sum())  # of the whole step: all ranks, all micro-batches
-        set_learning_rate(engine, schedule.learning_rate(step))
+        learning_rate = schedule.learning_rate(step)
+        set_learning_rate(engine, learning_rate)
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         balances = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        num_tokens = squared_lengths = 0
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, micro_batch in enumerate(micro_batches):
                 size.tokens = micro_batch.num_tokens
@@ -151,12 +144,10 @@ def main() -> None:
                 engine.backward(loss * ranks.world_size / num_targets + balance * ranks.world_size)
                 balances += balance.detach()
                 losses[m] = loss.detach()
-                num_tokens += micro_batch.num_tokens
-                squared_lengths += micro_batch.sum_squared_lengths
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
-        sums = ranks.sum(
-            [losses.sum().item(), balances.item(), num_tokens, squared_lengths, writer.vote(), *stop_request.votes()]
-        )
+        sizes = [sum(row.num_tokens for row in micro_batches), sum(row.sum_squared_lengths for row in micro_batches)]
+        votes = writer.vote(), *stop_request.votes()
+        sums = ranks.sum([losses.sum().item(), balances.item(), *sizes, *votes])
         nll, router_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = sums
         writer.proceed(written)
         train_loss = nll / num_targets
@@ -171,10 +162,10 @@ def main() -> None:
         # -------------------------------------------------------------- the step is done
 
         state.finish_step(len(samples), int(all_tokens), num_targets)
-        totals = StepTotals(int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
-        grad_norm = float(engine.get_global_grad_norm())  # before clipping
-        step_record = meter.record(state, totals, train_loss, schedule.learning_rate(step), grad_norm)
-        step_record |= {"router_aux_loss": router_loss} if config.router_aux_loss_coef else {}
+        computed = {"train_loss": train_loss, "learning_rate": learning_rate}
+        computed["grad_norm"] = float(engine.get_global_grad_norm())  # before clipping
+        computed |= {"router_aux_loss": router_loss} if config.router_aux_loss_coef else {}
+        step_record = meter.record(state, computed, int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         is_evaluated = evaluation.is_due(state.step)
         if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
             ranks.say(meter.line(step_record, schedule.last_step))

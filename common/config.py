@@ -187,6 +187,14 @@ def identity_values(config: TrainConfig, kinds: tuple = (True,)) -> dict:
     return {f.name: getattr(config, f.name) for f in fields}
 
 
+def as_words(values: dict) -> list[str]:
+    """Values of flags, by their names, as words of a command line."""
+    words: list[str] = []
+    for name, value in values.items():
+        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    return words
+
+
 def parse_config(cls: type, argv: list[str] | None = None):
     """The validated config of one run.
 
@@ -217,7 +225,7 @@ def parse_config(cls: type, argv: list[str] | None = None):
         _parsed(parser, words, {*defaults}, source=f"{given.config}: ")
         given = _parsed(parser, [*words, *argv], {*defaults, "config", "local_rank"})
     for name in {*given.report_to} - {"none"}:
-        with as_user_error(f"--report_to {name}: {sys.executable} -m pip install {name}"):
+        with as_user_error(f"--report_to {name} needs its package ({sys.executable} -m pip install {name})"):
             importlib.metadata.version(name)
     if given.beta is None and cls is DPOConfig:
         given.beta = OWN_BETA[given.loss_type]
@@ -269,12 +277,8 @@ class _AsWritten(yaml.BaseLoader):
 
 def _yaml_words(path: str) -> list[str]:
     """A file's settings as words of a command line."""
-    words: list[str] = []
     with as_user_error(f"--config {path}: must hold `name: value` lines"):
-        content = yaml.load(named_file(path).read_text(encoding="utf-8"), _AsWritten) or {}
-        for name, value in content.items():
-            words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    return words
+        return as_words(yaml.load(named_file(path).read_text(encoding="utf-8"), _AsWritten) or {})
 
 
 def _reader(field: dataclasses.Field) -> tuple:

@@ -56,9 +56,8 @@ def explained(error: Exception) -> UserError | TrainingStopped | None:
         return error
     if is_out_of_memory(error):
         what = one_line(error) or type(error).__name__
-        return TrainingStopped(
-            f"out of memory outside a micro-batch ({what}): more devices, or a --ds_config that offloads"
-        )
+        advice = "more devices, or a --ds_config that offloads"
+        return TrainingStopped(f"out of memory outside a micro-batch ({what}): {advice}")
     if "/dev/shm/nccl" in str(error):
         why = one_line(str(error).rpartition("Last error:")[2])
         return UserError(f"/dev/shm cannot hold what ranks share ({why}): free it, or mount a larger one")

@@ -1,11 +1,11 @@
 """Packed against one sample at a time, the same samples side by side, on whatever machine this is.
 
-    python tests/bench_packing.py
+    python tests/bench_packing.py [sft|dpo]
 
-train_sft.py itself, on `bench`'s tiny shape and generated lengths, in turn: packed as it is; with every sample a
-micro-batch of its own; and with every sample padded to the step's longest. Prints the median over the steps of the
-samples' own tokens a second, and of how many times longer a step of the same samples takes. A regression of packing
-shows in the ratios, whatever the machine.
+The script itself, on `bench`'s tiny shape and generated lengths, in turn. SFT: packed as it is; with every sample a
+micro-batch of its own; and with every sample padded to the step's longest. DPO: with prompts shared, and without.
+Prints the median over the steps of the tokens a second that the first way has to take, and of how many times longer a
+step of the same samples takes. A regression of packing shows in the ratios, whatever the machine.
 """
 
 import sys
@@ -42,28 +42,36 @@ def pack_padded(samples: list) -> packing.MicroBatch:
     return packing.pack([*samples, [padding]] if length < longest else samples)
 
 
-def main() -> None:
+PADDED = {"train_sft.plan_step": one_at_a_time_noting_the_longest, "train_sft.pack": pack_padded}
+ALONE = {"train_sft.plan_step": one_at_a_time}
+WAYS: dict[str, dict[str, tuple[dict, dict]]] = {  # method -> way -> (flags, patches)
+    "sft": {"packed": ({}, {}), "one at a time": ({}, ALONE), "one at a time, padded": ({}, PADDED)},
+    "dpo": {"prompts shared": ({}, {}), "prompts not shared": ({"share_prompt": False}, {})},
+}
+
+
+def main(method: str = "sft") -> None:
+    ways = WAYS[method]
+    first = next(iter(ways))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         bench.write_model("tiny", folder / "model")
-        bench.write_data("sft", "tulu", 128, folder / "data.jsonl")
-        padded = {"train_sft.plan_step": one_at_a_time_noting_the_longest, "train_sft.pack": pack_padded}
-        ways = {"packed": {}, "one at a time": {"train_sft.plan_step": one_at_a_time}, "one at a time, padded": padded}
+        bench.write_data(method, "tulu", 128, folder / "data.jsonl")
         seconds, tokens = {way: [] for way in ways}, []  # of each step after warm-up, round after round
         for i in range(ROUNDS):
-            for way, patches in ways.items():
+            for way, (changes, patches) in ways.items():
                 own = {"max_seq_length": 4096, "global_batch_size": 32, "max_train_steps": STEPS}
-                own["output_dir"] = folder / f"{way}-{i}"
+                own |= {"output_dir": folder / f"{way}-{i}", **changes}
                 flags = launch.flags(folder / "model", folder / "data.jsonl", folder, **own)
-                run = launch.launch("train_sft", flags, 2, patches).succeeded()
+                run = launch.launch(f"train_{method}", flags, 2, patches).succeeded()
                 seconds[way] += run.column("step_seconds")[WARMUP:]
-                if way == "packed":
+                if way == first:
                     tokens += [*np.diff(run.column("total_tokens")[WARMUP - 1 :])]
     for way in ways:
-        ratio = np.median(np.divide(seconds[way], seconds["packed"]))
+        ratio = np.median(np.divide(seconds[way], seconds[first]))
         speed = np.median(np.divide(tokens, seconds[way]))
-        print(f"{way:24} {speed:8,.0f} tokens/s, a step takes {ratio:.2f} x the time packed takes")
+        print(f"{way:24} {speed:8,.0f} tokens/s, a step takes {ratio:.2f} x the first one's time")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -21,13 +21,8 @@ from importlib import import_module
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-CPU_ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "1",
-}
+CPU_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+CPU_ENVIRONMENT |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 TIMEOUT = 240
 
 _context = multiprocessing.get_context("forkserver")
@@ -116,6 +111,22 @@ class Run:
 
     def is_alive(self) -> bool:
         return any(process.is_alive() for process in self.processes)
+
+    def wait_until(self, has_come, timeout: float = TIMEOUT) -> bool:
+        """Until has_come(), which is asked once more after the run's end; False if that came without it."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            was_alive = self.is_alive()
+            if has_come():
+                return True
+            if not was_alive:
+                return False
+            time.sleep(0.002)
+        raise AssertionError(f"it did not come in {timeout} s\n{self.output()[-2000:]}")
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        return (self.logs / "stdout").read_text() if (self.logs / "stdout").exists() else ""
 
     def wait(self, timeout: float = TIMEOUT) -> Finished:
         deadline = time.monotonic() + timeout

@@ -27,146 +27,70 @@ class OneRank:
     def gather(self, work):
         return [work()]
 
-    on_all = gather
+    on_all, once_per_node = gather, once
 
 
 VOCAB = 320
 WORDS = """the a red green blue small large old new river stone cloud bird tree house walks sings falls turns answers
 asks over under near with without always never seven twelve first last""".split()  # noqa: SIM905
 
-# name -> (model_type, what its config has of its own)
-ARCHITECTURES = {
-    "llama": ("llama", {}),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}),  # with biases in its attention
-    "qwen3": ("qwen3", {"head_dim": 16}),
-    "mistral": ("mistral", {"sliding_window": None}),
-    "olmo2": ("olmo2", {}),
-    "gpt_neox": ("gpt_neox", {}),  # whose folders call the head by another name than its class
-    "apertus": (
-        "apertus",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    ),  # its folders hold buffers
-    # Windows shorter than most samples, soft caps of scores and logits.
-    "gemma2": (
-        "gemma2",
-        {
-            "sliding_window": 16,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "head_dim": 8,
-            "query_pre_attn_scalar": 8,
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 3.0,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "granite": ("granite", {"logits_scaling": 4.0}),
-    # Experts, whose folders hold a tensor of each.
-    "qwen3_moe": (
-        "qwen3_moe",
-        {"head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
-    ),
-    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
-    "qwen2_moe": (  # with an expert that every token meets
-        "qwen2_moe",
-        {
-            "num_experts": 4,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 24,
-            "num_experts_per_tok": 2,
-        },
-    ),
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+WINDOWS = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}  # shorter than most samples
+SOFT_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+LINEAR = {"layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+# Model type -> what its config has of its own.
+ARCHITECTURES: dict[str, dict] = {
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},  # with biases in its attention
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": None},
+    "olmo2": {},
+    "gpt_neox": {},  # whose folders call the head by another name than its class
+    "apertus": {"rope_parameters": ROPE},  # its folders hold buffers
+    "gemma2": WINDOWS | SOFT_CAPS | {"head_dim": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True},
+    "granite": {"logits_scaling": 4.0},
+    # Experts, whose folders hold a tensor of each; the second with an expert that every token meets.
+    "qwen3_moe": EXPERTS | {"head_dim": 8, "moe_intermediate_size": 24},
+    "qwen2_moe": EXPERTS | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     # Experts, windows, attention sinks.
-    "gpt_oss": (
-        "gpt_oss",
-        {
-            "head_dim": 8,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "sliding_window": 16,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-        },
-    ),
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}
+    | {"rope_parameters": ROPE},
     # A layer of linear attention, which carries a state from token to token, and experts.
-    "qwen3_next": (
-        "qwen3_next",
-        {
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "head_dim": 8,
-            "num_experts": 4,
-            "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 24,
-            "num_experts_per_tok": 2,
-        },
-    ),
+    "qwen3_next": EXPERTS
+    | LINEAR
+    | {"head_dim": 8, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
 }
-# Models of images and text, of which the text part is trained.
-TINY_VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-TINY_QWEN_VISION = {"hidden_size": 16, "intermediate_size": 24, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
-MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
-WITH_IMAGES = {  # name -> (of the text, of the images)
-    "gemma3": (
-        {
-            "head_dim": 8,
-            "sliding_window": 16,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "tie_word_embeddings": True,
-        },
-        TINY_VISION,
-    ),
-    "mistral3": ({"model_type": "mistral", "head_dim": 8}, TINY_VISION | {"model_type": "pixtral", "head_dim": 8}),
-    "qwen2_5_vl": (MROPE, TINY_QWEN_VISION | {"fullatt_block_indexes": [0]}),
-    "qwen3_5": (  # with a layer of linear attention
-        {
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "head_dim": 16,
-            "rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 0.5},
-        },
-        TINY_QWEN_VISION | {"num_position_embeddings": 16},
+# Whose matrix products are of other sizes where another sample is.
+WITH_EXPERTS = {"qwen3_moe", "mixtral", "qwen2_moe", "gpt_oss", "qwen3_next"}
+# Models of images and text, of which the text part is trained: type -> (of the text, of the images).
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+QWEN_VISION = {"hidden_size": 16, "intermediate_size": 24, "depth": 1, "num_heads": 2, "out_hidden_size": 32}
+MROPE = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
+WITH_IMAGES = {
+    "gemma3": (WINDOWS | {"head_dim": 8, "tie_word_embeddings": True}, VISION),
+    "mistral3": ({"model_type": "mistral", "head_dim": 8}, VISION | {"model_type": "pixtral", "head_dim": 8}),
+    "qwen2_5_vl": (MROPE, QWEN_VISION | {"fullatt_block_indexes": [0]}),
+    "qwen3_5": (
+        LINEAR | {"head_dim": 16, "rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 0.5}},
+        QWEN_VISION | {"num_position_embeddings": 16},
     ),
     "qwen3_vl_moe": (
-        MROPE | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-        TINY_QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        MROPE | EXPERTS | {"head_dim": 8, "moe_intermediate_size": 16},
+        QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
     ),
 }
-WITH_EXPERTS = {
-    "qwen3_moe",
-    "mixtral",
-    "qwen2_moe",
-    "gpt_oss",
-    "qwen3_next",
-}  # whose matrix products are of other sizes where another sample is
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 256,
-}
-LLAMA3_VOCABULARY = {  # of a model small in all but its rows
-    "vocab_size": 128256,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "eos_token_id": 128001,
-    "tie_word_embeddings": True,
-}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3_ROPE |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 256}
+# Of a model small in all but its rows.
+LLAMA3_VOCABULARY = {"vocab_size": 128256, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2}
+LLAMA3_VOCABULARY |= {"num_key_value_heads": 1, "eos_token_id": 128001, "tie_word_embeddings": True}
+TINY = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
+TINY |= {"tie_word_embeddings": False, "eos_token_id": 0, "bos_token_id": None, "pad_token_id": None}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -175,60 +99,41 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.NFC()  # as transformers makes it in a folder of a Qwen2
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - 20,
-        special_tokens=["<eos>"],
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
+    options = {"special_tokens": ["<eos>"], "initial_alphabet": sorted(pre_tokenizers.ByteLevel.alphabet())}
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB - 20, show_progress=False, **options)
     tokenizer.train_from_iterator([" ".join(WORDS)] * 3 + [f"<|{role}|>\n" for role in ("user", "assistant")], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
 
 
 def make_config(architecture: str = "llama", **changes):
-    model_type, own = ARCHITECTURES.get(architecture, (architecture, {}))
-    values = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": False,
-        "eos_token_id": 0,
-        "bos_token_id": None,
-        "pad_token_id": None,
-    }
     if architecture in WITH_IMAGES:
         text, vision = WITH_IMAGES[architecture]
-        tied = text.get("tie_word_embeddings", False)
-        return AutoConfig.for_model(
-            architecture, text_config={**values, **text, **changes}, vision_config=vision, tie_word_embeddings=tied
-        )
-    return AutoConfig.for_model(model_type, **{**values, **own, **changes})
+        parts = {"text_config": {**TINY, **text, **changes}, "vision_config": vision}
+        return AutoConfig.for_model(architecture, **parts, tie_word_embeddings="tie_word_embeddings" in text)
+    return AutoConfig.for_model(architecture, **{**TINY, **ARCHITECTURES.get(architecture, {}), **changes})
+
+
+def drawn(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, with every weight drawn, biases and norms too, so that none is idle."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if parameter.ndim == 1 and "norm" in name else 0.0, 0.15)
+    return model
 
 
 def make_model(
     folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, shard="1GB", **changes
 ) -> Path:
-    """A model folder with the tokenizer. Every weight is drawn, biases and norms too, so that none is idle.
+    """A model folder with the tokenizer.
 
     shard: the most bytes of a file; one file has no index.
     """
     torch.manual_seed(seed)
     auto = AutoModelForImageTextToText if architecture in WITH_IMAGES else AutoModelForCausalLM
-    model = auto.from_config(make_config(architecture, **changes), dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 and "norm" in parameter_name(model, parameter) else 0.0, 0.15)
+    model = drawn(auto.from_config(make_config(architecture, **changes), dtype=torch.float32))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard)
     make_tokenizer().save_pretrained(folder)
     return Path(folder)
-
-
-def parameter_name(model, parameter) -> str:
-    return next(name for name, p in model.named_parameters() if p is parameter)
 
 
 def sentence(rng: random.Random, shortest: int = 2, longest: int = 14) -> str:

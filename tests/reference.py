@@ -97,13 +97,8 @@ def train(
     seed: int = 42,
 ) -> list[dict]:
     """Trains in place. backward(model, samples) adds the step's gradient and returns what the step reports."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=learning_rate,
-        betas=(adam_beta1, adam_beta2),
-        eps=adam_epsilon,
-        weight_decay=weight_decay,
-    )
+    options = {"betas": (adam_beta1, adam_beta2), "eps": adam_epsilon, "weight_decay": weight_decay}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, **options)
     scheduler = get_scheduler(
         lr_scheduler_type, optimizer, num_warmup_steps=int(num_steps * warmup_ratio), num_training_steps=num_steps
     )
@@ -120,16 +115,8 @@ def train(
         if max_grad_norm and norm > max_grad_norm:
             for p in trained:
                 p.grad.mul_(max_grad_norm / (norm + 1e-6))
-        records.append(
-            {
-                "step": step + 1,
-                "learning_rate": scheduler.get_last_lr()[0],
-                "grad_norm": norm,
-                "samples": seen,
-                "epoch": seen / num_samples,
-                **record,
-            }
-        )
+        own = {"step": step + 1, "learning_rate": scheduler.get_last_lr()[0], "grad_norm": norm}
+        records.append(own | {"samples": seen, "epoch": seen / num_samples, **record})
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -168,9 +155,8 @@ def preference_loss(
         return (difference - 0.5 / beta) ** 2
     if name == "simpo":
         return minus_log_sigmoid(beta * difference - gamma_beta_ratio * beta)
-    return (1 - label_smoothing) * minus_log_sigmoid(beta * difference) + label_smoothing * minus_log_sigmoid(
-        -beta * difference
-    )
+    x, e = beta * difference, label_smoothing
+    return (1 - e) * minus_log_sigmoid(x) + e * minus_log_sigmoid(-x)
 
 
 def train_dpo(
@@ -193,21 +179,11 @@ def train_dpo(
 
     with torch.no_grad():
         start = reference_model or model
-        reference = [
-            [0.0, 0.0] if loss_type == "simpo" else [side_logp(start, side)[0].item() for side in pair]
-            for pair in pairs
-        ]
+        reference = [[side_logp(start, side)[0].item() * (loss_type != "simpo") for side in pair] for pair in pairs]
 
     def backward(model, chosen_pairs):
-        names = (
-            "train_loss",
-            "rewards/chosen",
-            "rewards/rejected",
-            "rewards/margin",
-            "rewards/accuracy",
-            "logps/chosen",
-            "logps/rejected",
-        )
+        names = ["train_loss", *(f"rewards/{name}" for name in ("chosen", "rejected", "margin", "accuracy"))]
+        names += ["logps/chosen", "logps/rejected"]
         sums, balance_of_step = dict.fromkeys(names, 0.0), 0.0
         for i in chosen_pairs:
             logps, balances = zip(*(side_logp(model, side, router_aux_loss_coef) for side in pairs[i]), strict=True)

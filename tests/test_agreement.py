@@ -70,18 +70,22 @@ def test_clocks_that_are_far_apart_are_warned_of_by_host():
     assert "clock of b is 13 s ahead of that of c" in warning
 
 
-@pytest.mark.parametrize("what", ["version of torch", "python", "this project's code", "ds_config (contents)"])
+OTHERS = {  # what differs -> of the module agreement: what is patched, and how
+    "version of torch": ("version", lambda package: "9" if package == "torch" else "1"),
+    "python": ("platform", SimpleNamespace(python_version=lambda: "3.99")),
+    "this project's code": ("file_digest", lambda path: "other" if path.name == "ranks.py" else "same"),
+    "ds_config (contents)": None,
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
 def test_what_a_host_runs_is_compared(monkeypatch, tiny_llama, what):
-    config, ds_config = SFTConfig(), {"zero_optimization": {"stage": 3}}
-    before = agreement.environment(config, ds_config, str(tiny_llama))
-    assert agreement.environment(config, ds_config, str(tiny_llama)) == before
-    if what == "ds_config (contents)":
+    ds_config = {"zero_optimization": {"stage": 3}}
+    before = agreement.environment(SFTConfig(), ds_config, str(tiny_llama))
+    assert agreement.environment(SFTConfig(), ds_config, str(tiny_llama)) == before
+    if OTHERS[what] is None:
         ds_config = {"zero_optimization": {"stage": 3, "overlap_comm": True}}
-    elif what == "this project's code":
-        monkeypatch.setattr(agreement, "file_digest", lambda path: "other" if path.name == "ranks.py" else "same")
-    elif what == "python":
-        monkeypatch.setattr(agreement, "platform", SimpleNamespace(python_version=lambda: "3.99"))
     else:
-        monkeypatch.setattr(agreement, "version", lambda package: "9" if package == "torch" else "1")
-    after = agreement.environment(config, ds_config, str(tiny_llama))
+        monkeypatch.setattr(agreement, *OTHERS[what])
+    after = agreement.environment(SFTConfig(), ds_config, str(tiny_llama))
     assert any(found.startswith(what) for found in agreement.differences(before, after))

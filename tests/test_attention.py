@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, DiffLlamaConfig, LlamaConfig
 
 from common.failures import UserError
@@ -194,27 +193,6 @@ def test_variable_length_kernels_are_told_what_the_block_mask_says(flash_attn, k
         results.append((out.detach(), *torch.autograd.grad(out, inputs, upstream)))
     for expected, seen in zip(*results, strict=True):
         torch.testing.assert_close(seen, expected)
-
-
-def test_layers_compile_without_breaks_and_once_for_rows_of_every_length():
-    """A row of pairs and one of plain samples are warm-up; the last rows have one target, and none, on a rank without
-    samples. flash_attention_4: tests/test_compile.py."""
-    torch._dynamo.reset()
-    counters.clear()
-    model, graphs = tiny_model("sdpa"), []
-    rows = [row_of(shapes, True) for shapes in (ROWS[3], ROWS[1], [(9, 0, 0), (4, 3, 2)], [(8, 0, 0)], [(2, 0, 0)])]
-    results = [[], []]
-    for is_compiled, values in enumerate(results):
-        if is_compiled:
-            model.compile_layers()
-        for row in [*rows, pack([])]:
-            logps = model(**model_inputs(row, "sdpa", CPU))
-            logps.sum().backward()
-            values += [logps.detach(), *(p.grad for p in model.parameters())]
-            model.zero_grad(set_to_none=True)
-            graphs.append(counters["stats"]["unique_graphs"])
-    torch.testing.assert_close(*results)
-    assert 0 < graphs[-5] == graphs[-1] and not counters["graph_break"]
 
 
 def test_compiled_layers_take_no_number_as_a_tensor(flash_attn, monkeypatch):

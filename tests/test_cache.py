@@ -7,12 +7,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import launch
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -20,6 +21,7 @@ import pytest
 import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import write_jsonl as write
 from tokenizers import processors
 
 from common.config import SFTConfig
@@ -33,8 +35,6 @@ from common.data.sources import load_source, parse_source
 from common.data.tokens import Encoder, preference_pair, render_pair, sft_sample
 from common.failures import UserError
 from common.files import locked
-
-REPO = Path(__file__).parents[1]
 
 
 def message(role: str, content) -> dict:
@@ -57,11 +57,6 @@ ANSWER = CHATS[0][1]
 
 TOKENIZER = tiny_tokenizer.tiny_tokenizer()
 TEMPLATE = resolve_template("tulu", TOKENIZER)
-
-
-def write(file: Path, rows: list[dict]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 def prepare(data, cache, kind="sft", template=TEMPLATE, **flags) -> str:
@@ -91,10 +86,8 @@ def left_in(cache: Path) -> list[str]:
 def test_an_sft_cache_holds_every_kept_sample_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache, "BLOCK_ROWS", 4)
     first = write(tmp_path / "first.jsonl", ROWS[:30])
-    second = write(
-        tmp_path / "second.jsonl",
-        [ROWS[30], {"messages": [message("user", "alone")]}, {"prompt": "why 31?", "completion": "so."}],
-    )
+    rows = [ROWS[30], {"messages": [message("user", "alone")]}, {"prompt": "why 31?", "completion": "so."}]
+    second = write(tmp_path / "second.jsonl", rows)
     ds = TokenDataset(prepare([f"{first}=50%", str(second)], tmp_path / "cache"))
     taken = np.random.RandomState(42).choice(30, size=15, replace=False)
     expected = [(CHATS[i], f"{first}:{i + 1}") for i in taken]
@@ -180,19 +173,11 @@ def test_what_a_template_leaves_out_or_changes_is_warned_of(tmp_path, said, jinj
 def test_preview_and_table_show_what_is_trained(tmp_path, monkeypatch):
     data = write(tmp_path / "x.jsonl", [{"messages": CHATS[1][:2] + CHATS[0]}, {"messages": []}])
     ds = TokenDataset(prepare(data, tmp_path))
-    assert preview(ds, 0, TOKENIZER) == (
-        f"sample 0 ({data}:1):\n<|user|>\nwhy 1?\n<|assistant|>\n[[so 1.so 1.<eos>]]\n"
-        "<|user|>\nwhy 0?\n<|assistant|>\n[[so 0.<eos>]]"
-    )
+    turns = "<|user|>\nwhy 1?\n<|assistant|>\n[[so 1.so 1.<eos>]]\n<|user|>\nwhy 0?\n<|assistant|>\n[[so 0.<eos>]]"
+    assert preview(ds, 0, TOKENIZER) == f"sample 0 ({data}:1):\n{turns}"
     table = data_table(ds)
-    counted = (
-        "rows read +2",
-        "kept +1",
-        "dropped +1",
-        "no assistant message +1; first .*x.jsonl:2",
-        f"tokens +{ds.lengths[0]}",
-    )
-    for line in (*counted, f"target tokens +{ds.num_targets[0]}", "sha256 [0-9a-f]{64}"):
+    counted = ["rows read +2", "kept +1", "dropped +1", "no assistant message +1; first .*x.jsonl:2"]
+    for line in (*counted, f"tokens +{ds.lengths[0]}", f"target tokens +{ds.num_targets[0]}", "sha256 [0-9a-f]{64}"):
         assert re.search(line + "$", table, re.MULTILINE), (line, table)
     shown = preview(TokenDataset(prepare(write(tmp_path / "p.jsonl", [PAIRS[1]]), tmp_path, "dpo")), 0, TOKENIZER)
     assert shown.endswith("<|assistant\n--- chosen:\n|>\n[[so 1.so 1.<eos>]]\n--- rejected:\n|>\n\n\n[[no.<eos>]]")
@@ -202,6 +187,7 @@ def test_preview_and_table_show_what_is_trained(tmp_path, monkeypatch):
 
 COMMON = "a style {% for tool in tools or [] %}{{ tool.name + tool['function'].name }}{% endfor %}" + TULU
 READING = "{% set m = messages[0] %}{{ m['user'] if 'a' in m and m.get('b') else m.reasoning_content }}"
+PROMPTED = {"prompt": "x", "completion": "y"}
 NAMED = "{% for m in messages %}{{ m.role + m.name + style + m.content + eos_token }}{% endfor %}"
 
 
@@ -210,21 +196,14 @@ NAMED = "{% for m in messages %}{{ m.role + m.name + style + m.content + eos_tok
     [
         ({**ROWS[0], "score": 3, "labels": None}, TULU, {"column 'score'", "column 'labels'"}),
         ({**ROWS[0], "tools": [], "system": "be", "prompt": "x"}, TULU, {"column 'prompt'"}),
-        (
-            {"prompt": "x", "completion": "y", "messages": None, "text": "z"},
-            TULU,
-            {"column 'messages'", "column 'text'"},
-        ),
+        ({**PROMPTED, "messages": None, "text": "z"}, TULU, {"column 'messages'", "column 'text'"}),
         ({"messages": [{**ANSWER, "loss_weight": 0.3, "name": "x"}]}, TULU, {"key 'loss_weight'", "key 'name'"}),
         ({"messages": [{**ANSWER, "loss_weight": 0.3, "name": "x"}]}, NAMED, {"key 'loss_weight'"}),
         ({"messages": [{**ANSWER, "name": None, "weight": 1}]}, TULU, set()),
         ({**ROWS[0], "chat_template_kwargs": {"style": "a"}}, TULU, {"'style' of chat"}),
         ({**ROWS[0], "chat_template_kwargs": {"role": "a"}}, "a role of your own" + TULU, {"'role' of chat"}),
-        (
-            {"messages": [{**ANSWER, "user": "x", "style": 1, "name": "y"}]},
-            COMMON,
-            {"key 'user'", "key 'style'", "key 'name'"},
-        ),
+        ({"messages": [{**ANSWER, "user": "x", "style": 1}]}, COMMON, {"key 'user'", "key 'style'"}),
+        ({"messages": [{**ANSWER, "name": "y"}]}, COMMON, {"key 'name'"}),
         ({"messages": [{**ANSWER, "user": "x", "a": 1, "b": 1, "reasoning": "y"}]}, READING + COMMON, set()),
     ],
 )
@@ -240,9 +219,8 @@ def test_what_nothing_acts_on_is_named_with_its_place(tmp_path, row, jinja, igno
 
 
 def test_columns_that_are_not_even_read_are_named(tmp_path):
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist([{**row, "score": 1.0} for row in ROWS]), tmp_path / "x.parquet"
-    )
+    table = pyarrow.Table.from_pylist([{**row, "score": 1.0} for row in ROWS])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     assert TokenDataset(prepare(tmp_path / "x.parquet", tmp_path)).stats["ignored"] == {"column 'score'": 40}
 
 
@@ -550,72 +528,37 @@ def test_nothing_is_swept_up_while_somebody_builds_and_all_that_is_left_after(tm
     assert len(TokenDataset(tmp_path / "tokens" / name)) == 1
 
 
-# prepare() builds the cache of x.jsonl in a folder.
-SCRIPT = """
-import os, pathlib, signal, sys, time
-import tiny_tokenizer
-from common.config import SFTConfig
-from common.data import cache as token_cache
-from common.data.chat_template import resolve_template
+def test_of_two_builders_at_once_one_builds_and_both_use_it(tmp_path, said, monkeypatch):
+    data, build, built = write(tmp_path / "x.jsonl", ROWS), token_cache._build, []
 
-folder = sys.argv[1]
-token_cache.BLOCK_ROWS = 8
-tokenize = token_cache.BlockTokenizer.__call__
+    def build_when_the_other_waits(*arguments):
+        while not any("waiting" in line for line in said):
+            time.sleep(0.01)
+        built.append(build(*arguments))
 
-def prepare():
-    config = SFTConfig(dataset_mixer=[folder + "/x.jsonl"], max_seq_length=64, cache_dir=folder + "/cache")
-    return token_cache.prepare_tokens("sft", config, resolve_template("tulu", tiny_tokenizer.tiny_tokenizer()))
-"""
+    monkeypatch.setattr(token_cache, "_build", build_when_the_other_waits)
+    with ThreadPoolExecutor() as threads:
+        first, second = threads.map(prepare, [data] * 2, [tmp_path] * 2)
+    assert first == second and len(TokenDataset(first)) == 40 and len(built) == 1
+    assert sum("waiting" in line for line in said) == 1 and left_in(tmp_path) == [Path(first).name]
 
 
-def start(folder: Path, script: str) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'tests'}"}
-    command, pipe = [sys.executable, "-c", SCRIPT + script, str(folder)], subprocess.PIPE
-    return subprocess.Popen(command, text=True, env=environment, stdout=pipe, stderr=pipe)
+def killed_in_the_third_block(logs: str, data: str, cache: str) -> None:
+    """In a process of its own."""
+    tokenize, blocks = BlockTokenizer.__call__, []
 
+    def counted(*arguments):
+        blocks.append(arguments)
+        return os.kill(os.getpid(), signal.SIGKILL) if len(blocks) == 3 else tokenize(*arguments)
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode == code, errors
-    return output
-
-
-def test_of_two_builders_at_once_one_builds_and_both_use_it(tmp_path):
-    write(tmp_path / "x.jsonl", ROWS)
-    script = """
-build = token_cache._build
-def build_when_the_other_waits(*arguments):
-    time.sleep(2)
-    build(*arguments)
-token_cache._build = build_when_the_other_waits
-pathlib.Path(folder, str(os.getpid()) + ".ready").touch()
-while len(list(pathlib.Path(folder).glob("*.ready"))) < 2:
-    time.sleep(0.01)
-print(prepare())
-"""
-    builders = [start(tmp_path, script), start(tmp_path, script)]
-    outputs = [finish(builder) for builder in builders]
-    first, second = (output.splitlines()[-1] for output in outputs)
-    assert first == second and len(TokenDataset(first)) == 40
-    assert sorted(output.count("rows kept") for output in outputs) == [0, 1]
-    assert sum(output.count("waiting") for output in outputs) == 1
-    assert left_in(tmp_path / "cache") == [Path(first).name]
+    token_cache.BLOCK_ROWS, BlockTokenizer.__call__ = 8, counted
+    prepare(data, Path(cache))
 
 
 def test_kill_9_while_building_leaves_the_next_run_to_rebuild(tmp_path):
-    write(tmp_path / "x.jsonl", ROWS)
-    script = """
-num_blocks = 0
-def kill_at_the_third(*arguments):
-    global num_blocks
-    num_blocks += 1
-    if num_blocks == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return tokenize(*arguments)
-token_cache.BlockTokenizer.__call__ = kill_at_the_third
-prepare()
-"""
-    finish(start(tmp_path, script), -signal.SIGKILL)
+    data = write(tmp_path / "x.jsonl", ROWS)
+    arguments = str(data), str(tmp_path / "cache")
+    assert launch.Run(killed_in_the_third_block, 1, arguments).wait().exit_codes == [-signal.SIGKILL]
     assert left_in(tmp_path / "cache") == ["building"]
-    path = prepare(tmp_path / "x.jsonl", tmp_path / "cache")
+    path = prepare(data, tmp_path / "cache")
     assert len(TokenDataset(path)) == 40 and left_in(tmp_path / "cache") == [Path(path).name]

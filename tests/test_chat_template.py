@@ -7,6 +7,7 @@ import pytest
 import tiny_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiny_tokenizer import ANSWER, USER
 
 from common.data import chat_template
 from common.data.chat_template import TULU, resolve_template
@@ -14,7 +15,6 @@ from common.data.conversations import Conversation, Dropped
 from common.failures import UserError
 
 TOKENIZER = tiny_tokenizer.tiny_tokenizer()
-USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}
 
 
 def template_of(tmp_path_factory, jinja: str):
@@ -448,11 +448,8 @@ def test_rendering_is_linear_in_the_turns(tmp_path, monkeypatch, name):
     def renderings(turns: int) -> int:
         messages, counted = [], []
         for i in range(turns):
-            call = {
-                "type": "function",
-                "id": f"call{i}",
-                "function": {"name": f"look{i}", "arguments": {"n": i, "x": -i}},
-            }
+            function = {"name": f"look{i}", "arguments": {"n": i, "x": -i}}
+            call = {"type": "function", "id": f"call{i}", "function": function}
             messages += [{**USER, "content": f"why {i}?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
             messages += [{"role": "tool", "content": f"{i}", "tool_call_id": f"call{i}"}]
             messages += [{"role": "assistant", "content": f"<think>{i}</think>so {i}."}]
@@ -512,19 +509,6 @@ def test_of_two_own_templates_the_one_for_tools_serves_rows_with_tools():
         assert [text[start:end] for start, end in spans] == ["so.<|im_end|>" if tools else "so.<|eot_id|>"]
 
 
-def test_an_exported_tokenizer_renders_what_was_trained(tmp_path):
-    from transformers import AutoTokenizer
-
-    tokenizer = tiny_tokenizer.tiny_tokenizer()
-    template = resolve_template("tulu", tokenizer)
-    tokenizer.chat_template = template.jinja
-    tokenizer.save_pretrained(tmp_path)
-    exported = AutoTokenizer.from_pretrained(tmp_path)
-    messages = [USER, ANSWER, USER, ANSWER]
-    assert exported.apply_chat_template(messages, tokenize=False) == rendered(template, messages).text
-    assert resolve_template("tokenizer", exported).digest == template.digest
-
-
 def test_roles_that_are_not_shown_are_told(templates):
     assert [templates["TULU"].shows_role(role) for role in ("system", "user", "assistant", "tool")] == [1, 1, 1, 0]
     assert templates["CHATML"].shows_role("tool") and templates["MISTRAL"].shows_role("system")
@@ -533,9 +517,8 @@ def test_roles_that_are_not_shown_are_told(templates):
 def test_a_templates_own_refusal_is_told_from_its_failure(templates, tmp_path_factory):
     with pytest.raises(Dropped, match=r"refused by the chat template: .*alternate"):
         rendered(templates["MISTRAL"], [USER, USER])
-    failing = template_of(
-        tmp_path_factory, "{% if messages|length > 2 %}{{ 1 / 0 }}{% endif %}" + tiny_tokenizer.CHATML
-    )
+    division = "{% if messages|length > 2 %}{{ 1 / 0 }}{% endif %}"
+    failing = template_of(tmp_path_factory, division + tiny_tokenizer.CHATML)
     with pytest.raises(Dropped, match="ZeroDivisionError"):
         rendered(failing, [USER, ANSWER, USER])
 

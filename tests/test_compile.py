@@ -145,6 +145,7 @@ def test_one_graph_of_layers_and_two_of_the_head_serve_every_row(flash_attn):  #
         ("flash_attention_4", PLAIN, "meets the model's sizes"),
         ("sdpa", PLAIN, "meets the model's sizes"),
         ("sdpa", PLAIN, "is ordinary"),
+        ("sdpa", SHARED, "is ordinary"),
     ],
 )
 def test_no_row_is_a_case_of_its_own_whichever_came_first(flash_attn, without_lowering, kernel, kind, first):  # noqa: F811

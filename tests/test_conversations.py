@@ -5,14 +5,10 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_tokenizer import ANSWER, OTHER, USER
 
 from common.data.conversations import Conversation, Dropped, preference_example, sft_example
 from common.failures import UserError
-
-USER, ANSWER, OTHER = (
-    {"role": role, "content": content}
-    for role, content in (("user", "why?"), ("assistant", "so."), ("assistant", "no."))
-)
 
 
 def sft(row: dict, **variables) -> Conversation:

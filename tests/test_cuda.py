@@ -43,14 +43,11 @@ def conversations(rng, sizes) -> list[SFTSample]:
     ]
 
 
+PAIRS = [(5, 3, 9), (200, 130, 1), (1, 300, 40)]
 PACKS = {
     "sft": lambda rng: [packing.sft_documents(s) for s in conversations(rng, [1, 2, 130, 700, 64])],
-    "pairs": lambda rng: [
-        packing.pair_documents(p, False) for p in pairs(rng, [(5, 3, 9), (200, 130, 1), (1, 300, 40)])
-    ],
-    "shared": lambda rng: [
-        packing.pair_documents(p, True) for p in pairs(rng, [(5, 3, 9), (200, 130, 1), (1, 300, 40)])
-    ],
+    "pairs": lambda rng: [packing.pair_documents(p, False) for p in pairs(rng, PAIRS)],
+    "shared": lambda rng: [packing.pair_documents(p, True) for p in pairs(rng, PAIRS)],
 }
 
 
@@ -85,10 +82,8 @@ def test_varlen_kernel_equals_block_mask_forward_and_backward(kernel, pack, head
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt_oss", "qwen3_moe", "mistral"])
 def test_windows_caps_sinks_and_experts_equal_transformers_own_eager_attention(architecture, compiled):
     """Samples packed in bfloat16, by the kernel that auto takes, against each alone in float32."""
-    config, device = (
-        models.make_config(architecture, **({"sliding_window": 16} if architecture == "mistral" else {})),
-        "cuda",
-    )
+    changes, device = {"sliding_window": 16} if architecture == "mistral" else {}, "cuda"
+    config = models.make_config(architecture, **changes)
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").to(device)
     kernel = attention.resolve_kernel("auto", device, torch.bfloat16, load.attention_needs(config, 60))
@@ -115,23 +110,11 @@ def test_windows_caps_sinks_and_experts_equal_transformers_own_eager_attention(a
 
 def tiny(kernel: str, dtype) -> PackedModel:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-    )
-    lm = (
-        AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention.registered_name(kernel)
-        )
-        .to(dtype)
-        .cuda()
-    )
-    return PackedModel(lm)
+    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)
+    name = attention.registered_name(kernel)
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=name)
+    return PackedModel(lm.to(dtype).cuda())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

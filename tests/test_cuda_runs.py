@@ -35,29 +35,18 @@ def test_killed_and_resumed_on_two_gpus_then_on_one_each_time_the_plain_loop(tmp
     model = models.make_model(tmp_path / "model", architecture)
     rows = {"sft": models.conversations, "dpo": models.preferences}[method](10)
     tokenizer = reference.load_tokenizer(model)
-    tokens_of = (
-        reference.pair_tokens
-        if method == "dpo"
-        else lambda t, row, n: reference.conversation_tokens(t, row["messages"], n)
-    )
-    samples = [tokens_of(tokenizer, row, longest) for row in rows]
+    if method == "dpo":
+        samples = [reference.pair_tokens(tokenizer, row, longest) for row in rows]
+    else:
+        samples = [reference.conversation_tokens(tokenizer, row["messages"], longest) for row in rows]
     records = getattr(reference, f"train_{method}")(reference.load(model), samples, num_steps=num_steps, **settings)
 
-    changes = {
-        "max_seq_length": longest,
-        "max_train_steps": num_steps,
-        "checkpointing_steps": 1,
-        "keep_last_n_checkpoints": 9,
-    }
+    changes = {"max_seq_length": longest, "max_train_steps": num_steps}
+    changes |= {"checkpointing_steps": 1, "keep_last_n_checkpoints": 9}
     data = models.write_jsonl(tmp_path / "rows.jsonl", rows)
     flags = launch.flags(model, data, tmp_path, **changes, **settings, compile_layers="false")
     run = start(method, flags, 2)
-    deadline = time.monotonic() + launch.TIMEOUT
-    while "/step_00000001\n" not in (
-        text := (run.logs / "stdout").read_text() if (run.logs / "stdout").exists() else ""
-    ):
-        assert run.is_alive() and time.monotonic() < deadline, text
-        time.sleep(0.01)
+    assert run.wait_until(lambda: "/step_00000001\n" in run.output())
     run.kill()
     killed = run.wait()
     assert "done: " not in killed.stdout
@@ -89,10 +78,8 @@ def test_a_rank_that_does_not_come_to_a_collective_ends_all_within_the_limit(tmp
     flags |= {"collective_timeout_minutes": 1, "checkpointing_steps": 10_000}
     patches = {"common.ranks.PATIENCE": 0.25}  # of a minute
     patches |= {"train_sft.set_learning_rate": sleeps_in_step_three} if how == "busy" else {}
-    run, started = start("sft", flags, 2, patches), time.monotonic()
-    while "\nstep 2/" not in (text := (run.logs / "stdout").read_text() if (run.logs / "stdout").exists() else ""):
-        assert run.is_alive() and time.monotonic() - started < launch.TIMEOUT, text
-        time.sleep(0.05)
+    run = start("sft", flags, 2, patches)
+    assert run.wait_until(lambda: "\nstep 2/" in run.output())
     if how == "stopped":
         os.kill(run.processes[1].pid, signal.SIGSTOP)
     since = time.monotonic()

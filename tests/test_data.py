@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_tokenizer
 import torch
+from models import write_jsonl as write
 
 from common.failures import UserError
 from common.verbs.data import main
@@ -39,17 +40,12 @@ def shows(capsys, *words: str) -> str:
     return capsys.readouterr().out
 
 
-def write(file: Path, rows: list[dict]) -> str:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
-
-
 def test_lengths_duplicates_ends_and_rows_are_shown(tmp_path, flags, capsys):
     """Lengths, cut samples and repeated rows are counted again here."""
     rows = [chat(f"why {i}?", "so. " * (1 + i % 9)) for i in range(60)]
     rows[7], rows[9], rows[50] = rows[3], rows[3], chat("\x1b[31mred", "\x07bell\u202e\n\nx")
     rows[20] = {"text": "no end is needed"}
-    data = write(tmp_path / "x.jsonl", [*rows, {"messages": 3}])
+    data = str(write(tmp_path / "x.jsonl", [*rows, {"messages": 3}]))
     text = shows(capsys, "sft", "--dataset_mixer", data, "--max_seq_length", "30", "--show", "60", *flags)
     assert not torch.distributed.is_initialized()
     bars = [int(number) for number in re.findall(r"^ +\d+ to +\d+ +(\d+) *#*$", text, re.MULTILINE)]
@@ -65,7 +61,7 @@ def test_lengths_duplicates_ends_and_rows_are_shown(tmp_path, flags, capsys):
 
 
 def test_a_row_is_shown_or_the_reason_why_it_is_not_trained(tmp_path, flags, capsys):
-    data = write(tmp_path / "x.jsonl", [chat(f"why {i}?", "so.") for i in range(20)] + [chat("why 20?", "")])
+    data = str(write(tmp_path / "x.jsonl", [chat(f"why {i}?", "so.") for i in range(20)] + [chat("why 20?", "")]))
     words = ["sft", "--dataset_mixer", f"{data}=50%", *flags, "--allow_dropped", "true", "--row"]
     taken = {int(i) for i in np.random.RandomState(42).choice(21, size=10, replace=False)}
     kept, other = min(taken), min({*range(20)} - taken)
@@ -81,7 +77,7 @@ def test_a_row_is_shown_or_the_reason_why_it_is_not_trained(tmp_path, flags, cap
 def test_pairs_that_differ_in_white_space_only_are_counted(tmp_path, flags, capsys):
     rows = [pair(f"why {i}?", f"so {i}.", "no.") for i in range(20)]
     rows[4], rows[5] = pair("why?", "so it is", "so  it\nis "), pair("why 3?", "so 3.", "no.")
-    data = write(tmp_path / "x.jsonl", rows)
+    data = str(write(tmp_path / "x.jsonl", rows))
     text = shows(capsys, "dpo", "--dataset_mixer", data, *flags)
     assert re.search(rf"^  chosen and rejected differ in white space only +1; first {data}:5$", text, re.MULTILINE)
     assert f"another row: 1; first {data}:6 is {data}:4" in text and "without an end token (of 40): 0" in text
@@ -89,7 +85,7 @@ def test_pairs_that_differ_in_white_space_only_are_counted(tmp_path, flags, caps
 
 
 def test_what_a_run_would_refuse_is_shown_and_refused(tmp_path, flags, capsys):
-    data = write(tmp_path / "x.jsonl", [chat("why?", "so.")] * 4 + [{"messages": 3}])
+    data = str(write(tmp_path / "x.jsonl", [chat("why?", "so.")] * 4 + [{"messages": 3}]))
     with pytest.raises(UserError, match="--allow_dropped"):
         main("sft", "--dataset_mixer", data, *flags)
     assert "[[so.<eos>]]" in capsys.readouterr().out

@@ -89,30 +89,26 @@ def test_a_file_that_is_not_there_or_never_ends_is_refused(tmp_path, endless_fil
             deepspeed_config(SFTConfig(ds_config=file))
 
 
-@pytest.mark.parametrize(
-    ("zero", "given", "expected"),
-    [
-        ({}, {}, None),  # left open
-        ({}, {"residency": "gradients"}, "gradients"),
-        ({"offload_param": {"device": "cpu"}}, {}, "nothing"),
-        ({"offload_optimizer": {"device": "cpu"}}, {"residency": "all"}, "all"),
-    ],
-)
-def test_what_is_offloaded_does_not_stay_whole(ds_config, zero, given, expected):
-    assert deepspeed_config(ds_config(zero3(**zero) | given)).get("residency") == expected
+CPU = {"device": "cpu"}
 
 
 @pytest.mark.parametrize(
-    ("zero", "given", "share"),
+    ("zero", "given", "residency", "share"),
     [
-        ({}, {}, None),  # left open
-        ({}, {"optimizer_state": "device"}, 1.0),
-        ({}, {"optimizer_state": "host"}, 0.0),
-        ({}, {"optimizer_state": 0.25}, 0.25),
-        ({"offload_optimizer": {"device": "cpu", "pin_memory": True}}, {}, 0.0),
-        ({"offload_optimizer": {"device": "none"}}, {}, None),
+        ({}, {}, None, None),  # both left open
+        ({}, {"residency": "gradients"}, "gradients", None),
+        ({"offload_param": CPU}, {}, "nothing", None),
+        ({"offload_optimizer": CPU}, {"residency": "all"}, "all", 0.0),
+        ({"offload_optimizer": CPU | {"pin_memory": True}}, {}, None, 0.0),
+        ({"offload_optimizer": {"device": "none"}}, {}, None, None),
+        ({}, {"optimizer_state": "device"}, None, 1.0),
+        ({}, {"optimizer_state": "host"}, None, 0.0),
+        ({}, {"optimizer_state": 0.25}, None, 0.25),
     ],
 )
-def test_where_state_lies_is_a_share_and_deepspeed_never_updates_on_the_cpu(ds_config, zero, given, share):
+def test_what_is_offloaded_does_not_stay_whole_and_deepspeed_never_updates_on_the_cpu(
+    ds_config, zero, given, residency, share
+):
     made = deepspeed_config(ds_config(zero3(**zero) | given))
-    assert made.get("optimizer_state") == share and "offload_optimizer" not in made["zero_optimization"]
+    assert (made.get("residency"), made.get("optimizer_state")) == (residency, share)
+    assert "offload_optimizer" not in made["zero_optimization"]

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import OneRank
 from test_model import load_silently
-from test_resume import TIMES, checkpoints, weights
+from test_resume import assert_same_weights, checkpoints, without_times
 
 from common.config import SFTConfig
 from common.data.cache import prepare_tokens
@@ -104,12 +104,9 @@ def test_numbers_of_each_source_and_of_all_are_the_plain_loops(setting, evaluate
 @both
 def test_training_is_the_same_to_all_digits_with_and_without(setting, evaluated, method):
     without = setting.run(method).succeeded()
-    for with_it, plain_record in zip(evaluated[method].metrics, without.metrics, strict=True):
-        assert {name: with_it[name] for name in plain_record if name not in TIMES} == {
-            name: value for name, value in plain_record.items() if name not in TIMES
-        }
-    ours, theirs = weights(evaluated[method].output_dir), weights(without.output_dir)
-    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    of_training = [{n: v for n, v in row.items() if not n.startswith("eval/")} for row in evaluated[method].metrics]
+    assert without_times(of_training) == without_times(without.metrics)
+    assert_same_weights(evaluated[method].output_dir, without.output_dir)
 
 
 @both
@@ -133,8 +130,7 @@ def test_a_killed_run_that_goes_on_neither_loses_nor_doubles_an_evaluation(setti
     killed = setting.run(method, patches={f"train_{method}.Evaluation": KilledInTheSecond}, **changes)
     assert -9 in killed.exit_codes and checkpoints(killed.output_dir)[:2] == [1, 2]
     resumed = setting.run(method, **changes).succeeded()
-    for ours, theirs in zip(resumed.metrics, evaluated[method].metrics, strict=True):
-        assert {n: v for n, v in ours.items() if n not in TIMES} == {n: v for n, v in theirs.items() if n not in TIMES}
+    assert without_times(resumed.metrics) == without_times(evaluated[method].metrics)
 
 
 class KilledInTheSecond(evaluate.Evaluation):
@@ -224,12 +220,7 @@ def test_flags_that_hold_out_nothing_or_everything_are_refused(tmp_path, flags, 
     path = models.write_jsonl(tmp_path / "rows.jsonl", models.conversations(10))
     config = dataclasses.replace(SFTConfig(), dataset_mixer=[str(path)], cache_dir=str(tmp_path), **flags)
     with pytest.raises(UserError, match=named):
-        training_and_held_out("sft", config, resolve_template("tulu", models.make_tokenizer()), PerNode())
-
-
-class PerNode(OneRank):
-    def once_per_node(self, work):
-        return work()
+        training_and_held_out("sft", config, resolve_template("tulu", models.make_tokenizer()), OneRank())
 
 
 # ------------------------------------------------------------------ early stopping
@@ -277,5 +268,4 @@ def test_the_best_checkpoint_stays_and_is_exported_if_asked_for(setting, method)
     record = read_run_config(str(run.output_dir))
     assert record["exported_step"] == best and record["result"]["steps"] == 12
     short = setting.run(method, **changes, stop_after_steps=best).succeeded()
-    ours, theirs = weights(run.output_dir), weights(short.output_dir)
-    assert all((ours[name] == theirs[name]).all() for name in theirs)
+    assert_same_weights(run.output_dir, short.output_dir)

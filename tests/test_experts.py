@@ -22,11 +22,8 @@ TYPES = sorted(models.WITH_EXPERTS - {"gpt_oss"})
 def drawn(name: str):
     """A tiny model in float32."""
     torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(models.make_config(name), dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter_name, parameter in lm.named_parameters():
-            parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.15)
-    return lm
+    config = models.make_config(name)
+    return models.drawn(AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager"))
 
 
 @pytest.mark.parametrize("name", sorted(models.WITH_EXPERTS))

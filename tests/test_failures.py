@@ -30,11 +30,7 @@ from common.zero.engine import out_of_memory_explained
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 3, "out of memory"),
         (ConnectionResetError(104, "Connection reset by peer"), None, ""),
         (RuntimeError("a bug"), None, ""),
-        (
-            RuntimeError(f"{'NCCL error in: ' * 20}\nLast error:\nError of segment /dev/shm/nccl-x (size 9)"),
-            2,
-            "(size 9)",
-        ),
+        (RuntimeError(f"{'NCCL error: ' * 20}\nLast error:\nError of segment /dev/shm/nccl-x (size 9)"), 2, "(size 9)"),
     ],
     ids=repr,
 )

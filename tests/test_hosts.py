@@ -75,23 +75,11 @@ class TwoHosts:
             torchrun = ["-m", "torch.distributed.run", "--nnodes", 2, "--node_rank", node, "--nproc_per_node", per_node]
             torchrun += ["--master_addr", ADDRESSES[0], "--master_port", port]
             for local_rank in range(per_node if launcher == "srun" else 1):
-                environment = common | (
-                    srun_environment(node, local_rank, per_node, port) if launcher == "srun" else ENVIRONMENT
-                )
-                command = on_host(
-                    host, [sys.executable, *(torchrun if launcher == "torchrun" else []), *words], hidden[node]
-                )
-                self.processes.append(
-                    subprocess.Popen(
-                        command,
-                        cwd=launch.REPO,
-                        env=environment,
-                        text=True,
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
+                of_task = srun_environment(node, local_rank, per_node, port) if launcher == "srun" else ENVIRONMENT
+                command = on_host(host, [sys.executable, *torchrun * (launcher == "torchrun"), *words], hidden[node])
+                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": launch.REPO}
+                process = subprocess.Popen(command, env=common | of_task, start_new_session=True, **pipes)
+                self.processes.append(process)
 
     def wait(self, timeout: float = 240) -> tuple[list[int], str]:
         outputs = [process.communicate(timeout=timeout)[0] for process in self.processes]
@@ -108,13 +96,8 @@ def flags_of(folder: Path, method: str, name: str, **changes) -> list[dict]:
         models.make_model(model)
     rows = models.conversations(10) if method == "sft" else models.preferences(10)
     data = models.write_jsonl(folder / f"{method}.jsonl", rows)
-    same = {
-        "global_batch_size": 4,
-        "max_train_steps": 3,
-        "learning_rate": 1e-3,
-        "collective_timeout_minutes": 1,
-    } | changes
-    flags = launch.flags(model, data, folder, **same) | {"output_dir": folder / name}
+    same = {"global_batch_size": 4, "max_train_steps": 3, "learning_rate": 1e-3, "collective_timeout_minutes": 1}
+    flags = launch.flags(model, data, folder, **same | changes) | {"output_dir": folder / name}
     return [flags | {"cache_dir": folder / f"cache-{host}"} for host in HOSTS]
 
 
@@ -181,9 +164,7 @@ def test_a_host_that_is_lost_ends_the_others_which_name_it_and_the_same_command_
     last = json.loads((run.output_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     again = TwoHosts("train_sft", [f | {"stop_after_steps": last + 10} for f in flags])
     codes, output = again.wait()
-    assert set(codes) == {0} and "resuming after step" in output, [
-        line for line in output.splitlines() if "rror" in line
-    ]
+    assert set(codes) == {0} and "resuming after step" in output, output[-2000:]
 
 
 def test_a_task_of_srun_knows_its_place(monkeypatch):

@@ -131,9 +131,8 @@ def test_rows_come_from_the_commit_that_is_recorded(tmp_path):
     questions = ["org/data@v1", "org/data=25%", "org/data@main:train", "org/data:test", "org/none"]
     with loopback_hub.serving(Hub("datasets").add("org/data", files, REVISIONS)) as hub:
         (tagged, part, whole, no_split, no_such), _ = loopback_hub.ask(ASK_ROWS, questions, hub, tmp_path)
-        (pinned, other, by_name), _ = loopback_hub.ask(
-            ASK_ROWS, [f"org/data@{NEWEST}=3", f"org/data@{TAGGED}", "org/data"], hub, tmp_path, HF_HUB_OFFLINE="1"
-        )
+        again = [f"org/data@{NEWEST}=3", f"org/data@{TAGGED}", "org/data"]
+        (pinned, other, by_name), _ = loopback_hub.ask(ASK_ROWS, again, hub, tmp_path, HF_HUB_OFFLINE="1")
     indices = np.random.RandomState(42).choice(20, size=5, replace=False).tolist()
     messages = [{"messages": ROWS[i]["messages"]} for i in indices]
     assert part == [{"revision": NEWEST, "split": "train"}, indices, messages]
@@ -194,6 +193,7 @@ def arrived(hub: Hub, name: str) -> dict[str, bytes]:
     return {path: content for path, content in hub.newest(name).items() if path != ".gitattributes"}
 
 
+CONFLICT = {"error": "Cannot create repo: another conflicting operation is in progress"}
 DISTURBED = {
     "nothing": ([], []),
     "429 with Retry-After": ([Fault("/preupload/", 429, headers={"Retry-After": "7"})], [8]),
@@ -202,14 +202,7 @@ DISTURBED = {
     "cut in the commit": ([Fault("/commit/", "cut")], [5]),
     "the commit's answer is lost": ([Fault("/commit/", "lost")], [5]),
     "the hub is down at the commit": ([Fault("/commit/", 502, times=2)], [5, 30]),
-    "409: it is being made": (
-        [
-            Fault(
-                "/repos/create", 409, body={"error": "Cannot create repo: another conflicting operation is in progress"}
-            )
-        ],
-        [],
-    ),
+    "409: it is being made": ([Fault("/repos/create", 409, body=CONFLICT)], []),
 }
 
 
@@ -342,14 +335,9 @@ def test_a_folder_without_a_whole_model_is_not_pushed(tmp_path, finished, lost):
 
 def constants(hub: Hub, home: Path) -> dict:
     """What huggingface_hub reads of its environment at import, for a rank whose server imported it before."""
-    names = {
-        "ENDPOINT": hub.address,
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_TOKEN_PATH": home / "token",
-    }
-    names |= {"HUGGINGFACE_CO_URL_TEMPLATE": hub.address + "/{repo_id}/resolve/{revision}/{filename}"}
-    names |= {"HF_HUB_CACHE": str(home / "cache")}
+    names = {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+    names |= {"HF_TOKEN_PATH": home / "token", "HF_HUB_CACHE": str(home / "cache")}
+    names["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
     return {f"huggingface_hub.constants.{name}": value for name, value in names.items()}
 
 
@@ -367,9 +355,8 @@ def test_a_run_whose_upload_fails_keeps_its_model_and_tells_the_command_and_no_o
     with loopback_hub.serving(hub):
         hub.faults = [Fault("PUT /lfs/", 403, times=99)]
         run = launch.launch("train_sft", given, 2, constants(hub, tmp_path / "home")).succeeded()
-        assert hub.log.index("GET /api/models/org/new/auth-check/write") < hub.log.index(
-            "POST /api/models/org/new/preupload/main"
-        )
+        asked, sent = "GET /api/models/org/new/auth-check/write", "POST /api/models/org/new/preupload/main"
+        assert hub.log.index(asked) < hub.log.index(sent)
         (line,) = (line for line in run.stdout.splitlines() if "bash run.sh push " in line)
         assert line.endswith(f"bash run.sh push {run.output_dir}") and arrived(hub, "org/new") == {}
         hub.faults.clear()
@@ -440,16 +427,9 @@ def test_a_card_tells_the_hub_its_base_data_and_license_and_a_reader_how_to_talk
     repeated = parse_config(SFTConfig, command.split()[4:])
     assert repeated.dataset_mixer == [f"org/data@{NEWEST}:train=25%", "a.jsonl"]
     assert (repeated.model_revision, repeated.learning_rate, repeated.seed) == (TAGGED, 3e-6, 42)
-    for told in (
-        "`<eos>` (0), token (300)",
-        "--chat_template auto",
-        "| train_loss | 0.25 |",
-        "7 of 9",
-        "| micro_batch_budget | 16384 |",
-        "4 x GPU (80 GB",
-        "org/data  5 rows",
-    ):
-        assert told in text
+    told = ["`<eos>` (0), token (300)", "--chat_template auto", "| train_loss | 0.25 |", "7 of 9"]
+    told += ["| micro_batch_budget | 16384 |", "4 x GPU (80 GB", "org/data  5 rows"]
+    assert [part for part in told if part not in text] == []
 
 
 def test_a_model_trained_from_a_folder_names_what_that_was_trained_from(tmp_path):

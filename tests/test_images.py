@@ -86,9 +86,7 @@ def engine_of(name: str) -> Engine:
     load.check_supported(config, 100, 300)
     torch.manual_seed(0)
     lm = load.auto_class(config).from_config(config, dtype=torch.float32, attn_implementation=registered_name("sdpa"))
-    with torch.no_grad():
-        for parameter_name, parameter in lm.named_parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 and "norm" in parameter_name else 0.0, 0.15)
+    models.drawn(lm)
     load.text_config(config)._experts_implementation = GROUPED
     return Engine(PackedModel(load.without_other_parts(lm)))
 

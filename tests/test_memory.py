@@ -19,26 +19,13 @@ from common.model.load import parameter_sizes
 from common.step.packing import pack
 from common.zero import memory
 from common.zero.checkpoint import RunState
-from common.zero.memory import (
-    _between_hosts,
-    available_host_memory,
-    choose_micro_batch,
-    choose_residency,
-    shape_of,
-    workload_of,
-)
+from common.zero.memory import shape_of, workload_of
 from common.zero.plan import Card, Memory, Plan, Workload, choose, estimated
 
 GB = 1e9
 NUMEL, LAYER_NUMEL = 8_030_261_248, 218_112_000
-LLAMA_8B = models.make_config(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
-)
+SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_8B = models.make_config(**SIZES, num_key_value_heads=8, vocab_size=128256)
 ZERO = {"stage": 3, "reduce_bucket_size": 2 * 10**8, "stage3_prefetch_bucket_size": 2 * 10**8, "sub_group_size": 10**8}
 ON_2 = Memory("nothing", 1.0, 8 * GB, 2 * GB, 18 * GB, 6 * NUMEL, 0, per_token=0.6e6, per_token_and_layer=1e5)
 ANY = Workload(4096, tokens_per_rank=42_000, budget=16384, is_settled=False, residency="", steps=((42_000, 4096),))
@@ -125,7 +112,7 @@ def settled(
     plan = Plan(0.0, 0, 0, estimate, shape_of(shape, SFTConfig(), True), CARD)
     arguments = SFTConfig(**flags), plan, "varlen", workload, memory.made_up_conversation, ranks
     engine = SimpleNamespace(module=policy, updater=SimpleNamespace(carrier=SimpleNamespace()))
-    budget = choose_micro_batch(engine, *arguments)
+    budget = memory.choose_micro_batch(engine, *arguments)
     room = 0.94 * total - allocated - estimate.gathered
     assert all(0.94 < fraction < 0.99 for fraction in fractions) and bool(fractions) == bool(runs)
 
@@ -271,7 +258,7 @@ def placed(monkeypatch, frees, kept="", budget=None, own=None, host=500, workloa
     card = CARD._replace(free=min(frees) * GB, host_free=host * GB / len(frees))
     monkeypatch.setattr(memory, "_card", lambda ranks: card)
     workload = workload._replace(budget=budget or 0, is_settled=budget is not None, residency=kept)
-    ds_config, plan = choose_residency(given, SFTConfig(**flags), LLAMA_8B, workload, ranks)
+    ds_config, plan = memory.choose_residency(given, SFTConfig(**flags), LLAMA_8B, workload, ranks)
     share = plan.memory.share
     assert ds_config == given | {"residency": plan.residency, "optimizer_state": share}
     assert plan.memory == estimate_8b(plan.residency, len(frees), share)
@@ -350,7 +337,7 @@ def test_a_containers_limit_counts_as_host_memory(tmp_path, limit, expected):
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       8 kB\n")
     for name, text in (("max", limit), ("current", "3000"), ("stat", "anon 7\ninactive_file 500\n")):
         (group / f"memory.{name}").write_text(text + "\n")
-    assert available_host_memory(tmp_path) == expected
+    assert memory.available_host_memory(tmp_path) == expected
 
 
 def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
@@ -380,13 +367,13 @@ def test_what_crosses_the_network_is_what_the_other_hosts_hold(residency, gather
     plan = Plan(1.25 * 42_000, 16384, 0, ON_2._replace(residency=residency), SHAPE_8B, CARD._replace(flops=6e15))
     crossing = plan.bytes_between_hosts(ANY, 4)
     assert crossing == pytest.approx(NUMEL * (2 * gathers + 4 * reductions) * 3 / 4)
-    lines = _between_hosts(plan, ANY, 4, "eth0")
+    lines = memory._between_hosts(plan, ANY, 4, "eth0")
     step = 1.25 * 42_000 * 6 * NUMEL / (0.75 * 6e15)
     assert f"4 hosts: in each step {crossing / 1e9:,.1f} GB" in lines[0] and lines[0].endswith("by eth0")
     assert [("25 Gb/s" in line, "100 Gb/s" in line) for line in lines[1:]] == [(True, False), (False, True)]
     assert f"up to {crossing / 12.5e9:,.1f} s of each step, which takes {step:,.1f} s" in lines[2]
     slow = plan._replace(card=CARD._replace(flops=1e12))
-    assert len(_between_hosts(slow, ANY, 4, "eth0")) == 1 and not _between_hosts(plan, ANY, 1, "eth0")
+    assert len(memory._between_hosts(slow, ANY, 4, "eth0")) == 1 and not memory._between_hosts(plan, ANY, 1, "eth0")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -18,8 +18,9 @@ from common import files
 from common.config import DPOConfig, SFTConfig, parse_config
 from common.failures import UserError, explained
 from common.run import output_dir as run_record
+from common.run.agreement import run_identity
 from common.run.metrics import MetricsFile, read_metrics
-from common.run.output_dir import claim, open_output_dir, read_run_config, run_identity, write_run_config
+from common.run.output_dir import claim, open_output_dir, read_run_config, write_run_config
 from common.step.schedule import Schedule
 from common.zero import checkpoint
 from common.zero.checkpoint import RunState
@@ -27,15 +28,6 @@ from common.zero.checkpoint import RunState
 
 def config_of(folder, cls=SFTConfig, **changes):
     return dataclasses.replace(parse_config(cls, []), output_dir=str(folder), **changes)
-
-
-@pytest.fixture
-def model(tmp_path) -> str:
-    """A folder with all that a model's digest is of."""
-    (tmp_path / "model").mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / "model" / name).write_text("{}")
-    return str(tmp_path / "model")
 
 
 @pytest.fixture
@@ -56,68 +48,48 @@ def save(folder: Path, step: int, identity: dict) -> Path:
 # ------------------------------------------------------------------ which run
 
 # A field is here or it must be the same in a resume.
-FREE = {"output_dir", "cache_dir", "resume", "logging_steps", "checkpointing_steps", "keep_last_n_checkpoints"}
-FREE |= {
-    "export_at_checkpoints",
-    "clean_checkpoints_at_end",
-    "max_tokens_per_micro_batch",
-    "gradient_checkpointing",
-    "attn_implementation",
-}
-FREE |= {
-    "compile_layers",
-    "collective_timeout_minutes",
-    "ds_config",
-    "stop_after_steps",
-    "share_prompt",
-    "gpu_hour_price",
-}
-FREE |= {
-    "eval_dataset_mixer",
-    "eval_steps",
-    "early_stopping_patience",
-    "keep_best",
-    "export_best",
-    "report_to",
-    "allow_dropped",
-}
-FREE |= {"push_to_hub", "hub_model_id", "hub_private", "hub_overwrite"}
+FREE = """output_dir cache_dir resume logging_steps checkpointing_steps keep_last_n_checkpoints export_at_checkpoints
+clean_checkpoints_at_end max_tokens_per_micro_batch gradient_checkpointing attn_implementation compile_layers
+collective_timeout_minutes ds_config stop_after_steps share_prompt gpu_hour_price eval_dataset_mixer eval_steps
+early_stopping_patience keep_best export_best report_to allow_dropped push_to_hub hub_model_id hub_private
+hub_overwrite""".split()  # noqa: SIM905
 # Other words for the same rows, template or weights are the same run.
-BY_CONTENTS = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}
+BY_CONTENTS = ["dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"]
 
 
 @pytest.mark.parametrize("cls", [SFTConfig, DPOConfig])
-def test_each_value_that_changes_the_result_is_refused_with_old_and_new(cls, folder, model):
-    config = config_of(folder, cls)
+def test_each_value_that_changes_the_result_is_refused_with_old_and_new(cls, folder):
+    config, contents = config_of(folder, cls), {"dataset_mixer": "d", "chat_template": "t"}
+    identity = run_identity(config, contents)
 
-    def begin(data="d", template="t", **changes):
-        changed = dataclasses.replace(config, **changes)
-        return claim(config, run_identity(changed, data, template, model), 10, OneRank())
+    def begin(digests=(), **changes):
+        changed = run_identity(dataclasses.replace(config, **changes), contents | dict(digests))
+        return claim(config, changed, 10, OneRank())
 
-    assert begin() == (RunState(identity=run_identity(config, "d", "t", model)), None)
-    path = save(folder, 1, run_identity(config, "d", "t", model))
+    assert begin() == (RunState(identity=identity), None)
+    path = save(folder, 1, identity)
     for field in dataclasses.fields(cls):
         old = getattr(config, field.name)
         new = not old if isinstance(old, bool) else old + 1 if isinstance(old, int | float) else "other"
-        if field.name in FREE | BY_CONTENTS:
+        if field.name in FREE + BY_CONTENTS:
             state, found = begin(**{field.name: new})
             assert (state.step, found) == (1, path)
         else:
             with pytest.raises(UserError) as e:
                 begin(**{field.name: new})
             assert f"{field.name} was {old!r}, is {new!r}" in str(e.value) and "\n" not in str(e.value)
-    for what, changes in {"dataset_mixer": {"data": "other"}, "chat_template": {"template": "other"}}.items():
+    for what in contents:
         with pytest.raises(UserError, match=f"{what} .contents. was '.', is 'other'"):
-            begin(**changes)
+            begin({what: "other"})
     with pytest.raises(UserError, match=r"learning_rate was .*; seed was 42, is 7"):
         begin(seed=7, learning_rate=1.0)
 
 
-def test_more_epochs_go_on_where_no_step_depends_on_their_number_and_else_the_ways_are_named(folder, model):
+def test_more_epochs_go_on_where_no_step_depends_on_their_number_and_else_the_ways_are_named(folder):
     for scheduler, is_free in (("constant", True), ("linear", False), ("constant_with_warmup", False)):
         config = dataclasses.replace(config_of(folder, SFTConfig), lr_scheduler_type=scheduler)
-        path = save(folder, 4, run_identity(config, "d", "t", model))
-        longer = run_identity(dataclasses.replace(config, num_train_epochs=9), "d", "t", model)
+        path = save(folder, 4, run_identity(config, {}))
+        longer = run_identity(dataclasses.replace(config, num_train_epochs=9), {})
         if is_free:
             state, found = claim(config, longer, 10, OneRank())
             assert (state.step, found) == (4, path)
@@ -139,14 +111,10 @@ def test_a_model_is_its_bytes_wherever_it_lies_and_however_its_path_is_written(t
     moved = shutil.copytree(folder, tmp_path / "moved")
     (moved / "README.md").write_text("decides nothing")
 
-    def identity(policy, reference) -> dict:
-        return run_identity(config_of("run", DPOConfig), "d", "t", str(policy), str(reference))
-
-    one = identity("model", "model")
-    assert one == identity("./model", "./model") == identity(moved, moved)
+    one = files.weights_digest("model")
+    assert one == files.weights_digest("./model") == files.weights_digest(str(moved))
     (moved / changed).write_text(changed[:-1] + "x")  # the same size
-    for other, name in ((identity(moved, "model"), "model"), (identity("model", moved), "ref_model")):
-        assert {key for key in one if one[key] != other[key]} == {f"{name}_name_or_path (contents)"}
+    assert files.weights_digest(str(moved)) != one
 
 
 def test_weights_that_are_not_there_are_named(tmp_path):
@@ -185,15 +153,10 @@ def test_a_finished_run_has_nothing_to_do_unless_more_is_asked_for(folder):
             claim(config, asked, last_step, OneRank())
 
 
-@pytest.mark.parametrize("lost", [0, 1, 2])
-def test_a_finished_run_whose_model_is_gone_is_not_finished(folder, lost):
-    finished(folder, {})[lost].unlink()
-    assert claim(config_of(folder), {}, 4, OneRank()) is not None
-
-
-@pytest.mark.parametrize("text", ["[]", "null", '{"weight_map": 3}', "{"])
-def test_a_finished_run_whose_index_is_none_is_not_finished(folder, text):
-    finished(folder, {})[0].write_text(text)
+@pytest.mark.parametrize("lost", [0, 1, 2, "[]", "null", '{"weight_map": 3}', "{"])
+def test_a_finished_run_whose_model_is_gone_or_has_no_index_is_not_finished(folder, lost):
+    paths = finished(folder, {})
+    paths[lost].unlink() if isinstance(lost, int) else paths[0].write_text(lost)
     assert claim(config_of(folder), {}, 4, OneRank()) is not None
 
 

@@ -26,10 +26,7 @@ def engine_of(architecture: str, dtype: torch.dtype = torch.float32, seed: int =
     config = models.make_config(architecture)
     torch.manual_seed(seed)
     kernel = registered_name("sdpa")
-    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernel)
-    with torch.no_grad():
-        for name, parameter in lm.named_parameters():
-            parameter.normal_(1.0 if parameter.ndim == 1 and "norm" in name else 0.0, 0.15)
+    lm = models.drawn(AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kernel))
     lm.config._experts_implementation = experts.GROUPED
     return Engine(PackedModel(lm.to(dtype)))
 

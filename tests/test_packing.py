@@ -223,16 +223,6 @@ def test_no_completion_sees_the_other(folder, pairs, share, dtype):
             assert is_unmoved(packed, before[i], after[i]) == (i != changed), (i, changed)
 
 
-def test_both_completions_see_the_whole_prompt(folder, pairs):
-    """Shared: a change of the prompt's first token reaches both completions."""
-    packed = packed_model(folder)
-    pair = as_pair(pairs[0])
-    other = pair._replace(prompt_ids=np.concatenate([[(pair.prompt_ids[0] + 7) % 300], pair.prompt_ids[1:]]))
-    sizes = [len(targets) for _, targets in pairs[0]]
-    before, after = (packed_logps(packed, [pair_documents(p, True)]).split(sizes) for p in (pair, other))
-    assert all(not torch.equal(b, a) for b, a in zip(before, after, strict=True))
-
-
 def test_one_step_is_prepared_ahead_in_order_and_never_two():
     """And what goes wrong in the thread comes out at the step that it belongs to."""
     started, main = [], threading.get_ident()

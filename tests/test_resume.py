@@ -30,12 +30,21 @@ from faults import Disk
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from common import files
+from common import ranks as distributed
+from common.config import DPOConfig, SFTConfig, parse_config
+from common.data.chat_template import resolve_template
 from common.failures import UserError
 from common.files import replace_file
+from common.model import export as model_export
+from common.model import load as model
 from common.run.metrics import MetricsFile
 from common.run.output_dir import read_run_config
 from common.verbs import export, verify
+from common.zero import checkpoint, residency
 from common.zero.checkpoint import _write_files as write_files
+from common.zero.ds_config import deepspeed_config
+from common.zero.engine import build_engine
 
 METHODS = ("sft", "dpo")
 LAST_STEP = 12
@@ -47,13 +56,8 @@ both = pytest.mark.parametrize("method", METHODS)
 class Setting:
     """A model and data for both methods, one cache, and the uninterrupted run of each."""
 
-    def __init__(self, root: Path):
-        self.root = root
-        self.model = models.make_model(root / "llama")
-        self.data = {
-            "sft": models.write_jsonl(root / "sft.jsonl", models.conversations(10)),
-            "dpo": models.write_jsonl(root / "dpo.jsonl", models.preferences(10)),
-        }
+    def __init__(self, root: Path, model: Path, data: dict[str, Path]):
+        self.root, self.model, self.data = root, model, data
         placement = json.loads((launch.REPO / "ds_configs" / "zero3.json").read_text())
         placement |= {"residency": "nothing"}
         placement["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -99,8 +103,8 @@ class Setting:
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory) -> Setting:
-    return Setting(tmp_path_factory.mktemp("resume"))
+def setting(tmp_path_factory, tiny_llama, sft_data, dpo_data) -> Setting:
+    return Setting(tmp_path_factory.mktemp("resume"), tiny_llama, {"sft": sft_data, "dpo": dpo_data})
 
 
 def checkpoints(output_dir: Path) -> list[int]:
@@ -145,18 +149,9 @@ def assert_continued(done: launch.Finished, step: int) -> None:
     assert (f"resuming after step {step} from" in done.stdout) == (step > 0)
 
 
-def wait_for(run: launch.Run, text: str, timeout: float = 180) -> bool:
+def wait_for(run: launch.Run, text: str) -> bool:
     """Until the run has printed `text`; False if it ended before."""
-    log, deadline = run.logs / "stdout", time.monotonic() + timeout
-    log.touch()
-    while time.monotonic() < deadline:
-        was_alive = run.is_alive()
-        if text in log.read_text():
-            return True
-        if not was_alive:
-            return False
-        time.sleep(0.002)
-    raise AssertionError(f"{text!r} not printed in {timeout} s\n" + log.read_text()[-2000:])
+    return run.wait_until(lambda: text in run.output())
 
 
 # ------------------------------------------------------------------ kill -9
@@ -229,15 +224,10 @@ def kill_beside_a_write(setting: Setting, method: str, rng: random.Random) -> No
 
 def dying_rank(logs: str, script: str, words: list[str], rank: int, operation: int) -> None:
     """In a rank's process: `rank` gets SIGKILL at its n-th change to the disk once it has an engine."""
-    from common import files
-    from common.model import export
-    from common.zero import checkpoint
-
     real = checkpoint.require_disk_space
-
     if int(os.environ["RANK"]) == rank:
         end = partial(os.kill, os.getpid(), signal.SIGKILL)
-        disk = Disk(pytest.MonkeyPatch(), [checkpoint, export, files], operation, end)
+        disk = Disk(pytest.MonkeyPatch(), [checkpoint, model_export, files], operation, end)
         if rank == 0:  # who asks for the disk's space
             checkpoint.require_disk_space = lambda *arguments: (real(*arguments), disk.__enter__())[0]
         else:
@@ -308,21 +298,18 @@ def test_2_then_1_then_4_then_3_ranks_are_one_curve(setting, method, numbers):
         np.testing.assert_allclose(values, theirs[name], atol=2e-5, err_msg=name)
 
 
-def engine_states(script: str, words: list[str], checkpoint_path: str, residency: str) -> dict[str, torch.Tensor]:
-    """In a rank's process: what a loaded engine holds, whole, through DeepSpeed's own reading of it."""
-    from common import config
-    from common import ranks as distributed
-    from common.model import load as model
-    from common.zero import checkpoint, engine
-    from common.zero import ds_config as placement
-
-    settings = config.parse_config(config.SFTConfig if script == "train_sft" else config.DPOConfig, words)
-    ds_config = placement.deepspeed_config(settings) | {"residency": residency}
-    ranks = distributed.start(settings.collective_timeout_minutes)
-    folder = str(settings.model_name_or_path)
-    dtype = getattr(torch, settings.dtype)
+def engine_of(config: SFTConfig | DPOConfig, **placement) -> tuple:
+    """In a rank's process: the group, the model of the config's folder, and its engine."""
+    ranks, ds_config = distributed.start(5), deepspeed_config(config) | placement
+    folder, dtype = str(config.model_name_or_path), getattr(torch, config.dtype)
     policy = model.load_partitioned(folder, model.load_config(folder), dtype, "sdpa", ds_config, ranks)
-    built = engine.build_engine(policy, settings, ds_config)
+    return ranks, policy, build_engine(policy, config, ds_config)
+
+
+def engine_states(script: str, words: list[str], checkpoint_path: str, stays_whole: str) -> dict[str, torch.Tensor]:
+    """In a rank's process: what a loaded engine holds, whole, through DeepSpeed's own reading of it."""
+    config = parse_config(SFTConfig if script == "train_sft" else DPOConfig, words)
+    ranks, policy, built = engine_of(config, residency=stays_whole)
     parameters = dict(policy.lm.named_parameters())
     checkpoint.load(built, parameters, Path(checkpoint_path), checkpoint.RunState(step=9), "auto", ranks)
     policy.finish_gathering()
@@ -379,21 +366,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 def exported_both_ways(root: str, words: list[str]) -> list[dict[str, bytes]]:
     """In a rank's process: the files that a run exports, and those of its checkpoint of the same step."""
-    from common import config
-    from common import ranks as distributed
-    from common.data.chat_template import resolve_template
-    from common.model import export as model_export
-    from common.model import load as model
-    from common.zero import checkpoint, engine, residency
-    from common.zero import ds_config as placement
-
     checkpoint.SHARD_FILE_BYTES = 4_000
-    settings = config.parse_config(config.SFTConfig, words)
-    ds_config = placement.deepspeed_config(settings) | {"residency": "all", "optimizer_state": 0.5}
-    ranks = distributed.start(settings.collective_timeout_minutes)
-    folder, dtype = str(settings.model_name_or_path), getattr(torch, settings.dtype)
-    policy = model.load_partitioned(folder, model.load_config(folder), dtype, "sdpa", ds_config, ranks)
-    built = engine.build_engine(policy, settings, ds_config)
+    settings = parse_config(SFTConfig, words)
+    ranks, policy, built = engine_of(settings, residency="all", optimizer_state=0.5)
+    folder = str(settings.model_name_or_path)
     residency.set_step(built, 7)
     torch.manual_seed(ranks.rank)
     for shard in residency.state_shards(built).values():
@@ -609,14 +585,11 @@ def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
 
 def limited_rank(logs: str, script: str, words: list[str], num_bytes: int) -> None:
     """In a rank's process: from step 6's checkpoint on, the system refuses rank 1 larger files."""
-    from common.zero import checkpoint
-
-    real = checkpoint._write_files
 
     def limited(folder, files):
         if "step_00000006" in folder.name and os.environ["RANK"] == "1":
             resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
-        return real(folder, files)
+        return write_files(folder, files)
 
     launch.run_script(logs, script, words, {"common.zero.checkpoint._write_files": limited})
 

@@ -11,7 +11,7 @@ from transformers import get_scheduler
 
 from common.config import LR_SCHEDULERS, SFTConfig
 from common.failures import UserError
-from common.step.schedule import NEVER, Schedule, learning_rate_schedule, step_samples, steps_per_epoch
+from common.step.schedule import NEVER, Schedule, learning_rate_schedule
 
 
 @pytest.mark.parametrize(
@@ -24,16 +24,18 @@ def test_order_is_the_contracts_formula(num_samples, batch, seed):
         while order:
             visited.append(order[:batch])
             del order[:batch]
-    assert [step_samples(step, num_samples, batch, seed) for step in range(len(visited))] == visited
-    assert step_samples(1, num_samples, batch, seed) == visited[1], "a step asked for out of turn is the same step"
+    schedule = Schedule(SFTConfig(global_batch_size=batch, seed=seed), num_samples)
+    assert [schedule.samples(step) for step in range(len(visited))] == visited
+    assert schedule.samples(1) == visited[1], "a step asked for out of turn is the same step"
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_an_epoch_visits_every_sample_once(num_samples, batch, seed):
-    steps = steps_per_epoch(num_samples, batch)
+    schedule = Schedule(SFTConfig(global_batch_size=batch, seed=seed), num_samples)
+    steps = schedule.steps_per_epoch
     for epoch in range(2):
-        epoch_steps = [step_samples(epoch * steps + s, num_samples, batch, seed) for s in range(steps)]
+        epoch_steps = [schedule.samples(epoch * steps + step) for step in range(steps)]
         assert sorted(i for samples in epoch_steps for i in samples) == list(range(num_samples))
         assert {len(samples) for samples in epoch_steps[:-1]} <= {batch}
 
@@ -85,12 +87,11 @@ def test_a_run_ends_early_on_the_whole_runs_schedule(changes, num_steps, last_st
 
     saved: the steps after which there is a checkpoint; what ends early keeps its end, to go on from."""
     config = SFTConfig(global_batch_size=3, lr_scheduler_type="cosine", seed=7, **changes)
-    schedule = Schedule(config, 10)
+    schedule, whole = Schedule(config, 10), Schedule(SFTConfig(global_batch_size=3, seed=7), 10)
     assert (schedule.num_steps, schedule.last_step, schedule.save_every) == (num_steps, last_step, save_every)
     rate = learning_rate_schedule("cosine", config.learning_rate, num_steps, config.warmup_ratio)
     for step in range(last_step):
-        assert schedule.samples(step) == step_samples(step, 10, 3, 7) and schedule.learning_rate(step) == rate(step)
+        assert schedule.samples(step) == whole.samples(step) and schedule.learning_rate(step) == rate(step)
     assert [step for step in range(1, last_step + 1) if schedule.saves(step)] == saved
-    report = schedule.report("SFT", "samples")
-    assert f"{last_step} of {num_steps} steps" in report and "\n" not in report.partition("\nwarning: ")[0]
-    assert ("--checkpointing_steps" in report) == (not saved), "a run that is never saved says so"
+    warnings = schedule.warnings()
+    assert bool(warnings) == (not saved) and all("--checkpointing_steps" in line for line in warnings)

@@ -134,9 +134,7 @@ def test_a_run_that_nobody_reads_any_more_is_stopped_with_a_checkpoint(tiny_llam
     flags = launch.flags(tiny_llama, sft_data, tmp_path, max_train_steps=100000)
     run = launch.start("train_sft", flags, 2, {"train_sft.StopRequest": stop_request_of_a_lost_reader})
     metrics = tmp_path / "output" / "metrics.jsonl"
-    deadline = time.monotonic() + launch.TIMEOUT
-    while not (metrics.is_file() and metrics.stat().st_size) and run.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert run.wait_until(lambda: metrics.is_file() and metrics.stat().st_size)
     for process in run.processes:
         os.kill(process.pid, number)
     assert run.wait().exit_codes == [128 + number] * 2

@@ -7,6 +7,7 @@ import pytest
 import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_tokenizer import ANSWER, OTHER, USER
 from tokenizers import processors
 
 from common.data.chat_template import resolve_template
@@ -15,10 +16,6 @@ from common.data.tokens import Encoder, preference_pair, render_pair, sft_sample
 
 TOKENIZER = tiny_tokenizer.tiny_tokenizer()
 TULU = resolve_template("tulu", TOKENIZER)
-USER, ANSWER, OTHER = (
-    {"role": role, "content": content}
-    for role, content in (("user", "why?"), ("assistant", "so."), ("assistant", "no."))
-)
 
 
 def encoded(encoder, texts):

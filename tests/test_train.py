@@ -17,11 +17,12 @@ from test_images import is_of_images
 from test_model import load_silently
 
 LONGEST = 271  # tokens of the longest conversation
-NUM_SAMPLES = 10
+NUM_SAMPLES = 10  # of sft_data and of dpo_data
 # The last step of an epoch holds one conversation, or two pairs; clipping, weight decay and warm-up are on.
 SFT = {"learning_rate": 1e-2, "warmup_ratio": 0.4, "weight_decay": 0.1, "max_grad_norm": 0.7, "global_batch_size": 3}
 SFT |= {"lr_scheduler_type": "cosine", "adam_beta2": 0.95, "seed": 5}
 DPO = {"learning_rate": 3e-3, "warmup_ratio": 0.3, "weight_decay": 0.1, "max_grad_norm": 0.5, "global_batch_size": 4}
+DPO_NORM = {"loss_type": "dpo_norm", "beta": 5.0}
 
 PLAIN = {  # name -> (method, architecture, max_seq_length, steps, what the run and the plain loop are both told)
     "sft": ("sft", "llama", 512, 6, SFT),
@@ -33,18 +34,12 @@ PLAIN = {  # name -> (method, architecture, max_seq_length, steps, what the run 
     "sft gpt_oss": ("sft", "gpt_oss", 512, 3, SFT | {"global_batch_size": 4}),
     "sigmoid": ("dpo", "llama", 512, 4, DPO | {"loss_type": "sigmoid", "beta": 0.1, "max_grad_norm": 0.3}),
     "smoothed": ("dpo", "llama", 512, 4, DPO | {"loss_type": "sigmoid", "beta": 0.2, "label_smoothing": 0.2}),
-    "dpo_norm": ("dpo", "llama", 512, 4, DPO | {"loss_type": "dpo_norm", "beta": 5.0}),
+    "dpo_norm": ("dpo", "llama", 512, 4, DPO | DPO_NORM),
     "ipo": ("dpo", "llama", 512, 4, DPO | {"loss_type": "ipo", "beta": 0.5}),
     "simpo": ("dpo", "llama", 512, 4, DPO | {"loss_type": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.4}),
-    "dpo mixtral": (
-        "dpo",
-        "mixtral",
-        512,
-        2,
-        DPO | {"loss_type": "dpo_norm", "beta": 5.0, "router_aux_loss_coef": 0.3},
-    ),
+    "dpo mixtral": ("dpo", "mixtral", 512, 2, DPO | DPO_NORM | {"router_aux_loss_coef": 0.3}),
     "dpo gemma2": ("dpo", "gemma2", 512, 2, DPO | {"loss_type": "sigmoid", "beta": 0.1}),
-    "dpo qwen3_5": ("dpo", "qwen3_5", 512, 2, DPO | {"loss_type": "dpo_norm", "beta": 5.0}),  # of images too
+    "dpo qwen3_5": ("dpo", "qwen3_5", 512, 2, DPO | DPO_NORM),  # of images too
 }
 COMPARED = {"train_loss", "router_aux_loss", "grad_norm", "learning_rate", "logps/chosen", "logps/rejected"}
 RUNS = [  # (of PLAIN, ranks, flags that change speed alone, what the ds_config keeps whole)
@@ -80,12 +75,8 @@ every_dpo = pytest.mark.parametrize("number", [i for i, run in enumerate(RUNS) i
 class Runs:
     """Each model, plain loop and run, made once."""
 
-    def __init__(self, root):
-        self.root = root
-        self.data = {
-            "sft": models.write_jsonl(root / "conversations.jsonl", models.conversations(NUM_SAMPLES)),
-            "dpo": models.write_jsonl(root / "preferences.jsonl", models.preferences(NUM_SAMPLES)),
-        }
+    def __init__(self, root, data: dict):
+        self.root, self.data = root, data
 
     @functools.cache  # noqa: B019
     def model(self, architecture: str):
@@ -121,8 +112,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"))
+def runs(tmp_path_factory, sft_data, dpo_data) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), {"sft": sft_data, "dpo": dpo_data})
 
 
 # ------------------------------------------------------------------ the numbers
@@ -262,12 +253,7 @@ MISTAKES = [
     ("sft", 1, lambda t: {"model_name_or_path": without_weights(t / "m")}, ["model.safetensors"]),
     ("sft", 1, lambda t: {"resume": t}, ["--resume"]),
     ("sft", 1, lambda t: {"output_dir": written(t / "file", {})}, ["--output_dir"]),
-    (
-        "dpo",
-        1,
-        lambda t: {"dataset_mixer": written(t / "rows.jsonl", ONE_PAIR, OTHER_PROMPT)},
-        ["rows.jsonl", "--allow_dropped"],
-    ),
+    ("dpo", 1, lambda t: {"dataset_mixer": written(t / "x.jsonl", ONE_PAIR, OTHER_PROMPT)}, ["x.jsonl", "--allow_"]),
     ("dpo", 2, lambda t: {"label_smoothing": 0.1, "loss_type": "ipo"}, ["--label_smoothing", "ipo"]),
     ("dpo", 1, lambda t: {"max_tokens_per_micro_batch": 60}, ["60", "--max_tokens_per_micro_batch", ".jsonl:"]),
     ("dpo", 1, lambda t: {"ref_model_name_or_path": models.make_model(t / "m", vocab_size=400)}, ["--ref_model_name"]),

@@ -3,6 +3,8 @@
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+USER, ANSWER = {"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}
+OTHER = {"role": "assistant", "content": "no."}
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -30,13 +32,8 @@ def tiny_tokenizer(words: str = "llama3", chat_template: str | None = None) -> P
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<bos>",
-        eos_token="<eos>",
-        chat_template=chat_template,
-        clean_up_tokenization_spaces=False,
-    )
+    named = {"bos_token": "<bos>", "eos_token": "<eos>", "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=chat_template, **named)
 
 
 CHATML = """\

@@ -32,11 +32,6 @@ from common.files import file_digest, locked, naming
 BLOCK_ROWS = 512  # rows that are rendered and then encoded together, by the tokenizer's threads
 
 
-def tokenized_data(kind: str, config, template: ChatTemplate, ranks, most_rows: int | None = None) -> TokenDataset:
-    """prepare_tokens by one rank of each node; opened by every rank. Collective. Raises their errors."""
-    return TokenDataset(ranks.once_per_node(lambda: prepare_tokens(kind, config, template, most_rows)))
-
-
 # --------------------------------------------------------------------------------- building
 def prepare_tokens(kind: str, config, template: ChatTemplate, most_rows: int | None = None) -> str:
     """The path of the finished cache of a run's data, built if it is not there yet.

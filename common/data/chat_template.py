@@ -268,58 +268,39 @@ class ChatTemplate:
         return self._shows_role[role]
 
 
-class _Watch:
-    """Raises TimeoutError in a thread whose rendering takes too long or too much memory.
-
-    Between two steps of Python: a single one, such as a product of large numbers, is not ended.
-    """
-
-    def __init__(self):
-        self.lock, self.resident = threading.Lock(), 0
-        self.running: dict[int, tuple[float, int]] = {}  # thread -> when it has to be done, and bytes resident before
-        self.thread: threading.Thread | None = None
-
-    def begin(self, thread: int) -> None:
-        if self.thread is None or not self.thread.is_alive():  # none; a forked process has none either
-            self.resident = self._resident()
-            self.thread = threading.Thread(target=self._run, daemon=True)
-            self.thread.start()
-        self.running[thread] = time.monotonic() + RENDER_SECONDS, self.resident
-
-    def end(self, thread: int) -> None:
-        with self.lock:
-            self.running.pop(thread, None)
-
-    @staticmethod
-    def _resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
-    def _run(self) -> None:
-        while True:
-            time.sleep(0.05)
-            self.resident = self._resident()
-            with self.lock:
-                for thread, (deadline, before) in list(self.running.items()):
-                    if time.monotonic() > deadline or self.resident > before + RENDER_BYTES:
-                        del self.running[thread]
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                            ctypes.c_ulong(thread), ctypes.py_object(TimeoutError)
-                        )
+_rendering: dict[int, tuple[float, int]] = {}  # thread -> when it has to be done, the most bytes resident until then
+_lock = threading.Lock()
 
 
-_watch = _Watch()
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def _watch() -> None:
+    """Ends what takes too much, between two steps of Python: a single one, as a product of large numbers, goes on."""
+    while True:
+        time.sleep(0.05)
+        with _lock:
+            for thread, (deadline, most) in list(_rendering.items()):
+                if time.monotonic() > deadline or _resident() > most:
+                    del _rendering[thread]
+                    error = ctypes.py_object(TimeoutError)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
     """In it, TimeoutError is raised after RENDER_SECONDS, or where RENDER_BYTES more than before are in use: a template
     is a program of the user's, which may never end."""
+    if all(thread.name != "watch of templates" for thread in threading.enumerate()):  # as in a forked process
+        threading.Thread(target=_watch, name="watch of templates", daemon=True).start()
     thread = threading.get_ident()
-    _watch.begin(thread)
+    _rendering[thread] = time.monotonic() + RENDER_SECONDS, _resident() + RENDER_BYTES
     try:
         yield
     finally:
-        _watch.end(thread)
+        with _lock:
+            _rendering.pop(thread, None)
 
 
 def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:

@@ -104,10 +104,8 @@ class TokenDataset:
         """int32: the last token of each trained span; of a pair, of its chosen and its rejected side."""
         if self.pair_lengths is not None:
             return self._tokens[np.concatenate([self._ends - self.pair_lengths[:, 2], self._ends]) - 1]
-        counts = self._samples["num_marks"] // 2
-        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # 0, 1, ... in each sample
-        ends = self._marks[np.repeat(self._mark_ends - 2 * counts, counts) + 2 * number + 1]
-        return self._tokens[np.repeat(self._ends - self.lengths, counts) + ends - 1]
+        samples = (self[i] for i in range(len(self)))
+        return np.concatenate([sample[0][sample[1][:, 1] - 1] for sample in samples])
 
 
 def flattened(sample: SFTSample | PreferencePair) -> tuple[np.ndarray, np.ndarray | list[int], int]:

@@ -43,9 +43,8 @@ def data_table(ds: TokenDataset) -> str:
 
     def counted(name: str, title: str) -> None:
         for what, count in stats[name].items():
-            lines.append(
-                (f"  {title.format(one_line(what))}", f"{count:,}; first {one_line(stats['places'][name][what])}")
-            )
+            first = one_line(stats["places"][name][what])
+            lines.append((f"  {title.format(one_line(what))}", f"{count:,}; first {first}"))
 
     for source in stats["sources"]:
         known_by = ", ".join(f"{name} {source[name]}" for name in ("revision", "split", "sha256") if name in source)
@@ -53,11 +52,9 @@ def data_table(ds: TokenDataset) -> str:
         lines.append((one_line(source["asked_for"]), f"{rows}; {known_by}"))
         lines += [("  file left out", one_line(name)) for name in source.get("left_out", [])[:5]]
     forms = ", ".join(f"{form} ({count:,} rows)" for form, count in stats["formats"].items())
-    lines += [
-        ("format", forms),
-        *((name.replace("_", " "), f"{stats[name]:,}") for name in ("rows_read", "kept", "truncated")),
-        ("dropped", f"{sum(stats['dropped'].values()):,}"),
-    ]
+    lines.append(("format", forms))
+    lines += [(name.replace("_", " "), f"{stats[name]:,}") for name in ("rows_read", "kept", "truncated")]
+    lines.append(("dropped", f"{sum(stats['dropped'].values()):,}"))
     counted("dropped", "{}")
     for name, title in (("notes", "not trained as its row says"), ("ignored", "nothing acts on")):
         if stats[name]:
@@ -65,11 +62,9 @@ def data_table(ds: TokenDataset) -> str:
             counted(name, "{}")
     counted("unrendered_roles", "messages of role '{}' left out")
     once = "" if ds.pair_lengths is None else ", a pair's prompt once"
-    lines += [
-        ("tokens" + once, f"{stats['tokens']:,}"),
-        ("target tokens", f"{stats['target_tokens']:,}"),
-        ("length" + once, ", ".join(f"{name} {value:,}" for name, value in stats["length_percentiles"].items())),
-    ]
+    lines += [("tokens" + once, f"{stats['tokens']:,}"), ("target tokens", f"{stats['target_tokens']:,}")]
+    lengths = ", ".join(f"{name} {value:,}" for name, value in stats["length_percentiles"].items())
+    lines.append(("length" + once, lengths))
     width = min(40, max(len(name) for name, _ in lines))
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
 
@@ -99,11 +94,8 @@ def quality_report(ds: TokenDataset, end_ids: list[int]) -> str:
         known = digest(b"".join(np.asarray(part).tobytes() + b"|" for part in ds[i]))
         if (place := first.setdefault(known, ds.source_of(i))) != ds.source_of(i):
             repeated.append(f"{ds.source_of(i)} is {place}")
-    lines.append(f"exact duplicates of another row: {len(repeated):,}{_first(repeated)}")
-    endless = np.flatnonzero(~np.isin(ds.last_tokens(), end_ids))
-    lines.append(f"answers without an end token (of {len(ds.last_tokens()):,}): {len(endless):,}")
+    example = f"; first {one_line(repeated[0])}" if repeated else ""
+    lines.append(f"exact duplicates of another row: {len(repeated):,}{example}")
+    ends = np.isin(ds.last_tokens(), end_ids)
+    lines.append(f"answers without an end token (of {len(ends):,}): {(~ends).sum():,}")
     return "\n".join(lines)
-
-
-def _first(examples: list[str]) -> str:
-    return f"; first {one_line(examples[0])}" if examples else ""

@@ -11,27 +11,34 @@ from pathlib import Path
 
 from common.config import TrainConfig, identity_values
 from common.failures import UserError, shown
-from common.files import digest, file_digest
+from common.files import digest, file_digest, weights_digest
 from common.ranks import Ranks
-from common.run.output_dir import PACKAGES, run_identity
+from common.run.output_dir import PACKAGES
 
 CLOCKS_APART = 5.0  # seconds
 TOKENIZER_FILE = re.compile(r"(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges).*")
 
 
-def agreed_identity(config: TrainConfig, ds_config: dict, digests: tuple, folders: tuple, ranks: Ranks) -> dict:
+def run_identity(config: TrainConfig, contents: dict[str, str]) -> dict:
+    """Every value that decides what is trained, by the name under which a user knows it. contents: digests of what was
+    read, by the flag that names it; of a model, for a new run may have overwritten an SFT folder."""
+    return identity_values(config) | {f"{name} (contents)": value for name, value in contents.items()}
+
+
+def agreed_identity(
+    config: TrainConfig, ds_config: dict, digests: dict[str, str], tokenizer: str, models: dict[str, str], ranks: Ranks
+) -> dict:
     """run_identity, once all ranks were found to agree on it and on what else decides a step. Collective.
 
-    digests: of the data and the template. folders: of the tokenizer, the model, and the reference or None. Raises
+    digests: of data and template, models: folders, by the flags that name them; tokenizer: its folder. Raises
     UserError with a rank that differs and in what: a flag, a digest, a weight, the ds_config, code, or a library.
     """
-    data, template = digests
-    tokenizer_folder, *model_folders = folders
-    of_node = ranks.once_per_node(lambda: run_identity(config, data, template, *model_folders))  # it reads the weights
-    identity = of_node | identity_values(config)
-    identity |= {"dataset_mixer (contents)": data, "chat_template (contents)": template}
-    views = ranks.gather(lambda: (socket.gethostname(), identity | environment(config, ds_config, tokenizer_folder)))
-    ranks.once(lambda: require_agreement(views))
+    weights = ranks.once_per_node(lambda: {name: weights_digest(folder) for name, folder in models.items()})
+    identity = run_identity(config, digests | weights)
+    views = ranks.gather(lambda: (socket.gethostname(), identity | environment(config, ds_config, tokenizer)))
+    for rank, (host, theirs) in enumerate(views):
+        if found := differences(views[0][1], theirs):
+            raise UserError(f"rank {rank} ({host}) differs from rank 0 ({views[0][0]}) in {'; '.join(found)}")
     if warning := clocks_apart(dict(ranks.gather(lambda: (socket.gethostname(), time.time())))):
         ranks.say(warning)
     return identity
@@ -43,13 +50,6 @@ def clocks_apart(clocks: dict[str, float]) -> str:
     apart = clocks[last] - clocks[first]
     what = f"the clock of {last} is {apart:.0f} s ahead of that of {first}"
     return f"warning: {what}; times in logs and files do not agree" if apart > CLOCKS_APART else ""
-
-
-def require_agreement(views: list[tuple[str, dict]]) -> None:
-    """Raises UserError if a rank's view is not that of rank 0. views: (host, view) of each rank."""
-    for rank, (host, theirs) in enumerate(views):
-        if found := differences(views[0][1], theirs):
-            raise UserError(f"rank {rank} ({host}) differs from rank 0 ({views[0][0]}) in {'; '.join(found)}")
 
 
 def environment(config: TrainConfig, ds_config: dict, tokenizer_folder: str) -> dict:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub.repocard import metadata_load
 
-from common.config import TrainConfig, identity_values
+from common.config import TrainConfig, as_words, identity_values
 
 LICENSE = ("license", "license_name", "license_link")
 PLAN = ("num_steps", "micro_batch_budget", "residency", "kernel", "layers")  # of run_config.json
@@ -55,10 +55,8 @@ def model_card(config: TrainConfig, record: dict, last: dict | None, table: str)
         "On the hub this page and `run_config.json` name files of the trainer's machine without their folders.",
     }
     text = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
-    text = (
-        f"---\n{text}---\n\n# {folder.resolve().name}\n\n{method} of `{name}`{f' at commit {commit}' if commit else ''}"
-    )
-    text += ", full parameters, with Plaintune.\n"
+    trained_from = f"{method} of `{name}`{f' at commit {commit}' if commit else ''}, full parameters, with Plaintune."
+    text = f"---\n{text}---\n\n# {folder.resolve().name}\n\n{trained_from}\n"
     return text + "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items())
 
 
@@ -84,16 +82,13 @@ def _how_to_talk(config: TrainConfig, folder: Path) -> str:
 
 def _command(config: TrainConfig, record: dict, commits: dict[str, str]) -> str:
     """The command that gives this result, with what came from the hub at the commits that it was read at."""
-    mixer = [
-        re.sub(r"^([^@:=]*)(@[^:=]+)?", rf"\g<1>@{commits[text]}", text) if text in commits else text
-        for text in config.dataset_mixer
-    ]
+    pinned = {text: re.sub(r"^([^@:=]*)(@[^:=]+)?", rf"\g<1>@{commit}", text) for text, commit in commits.items()}
+    mixer = [pinned.get(text, text) for text in config.dataset_mixer]
     words = ["bash", "run.sh", record["method"].lower(), str(record["world_size"])]
     values = identity_values(config, (True, "contents")) | {"stop_after_steps": config.stop_after_steps}
     if record["result"].get("stopped_early"):
         values["stop_after_steps"] = record["result"]["steps"]
     values |= {"model_revision": record["base"]["commit"], "dataset_mixer": mixer}
-    for name, value in values.items():
-        if value != getattr(type(config)(), name) or name == "beta":  # whose default is the loss's
-            words += [f"--{name}", *(value if isinstance(value, list) else [str(value)])]
+    defaults = vars(type(config)()) | {"beta": None}  # whose default is the loss's
+    words += as_words({name: value for name, value in values.items() if value != defaults[name]})
     return shlex.join(words)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common.config import DPOConfig, TrainConfig
-from common.data.cache import tokenized_data
+from common.data.cache import prepare_tokens
 from common.data.chat_template import ChatTemplate
 from common.data.dataset import TokenDataset
 from common.data.sources import check_amount, subset_indices
@@ -48,12 +48,16 @@ def training_and_held_out(
         raise UserError(f"--{given[0]}: nothing is held out; give --eval_dataset_mixer or --eval_holdout")
     if config.export_best and config.keep_best is None:
         raise UserError("--export_best true: no checkpoint is kept as the best; give --keep_best eval/loss")
-    data = tokenized_data(kind, config, template, ranks, most_rows)
+
+    def read(config: TrainConfig) -> TokenDataset:
+        return TokenDataset(ranks.once_per_node(lambda: prepare_tokens(kind, config, template, most_rows)))
+
+    data = read(config)
     if amount:
         return split(data, amount)
     held_out = None
     if mixer:
-        held_out = tokenized_data(kind, dataclasses.replace(config, dataset_mixer=mixer), template, ranks, most_rows)
+        held_out = read(dataclasses.replace(config, dataset_mixer=mixer))
         if len({*ranks.gather(lambda: held_out.digest)}) > 1:  # ranks with other plans would wait for one another
             raise UserError(f"--eval_dataset_mixer {' '.join(mixer)}: is not the same on all hosts")
     return data, held_out
@@ -78,8 +82,7 @@ def split(data: TokenDataset, amount: str) -> tuple[TokenDataset, TokenDataset]:
 def largest(*parts: TokenDataset | None) -> tuple[int, int]:
     """(tokens of the longest sequence, the largest token id + 1), over all parts: what the model must take."""
     data = [part for part in parts if part is not None]
-    sides = [d.lengths if d.pair_lengths is None else d.pair_lengths[:, 0] + d.pair_lengths[:, 1:].max(1) for d in data]
-    return max(int(lengths.max()) for lengths in sides), max(d.stats["largest_token_id"] for d in data) + 1
+    return max(d.longest_side() for d in data), max(d.stats["largest_token_id"] for d in data) + 1
 
 
 def source_names(data: TokenDataset) -> list[str]:

@@ -10,7 +10,7 @@ from common.ranks import Ranks
 from common.run.metrics import device_peak_flops, flops_per_token
 from common.step.losses import preference_loss
 from common.step.schedule import Schedule
-from common.zero.plan import Plan, Shape, Workload
+from common.zero.plan import Plan, Workload
 
 
 def tokens_of(schedule: Schedule, lengths: np.ndarray) -> int:
@@ -21,13 +21,6 @@ def tokens_of(schedule: Schedule, lengths: np.ndarray) -> int:
     if len(lengths) < schedule.num_samples:
         return round((num_epochs * schedule.num_samples + len(taken)) * float(lengths.mean()))
     return num_epochs * int(lengths.sum()) + int(lengths[taken].sum())
-
-
-def flops_of(shape: Shape, config: PretrainedConfig, lengths: np.ndarray) -> float:
-    """FLOPs for each token, as metrics.jsonl's mfu counts them."""
-    embedding = 0 if config.tie_word_embeddings else shape.vocab * shape.hidden
-    mean_length = float((lengths.astype(float) ** 2).sum() / lengths.sum())
-    return flops_per_token(shape.num_met - embedding, config.get_text_config(), mean_length)
 
 
 def forecast(
@@ -50,14 +43,17 @@ def forecast(
     planned: dict[str, float] = {"tokens": tokens_of(schedule, lengths)}
     if not peak_flops or not math.isfinite(plan.cost):
         return planned
-    flops, largest = flops_of(plan.shape, model_config, lengths), max(plan.budget, workload.longest)
+    embedding = 0 if model_config.tie_word_embeddings else plan.shape.vocab * plan.shape.hidden
+    mean_length = float((lengths.astype(float) ** 2).sum() / lengths.sum())
+    flops = flops_per_token(plan.shape.num_met - embedding, model_config.get_text_config(), mean_length)  # of a token
     planned["mfu"] = mfu or workload.tokens_per_rank / plan.step_seconds() * flops / peak_flops
     tokens_per_hour = planned["mfu"] * peak_flops / flops * ranks.world_size * 3600
     planned["hours"] = planned["tokens"] / tokens_per_hour
     if isinstance(config, DPOConfig) and preference_loss(config).needs_reference:
         num_pairs = min(schedule.num_samples, schedule.last_step * schedule.batch)
         planned["reference_hours"] = float(lengths.mean()) * num_pairs / tokens_per_hour / 3  # a forward pass alone
-    activations = plan.memory.activations(largest, plan.shape.layers - plan.recomputing)
+    largest, keeping = max(plan.budget, workload.longest), plan.shape.layers - plan.recomputing
+    activations = plan.memory.activations(largest, keeping)
     planned["memory_gb"] = (plan.memory.fixed + activations) / 1e9
     if config.gpu_hour_price is not None:
         hours = planned["hours"] + planned.get("reference_hours", 0.0)
@@ -72,14 +68,9 @@ def beside(planned: dict, records: list[dict]) -> str:
     came["hours"] = float(np.mean([record["step_seconds"] for record in records])) * last["step"] / 3600
     came["mfu"] = float(np.median([record.get("mfu", 0) for record in records]))
     came["cost"] = planned.get("cost", 0.0) * came["hours"] / planned.get("hours", 1.0)
-    written = {
-        "tokens": "{:,} tokens",
-        "hours": "{:,.3g} hours of steps",
-        "memory_gb": "{:.1f} GB",
-        "mfu": "{:.1%} MFU",
-        "cost": "{:,.2f} for the GPUs",
-    }
+    forms = {"tokens": "{:,} tokens", "hours": "{:,.3g} hours of steps", "memory_gb": "{:.1f} GB", "mfu": "{:.1%} MFU"}
+    forms["cost"] = "{:,.2f} for the GPUs"
     both = [
-        f"{text.format(planned[name])} ({text.format(came[name])})" for name, text in written.items() if name in planned
+        f"{form.format(planned[name])} ({form.format(came[name])})" for name, form in forms.items() if name in planned
     ]
     return f"planned (came): {', '.join(both)}"

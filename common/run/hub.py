@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import enable_progress_bars
 
-from common.config import TrainConfig
+from common.config import TrainConfig, as_words
 from common.failures import as_user_error, one_line
 from common.files import INDEX, digest, weight_files
 
@@ -113,6 +113,6 @@ def push(config: TrainConfig) -> str:
         return f"uploaded: {upload(config)}"
     except Exception as e:
         saved, asked = read_record(config.output_dir)["config"], vars(config)
-        changed = [f"--{name}={asked[name]}" for name in FLAGS if name in saved and saved[name] != asked[name]]
+        changed = as_words({name: asked[name] for name in FLAGS if name in saved and saved[name] != asked[name]})
         command = shlex.join(["bash", "run.sh", "push", config.output_dir, *changed])
         return f"{one_line(e)}; {config.output_dir} holds the model; to upload it: {command}"

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -51,16 +50,6 @@ def flops_per_token(num_parameters: int, config: PretrainedConfig, length: float
     return 6 * num_parameters + 6 * head_dim * heads * sum(seen.get(kind, length) for kind in types)
 
 
-@dataclass
-class StepTotals:
-    """What one optimizer step did, over all ranks."""
-
-    num_tokens: int
-    squared_lengths: int  # the sum of squared document lengths
-    num_targets: int
-    num_micro_batches: int  # of each rank
-
-
 class StepMeter:
     """The fields of metrics.jsonl that SFT and DPO share."""
 
@@ -94,33 +83,29 @@ class StepMeter:
         """Called when the wait for a step's micro-batches begins."""
         self.started = time.perf_counter()
 
-    def record(
-        self, state: RunState, totals: StepTotals, train_loss: float, learning_rate: float, grad_norm: float
-    ) -> dict:
-        """The step that is done, without what DPO adds."""
-        seconds, num_tokens = time.perf_counter() - self.started, totals.num_tokens
-        per_device_tps = num_tokens / seconds / self.ranks.world_size
+    def record(self, state: RunState, computed: dict, tokens: int, squares: int, targets: int, rows: int) -> dict:
+        """The step that is done. computed: its losses and the like, by their names in metrics.jsonl. Over all ranks:
+        its tokens, the sum of its samples' squared lengths, its target tokens. rows: micro-batches of each rank."""
+        seconds, world_size = time.perf_counter() - self.started, self.ranks.world_size
         record = {
             "step": state.step,
             "epoch": state.samples / self.num_samples,
-            "train_loss": train_loss,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm,
+            **computed,
             "total_tokens": state.total_tokens,
-            "target_tokens": totals.num_targets,
+            "target_tokens": targets,
             "samples": state.samples,
             "step_seconds": seconds,
-            "tokens_per_second": num_tokens / seconds,
-            "per_device_tps": per_device_tps,
+            "tokens_per_second": tokens / seconds,
+            "per_device_tps": tokens / seconds / world_size,
             "max_memory_gb": memory_gb(self.ranks.device),
-            "micro_batches": totals.num_micro_batches,
-            "packing_efficiency": num_tokens / (totals.num_micro_batches * self.ranks.world_size * self.budget),
+            "micro_batches": rows,
+            "packing_efficiency": tokens / (rows * world_size * self.budget),
         }
         if compiled := torch._dynamo.utils.counters["stats"]["unique_graphs"]:
             record["compiled_graphs"] = compiled  # since the start: growth after warm-up is lost time
         if self.peak_flops:
-            flops = flops_per_token(self.num_parameters, self.config, totals.squared_lengths / num_tokens)
-            record["mfu"] = per_device_tps * flops / self.peak_flops
+            flops = flops_per_token(self.num_parameters, self.config, squares / tokens)
+            record["mfu"] = record["per_device_tps"] * flops / self.peak_flops
         return record
 
 

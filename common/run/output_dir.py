@@ -13,9 +13,9 @@ from typing import TextIO
 
 import torch
 
-from common.config import LENGTHS, TrainConfig, identity_values
+from common.config import LENGTHS, TrainConfig
 from common.failures import UserError, as_user_error, log_to, one_line, print_line
-from common.files import replace_file, weight_files, weights_digest
+from common.files import replace_file, weight_files
 from common.ranks import Ranks
 from common.run import hub
 from common.run.card import model_card
@@ -30,19 +30,6 @@ from common.zero.checkpoint import RunState
 
 SECONDS_UNTIL_SEEN = 15  # a network file system may show a new file late
 PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
-
-
-def run_identity(config: TrainConfig, data: str, template: str, model: str, reference: str | None = None) -> dict:
-    """Every value that decides what is trained, by the name under which a user knows it.
-
-    data, template: digests of what was read; model, reference: folders, of which the digests of config.json and weights
-    count, for a new run may overwrite an SFT folder. It reads the weights: call it on one rank.
-    """
-    identity = identity_values(config) | {"dataset_mixer (contents)": data, "chat_template (contents)": template}
-    identity["model_name_or_path (contents)"] = weights_digest(model)
-    if reference is not None:
-        identity["ref_model_name_or_path (contents)"] = weights_digest(reference)
-    return identity
 
 
 # ---------------------------------------------------------------------- where the run stands
@@ -66,9 +53,8 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     if path is None:
         steps = ranks.once(lambda: read_run_config(config.output_dir)).get("result", {}).get("steps")
         if steps and config.resume == "auto":
-            ranks.say(
-                f"warning: {config.output_dir}: this run ended after {steps} steps, no checkpoint: it begins anew"
-            )
+            ended = f"this run ended after {steps} steps, no checkpoint"
+            ranks.say(f"warning: {config.output_dir}: {ended}: it begins anew")
         return RunState(identity=identity), None
     state = checkpoint.read_state(path)
     _require_same_run(f"checkpoint {path}", config.output_dir, state.identity, identity, state.step, last_step)
@@ -86,9 +72,8 @@ def _finished_after(config: TrainConfig, identity: dict, last_step: int) -> int 
     steps = record.get("result", {}).get("steps")
     if config.resume != "auto" or steps is None:
         return None
-    _require_same_run(
-        f"the model in {output_dir}", config.output_dir, record.get("identity", {}), identity, steps, last_step
-    )
+    what, old = f"the model in {output_dir}", record.get("identity", {})
+    _require_same_run(what, config.output_dir, old, identity, steps, last_step)
     # A run that stopped early is finished for as long as the same patience is asked for.
     has_ended = steps == last_step or record["result"].get("stopped_early") == (config.early_stopping_patience or 0)
     is_finished = has_ended and _holds_model(output_dir)
@@ -102,7 +87,7 @@ def _require_one_folder(output_dir: str, ranks: Ranks) -> None:
     if ranks.local_world_size == ranks.world_size:
         return
     lock = Path(output_dir) / ".lock"
-    written = ranks.once(_token)
+    written = ranks.once(lambda: _locks[-1][1])
 
     def is_seen() -> bool:
         for _ in range(SECONDS_UNTIL_SEEN):
@@ -125,9 +110,8 @@ def require_no_other_run(config: TrainConfig, identity: dict, last_step: int) ->
     record = read_run_config(config.output_dir)
     if record and config.resume == "auto":
         old = {name: record.get("identity", {}).get(name) for name in identity}
-        _require_same_run(
-            config.output_dir, config.output_dir, old, identity, record.get("result", {}).get("steps", 0), last_step
-        )
+        steps = record.get("result", {}).get("steps", 0)
+        _require_same_run(config.output_dir, config.output_dir, old, identity, steps, last_step)
 
 
 def _require_no_other_model(config: TrainConfig) -> None:
@@ -162,30 +146,26 @@ def _holds_model(output_dir: Path) -> bool:
         return False
 
 
-_locks: list[TextIO] = []  # the system lets go of them when this process ends
+# What was locked, and written there. The system lets go of a lock when this process ends or closes any other open file
+# of that name.
+_locks: list[tuple[TextIO, str]] = []
 
 
 def _lock(output_dir: Path) -> None:
     """Raises UserError if another process writes in this folder now."""
     # Opened for writing, for network file systems lock no folder; not emptied, for it may be another run's.
-    file = open(output_dir / ".lock", "a+")
+    file = open(output_dir / ".lock", "a")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"--output_dir {output_dir}: another run writes there now; name another folder") from None
     except OSError as e:
         print_line(f"warning: --output_dir {output_dir}: no lock keeps a second run out ({e.strerror})")
+    _locks.append((file, secrets.token_hex(8)))  # by which the other hosts know it
     file.truncate(0)
-    file.write(secrets.token_hex(8))  # by which the other hosts know it
+    file.write(_locks[-1][1])
     file.flush()
     os.fsync(file.fileno())
-    _locks.append(file)
-
-
-def _token() -> str:
-    """What _lock wrote. Another open file of this process, once closed, would take the system's lock with it."""
-    _locks[-1].seek(0)
-    return _locks[-1].read()
 
 
 # ---------------------------------------------------------------------- the run's record

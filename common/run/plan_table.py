@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi
 
-from common.config import DPOConfig, TrainConfig, identity_values
+from common.config import DPOConfig, TrainConfig
 from common.data.cache import prepare_tokens, too_much_dropped
 from common.data.chat_template import ChatTemplate, resolve_template
 from common.data.dataset import TokenDataset
@@ -23,6 +23,7 @@ from common.files import weights_digest
 from common.model import load
 from common.ranks import Ranks
 from common.run import hub
+from common.run.agreement import run_identity
 from common.run.evaluate import Evaluation, largest, training_and_held_out
 from common.run.forecast import forecast
 from common.run.metrics import device_peak_flops, peak_flops_of
@@ -78,35 +79,34 @@ class Machine(NamedTuple):
 
 
 class Absent(Ranks):
-    """The ranks of a run that does not take place: this process does what one of them does for all."""
+    """The ranks of a run that does not take place: this process does what one of them does for all, and keeps what they
+    would say."""
 
-    said: list[str]
-
-    def _while_others_wait(self, work, is_worker: bool) -> list:
-        return [work()]
+    def __init__(self, machine: Machine):
+        device = torch.device("cuda")
+        super().__init__(0, machine.num_gpus, 0, machine.per_host, device, control=None, store=None)
+        self.said: list[str] = []
 
     def gather(self, work) -> list:
+        return [work()]
+
+    def _while_others_wait(self, work, is_worker: bool) -> list:
         return [work()]
 
     def say(self, text: str) -> None:
         self.said.append(text)
 
 
-def absent_ranks(machine: Machine) -> Absent:
-    device = torch.device("cuda")
-    ranks = Absent(0, machine.num_gpus, 0, machine.per_host, device, control=None, store=None)
-    ranks.said = []
-    return ranks
-
-
 class Spread(NamedTuple):
-    """95% intervals of what a draw of rows tells of all, as parts of the value; 0 where every row was read."""
+    """95% intervals of what a draw of rows tells of all, as parts of the value; 0 where every row was read.
+    num_rows: of all sources."""
 
-    samples: float
-    tokens: float
+    samples: float = 0.0
+    tokens: float = 0.0
+    num_rows: float = math.inf
 
 
-EXACT = Spread(0.0, 0.0)
+EXACT = Spread()
 
 
 def ranged(value: float, part: float, most: float = math.inf) -> str:
@@ -134,12 +134,10 @@ def plan_rows(
     evaluation: Evaluation,
     planned: dict,
     ranks: Ranks,
-    is_mfu_given: bool = False,
     spread: Spread = EXACT,
-    num_rows: float = math.inf,
-) -> list[tuple[str, str]]:
-    """What a run will do, before anything is loaded: names and values. planned: its forecast. spread, num_rows: of data
-    of which a part was read; the source's rows."""
+) -> dict[str, str]:
+    """What a run will do, before anything is loaded: values by their names. planned: its forecast. spread: of the data,
+    where a part of it was read."""
     budget = plan.budget if ranks.device.type == "cuda" else workload.budget  # without a GPU nothing is chosen
     memory, layers, row, last = plan.memory, plan.shape.layers, max(budget, workload.longest), schedule.last_step
     unit = "pairs" if isinstance(config, DPOConfig) else "samples"
@@ -149,53 +147,39 @@ def plan_rows(
     num_checkpoints, num_models = num_on_disk(config, schedule)
     needed, free = disk_space(plan.shape.numel, plan.shape.itemsize, config.output_dir, num_checkpoints, num_models)
     steps = ranged(last, 0.0 if config.max_train_steps else spread.samples)
-    rows = [
-        *([("loss", f"{config.loss_type}, beta {config.beta:g}")] if isinstance(config, DPOConfig) else []),
-        (unit, ranged(schedule.num_samples, spread.samples, num_rows)),
-        ("tokens", f"{ranged(planned['tokens'], spread.tokens)} in all; longest {workload.longest:,}"),
-        (
-            "steps",
-            f"{steps} of {schedule.num_steps:,}, {schedule.batch} {unit} a step, {schedule.steps_per_epoch:,} an epoch",
-        ),
-        ("warm-up", f"{warm_up:,} steps"),
-        ("checkpoints", listed(schedule.save_every, last, schedule.keeps_end)),
-        ("evaluations", listed(evaluation.every, last, True) if evaluation.held_out is not None else "none"),
-        (
-            "disk",
-            f"{needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and {num_models} exported models at once, "
-            f"{free / 1e9:,.1f} GB free here at {config.output_dir}" + ("; more is needed" if needed > free else ""),
-        ),
-        (
-            "memory of a rank",
-            " + ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
-            + f" = {sum(parts.values()) / 1e9:.1f} of {plan.card.free / 1e9:.1f} GB; optimizer state in host memory "
-            f"{memory.host / 1e9:,.1f} GB, {memory.host * ranks.local_world_size / 1e9:,.1f} GB in each host",
-        ),
-        (
-            "the planner's choice",
-            f"residency {memory.residency}, {memory.share:.0%} of the optimizer's state on the device, "
-            f"micro-batches of {budget:,} tokens; {plan.recomputing} of {layers} layers recomputed at {row:,}",
-        ),
-    ]
+    of_steps = f"{schedule.batch} {unit} a step, {schedule.steps_per_epoch:,} an epoch"
+    rows = {"loss": f"{config.loss_type}, beta {config.beta:g}"} if isinstance(config, DPOConfig) else {}
+    rows |= {
+        unit: ranged(schedule.num_samples, spread.samples, spread.num_rows),
+        "tokens": f"{ranged(planned['tokens'], spread.tokens)} in all; longest {workload.longest:,}",
+        "steps": f"{steps} of {schedule.num_steps:,}, {of_steps}",
+        "warm-up": f"{warm_up:,} steps",
+        "checkpoints": listed(schedule.save_every, last, schedule.keeps_end),
+        "evaluations": listed(evaluation.every, last, True) if evaluation.held_out is not None else "none",
+        "disk": f"{needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and {num_models} exported models at once, "
+        f"{free / 1e9:,.1f} GB free here at {config.output_dir}{'; more is needed' if needed > free else ''}",
+        "memory of a rank": " + ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
+        + f" = {sum(parts.values()) / 1e9:.1f} of {plan.card.free / 1e9:.1f} GB; optimizer state in host memory "
+        f"{memory.host / 1e9:,.1f} GB, {memory.host * ranks.local_world_size / 1e9:,.1f} GB in each host",
+        "the planner's choice": f"residency {memory.residency}, {memory.share:.0%} of the optimizer's state on the "
+        f"device, micro-batches of {budget:,} tokens; {plan.recomputing} of {layers} layers recomputed at {row:,}",
+    }
     if "hours" in planned:
-        speed = planned["tokens"] / planned["hours"] / 3600
-        how = "given" if is_mfu_given else "predicted"
-        text = f"{planned['hours']:,.3g} of training steps, at {planned['mfu']:.1%} MFU ({how}), {speed:,.0f} tokens/s"
-        hours = planned["hours"] + planned.get("reference_hours", 0.0)
-        rows.append(
-            ("hours", text + (f"; with the reference pass {hours:,.3g}" if "reference_hours" in planned else ""))
-        )
+        hours, speed = planned["hours"], planned["tokens"] / planned["hours"] / 3600
+        rows["hours"] = f"{hours:,.3g} of training steps, at {planned['mfu']:.1%} MFU, {speed:,.0f} tokens/s"
+        if "reference_hours" in planned:
+            hours += planned["reference_hours"]
+            rows["hours"] += f"; with the reference pass {hours:,.3g}"
         if "cost" in planned:
             gpu_hours = f"{hours * ranks.world_size:,.3g} GPU-hours at {config.gpu_hour_price:g}"
-            rows.append(("cost", f"{planned['cost']:,.2f}, for {gpu_hours}"))
+            rows["cost"] = f"{planned['cost']:,.2f}, for {gpu_hours}"
     return rows
 
 
-def as_text(rows: list[tuple[str, str]]) -> str:
+def as_text(rows: dict[str, str]) -> str:
     """A table of WIDTH columns."""
-    later = " " * (NAMES + 2)
-    options: dict = dict(subsequent_indent=later, break_on_hyphens=False)
-    return "\n".join(textwrap.fill(text, WIDTH, initial_indent=f"{name:<{NAMES}}  ", **options) for name, text in rows)
+    options: dict = dict(width=WIDTH, subsequent_indent=" " * (NAMES + 2), break_on_hyphens=False)
+    return "\n".join(textwrap.fill(text, initial_indent=f"{name:<{NAMES}}  ", **options) for name, text in rows.items())
 
 
 def spread_of(ds: TokenDataset, num_rows: int) -> Spread:
@@ -206,21 +190,19 @@ def spread_of(ds: TokenDataset, num_rows: int) -> Spread:
     """
     num_read = ds.stats["rows_read"]
     if num_read == num_rows:
-        return Spread(0.0, 0.0)
+        return EXACT
     unit = 1.96 * math.sqrt((1 - num_read / num_rows) / num_read)
     kept = (len(ds) + 2) / (num_read + 4)
     tokens = np.concatenate([ds.lengths, np.zeros(num_read - len(ds))])
-    return Spread(unit * math.sqrt(kept * (1 - kept)) / kept, unit * float(tokens.std() / tokens.mean()))
+    of_samples = unit * math.sqrt(kept * (1 - kept)) / kept
+    return Spread(of_samples, unit * float(tokens.std() / tokens.mean()), num_rows)
 
 
 def plan_table(
     method: str, config: TrainConfig, machine: Machine, mfu: float | None
-) -> tuple[list[tuple[str, str]], list[str]]:
-    """(names and values of the table, warnings). mfu: to count with, None for the one predicted.
-
-    Raises UserError where the run would.
-    """
-    ranks = absent_ranks(machine)
+) -> tuple[dict[str, str], list[str]]:
+    """(the table, warnings). mfu: to count with, None for the one predicted. Raises UserError where the run would."""
+    ranks = Absent(machine)
     ds_config = deepspeed_config(config)
 
     # ------------------------------------------------------------------ data
@@ -248,7 +230,6 @@ def plan_table(
     # ------------------------------------------------------------------ steps
     num_samples = round(num_rows * len(data) / whole.stats["rows_read"]) if is_drawn else len(data)
     schedule = Schedule(config, num_samples)
-    unit, last = "samples" if method == "sft" else "pairs", schedule.last_step
     evaluation = Evaluation(data, held_out, config, schedule, ranks)
 
     # ------------------------------------------------------------------ memory, time, disk
@@ -256,35 +237,28 @@ def plan_table(
     workload = workload_of(config, lengths, data.source_of(int(lengths.argmax())), RunState(), ranks)
     _, plan = choose_residency(ds_config, config, model_config, workload, ranks, card)
     planned = forecast(plan, workload, schedule, lengths, model_config, config, ranks, peak, mfu)
-    warnings = load.warnings(template, model_config, longest) + schedule.report(method, unit).splitlines()[1:]
+    warnings = load.warnings(template, model_config, longest) + schedule.warnings()
     warnings += [*losses_of_sources(whole, LOSS), *([lost] if lost else [])]
     warnings += [line for line in ranks.said if line.startswith("warning")]
-    warnings += trouble(config, folder, None if is_drawn else data.digest, template, last)
-    rows = plan_rows(config, plan, workload, schedule, evaluation, planned, ranks, mfu is not None, spread, num_rows)
-    rows = [(name, text + held_out_text(held_out, is_drawn) * (name == unit)) for name, text in rows]
-    rows.insert([name for name, _ in rows].index("disk") + 1, ("machine", called))
+    warnings += trouble(config, folder, None if is_drawn else data.digest, template, schedule.last_step)
+    rows = plan_rows(config, plan, workload, schedule, evaluation, planned, ranks, spread) | {"machine": called}
+    if held_out is not None:
+        number = "some" if is_drawn else f"{len(held_out):,}"
+        rows["pairs" if method == "dpo" else "samples"] += f"; {number} are held out"
     if is_drawn:
         of_rows = f"{whole.stats['rows_read']:,} of {num_rows:,} rows were tokenized, {share:.1%} of them kept"
-        rows.insert(0, ("data", f"{of_rows}: numbers with `about` are estimates, with their 95% intervals"))
+        rows = {"data": f"{of_rows}: numbers with `about` are estimates, with their 95% intervals"} | rows
     return rows, warnings
-
-
-def held_out_text(held_out: TokenDataset | None, is_drawn: bool) -> str:
-    if held_out is None:
-        return ""
-    return "; some are held out" if is_drawn else f"; {len(held_out):,} are held out"
 
 
 def trouble(config: TrainConfig, folder: str, data: str | None, template: ChatTemplate, last_step: int) -> list[str]:
     """What the run would find wrong with its output folder and with its token for the hub. data: digest, if known."""
-    lines, identity = [], identity_values(config) | {"chat_template (contents)": template.digest}
-    if data is not None:
-        identity["dataset_mixer (contents)"] = data
+    lines, digests = [], {"chat_template": template.digest} | ({"dataset_mixer": data} if data else {})
     has_record = (Path(config.output_dir) / hub.RECORD).is_file()
     if has_record and next(Path(folder).glob("*.safetensors"), None):
-        identity["model_name_or_path (contents)"] = weights_digest(folder)
+        digests["model_name_or_path"] = weights_digest(folder)
     try:
-        require_no_other_run(config, identity, last_step)
+        require_no_other_run(config, run_identity(config, digests), last_step)
     except UserError as error:
         lines.append(str(error))
     if config.push_to_hub:

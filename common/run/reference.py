@@ -29,16 +29,7 @@ from common.model import attention, load, logprobs, packed
 from common.model.logprobs import sequence_logps
 from common.ranks import Ranks
 from common.step import packing
-from common.step.packing import (
-    Document,
-    MicroBatch,
-    one_ahead,
-    pack,
-    pair_documents,
-    pair_lengths,
-    plan_step,
-    sft_documents,
-)
+from common.step.packing import pack, pair_documents, pair_lengths, sft_documents
 from common.zero.engine import out_of_memory_explained
 
 PAIRS_PER_PART = 256
@@ -95,17 +86,17 @@ def compute_logps(
         share_prompt, num_sequences = config.share_prompt, 2
         lengths = pair_lengths(data.pair_lengths, share_prompt)
     budget = max(budget, int(lengths[samples].max()))
-    plan = plan_step(lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
+    plan = packing.plan_step(lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
     result = torch.zeros(len(samples), num_sequences, dtype=torch.float32, device=ranks.device)
 
-    def documents(sample: SFTSample | PreferencePair) -> list[Document]:
+    def documents(sample: SFTSample | PreferencePair) -> list[packing.Document]:
         return sft_documents(sample) if isinstance(sample, SFTSample) else pair_documents(sample, share_prompt)
 
-    def prepared(m: int) -> MicroBatch:
+    def prepared(m: int) -> packing.MicroBatch:
         return pack([documents(data[samples[i]]) for i in plan[m]], share_prompt)
 
     with torch.no_grad(), out_of_memory_explained(what, budget, int(lengths.max())) as size:
-        for m, micro_batch in one_ahead(prepared, range(len(plan))):
+        for m, micro_batch in packing.one_ahead(prepared, range(len(plan))):
             size.tokens = micro_batch.num_tokens
             values = engine(**packed.model_inputs(micro_batch, kernel, ranks.device))
             rows = attention.to_device(np.array(plan[m], np.int64), ranks.device)

@@ -47,9 +47,8 @@ class Trackers:
                 functions[which](*arguments)
             except Exception as e:  # whatever a tracker raises, the run goes on
                 del self.open[name]
-                print_line(
-                    f"warning: --report_to {name} failed and gets nothing more: {type(e).__name__}: {one_line(e)}"
-                )
+                why = f"{type(e).__name__}: {one_line(e)}"
+                print_line(f"warning: --report_to {name} failed and gets nothing more: {why}")
 
 
 def _run_name(config: TrainConfig, run_id: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from common.data.tokens import PreferencePair, SFTSample
+from common.step.schedule import Schedule
 
 STEM, CHOSEN, REJECTED = 0, 1, 2  # branch of a token; an ordinary sample is all stem
 
@@ -48,8 +49,9 @@ def one_ahead(prepared: Callable[[int], Any], steps: range) -> Iterator[tuple[in
             yield step, value
 
 
-def packing_report(steps: list[list[int]], num_ranks: int, budget: int) -> str:
-    """One line on how full the micro-batches of `steps` (the lengths of each step's samples) will be."""
+def packing_report(schedule: Schedule, lengths: np.ndarray, num_ranks: int, budget: int) -> str:
+    """One line on how full the micro-batches of the first steps will be. lengths: int, tokens of each sample."""
+    steps = [lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
     micro_batches = [len(plan_step(lengths, num_ranks, budget)[0]) for lengths in steps]
     used = sum(map(sum, steps)) / (sum(micro_batches) * num_ranks * budget)
     mean, first = np.mean(micro_batches), f"(first {len(steps)} steps)"

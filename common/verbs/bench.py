@@ -6,7 +6,6 @@ Writes a model with random weights and data of generated lengths to output/bench
 and takes from metrics.jsonl medians over the steps after warm-up. Fails if a layer was compiled again after warm-up.
 """
 
-import argparse
 import json
 import multiprocessing
 import re
@@ -18,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.failures import UserError, as_user_error, print_line
+from common.failures import print_line
 from common.verbs.launch import exit_with, lines_of, on_request_to_stop, split_number, start_run, visible_gpus
+from common.verbs.words import parsed
 
 SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
 SIZES += ["vocab_size", "tie_word_embeddings"]
@@ -132,21 +132,14 @@ def summary(records: list[dict]) -> dict:
     return result
 
 
-def main(method: str = "", *words: str) -> int:
+def main(*argv: str) -> int:
     """Measures, shows and writes the result; returns the exit code. Raises UserError."""
-    if {"-h", "--help"} & {method, *words}:
-        print_line(f"{__doc__}\nShapes: {', '.join(SHAPES)}. Lengths: {', '.join(SAMPLES_PER_RANK)}.")
-        return 0
-    if method not in ("sft", "dpo"):
-        raise UserError(f"`bench {method}`: it is bench sft|dpo [N] [flags]")
     on_gpu = bool(visible_gpus())
-    num_ranks, flags = split_number([*words])
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-8b" if on_gpu else "tiny")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--lengths", choices=SAMPLES_PER_RANK, default="tulu")
-    with as_user_error("bench", argparse.ArgumentError):
-        options, passed = parser.parse_known_args(flags)  # the rest is for the script
+    own: dict = {"shape": {"choices": SHAPES, "default": "llama-8b" if on_gpu else "tiny"}}
+    own |= {"steps": {"type": int, "default": 10}, "lengths": {"choices": SAMPLES_PER_RANK, "default": "tulu"}}
+    doc = f"{__doc__}\nShapes: {', '.join(SHAPES)}. Lengths: {', '.join(SAMPLES_PER_RANK)}."
+    method, options, words = parsed("bench", doc, argv, **own)
+    num_ranks, passed = split_number(words)
     steps, folder = max(1, options.steps) + WARMUP_STEPS, Path("output/bench")
     model, data, out = folder / options.shape, folder / f"{method}-{options.lengths}.jsonl", folder / f"run-{method}"
     samples = SAMPLES_PER_RANK[options.lengths][not on_gpu] * num_ranks
@@ -157,9 +150,9 @@ def main(method: str = "", *words: str) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     write_data(method, options.lengths, 12 * samples, data, 1 if on_gpu else CPU_SCALE)
     shutil.rmtree(out, ignore_errors=True)
-    own = f"--model_name_or_path {model} --dataset_mixer {data} --output_dir {out} --cache_dir {folder}/cache "
-    own += f"--max_train_steps {steps} --stop_after_steps {steps} --logging_steps 1 --checkpointing_steps {10**9}"
-    run = [method, str(num_ranks), "--global_batch_size", str(samples), *passed, *own.split(), "--resume", "never"]
+    ours = f"--model_name_or_path {model} --dataset_mixer {data} --output_dir {out} --cache_dir {folder}/cache "
+    ours += f"--max_train_steps {steps} --stop_after_steps {steps} --logging_steps 1 --checkpointing_steps {10**9}"
+    run = [method, str(num_ranks), "--global_batch_size", str(samples), *passed, *ours.split(), "--resume", "never"]
     print_line(" ".join(["bash run.sh", *run]))
     result = {"method": method, "shape": options.shape, "ranks": num_ranks, "lengths": options.lengths, "flags": passed}
     result["reference_tokens_per_second_per_device"] = train(run, steps)

@@ -14,6 +14,7 @@ from common.failures import UserError, as_user_error, print_line, shown
 from common.run.curves import draw, read_metrics
 from common.verbs.launch import exit_with
 
+USAGE = "write: bash run.sh compare OUT1 [OUT2 ...] [--picture FILE]"
 WINDOW = 10  # logged steps that a last value is the mean of
 # What a run is besides its flags, by its name in run_config.json.
 RESOLVED = ("kernel", "world_size", "micro_batch_budget", "residency", "device", "versions", "layers", "identity")
@@ -23,13 +24,12 @@ PLACES = ("output_dir", "cache_dir", "resume")  # flags that differ and tell not
 def main(*argv: str) -> int:
     """Returns the exit code. Raises UserError for a folder in which no run has taken a step."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("folders", nargs="+")
+    parser.add_argument("folders", nargs="*")
     parser.add_argument("--picture", default="compare.png")
-    try:
-        given = parser.parse_args([*argv])
-    except (argparse.ArgumentError, SystemExit):
-        print_line(__doc__ or "")
-        raise UserError("write: bash run.sh compare OUT1 [OUT2 ...] [--picture FILE]") from None
+    with as_user_error(USAGE, argparse.ArgumentError):
+        given, others = parser.parse_known_args(argv)
+    if others or not given.folders:
+        raise UserError(USAGE)
     labels = labels_of(given.folders)
     configs, histories = {}, {}
     for label, folder in labels.items():

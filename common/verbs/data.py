@@ -7,7 +7,6 @@ marked: `--show` of them, spread over the data, or the rows that `--row` names, 
 not trained, why. Exits with 2 where a run would for its data.
 """
 
-import argparse
 import dataclasses
 import os
 from pathlib import Path
@@ -22,38 +21,30 @@ from common.data.report import data_table, preview, quality_report
 from common.data.sources import load_source, parse_source
 from common.failures import UserError, one_line, print_line
 from common.verbs.launch import exit_with
+from common.verbs.words import parsed
 
 
 def main(*argv: str) -> int:
     """Returns the exit code. Raises UserError for a mistake in argv, and for data that a run would refuse."""
-    method, words = argv[:1], argv[1:]
-    if method not in (("sft",), ("dpo",)):
-        print_line(__doc__ or "")
-        raise UserError("write: bash run.sh data sft|dpo [flags]")
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--show", type=int, default=5)
-    parser.add_argument("--row", nargs="+", default=[])
-    try:
-        own, flags = parser.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from None
-    config = parse_config(SFTConfig if method == ("sft",) else DPOConfig, flags)
+    own: dict = {"show": {"type": int, "default": 5}, "row": {"nargs": "+", "default": []}}
+    method, given, flags = parsed("data", __doc__ or "", argv, **own)
+    config = parse_config(SFTConfig if method == "sft" else DPOConfig, flags)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # common.model imports DeepSpeed, which looks for a GPU
     from common.model import load
 
     folder = load.find_model(config.model_name_or_path, config.model_revision, load.TOKENIZER_FILES)
     tokenizer = load.load_tokenizer(load.find_tokenizer(config.tokenizer_name_or_path or folder))
     template = resolve_template(config.chat_template, tokenizer)
-    ds = TokenDataset(prepare_tokens(method[0], dataclasses.replace(config, allow_dropped=True), template))
+    ds = TokenDataset(prepare_tokens(method, dataclasses.replace(config, allow_dropped=True), template))
     print_line(data_table(ds))
     print_line(quality_report(ds, template.end_ids()))
     if (Path(folder) / "config.json").is_file():
         for line in load.warnings(template, load.load_config(folder), ds.longest_side()):
             print_line(line)
-    for place in own.row:
+    for place in given.row:
         print_line("\n" + _row(place, ds, config, template))
-    if not own.row:
-        for i in np.unique(np.linspace(0, len(ds) - 1, max(0, min(own.show, len(ds)))).astype(int)).tolist():
+    if not given.row:
+        for i in np.unique(np.linspace(0, len(ds) - 1, max(0, min(given.show, len(ds)))).astype(int)).tolist():
             print_line("\n" + preview(ds, i, template.tokenizer))
     if (lost := too_much_dropped(ds)) and not config.allow_dropped:
         raise UserError(lost)

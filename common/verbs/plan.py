@@ -8,33 +8,24 @@ host. --mfu: in place of the one predicted. Of a model only config.json and the 
 holds yet is tokenized, or, of more than 2,000 rows, a draw of so many. Exits with 2 where the run would.
 """
 
-import argparse
 import os
 import textwrap
 
 from common.config import DPOConfig, SFTConfig, parse_config
-from common.failures import UserError, as_user_error, print_line
+from common.failures import UserError, print_line
 from common.verbs.launch import exit_with, visible_gpus
+from common.verbs.words import parsed
 
 GPUS = ("a100-80gb", "h100", "h200", "b200")
 
 
 def main(*argv: str) -> int:
     """Returns the exit code. Raises UserError for a mistake in argv, and for what the run would refuse."""
-    method, words = " ".join(argv[:1]), [*argv[1:]]
-    if {"-h", "--help"} & {*argv}:
-        print_line(__doc__ or "")
-        return 0
-    if method not in ("sft", "dpo"):
-        raise UserError("write: bash run.sh plan sft|dpo [N] [flags]")
     num_here = len(visible_gpus())
-    num_gpus = int(words.pop(0)) if words and words[0].isdecimal() else num_here or 8
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--gpu", choices=GPUS, default=None if num_here else "h100")
-    for name in ("--host_memory_gb", "--mfu"):
-        parser.add_argument(name, type=float)
-    with as_user_error("plan", argparse.ArgumentError):
-        own, flags = parser.parse_known_args(words)
+    flags_of_plan: dict = {"gpu": {"choices": GPUS, "default": None if num_here else "h100"}}
+    flags_of_plan |= {name: {"type": float} for name in ("host_memory_gb", "mfu")}
+    method, own, flags = parsed("plan", __doc__ or "", argv, **flags_of_plan)
+    num_gpus = int(flags.pop(0)) if flags and flags[0].isdecimal() else num_here or 8
     if num_gpus < 1 or (own.mfu is not None and not 0 < own.mfu <= 1):
         raise UserError("N is 1 or more, and --mfu is above 0 and at most 1")
     config = parse_config(SFTConfig if method == "sft" else DPOConfig, flags)

@@ -13,9 +13,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
-from threading import Thread
 
 from common.failures import UserError, one_line, print_line
 from common.verbs.judge import ADVICE, Check, format_table, judge_answers, judge_run
@@ -87,15 +85,9 @@ def sanity_of_recipe(method: str, words: list[str]) -> int:
     output_dir = Path(f"output/sanity-{method}")
     shutil.rmtree(output_dir, ignore_errors=True)
     output_dir.mkdir(parents=True)
-    first_steps = [
-        "--stop_after_steps",
-        "100",
-        "--logging_steps",
-        "1",
-        "--clean_checkpoints_at_end",
-        "true",
-    ]  # a flag that comes twice: the last one wins
-    words = [method, str(num_ranks), *first_steps, *flags, "--output_dir", str(output_dir)]
+    first_steps = "--stop_after_steps 100 --logging_steps 1 --clean_checkpoints_at_end true"
+    # Of a flag that comes twice the last one wins.
+    words = [method, str(num_ranks), *first_steps.split(), *flags, "--output_dir", str(output_dir)]
     exit_code, output = train(words, output_dir / "sanity.log")
     if exit_code == UserError.EXIT_CODE:  # it has said what was wrong
         return exit_code
@@ -107,15 +99,11 @@ def train(words: list[str], log: Path, every: float = 0.0) -> tuple[int, str]:
     """Runs `bash run.sh WORDS`; returns its exit code and all that it printed, which `log` gets. every: of is_shown."""
     print_line(f"\n== {words[0].upper()} (everything it prints: {log})")
     run, lines = start_run(words), []
-    # ask's imports take seconds: they are done beside the steps, not beside the imports of the ranks.
-    preparing = Thread(target=import_module, args=["transformers.models.auto.modeling_auto"], daemon=True)
     on_request_to_stop(lambda number: run.send_signal(number) if run.poll() is None else sys.exit(128 + number))
     with open(log, "w", encoding="utf-8") as file:
         for line in lines_of(run):
             lines.append(line)
             file.write(line)
-            if every and line.startswith("step ") and preparing.ident is None:
-                preparing.start()
             if is_shown(line, every):
                 print_line(line, end="")
     return run.wait(), "".join(lines)

@@ -11,6 +11,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from common.config import as_words
 from common.failures import UserError, print_line, progress
 from common.run.curves import read_metrics
 from common.verbs.launch import exit_with, lines_of, on_request_to_stop, start_run, visible_gpus
@@ -24,9 +25,8 @@ CHANGED |= {"push_to_hub": False, "report_to": "none"}
 
 def main(*argv: str) -> int:
     """Returns the exit code. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        prog="verify", usage="bash run.sh verify OUTPUT_DIR [--step K]", description=__doc__
-    )
+    usage = "bash run.sh verify OUTPUT_DIR [--step K]"
+    parser = argparse.ArgumentParser(prog="verify", usage=usage, description=__doc__)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--step", type=int)
     given = parser.parse_args(argv)
@@ -65,12 +65,8 @@ def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None) ->
             (Path(folder) / "checkpoints" / before.name).symlink_to(before.resolve())
         flags = record["config"] | {name: value for name, value in CHANGED.items() if name in record["config"]}
         flags |= {"output_dir": folder, "stop_after_steps": step}
-        words = [
-            [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-            for name, value in flags.items()
-            if value != []
-        ]
-        run = start_run([record["method"].lower(), str(num_ranks), *(word for flag in words for word in flag)])
+        words = as_words({name: value for name, value in flags.items() if value != []})
+        run = start_run([record["method"].lower(), str(num_ranks), *words])
         on_request_to_stop(run.send_signal)
         for line in lines_of(run):
             print_line(f"  {line}", end="")
@@ -81,11 +77,8 @@ def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None) ->
     different = [name for name in names if json.dumps(logged.get(name)) != json.dumps(repeated.get(name))]
     for name in different:
         print_line(f"step {step}: {name} was {logged.get(name)!r}, is {repeated.get(name)!r}")
-    print_line(
-        f"step {step}: {len(different)} of {len(names)} values differ"
-        if different
-        else f"step {step}: all {len(names)} values are the same, bit by bit: {', '.join(names)}"
-    )
+    verdict = f"all {len(names)} values are the same, bit by bit: {', '.join(names)}"
+    print_line(f"step {step}: {f'{len(different)} of {len(names)} values differ' if different else verdict}")
     return int(bool(different))
 
 

@@ -9,22 +9,17 @@ from common.config import TrainConfig
 from common.failures import UserError, as_user_error, named_file
 from common.files import unique_names
 
-OWNED_BY_FLAGS = {
-    "train_batch_size": "--global_batch_size",
-    "train_micro_batch_size_per_gpu": "--max_tokens_per_micro_batch",
-    "gradient_accumulation_steps": "--global_batch_size",
-    "optimizer": "--optimizer and the adam flags",
-    "scheduler": "--lr_scheduler_type",
-    "gradient_clipping": "--max_grad_norm",
-    "bf16": "--dtype",
-    "fp16": "--dtype",
-    "amp": "--dtype",
-    "torch_autocast": "--dtype",
-    "data_types": "nothing: gradients are always summed in float32",
-    "communication_data_type": "nothing: gradients are always summed in float32",
-    "gradient_predivide_factor": "nothing: gradients are exact sums",
-    "prescale_gradients": "nothing: gradients are exact sums",
+OWNERS = {  # a flag -> DeepSpeed's keys for what it says
+    "--global_batch_size": "train_batch_size gradient_accumulation_steps",
+    "--max_tokens_per_micro_batch": "train_micro_batch_size_per_gpu",
+    "--optimizer and the adam flags": "optimizer",
+    "--lr_scheduler_type": "scheduler",
+    "--max_grad_norm": "gradient_clipping",
+    "--dtype": "bf16 fp16 amp torch_autocast",
+    "nothing: gradients are always summed in float32": "data_types communication_data_type",
+    "nothing: gradients are exact sums": "gradient_predivide_factor prescale_gradients",
 }
+OWNED_BY_FLAGS = {key: flag for flag, keys in OWNERS.items() for key in keys.split()}
 # Keys of zero_optimization, by their beginnings after an optional `stage3_`, that would change the numbers, lay out
 # shards in another way than checkpoints are written for, or choose other leaf modules than the decoder layers
 # (common/zero/engine.py), whose gradients common/zero/residency.py would then miss.
@@ -33,16 +28,8 @@ REFUSED = ("zero_quantized_", "zero_hpz_", "mics_", "zenflow", "cpu_offload", "l
 RESIDENCY = ("nothing", "gradients", "all")
 # `residency` and `optimizer_state` (the share of it on the device) are the keys that are not DeepSpeed's.
 STATE_ON_DEVICE = {"device": 1.0, "host": 0.0}
-PLACEMENT_KEYS = {
-    "residency",
-    "optimizer_state",
-    "zero_optimization",
-    "aio",
-    "comms_logger",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-}
-PLACEMENT_KEYS |= {"flops_profiler", "steps_per_print", "compile"}
+PLACEMENT_KEYS = {"residency", "optimizer_state", "zero_optimization", "aio", "compile"}
+PLACEMENT_KEYS |= {"steps_per_print", "comms_logger", "wall_clock_breakdown", "memory_breakdown", "flops_profiler"}
 
 
 def deepspeed_config(config: TrainConfig) -> dict:

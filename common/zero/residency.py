@@ -187,12 +187,8 @@ def update_group(weights, gradients, exp_avgs, exp_avg_sqs, step: torch.Tensor, 
     """
     numbers = {name: options[name] for name in ("lr", "weight_decay", "eps")} | {"amsgrad": False, "maximize": False}
     numbers["beta1"], numbers["beta2"] = options["betas"]
-    numbers["grad_scale"] = _scalar(divisor, step) if divisor > 1 else None
+    numbers["grad_scale"] = torch.full_like(step, divisor) if divisor > 1 else None
     torch._fused_adamw_(weights, gradients, exp_avgs, exp_avg_sqs, [], [step] * len(weights), **numbers)
-
-
-def _scalar(number: float, like: torch.Tensor) -> torch.Tensor:
-    return torch.full((), number, dtype=torch.float32, device=like.device)
 
 
 class Update:
