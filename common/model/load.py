@@ -215,10 +215,8 @@ def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
 
 
 def compiles_layers(asked: bool | str, device_type: str, config: PretrainedConfig) -> bool:
-    """What `--compile_layers` comes to. `auto` leaves layers with experts or a state alone: none was seen on a GPU."""
-    text = text_config(config)
-    is_plain = part_met(text, ".experts.") == 1 and not is_stateful(text)
-    return asked is True or (asked == "auto" and device_type == "cuda" and is_plain)
+    """What `--compile_layers` comes to. `auto` leaves layers with a state alone: none was seen on a GPU."""
+    return asked is True or (asked == "auto" and device_type == "cuda" and not is_stateful(text_config(config)))
 
 
 def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int, int]:
