@@ -157,13 +157,12 @@ class Ranks:
         return "; ".join(texts + [f"and {len(ranks) - 4} ranks more"] * (len(ranks) > 4))
 
     def _gpu_waits(self) -> bool:
-        """Whether this rank's GPU has something left to do and was given nothing more since the last look."""
-        if self.device.type != "cuda" or not torch.cuda.is_initialized():
+        """Whether this rank's GPU has something left to do and was given nothing more since the last look: whatever
+        gives it work takes memory first, which torch's own allocator counts."""
+        if not torch.cuda.is_initialized() or torch.cuda.get_allocator_backend() != "native":
             return False
-        before, self.num_allocated = (
-            self.num_allocated,
-            torch.cuda.memory_stats(self.device)["allocation.all.allocated"],
-        )
+        before = self.num_allocated
+        self.num_allocated = torch.cuda.memory_stats(self.device)["allocation.all.allocated"]
         return self.num_allocated == before and not torch.cuda.default_stream(self.device).query()
 
     def watch(self, limit: float) -> None:

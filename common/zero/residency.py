@@ -262,11 +262,8 @@ class Update:
     def _update(self, group: int) -> None:
         """update_group on each parameter's stretch of the group's flat master weights and moments, then rounds them."""
         zero, flat = self.zero, self.zero.fp32_partitioned_groups_flat[group]
-        step, options = (
-            zero.optimizer.state[flat]["step"],
-            zero.optimizer.param_groups[zero.sub_group_to_group_id[group]],
-        )
-        step += 1
+        options = zero.optimizer.param_groups[zero.sub_group_to_group_id[group]]
+        step = zero.optimizer.state[flat]["step"].add_(1)
         gradients, shards = self._gradients(group), self._shards(group)
         chunks: Iterable[tuple[list[tuple[int, int, int]], tuple[torch.Tensor, ...]]]
         if group in self.carrier.by_group:
