@@ -19,6 +19,7 @@ Undocumented names of engine.optimizer, DeepSpeed's ZeRO-3 optimizer  -> what De
   fp32_partitioned_groups_flat                 -> master weights of each group, flat, or in host memory what their
                                                   rounding has lost: made here, read, updated
   _create_fp32_partitions, initialize_optimizer_states -> makes them, and gradients: replaced, moments are made too
+  runtime.compiler.compile                     -> decorates kernels of Muon, which is not used: replaced by nothing
   defragment                                   -> makes shards one by way of host memory: replaced, stays on the device
   optimizer, sub_group_to_group_id             -> torch's AdamW, its group of options: moments set, updated
   averaged_gradients                           -> shards of the gradient, by group: read; set to those of the sums
@@ -45,6 +46,7 @@ from unittest.mock import patch
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import stage3
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
@@ -174,6 +176,8 @@ def own_state(share_on_device: float, host: HostMemory | None) -> Iterator[None]
         patch.object(stage3.DeepSpeedZeroOptimizer_Stage3, "_create_fp32_partitions", create),
         patch.object(stage3.DeepSpeedZeroOptimizer_Stage3, "initialize_optimizer_states", lambda zero: None),
         patch.object(stage3, "defragment", join),
+        # Importing Muon, which is no part of this, would prepare its kernels for compilation: more than a second.
+        patch.object(compiler, "compile", lambda: lambda function: function),
     ):
         yield
 
