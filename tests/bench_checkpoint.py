@@ -91,13 +91,13 @@ def main() -> None:
     num_bytes = 12 * HIDDEN * HIDDEN * count
     folder = Path(tempfile.mkdtemp(prefix="bench_checkpoint_", dir=given.folder))
     (folder / "checkpoints").mkdir()
-    shards = {p: Shard(p.local["master"], **p.local) for p in parameters.values()}
-    residency.state_shards = lambda engine: shards
+    residency.state_shards = lambda engine: {p: Shard(p.local["master"], **p.local) for p in parameters.values()}
     residency.set_step = residency.round_master_weights = lambda *_: None
     ranks = OneRank()
     ranks.device = device
     config = SFTConfig(output_dir=str(folder), keep_last_n_checkpoints=1)
     writer = checkpoint.Writer(None, parameters, config, ranks)
+    writer.memory.wait_until_pinned()  # which in a run is done long before a first checkpoint
     matrix = (
         torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) if device.type == "cuda" else torch.ones(512, 512)
     )
