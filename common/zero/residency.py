@@ -16,7 +16,7 @@ for its own parameters only, while groups whose state lies in host memory (commo
 Undocumented names of engine.optimizer, DeepSpeed's ZeRO-3 optimizer  -> what DeepSpeed does: what is done here
   fp16_groups, fp16_partitioned_groups         -> parameters and their shards, by group: read
   fp16_partitioned_groups_flat                 -> the shards of each group, flat: read
-  fp32_partitioned_groups_flat                 -> master weights of each group (or what rounding lost): made here, updated
+  fp32_partitioned_groups_flat                 -> master weights of a group, or what rounding lost: made here, updated
   _create_fp32_partitions, initialize_optimizer_states -> makes them, and gradients: replaced, moments are made too
   runtime.compiler.compile                     -> decorates kernels of Muon, which is not used: replaced by nothing
   defragment                                   -> makes shards one by way of host memory: replaced, stays on the device
