@@ -36,9 +36,13 @@ def agreed_identity(
     weights = ranks.once_per_node(lambda: {name: weights_digest(folder) for name, folder in models.items()})
     identity = run_identity(config, digests | weights)
     views = ranks.gather(lambda: (socket.gethostname(), identity | environment(config, ds_config, tokenizer)))
-    for rank, (host, theirs) in enumerate(views):
-        if found := differences(views[0][1], theirs):
-            raise UserError(f"rank {rank} ({host}) differs from rank 0 ({views[0][0]}) in {'; '.join(found)}")
+
+    def compare() -> None:
+        for rank, (host, theirs) in enumerate(views):
+            if found := differences(views[0][1], theirs):
+                raise UserError(f"rank {rank} ({host}) differs from rank 0 ({views[0][0]}) in {'; '.join(found)}")
+
+    ranks.once(compare)  # so that it is told once
     if warning := clocks_apart(dict(ranks.gather(lambda: (socket.gethostname(), time.time())))):
         ranks.say(warning)
     return identity
