@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -15,7 +16,7 @@ from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.data.chat_template import ChatTemplate
-from common.failures import UserError, as_user_error, print_line
+from common.failures import UserError, as_user_error, print_line, progress
 from common.files import INDEX, naming, sync_folder, weight_files
 from common.model.load import SAMPLES, built, generation_config, load_config, load_tokenizer, stored_names, text_config
 from common.model.packed import PackedModel
@@ -37,15 +38,17 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
     temporary, tensors = Path(output_dir) / ".export", _tensors(model.lm)
     ranks.once(lambda: shutil.rmtree(temporary, ignore_errors=True))
     layout = ranks.once(lambda: _write_small_files(model.lm, template, source_folder, temporary))
-    for file, names in layout.items():
-        stored: dict[str, torch.Tensor] = {}
-        for name, (_, places) in names.items():
-            # Of a buffer, which is whole, and of what rank 0 alone has: nothing.
-            with deepspeed.zero.GatheredParameters([tensors[name]] if name in tensors else []):
-                if ranks.is_main:
-                    whole = (tensors | model.lm.others)[name].detach().to("cpu", copy=True).contiguous()
-                    stored |= _stored(model.lm, name, whole, places)
-        ranks.once(lambda: _write_shard(stored, temporary / file))
+    with progress("writing the model", len(layout), "files", ranks.say, ranks.is_main) as advance:
+        for file, names in layout.items():
+            stored: dict[str, torch.Tensor] = {}
+            for name, (_, places) in names.items():
+                # Of a buffer, which is whole, and of what rank 0 alone has: nothing.
+                with deepspeed.zero.GatheredParameters([tensors[name]] if name in tensors else []):
+                    if ranks.is_main:
+                        whole = (tensors | model.lm.others)[name].detach().to("cpu", copy=True).contiguous()
+                        stored |= _stored(model.lm, name, whole, places)
+            ranks.once(partial(_write_shard, stored, temporary / file))
+            advance(1)
     ranks.once(lambda: _move_up(temporary))
 
 

@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from common.data.chat_template import QUESTION, ChatTemplate
-from common.failures import UserError, as_user_error
+from common.failures import UserError, as_user_error, progress
 from common.files import weight_files
 from common.model.attention import SINKS, SOFT_CAP, WINDOWS, registered_name
 from common.model.experts import GROUPED, part_met
@@ -262,19 +262,22 @@ def load_partitioned(
     _share_buffers(model, ranks)
 
     group, unfit, parameters = [], [], list(model.named_parameters())
-    for i, (name, param) in enumerate(parameters):
-        on_device = nn.Parameter(torch.empty(param.shape, dtype=dtype, device=ranks.device))
-        if ranks.is_main:
-            on_device.data.copy_(param)
-            if not torch.stack(on_device.data.aminmax()).isfinite().all():  # the smallest of what holds a NaN is NaN
-                unfit.append(f"{name} is NaN or infinite")
-            if param.dtype != dtype:  # which plain transformers trains in it
-                unfit.append(f"{name} is kept in {param.dtype}")
-        torch.utils.swap_tensors(param, on_device)  # in every module that uses it; the host's memory is given up
-        group.append(param)
-        if sum(p.numel() for p in group) >= LOAD_GROUP_ELEMENTS or i == len(parameters) - 1:
-            _partition(group, ds_config, ranks)
-            group = []
+    numel = sum(param.numel() for _, param in parameters)
+    with progress("loading", numel, "parameters", ranks.say, ranks.is_main) as advance:
+        for i, (name, param) in enumerate(parameters):
+            on_device = nn.Parameter(torch.empty(param.shape, dtype=dtype, device=ranks.device))
+            if ranks.is_main:
+                on_device.data.copy_(param)
+                if not torch.stack(on_device.data.aminmax()).isfinite().all():  # NaN is the smallest of what holds one
+                    unfit.append(f"{name} is NaN or infinite")
+                if param.dtype != dtype:  # which plain transformers trains in it
+                    unfit.append(f"{name} is kept in {param.dtype}")
+            torch.utils.swap_tensors(param, on_device)  # in every module that uses it; the host's memory is given up
+            group.append(param)
+            advance(param.numel())
+            if sum(p.numel() for p in group) >= LOAD_GROUP_ELEMENTS or i == len(parameters) - 1:
+                _partition(group, ds_config, ranks)
+                group = []
     if reasons := ranks.once(lambda: unfit[:3]):  # now that no rank waits for a parameter
         raise UserError(f"model {folder} cannot be trained in {dtype}: {', '.join(reasons)}")
     policy = PackedModel(model)
