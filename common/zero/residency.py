@@ -94,6 +94,7 @@ def set_step(engine, step: int) -> None:
 
 def state_shards(engine) -> dict[nn.Parameter, Shard]:
     """This rank's shard of each parameter and of its state. Nothing that has been started writes to them any more."""
+    engine.module.finish_gathering()  # into the weights, of which the shards are a part
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     zero = engine.optimizer
