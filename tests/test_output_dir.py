@@ -38,7 +38,8 @@ def folder(tmp_path) -> Path:
 def save(folder: Path, step: int, identity: dict) -> Path:
     """A checkpoint that holds no parameter."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    engine = SimpleNamespace(optimizer=SimpleNamespace(fp16_groups=[], fp32_partitioned_groups_flat=[]))
+    zero, policy = SimpleNamespace(fp16_groups=[]), SimpleNamespace(finish_gathering=lambda: None)
+    engine = SimpleNamespace(optimizer=zero, module=policy)
     writer = checkpoint.Writer(engine, {}, SFTConfig(output_dir=str(folder), keep_last_n_checkpoints=9), OneRank())
     writer.save(RunState(step=step, identity=identity))
     writer.wait()
