@@ -183,12 +183,12 @@ def main() -> None:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 size.tokens = micro_batch.num_tokens
                 inputs = model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
-                token_logps = engine(**inputs)  # of the scored tokens
+                token_logps, balance = engine(**inputs)  # of the scored tokens; of routers, 0 unless asked for
                 policy_logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(-1, 2)  # chosen, rejected
                 reference_logps = to_device(reference_table[members], ranks.device)
                 num_scored = to_device(np.reshape(micro_batch.sequence_targets, (-1, 2)), ranks.device)  # tokens
                 loss, micro_batch_sums = preference_loss_and_sums(policy_logps, reference_logps, num_scored, config)
-                balance = config.router_aux_loss_coef * policy.router_loss / (2 * len(samples))  # 0 unless asked for
+                balance = config.router_aux_loss_coef * balance / (2 * len(samples))
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
                 # DeepSpeed averages gradients over ranks.
                 engine.backward(loss * ranks.world_size / len(samples) + balance * ranks.world_size)

@@ -136,9 +136,9 @@ def main() -> None:
             for m, micro_batch in enumerate(micro_batches):
                 size.tokens = micro_batch.num_tokens
                 inputs = model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
-                logps = engine(**inputs)  # of this micro-batch's target tokens
+                logps, balance = engine(**inputs)  # of its target tokens; of routers, 0 unless asked for
                 loss = -logps.sum()
-                balance = config.router_aux_loss_coef * policy.router_loss / len(samples)  # 0 unless asked for
+                balance = config.router_aux_loss_coef * balance / len(samples)
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
                 # DeepSpeed averages gradients over ranks.
                 engine.backward(loss * ranks.world_size / num_targets + balance * ranks.world_size)

@@ -1,6 +1,7 @@
 """The process group: which rank this is, what ranks learn of each other, and how one that hangs is noticed."""
 
 import itertools
+import math
 import os
 import re
 import socket
@@ -49,8 +50,6 @@ class Ranks:
     store: dist.Store
     step: int = 0  # that this rank is in, which the loop sets; 0: before the first
     seen: dict[int, tuple[float, str]] = field(default_factory=dict)  # rank -> (when it said something new, that)
-    num_allocated: int = 0  # tensors on this rank's GPU until the last look
-    waits_since: float | None = None  # monotonic seconds; None: its GPU is not waiting
     has_left: threading.Event = field(default_factory=threading.Event)
     watcher: threading.Thread | None = None
 
@@ -127,21 +126,20 @@ class Ranks:
     def when(self) -> str:
         return f"in step {self.step}" if self.step else "before the first step"
 
-    def look(self, tick: int) -> None:
-        """Says what this rank does, and reads what the others say. tick: another one each time.
+    def look(self, tick: int, waits: bool = False) -> None:
+        """Says what this rank does, and reads what the others say. tick: another one each time; waits: its GPU does.
 
         Across hosts rank 0 holds the store: where it is out of reach nothing is known of the others.
         """
-        if not in_time(lambda: self._look(tick), False):
+        if not in_time(lambda: self._look(tick, waits), False):
             now = time.monotonic()
             self.seen |= {rank: (now, text) for rank, (_, text) in self.seen.items() if rank > 0}
 
-    def _look(self, tick: int) -> bool:
+    def _look(self, tick: int, waits: bool) -> bool:
         now = time.monotonic()
         try:
             host = f" on {socket.gethostname()}" if self.num_hosts > 1 else ""
-            waits = WAITS if self.waits_since is not None else ""
-            self.store.set(f"rank {self.rank}", f"{tick} {self.when}{host}, {_place()}{waits}")
+            self.store.set(f"rank {self.rank}", f"{tick} {self.when}{host}, {_place()}{WAITS * waits}")
             for rank in range(self.world_size):
                 is_there = self.store.check([f"rank {rank}"])
                 text = self.store.get(f"rank {rank}").decode() if is_there else "0 nowhere"
@@ -156,25 +154,27 @@ class Ranks:
         texts = [f"rank {rank} was last seen {self.seen[rank][1].partition(' ')[2]}" for rank in ranks[:4]]
         return "; ".join(texts + [f"and {len(ranks) - 4} ranks more"] * (len(ranks) > 4))
 
-    def _gpu_waits(self) -> bool:
-        """Whether this rank's GPU has something left to do and was given nothing more since the last look: whatever
-        gives it work takes memory first, which torch's own allocator counts."""
+    def _gpu_waits(self, num_given: int) -> tuple[bool, int]:
+        """Whether this rank's GPU has something left to do and was given nothing more since the last look; and what it
+        was given until now, which num_given is of that look: whatever gives it work takes memory first, which torch's
+        own allocator counts."""
         if not torch.cuda.is_initialized() or torch.cuda.get_allocator_backend() != "native":
-            return False
-        before = self.num_allocated
-        self.num_allocated = torch.cuda.memory_stats(self.device)["allocation.all.allocated"]
-        return self.num_allocated == before and not torch.cuda.default_stream(self.device).query()
+            return False, 0
+        now_given = torch.cuda.memory_stats(self.device)["allocation.all.allocated"]
+        return now_given == num_given and not torch.cuda.default_stream(self.device).query(), now_given
 
     def watch(self, limit: float) -> None:
         """Ends this process, with a line from one rank, once another is silent, or missed, for `limit` seconds."""
+        waits_since, num_given = math.inf, 0  # monotonic seconds; inf: its GPU is not waiting
         for tick in itertools.count(1):
-            self.waits_since = (self.waits_since or time.monotonic()) if self._gpu_waits() else None
-            self.look(tick)
+            waits, num_given = self._gpu_waits(num_given)
+            waits_since = min(waits_since, time.monotonic()) if waits else math.inf
+            self.look(tick, waits)
             now, told = time.monotonic(), ""
             if silent := [rank for rank, (when, _) in self.seen.items() if now - when > limit]:
                 told = f"no sign of life for {limit / 60:.2g} minutes: {self.last_seen(silent)}"
                 is_teller = self.rank == min({*range(self.world_size)} - {*silent})
-            elif self.waits_since is not None and now - self.waits_since > limit:
+            elif now - waits_since > limit:
                 busy = [rank for rank, (_, text) in self.seen.items() if rank != self.rank and not text.endswith(WAITS)]
                 told = f"no part in a collective for {limit / 60:.2g} minutes: {self.last_seen(busy)}"
                 is_teller = is_first_to_tell("a GPU waits")

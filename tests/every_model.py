@@ -299,7 +299,7 @@ def tried(model_type: str) -> str:
         alone.sum().backward()
         gradients = {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
         row = pack([sft_documents(SFTSample(ids, np.array([[1, len(ids)]]))) for ids in samples])
-        packed = policy(**model_inputs(row, "sdpa", torch.device("cpu")))
+        packed, _ = policy(**model_inputs(row, "sdpa", torch.device("cpu")))
         packed.sum().backward()
         worst = forward = (packed - alone).abs().max().item()
         for name, p in policy.lm.named_parameters():

@@ -203,7 +203,7 @@ def test_compiled_layers_take_no_number_as_a_tensor(flash_attn, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=seen))
     model = tiny_model("flash_attention_4")
     model.compile_layers()
-    model(**model_inputs(row_of(ROWS[3], has_targets=True), "flash_attention_4", CPU)).sum().backward()
+    model(**model_inputs(row_of(ROWS[3], has_targets=True), "flash_attention_4", CPU))[0].sum().backward()
     assert len(inputs) > 10 and all(x.ndim > 0 for x in inputs)
 
 
@@ -214,7 +214,7 @@ def test_layers_that_differ_in_a_number_are_all_compiled(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     model = tiny_model("sdpa", DiffLlamaConfig, num_layers=10)
     model.compile_layers()
-    model(**model_inputs(row_of(ROWS[3], has_targets=True), "sdpa", CPU)).sum().backward()
+    model(**model_inputs(row_of(ROWS[3], has_targets=True), "sdpa", CPU))[0].sum().backward()
 
 
 def test_torch_compile_may_trust_what_is_said_of_flash_attention_4(flash_attn):

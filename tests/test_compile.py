@@ -92,8 +92,8 @@ def step(model: PackedModel, micro_batch: MicroBatch, kernel: str, device: torch
     """A forward pass without gradients, then one with and its backward pass; log-probabilities and gradients."""
     inputs = model_inputs(micro_batch, kernel, device)
     with torch.no_grad():
-        before = model(**inputs) if reference else None
-    logps = model(**inputs)
+        before = model(**inputs)[0] if reference else None
+    logps, _ = model(**inputs)
     if before is not None:
         torch.testing.assert_close(before, logps, rtol=0, atol=1e-5 if logps.device.type == "cpu" else 0.1)
     (logps.sum() if len(logps) % 2 else (logps * logps).sum()).backward()  # whose gradient is expanded, or is not

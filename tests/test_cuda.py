@@ -94,7 +94,7 @@ def test_windows_caps_sinks_and_experts_equal_transformers_own_eager_attention(a
         policy.compile_layers()
     samples = [np.random.default_rng(n).integers(1, config.vocab_size, n) for n in (60, 41, 23)]
     row = packing.pack([packing.sft_documents(SFTSample(ids, np.array([[1, len(ids)]]))) for ids in samples])
-    seen = policy(**model_inputs(row, kernel, torch.device(device)))
+    seen, _ = policy(**model_inputs(row, kernel, torch.device(device)))
     seen.sum().backward()
     expected = []
     for ids in samples:
@@ -127,7 +127,7 @@ def test_model_on_varlen_kernel_equals_float32_block_mask(kernel, pack, compiled
         model = tiny(name, dtype)
         if compiled and name == kernel:
             model.compile_layers()
-        logps = model(**model_inputs(micro_batch, name, torch.device("cuda")))
+        logps, _ = model(**model_inputs(micro_batch, name, torch.device("cuda")))
         logps.sum().backward()
         results.append((logps, {n: p.grad for n, p in model.named_parameters()}))
     (logps, grads), (seen_logps, seen_grads) = results
@@ -184,7 +184,7 @@ def test_a_model_that_sums_its_gradients_gives_autograds(compiled):
         if compiled:
             model.compile_layers()
         for _ in range(2):
-            model(**model_inputs(micro_batch, "varlen", torch.device("cuda"))).sum().backward()
+            model(**model_inputs(micro_batch, "varlen", torch.device("cuda")))[0].sum().backward()
     grads = {name: param.grad for name, param in plain.named_parameters()}
     for name, module in summing.named_modules():
         if hasattr(module, "weight_sum"):

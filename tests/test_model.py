@@ -72,7 +72,7 @@ def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
         rows = torch.arange(IDS.shape[1])
         with torch.no_grad():
             row = {"input_ids": IDS, "position_ids": rows[None], "target_rows": rows, "target_ids": None}
-            logits = engine(**row, packed_mask=CAUSAL, packed_positions=rows)[None]
+            logits = engine(**row, packed_mask=CAUSAL, packed_positions=rows)[0][None]
         parameters = list(packed.lm.parameters())
         sizes = {"held": [p.ds_tensor for p in parameters], "whole": parameters}
         sizes = {name: sum(p.numel() for p in of) for name, of in sizes.items()}

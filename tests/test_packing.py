@@ -154,7 +154,7 @@ def as_pair(pair) -> PreferencePair:
 
 
 def packed_logps(model, documents) -> torch.Tensor:
-    return model(**model_inputs(pack(documents), "sdpa", CPU))
+    return model(**model_inputs(pack(documents), "sdpa", CPU))[0]
 
 
 def test_packed_gradient_is_that_of_samples_one_at_a_time(folder, samples):
@@ -177,7 +177,7 @@ def test_packed_pair_gradient_is_that_of_sides_one_at_a_time(folder, pairs, shar
     expected = torch.stack([reference.token_logps(plain, *side).sum() for pair in pairs for side in pair])
     (weights * expected).sum().backward()
     micro_batch = pack([pair_documents(as_pair(pair), share) for pair in pairs])
-    logps = sequence_logps(packed(**model_inputs(micro_batch, "sdpa", CPU)), micro_batch.sequence_targets)
+    logps = sequence_logps(packed(**model_inputs(micro_batch, "sdpa", CPU))[0], micro_batch.sequence_targets)
     (weights * logps).sum().backward()
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
     assert_same_gradients(gradients(packed), gradients(plain))

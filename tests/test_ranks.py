@@ -134,7 +134,7 @@ def loses_a_rank(ranks, how: str, culprit: int, end: str) -> None:
         works = [torch.distributed.all_reduce(torch.ones(n), async_op=True) for n in (1, 1000)]
         [work.wait() for work in reversed(works)]  # the first one's time-out is the end of the second
     if how == "gpu":  # as where NCCL's part of a collective is under way on the others' GPUs
-        ranks._gpu_waits = lambda: ranks.rank != culprit
+        ranks._gpu_waits = lambda _: (ranks.rank != culprit, 0)
         time.sleep(60)
     ranks.sum([work() or 1]) if how == "sum" else getattr(ranks, how)(work)
 

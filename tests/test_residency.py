@@ -179,7 +179,7 @@ def backward_passes(engine, ranks: distributed.Ranks):
     for m, members in enumerate(plan):
         row = pack([sft_documents(SFTSample(np.array(SAMPLES[i]), np.array([[1, len(SAMPLES[i])]]))) for i in members])
         engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-        engine.backward(-engine(**packed.model_inputs(row, "sdpa", ranks.device)).sum() * ranks.world_size)
+        engine.backward(-engine(**packed.model_inputs(row, "sdpa", ranks.device))[0].sum() * ranks.world_size)
         yield
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from common.failures import UserError, one_line
-from common.step.packing import CHOSEN, REJECTED, STEM, MicroBatch
+from common.step.packing import STEM, MicroBatch
 
 # What a model's attention may need besides causal attention.
 WINDOWS, SOFT_CAP, SINKS = "sliding windows", "soft-capped scores", "attention sinks"
@@ -70,14 +70,14 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
 
     sdpa: packed_mask bool [1, 1, T, T], True where row i attends to column j; packed_positions int64 [T].
     varlen kernels: packed_cu_seqlens_q, packed_cu_seqlens_k int32 [S], packed_max_seqlen int, packed_key_index int64
-    [T_k] or None, of `segments`. A segment's last query is aligned with its last key (bottom-right causal). S and
+    [T_k] or None, of the row's segments, whose last query is aligned with its last key (bottom-right causal). S and
     packed_max_seqlen are rounded up (S by empty segments at the end), so that kernels see few different values. A run
     that shares prompts has an index in every row, because None would be a case of its own to the compiler.
     """
     if kernel == "sdpa":
         mask = block_mask(to_device(micro_batch.document, device), to_device(micro_batch.branch, device))
         return {"packed_mask": mask, "packed_positions": to_device(micro_batch.position_ids, device)}
-    queries, keys = zip(*segments(micro_batch), strict=True)
+    queries, keys = zip(*micro_batch.segments, strict=True)
     q_lengths, k_lengths = ([len(positions) for positions in of_segments] for of_segments in (queries, keys))
 
     def offsets(lengths: list[int]) -> torch.Tensor:
@@ -91,22 +91,6 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
         "packed_max_seqlen": _power_of_two(max(k_lengths), 512),
         "packed_key_index": to_device(np.concatenate(keys), device) if has_index else None,
     }
-
-
-def segments(micro_batch: MicroBatch) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(queries, keys) of each segment, int64 places in the row: tokens that are computed together, and what they see.
-
-    A segment is a document, or a document's stem and chosen branch, or its rejected branch alone, whose keys are the
-    stem's and its own. Queries end where their keys do; those of all segments follow one another as in the row.
-    """
-    found = []
-    ends = np.flatnonzero(np.diff(micro_batch.document))  # the documents follow one another
-    for positions in np.split(np.arange(len(micro_batch.document)), ends + 1):
-        is_rejected, is_chosen = (micro_batch.branch[positions] == branch for branch in (REJECTED, CHOSEN))
-        for is_query, is_key in ((~is_rejected, ~is_rejected), (is_rejected, ~is_chosen)):
-            if is_query.any():
-                found.append((positions[is_query], positions[is_key]))
-    return found
 
 
 def _power_of_two(number: int, least: int) -> int:

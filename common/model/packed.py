@@ -1,7 +1,7 @@
 """A causal LM that runs on packed rows and answers for their targets."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.data.tokens import SFTSample
 from common.failures import UserError, as_user_error
-from common.model.attention import KERNELS, WINDOWS, attention_kwargs, registered_name, segments, to_device
+from common.model.attention import KERNELS, WINDOWS, attention_kwargs, registered_name, to_device
 from common.model.experts import GROUPED, experts_per_token, part_met, router_loss, sequence_weights
 from common.model.logprobs import LogProbHead
 from common.model.recurrent import by_segment, stateful_modules
@@ -38,10 +38,11 @@ def final_logits(lm: nn.Module) -> tuple[float, float]:
 class PackedModel(nn.Module):
     """A causal LM that answers for the targets of one packed row.
 
-    forward(input_ids, position_ids int64 [1, T], target_rows, target_ids int64 [N], **attention) -> float32 [N],
-    log p(target_ids[n] | hidden state of row target_rows[n]); attention: see attention_kwargs. With `sequences`
-    float32 [Q, T] (see sequence_weights) `router_loss` is then that of this row, else 0. Layers that carry a state run
-    on `of_segments` (see segments), which stand until the next forward pass: its layers may be computed again.
+    forward(input_ids, position_ids int64 [1, T], target_rows, target_ids int64 [N], row, **attention) -> (float32 [N],
+    log p(target_ids[n] | hidden state of row target_rows[n]); float32 [], the routers' balancing loss of this row with
+    `sequences` float32 [Q, T] (see sequence_weights), else 0). attention: see attention_kwargs. Layers that carry a
+    state run on the segments of `row`, the MicroBatch, which stands until the next forward pass: its layers may be
+    computed again.
     forward(input_ids int64 [B, L]) -> logits [B, L, vocab_size], by transformers' own path.
     """
 
@@ -49,19 +50,18 @@ class PackedModel(nn.Module):
         super().__init__()
         self.lm, self.config = lm, lm.config.get_text_config()
         self.is_compiled = False
-        self.router_loss = torch.zeros(())
-        self.segments: Sequence = ()
+        self.row: MicroBatch | None = None
         self.stateful = stateful_modules(self.decoder)
         for module in self.stateful:
-            module.forward = by_segment(module.forward, lambda: self.segments)
+            module.forward = by_segment(module.forward, lambda: self.row)
         self.finish_gathering: Callable[[], None] = lambda: None  # common/zero/residency.py
         lm.set_output_embeddings(LogProbHead(lm.get_output_embeddings(), *final_logits(lm)))
         lm.train()
 
     def forward(
-        self, input_ids, position_ids=None, target_rows=None, target_ids=None, sequences=None, **attention
-    ) -> torch.Tensor:
-        self.segments = attention.pop("of_segments", ())
+        self, input_ids, position_ids=None, target_rows=None, target_ids=None, sequences=None, row=None, **attention
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        self.row = row
         if target_rows is None:
             types = {"token_type_ids", "mm_token_type_ids"} & inspect.signature(self.lm.forward).parameters.keys()
             all_text = {} if self.config is self.lm.config else dict.fromkeys(types, torch.zeros_like(input_ids))
@@ -69,11 +69,11 @@ class PackedModel(nn.Module):
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         inputs |= {} if sequences is None else {"output_router_logits": True}
         outputs = self.decoder(**inputs, **attention)
-        self.router_loss = torch.zeros((), device=input_ids.device)
+        balance = torch.zeros((), device=input_ids.device)
         if sequences is not None:
-            self.router_loss = router_loss(outputs.router_logits, sequences, experts_per_token(self.config))
+            balance = router_loss(outputs.router_logits, sequences, experts_per_token(self.config))
         hidden = outputs.last_hidden_state[0][target_rows].to(self.lm.dtype)  # some add up in float32
-        return self.lm.get_output_embeddings()(hidden, target_ids)
+        return self.lm.get_output_embeddings()(hidden, target_ids), balance
 
     @property
     def decoder(self) -> nn.Module:
@@ -121,7 +121,7 @@ def model_inputs(micro_batch: MicroBatch, kernel: str, device: torch.device, rou
     arrays |= {"target_rows": micro_batch.target_rows, "target_ids": micro_batch.target_ids}
     arrays |= {"sequences": sequence_weights(micro_batch)} if router_coefficient else {}
     tensors = {name: to_device(array, device) for name, array in arrays.items()}
-    return tensors | attention_kwargs(micro_batch, kernel, device) | {"of_segments": segments(micro_batch)}
+    return tensors | attention_kwargs(micro_batch, kernel, device) | {"row": micro_batch}
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def verify_packed_model(engine, kernel: str, ranks: Ranks) -> None:
 
     def in_one_row(*together: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         row = pack([sft_documents(SFTSample(ids, np.array([[len(ids) // 2, len(ids)]]))) for ids in together])
-        return gradient(engine(**model_inputs(row, kernel, ranks.device)))
+        return gradient(engine(**model_inputs(row, kernel, ranks.device))[0])
 
     def by_transformers(ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = torch.from_numpy(ids)[None].to(ranks.device)

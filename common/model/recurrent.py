@@ -1,7 +1,7 @@
 """Layers that carry a state from token to token (linear attention, state spaces, short convolutions) on packed rows.
 
 transformers computes them on a whole row, in plain torch or by the kernels that it finds installed. Here their own
-forward pass runs on each segment of a row (see attention.segments) by itself: exact, and slower than a packed kernel.
+forward pass runs on each segment of a row (see MicroBatch.segments) by itself: exact, and slower than a packed kernel.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from transformers import PretrainedConfig
+
+from common.step.packing import MicroBatch
 
 STATEFUL_TYPES = {"linear_attention", "conv", "hybrid"}  # of layers, in a config
 
@@ -25,16 +27,17 @@ def stateful_modules(decoder: nn.Module) -> list[nn.Module]:
     return [m for m in decoder.modules() if hasattr(m, "slope_rate") or nn.Conv1d in map(type, m.children())]
 
 
-def by_segment(forward: Callable, segments: Callable[[], Sequence]) -> Callable:
-    """`forward` run on each of segments(), attention.segments' pairs, by itself; on the whole row if there are none.
+def by_segment(forward: Callable, row: Callable[[], MicroBatch | None]) -> Callable:
+    """`forward` run on each segment of row() by itself; where that is None, on its arguments as they are.
 
     Every tensor [1, T, ...] among the arguments is cut to a segment's keys; results, [1, keys, ...], to its queries.
     """
 
     @torch.compiler.disable
     def run(*inputs, **named):
-        if not (of_row := segments()):
+        if (micro_batch := row()) is None:
             return forward(*inputs, **named)
+        of_row = micro_batch.segments
         sizes, order = [len(keys) for _, keys in of_row], np.concatenate([keys for _, keys in of_row])
         length, results = int(of_row[-1][0][-1]) + 1, []
 

@@ -98,7 +98,7 @@ def compute_logps(
     with torch.no_grad(), out_of_memory_explained(what, budget, int(lengths.max())) as size:
         for m, micro_batch in packing.one_ahead(prepared, range(len(plan))):
             size.tokens = micro_batch.num_tokens
-            values = engine(**packed.model_inputs(micro_batch, kernel, ranks.device))
+            values, _ = engine(**packed.model_inputs(micro_batch, kernel, ranks.device))
             rows = attention.to_device(np.array(plan[m], np.int64), ranks.device)
             result[rows] = sequence_logps(values, micro_batch.sequence_targets).view(len(plan[m]), num_sequences)
     torch.distributed.all_reduce(result)  # each sample was computed by one rank and is zero on the others

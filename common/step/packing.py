@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -144,6 +145,22 @@ class MicroBatch:
     num_tokens: int
     sum_squared_lengths: int
     shares_prompts: bool
+
+    @cached_property
+    def segments(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """(queries, keys) of each segment, int64 places in the row: tokens that are computed together, what they see.
+
+        A segment is a document, or a document's stem and chosen branch, or its rejected branch alone, whose keys are
+        the stem's and its own. Queries end where their keys do; those of all segments follow one another as in the row.
+        """
+        found = []
+        ends = np.flatnonzero(np.diff(self.document))  # the documents follow one another
+        for positions in np.split(np.arange(len(self.document)), ends + 1):
+            is_rejected, is_chosen = (self.branch[positions] == branch for branch in (REJECTED, CHOSEN))
+            for is_query, is_key in ((~is_rejected, ~is_rejected), (is_rejected, ~is_chosen)):
+                if is_query.any():
+                    found.append((positions[is_query], positions[is_key]))
+        return found
 
 
 def pack(samples: list[list[Document]], share_prompt: bool = False) -> MicroBatch:

@@ -104,16 +104,10 @@ def choose_residency(
     plan = planned()
     if is_gpu and plan.cost == np.inf and planned(headroom=0).cost == np.inf:
         raise UserError(_does_not_fit(plan, planned, config, workload, ranks))
-    memory = plan.memory
-    ranks.say(
-        f"residency: {memory.residency} (what stays whole on a rank during a step); {shape.numel:,} parameters, "
-        f"{card.free / 1e9:.1f} GB free for each of {ranks.world_size} ranks; {memory.share:.0%} of the optimizer's "
-        f"state on the device, {memory.host / 1e9:.1f} GB in host memory ({card.host_link / 1e9:.0f} GB/s each way)"
-    )
     way = way_to_other_hosts() if is_here and ranks.num_hosts > 1 else "the network"
     for line in _between_hosts(plan, workload, ranks.num_hosts, way):
         ranks.say(line)
-    return ds_config | {"residency": memory.residency, "optimizer_state": memory.share}, plan
+    return ds_config | {"residency": plan.memory.residency, "optimizer_state": plan.memory.share}, plan
 
 
 def _between_hosts(plan: Plan, workload: Workload, num_hosts: int, way: str) -> list[str]:
@@ -344,7 +338,8 @@ def _dry_run(
         size.tokens = row.num_tokens
         engine.set_gradient_accumulation_boundary(False)
         inputs = model_inputs(row, kernel, ranks.device, config.router_aux_loss_coef)
-        engine.backward((engine(**inputs).sum() + engine.module.router_loss) * 0.0)
+        logps, router_loss = engine(**inputs)
+        engine.backward((logps.sum() + router_loss) * 0.0)
     return max(ranks.gather(lambda: memory_gb(ranks.device) * 1e9))
 
 
