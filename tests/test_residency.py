@@ -1,5 +1,10 @@
-"""What is kept whole during a step holds what ZeRO-3's own partitions would: pytest tests/test_residency.py"""
+"""What is kept whole during a step holds what ZeRO-3's own partitions would: pytest tests/test_residency.py
 
+Of each number of ranks all engines run one after another in one launch, which the tests look at part by part.
+"""
+
+import functools
+import itertools
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +37,8 @@ CASES = {
     "norms of heads": ("qwen3", {"head_dim": 16}),
     "scalars": ("apertus", {}),  # parameters of one element: some ranks hold padding alone
 }
+WITH_A_GATE = [case for case in CASES if case != "scalars"]  # in its MLP
+STATE_IN_HOST = [(0.0, "float32"), (0.4, "bfloat16")]  # (share of the state on the device, dtype)
 SAMPLES = [[3, 5, 8, 13, 21, 34], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8], [4, 6], [9, 9, 8, 200, 300]]
 # micro-batches of each rank, as indices into SAMPLES: the last one of rank 1 is empty
 LEARNING_RATE, EPSILON = 1e-2, 0.1  # so large that it counts whether gradients were clipped
@@ -165,10 +172,19 @@ def test_an_update_is_torchs_own(changes, divisor):
 # ------------------------------------------------------------------ under ZeRO-3
 
 
+group = functools.cache(lambda: distributed.start(5))  # of this rank's process
+
+
+def in_turn(calls: list[tuple]) -> list:
+    """In a rank's process: what each of these functions returns for the arguments behind it."""
+    return [function(*arguments) for function, *arguments in calls]
+
+
 def make_engine(folder: str, residency: str, ranks: distributed.Ranks, share: float = 1.0, dtype: str = "float32"):
     config = SFTConfig(dtype=dtype, max_grad_norm=MAX_NORM, learning_rate=LEARNING_RATE, adam_epsilon=EPSILON)
     ds_config = deepspeed_config(config) | {"residency": residency, "optimizer_state": share}
-    ds_config["zero_optimization"]["sub_group_size"] = 3000  # several groups of parameters in a step
+    # Several groups of parameters in a step, and buffers that are filled with NaN in no time.
+    ds_config["zero_optimization"] |= {"sub_group_size": 3000, "reduce_bucket_size": 30_000}
     policy = model.load_partitioned(folder, model.load_config(folder), getattr(torch, dtype), "sdpa", ds_config, ranks)
     return policy, build_engine(policy, config, ds_config)
 
@@ -192,7 +208,7 @@ def run_micro_batches(
     for embedding and head, whose weights get no gradient from autograd, as torch may have it."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN, so that whoever reads it is found out
-    ranks = distributed.start(5)
+    ranks = group()
     host_state.CHUNK_ELEMENTS = 700  # some parameters have more, and the ring's buffers are used again
     policy, engine = make_engine(folder, residency, ranks, share, dtype)
     assert (not engine.updater.carrier.by_group) == (share == 1.0)
@@ -254,25 +270,44 @@ def padding(engine, policy, ranks: distributed.Ranks) -> list[float]:
     return values
 
 
-@pytest.fixture(scope="module", params=CASES)
-def folder(request, tmp_path_factory):
-    architecture, changes = CASES[request.param]
-    path = tmp_path_factory.mktemp("model")
-    return models.make_model(path, architecture, **{"intermediate_size": 49} | changes)  # odd, so that parts are padded
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    root, odd = tmp_path_factory.mktemp("models"), {"intermediate_size": 49}  # so that parts are padded
+    return {case: str(models.make_model(root / case, name, **odd | more)) for case, (name, more) in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def seen(folders):
+    """seen(num_ranks): what each rank saw of each run, by the arguments that tell its test which it is."""
+
+    @functools.cache
+    def seen(num_ranks: int) -> dict[tuple, tuple]:
+        run, late, llama = run_micro_batches, run_with_late_zeros, folders["llama"]
+        calls = {(case, how): (run, folders[case], how) for case in CASES for how in RESIDENCY}
+        if num_ranks < 3:
+            calls |= {(case, "functional"): (run, folders[case], "all", True) for case in WITH_A_GATE}
+            places = [*STATE_IN_HOST, *((1.0, dtype) for _, dtype in STATE_IN_HOST)]
+            in_host = {(how, *at): (run, llama, how, False, True, *at) for how in RESIDENCY for at in places}
+            calls |= in_host
+            calls |= {(case, share): (late, folders[case], share) for case in CASES for share in (0.0, 1.0)}
+        ran = launch.on_ranks(in_turn, num_ranks, [*calls.values()])
+        return dict(zip(calls, zip(*ran, strict=True), strict=True))
+
+    return seen
 
 
 @pytest.mark.parametrize("num_ranks", PLANS)
 @pytest.mark.parametrize("residency", RESIDENCY)
-def test_each_ranks_part_is_its_part_of_the_plain_gradient(folder, num_ranks, residency):
+@pytest.mark.parametrize("case", CASES)
+def test_each_ranks_part_is_its_part_of_the_plain_gradient(folders, seen, case, num_ranks, residency):
     """And two steps of AdamW on it give the plain weights: what is left of a step's sums does not get into the next."""
-    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), residency))
+    check_against_plain(folders[case], seen(num_ranks)[case, residency])
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_weight_that_is_used_without_its_module_is_not_forgotten(folder, num_ranks):
-    if '"apertus"' in (folder / "config.json").read_text():
-        pytest.skip("its MLP has no gate, of which the test makes a use")
-    check_against_plain(folder, launch.on_ranks(run_micro_batches, num_ranks, str(folder), "all", True))
+@pytest.mark.parametrize("case", WITH_A_GATE)
+def test_a_weight_that_is_used_without_its_module_is_not_forgotten(folders, seen, case, num_ranks):
+    check_against_plain(folders[case], seen(num_ranks)[case, "functional"])
 
 
 class LateStream:
@@ -303,38 +338,36 @@ class LateStream:
 
 
 def run_with_late_zeros(folder: str, share: float) -> list[dict]:
-    initialize = WholeGradients.__init__
+    initialize, current = WholeGradients.__init__, LateStream()
 
     def with_a_stream(self, *arguments):
         initialize(self, *arguments)
         self.beside = LateStream()
 
-    WholeGradients.__init__ = with_a_stream
-    current = LateStream()
-    torch.cuda.current_stream, torch.cuda.stream = lambda: current, lambda stream: stream or nullcontext()
-    return run_micro_batches(folder, "all", in_a_row=True, share=share)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WholeGradients, "__init__", with_a_stream)
+        patch.setattr(torch.cuda, "current_stream", lambda: current)
+        patch.setattr(torch.cuda, "stream", lambda stream: stream or nullcontext())
+        return run_micro_batches(folder, "all", in_a_row=True, share=share)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_backward_pass_waits_until_the_last_steps_sums_are_zeros(folder, num_ranks, share):
-    check_against_plain(folder, launch.on_ranks(run_with_late_zeros, num_ranks, str(folder), share))
+@pytest.mark.parametrize("case", CASES)
+def test_a_backward_pass_waits_until_the_last_steps_sums_are_zeros(folders, seen, case, num_ranks, share):
+    check_against_plain(folders[case], seen(num_ranks)[case, share])
 
 
-@pytest.mark.parametrize(("share", "dtype"), [(0.0, "float32"), (0.4, "bfloat16")])
+@pytest.mark.parametrize(("share", "dtype"), STATE_IN_HOST)
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("residency", RESIDENCY)
-def test_state_in_host_memory_is_updated_to_the_same_bits(tmp_path, residency, num_ranks, share, dtype):
-    check_host_state(tmp_path, residency, num_ranks, share, dtype)
+def test_state_in_host_memory_is_updated_to_the_same_bits(folders, seen, residency, num_ranks, share, dtype):
+    of_all = seen(num_ranks)
+    check_host_state(folders["llama"], of_all[residency, share, dtype], of_all[residency, 1.0, dtype], dtype)
 
 
-def check_host_state(
-    tmp_path, residency: str, num_ranks: int, share: float, dtype: str = "float32", on_gpu: bool = False
-) -> None:
-    folder = str(models.make_model(tmp_path, "llama", intermediate_size=49))
-    arguments = folder, residency, False, True
-    expected = launch.on_ranks(run_micro_batches, num_ranks, *arguments, 1.0, dtype, on_gpu=on_gpu)
-    seen = launch.on_ranks(run_micro_batches, num_ranks, *arguments, share, dtype, on_gpu=on_gpu)
+def check_host_state(folder, seen: list, expected: list, dtype: str) -> None:
+    """expected: of a run that differs in nothing but that all its state lies on the device."""
     if dtype == "float32":
         check_against_plain(folder, seen)
     for ours, theirs in zip(seen, expected, strict=True):
@@ -347,7 +380,7 @@ def save_and_go_on(folder: str, out: str, resume: bool, residency: str, share: f
     """One step and a checkpoint, or with `resume` that checkpoint loaded, and one step more: {name: [this rank's of the
     weight and its state]}."""
     host_state.CHUNK_ELEMENTS = 700
-    ranks = distributed.start(5)
+    ranks = group()
     policy, engine = make_engine(folder, residency, ranks, share, dtype)
     parameters = dict(policy.lm.named_parameters())
     path = Path(out) / "checkpoints" / "step_00000001"
@@ -367,17 +400,31 @@ def save_and_go_on(folder: str, out: str, resume: bool, residency: str, share: f
     return {name: [param.ds_numel, *shards(engine, param)] for name, param in parameters.items()}
 
 
-@pytest.mark.parametrize(("saved", "resumed"), [(1.0, 0.0), (0.0, 1.0), (0.4, 0.0)])
-@pytest.mark.parametrize(("residency", "dtype"), [("all", "bfloat16"), ("nothing", "bfloat16"), ("all", "float32")])
-def test_a_checkpoint_resumes_wherever_state_lies_to_the_same_bits_and_on_other_ranks(
-    tmp_path, saved, resumed, residency, dtype
-):
-    folder = str(models.make_model(tmp_path / "model", "llama", intermediate_size=49))
-    (tmp_path / "checkpoints").mkdir()
-    arguments = folder, str(tmp_path)
-    expected = launch.on_ranks(save_and_go_on, 2, *arguments, False, residency, saved, dtype)
-    same = launch.on_ranks(save_and_go_on, 2, *arguments, True, residency, resumed, dtype)
-    alone = launch.on_ranks(save_and_go_on, 1, *arguments, True, residency, resumed, dtype)
+SHARES = [(1.0, 0.0), (0.0, 1.0), (0.4, 0.0)]  # of the state on the device, as saved and as resumed
+PLACED = [("all", "bfloat16"), ("nothing", "bfloat16"), ("all", "float32")]
+
+
+@pytest.fixture(scope="module")
+def gone_on(folders, tmp_path_factory) -> dict[tuple, tuple]:
+    """By SHARES and PLACED: what two ranks saw that went on, two that resumed, and one that did."""
+    first, again = {}, {}
+    for of_case in itertools.product(SHARES, PLACED):
+        (saved, resumed), (residency, dtype) = of_case
+        out = tmp_path_factory.mktemp("saved")
+        (out / "checkpoints").mkdir()
+        arguments = save_and_go_on, folders["llama"], str(out)
+        first[of_case] = *arguments, False, residency, saved, dtype
+        again[of_case] = *arguments, True, residency, resumed, dtype
+    pairs = [*zip(*launch.on_ranks(in_turn, 2, [*first.values(), *again.values()]), strict=True)]
+    alone = zip(*launch.on_ranks(in_turn, 1, [*again.values()]), strict=True)
+    return dict(zip(first, zip(pairs, pairs[len(first) :], alone, strict=False), strict=True))
+
+
+@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("placed", PLACED)
+def test_a_checkpoint_resumes_wherever_state_lies_to_the_same_bits_and_on_other_ranks(gone_on, shares, placed):
+    expected, same, alone = gone_on[shares, placed]
+    dtype = placed[1]
     close = {"rtol": 1e-3, "atol": 1e-4} if dtype == "float32" else {"rtol": 0.05, "atol": 0.02}
     for name, (numel, *first) in expected[0].items():
         for i in range(len(first)):
