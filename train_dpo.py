@@ -20,7 +20,7 @@ from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel, to_device
-from common.model.export import export_model, rehearse_export, settings_of_exports
+from common.model.export import export_model, export_settings
 from common.model.logprobs import sequence_logps
 from common.model.packed import model_inputs, verify_packed_model
 from common.ranks import start
@@ -78,7 +78,6 @@ def main() -> None:
         needs |= load.attention_needs(reference_config, longest_side)
     kernel = resolve_kernel(config.attn_implementation, ranks.device.type, dtype, needs)
     ranks.say("\n".join([data_table(data), *load.warnings(template, model_config, longest_side)]))
-    ranks.once(lambda: rehearse_export(model_config, template, model_folder))
     ranks.say(preview(data, 0, tokenizer))
 
     # ------------------------------------------------------------------ schedule
@@ -129,6 +128,7 @@ def main() -> None:
     ranks.say(f"loading {model_folder}")
     host = memory.reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
+    settings = ranks.once(lambda: export_settings(policy.lm, template, model_folder))  # its small files
     engine = build_engine(policy, config, ds_config, host)
     verify_packed_model(engine, kernel, ranks)
     if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):
@@ -153,7 +153,7 @@ def main() -> None:
     record = record_of("DPO", config, identity, state, policy, ranks, **resolved, reference_cache=cached_in)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     writer = checkpoint.Writer(engine, parameters, config, ranks)
-    writer.settings = ranks.once(lambda: settings_of_exports(policy.lm, template, model_folder))
+    writer.settings = settings
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 
@@ -246,7 +246,7 @@ def main() -> None:
     metrics.flush_to_disk()
     record["exported_step"] = evaluation.load_best(engine, parameters) or state.step
     require_finite_weights(engine, state.step, ranks)
-    export_model(policy, config.output_dir, template, model_folder, ranks)
+    export_model(policy, config.output_dir, settings, ranks)
     finish(config, record, state, metrics, data_table(data), ranks)
 
 

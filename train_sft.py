@@ -17,7 +17,7 @@ from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel
-from common.model.export import export_model, rehearse_export, settings_of_exports
+from common.model.export import export_model, export_settings
 from common.model.packed import model_inputs, verify_packed_model
 from common.ranks import start
 from common.run.agreement import agreed_identity
@@ -55,7 +55,6 @@ def main() -> None:
     needs = load.attention_needs(model_config, longest)  # of the attention kernel: windows, soft caps, sinks
     kernel = resolve_kernel(config.attn_implementation, ranks.device.type, dtype, needs)
     ranks.say("\n".join([data_table(data), *load.warnings(template, model_config, longest)]))
-    ranks.once(lambda: rehearse_export(model_config, template, model_folder))
     ranks.say(preview(data, 0, tokenizer))
 
     # ------------------------------------------------------------------ schedule
@@ -88,6 +87,7 @@ def main() -> None:
     ranks.say(f"loading {model_folder}")
     host = memory.reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
+    settings = ranks.once(lambda: export_settings(policy.lm, template, model_folder))  # its small files
     engine = build_engine(policy, config, ds_config, host)
     verify_packed_model(engine, kernel, ranks)
     if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):
@@ -107,7 +107,7 @@ def main() -> None:
     record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
     writer = checkpoint.Writer(engine, parameters, config, ranks)
-    writer.settings = ranks.once(lambda: settings_of_exports(policy.lm, template, model_folder))
+    writer.settings = settings
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 
@@ -191,7 +191,7 @@ def main() -> None:
     metrics.flush_to_disk()
     record["exported_step"] = evaluation.load_best(engine, parameters) or state.step
     require_finite_weights(engine, state.step, ranks)
-    export_model(policy, config.output_dir, template, model_folder, ranks)
+    export_model(policy, config.output_dir, settings, ranks)
     finish(config, record, state, metrics, data_table(data), ranks)
 
 

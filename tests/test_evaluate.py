@@ -123,14 +123,15 @@ def test_an_evaluation_at_a_step_that_is_not_logged_is_written_with_it(setting):
     assert run.column("step") == [3, 5, 6]
 
 
-@both
-def test_a_killed_run_that_goes_on_neither_loses_nor_doubles_an_evaluation(setting, evaluated, method):
-    """Killed in the evaluation after step 4, while step 3's checkpoint is written; the reference is cached."""
-    changes = setting.held_out(method) | {"output_dir": setting.root / f"killed_{method}", "checkpointing_steps": 1}
-    killed = setting.run(method, patches={f"train_{method}.Evaluation": KilledInTheSecond}, **changes)
-    assert -9 in killed.exit_codes and checkpoints(killed.output_dir)[:2] == [1, 2]
-    resumed = setting.run(method, **changes).succeeded()
-    assert without_times(resumed.metrics) == without_times(evaluated[method].metrics)
+def test_a_killed_run_that_goes_on_neither_loses_nor_doubles_an_evaluation(setting, evaluated):
+    """Killed in the evaluation after step 4, while step 3's checkpoint is written; step 2's is there because it is the
+    best so far. The reference is cached."""
+    changes = setting.held_out("dpo") | {"output_dir": setting.root / "killed", "checkpointing_steps": 3}
+    changes |= {"keep_best": "eval/loss"}
+    killed = setting.run("dpo", patches={"train_dpo.Evaluation": KilledInTheSecond}, **changes)
+    assert -9 in killed.exit_codes and 2 in checkpoints(killed.output_dir)
+    resumed = setting.run("dpo", **changes).succeeded()
+    assert without_times(resumed.metrics) == without_times(evaluated["dpo"].metrics)
 
 
 class KilledInTheSecond(evaluate.Evaluation):
@@ -256,16 +257,15 @@ def test_a_run_that_stalls_ends_well_says_so_and_is_finished_for_the_same_patien
     assert longer.metrics[: len(before)] == before and len(longer.metrics) > len(before)
 
 
-@both
-def test_the_best_checkpoint_stays_and_is_exported_if_asked_for(setting, method):
+def test_the_best_checkpoint_stays_and_is_exported_if_asked_for(setting):
     """Its weights are those of a run that ends at that step on the same schedule; the state of a resume is the last."""
-    changes = setting.held_out(method) | {"keep_best": "eval/loss", "learning_rate": 0.3, "keep_last_n_checkpoints": 1}
+    changes = setting.held_out("sft") | {"keep_best": "eval/loss", "learning_rate": 0.3, "keep_last_n_checkpoints": 1}
     changes |= {"lr_scheduler_type": "constant", "max_train_steps": 12, "checkpointing_steps": 4}
-    run = setting.run(method, **changes, export_best=True).succeeded()
+    run = setting.run("sft", **changes, export_best=True).succeeded()
     losses = {record["step"]: record["eval/loss"] for record in run.metrics if "eval/loss" in record}
     best = min(losses, key=lambda step: losses[step])
     assert best < 12 and checkpoints(run.output_dir) == [best, 12]
     record = read_run_config(str(run.output_dir))
     assert record["exported_step"] == best and record["result"]["steps"] == 12
-    short = setting.run(method, **changes, stop_after_steps=best).succeeded()
+    short = setting.run("sft", **changes, stop_after_steps=best).succeeded()
     assert_same_weights(run.output_dir, short.output_dir)

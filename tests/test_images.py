@@ -61,7 +61,8 @@ def exported(folders: list[str], outputs: list[str]) -> None:
         policy = load.load_partitioned(folder, config, torch.bfloat16, "sdpa", ds_config, ranks)
         template = ChatTemplate("tulu", TULU, load.load_tokenizer(folder))
         ranks.once(lambda output=output: Path(output).mkdir())
-        export.export_model(policy, output, template, folder, ranks)
+        settings = ranks.once(lambda: export.export_settings(policy.lm, template, folder))
+        export.export_model(policy, output, settings, ranks)
 
 
 def test_an_untouched_model_comes_back_tensor_by_tensor(tmp_path):

@@ -80,7 +80,8 @@ def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
         experts = {module.config._experts_implementation for module in experts_in(packed.lm)}
         seen.append({"logits": logits, "buffers": dict(packed.lm.named_buffers()), "experts": experts, **sizes})
         template = ChatTemplate("bar", TULU.replace("eos_token", "'|'"), model.load_tokenizer(folder))
-        export.export_model(packed, output, template, folder, ranks)
+        settings = ranks.once(lambda: export.export_settings(packed.lm, template, folder))
+        export.export_model(packed, output, settings, ranks)
     kept = patch.object(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"norm"})
     with kept, pytest.raises(UserError, match=r"norm\.weight is kept"):
         of_llama = folders[[*CASES].index("llama")]
@@ -191,13 +192,16 @@ def test_a_crash_in_an_export_leaves_no_model_or_the_whole_new_one(tmp_path, siz
     old, new = (PackedModel(read(folder, model.load_config(str(folder)))) for folder in folders)
     expected, output, is_whole = new.lm.state_dict(), tmp_path / "output", []
     output.mkdir()
-    export.export_model(old, str(output), template, str(folders[0]), models.OneRank())
+    settings = [
+        export.export_settings(of.lm, template, str(folder)) for of, folder in zip((old, new), folders, strict=True)
+    ]
+    export.export_model(old, str(output), settings[0], models.OneRank())
     before = shutil.copytree(output, tmp_path / "before")
     for n in itertools.count(1):
         shutil.rmtree(output)
         shutil.copytree(before, output)
         with Disk(pytest.MonkeyPatch(), [export, files], n) as disk, contextlib.suppress(Crash):
-            export.export_model(new, str(output), template, str(folders[1]), models.OneRank())
+            export.export_model(new, str(output), settings[1], models.OneRank())
         is_whole.append(_holds_model(output))
         if is_whole[-1]:
             stored = load_silently(output).state_dict()
@@ -215,12 +219,12 @@ def memory_of_exports(folder: str, output: str) -> list[float]:
     """The most host memory, in bytes above what was there before, of an export and of one of a checkpoint."""
     lm, template = read(folder, model.load_config(folder)), ChatTemplate("bar", TULU, model.load_tokenizer(folder))
     shapes = {name: [*param.shape] for name, param in lm.named_parameters() if param.sum().isfinite()}  # reads its file
-    settings, above = Path(output) / "settings", []
+    settings, above, made = Path(output) / "settings", [], export.export_settings(lm, template, folder)
     settings.mkdir()
-    for name, data in export.settings_of_exports(lm, template, folder).items():
+    for name, data in made.items():
         (settings / name).write_bytes(data)
     for write in (
-        lambda to: export.export_model(PackedModel(lm), str(to), template, folder, models.OneRank()),
+        lambda to: export.export_model(PackedModel(lm), str(to), made, models.OneRank()),
         lambda to: export.export_parameters(settings, to, shapes, lambda _, out: out.fill_(1)),
     ):
         to = Path(output) / str(len(above))
@@ -481,15 +485,23 @@ def test_a_tokenizer_encodes_as_its_file_does_or_is_refused(tmp_path, model_type
         assert tokenizer.encode(text, add_special_tokens=False) == file.encode(text, add_special_tokens=False).ids
 
 
+def unread(folder: Path):
+    """The model of a folder's config, without its weights, all of them in one file."""
+    lm = model.built(model.load_config(str(folder)))
+    lm.file_of, lm.others = {"lm_head.weight": "model.safetensors"}, {}
+    return lm
+
+
 @pytest.mark.parametrize("settings", [{"do_sample": False, "temperature": 0.5}, {"do_sample": False, "top_p": 0.9}, {}])
 def test_what_could_not_be_exported_after_training_is_refused_before_it(tmp_path, settings):
     models.make_config().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
-    config, template = model.load_config(str(tmp_path)), resolve_template("tulu", tiny_tokenizer.tiny_tokenizer())
+    lm, template = unread(tmp_path), resolve_template("tulu", tiny_tokenizer.tiny_tokenizer())
     if not settings:
-        return export.rehearse_export(config, template, str(tmp_path))
+        assert export.LAYOUT in export.export_settings(lm, template, str(tmp_path))
+        return
     with pytest.raises(UserError, match="cannot be written") as error:
-        export.rehearse_export(config, template, str(tmp_path))
+        export.export_settings(lm, template, str(tmp_path))
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -499,7 +511,7 @@ def test_a_tokenizer_that_the_exported_folder_would_overrule_is_refused_before_t
     tiny_tokenizer.tiny_tokenizer("llama3").save_pretrained(tmp_path / "tokenizer")
     template = resolve_template("tulu", model.load_tokenizer(str(tmp_path / "tokenizer")))
     with pytest.raises(UserError, match="read back") as error:
-        export.rehearse_export(model.load_config(str(tmp_path / "model")), template, str(tmp_path / "model"))
+        export.export_settings(unread(tmp_path / "model"), template, str(tmp_path / "model"))
     assert str(tmp_path / "model") in str(error.value) and "\n" not in str(error.value)
 
 

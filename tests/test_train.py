@@ -32,8 +32,7 @@ PLAIN = {  # name -> (method, architecture, max_seq_length, steps, what the run 
     "sft qwen3_moe": ("sft", "qwen3_moe", 512, 3, SFT | {"global_batch_size": 4, "router_aux_loss_coef": 0.3}),
     "sft gemma3": ("sft", "gemma3", 512, 2, SFT | {"global_batch_size": 4}),  # of images too
     "sft gpt_oss": ("sft", "gpt_oss", 512, 3, SFT | {"global_batch_size": 4}),
-    "sigmoid": ("dpo", "llama", 512, 4, DPO | {"loss_type": "sigmoid", "beta": 0.1, "max_grad_norm": 0.3}),
-    "smoothed": ("dpo", "llama", 512, 4, DPO | {"loss_type": "sigmoid", "beta": 0.2, "label_smoothing": 0.2}),
+    "sigmoid": ("dpo", "llama", 512, 4, DPO | {"loss_type": "sigmoid", "beta": 0.2, "label_smoothing": 0.2}),
     "dpo_norm": ("dpo", "llama", 512, 4, DPO | DPO_NORM),
     "ipo": ("dpo", "llama", 512, 4, DPO | {"loss_type": "ipo", "beta": 0.5}),
     "simpo": ("dpo", "llama", 512, 4, DPO | {"loss_type": "simpo", "beta": 2.0, "gamma_beta_ratio": 0.4}),
@@ -56,12 +55,10 @@ RUNS = [  # (of PLAIN, ranks, flags that change speed alone, what the ds_config 
     ("dpo gemma2", 2, {"max_tokens_per_micro_batch": 280}, {}),
     ("dpo mixtral", 2, {"max_tokens_per_micro_batch": 280}, {"residency": "nothing"}),
     ("sigmoid", 2, {"max_tokens_per_micro_batch": 280}, {}),
-    ("smoothed", 1, {"max_tokens_per_micro_batch": 280}, {}),
     ("dpo_norm", 4, {"max_tokens_per_micro_batch": 280}, {}),
     ("dpo_norm", 2, {"share_prompt": False, "max_tokens_per_micro_batch": 420}, {}),
     ("ipo", 1, {"max_tokens_per_micro_batch": 280}, {}),
     ("simpo", 2, {"max_tokens_per_micro_batch": 280}, {}),
-    ("sigmoid", 1, {"share_prompt": False}, {}),
     ("dpo qwen3_5", 2, {"gradient_checkpointing": "full"}, {}),
 ]
 IDS = [

@@ -130,5 +130,4 @@ def part_met(config: PretrainedConfig, name: str) -> float:
 
 
 def _first_number(config: PretrainedConfig, names: tuple[str, ...]) -> int:
-    numbers = config.to_dict()
-    return next((numbers[name] for name in names if numbers.get(name)), 1)
+    return next((number for name in names if (number := getattr(config, name, None))), 1)

@@ -12,12 +12,11 @@ from pathlib import Path
 import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.data.chat_template import ChatTemplate
 from common.failures import UserError, as_user_error, print_line, progress
-from common.files import INDEX, naming, sync_folder, weight_files
+from common.files import INDEX, naming, sync_folder, weight_files, write_file
 from common.model.load import SAMPLES, built, generation_config, load_config, load_tokenizer, stored_names, text_config
 from common.model.packed import PackedModel
 from common.ranks import Ranks
@@ -26,18 +25,42 @@ from common.ranks import Ranks
 LAYOUT, BUFFERS = "layout.json", "buffers.safetensors"
 
 
-def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, source_folder: str, ranks: Ranks) -> None:
+def export_settings(lm, template: ChatTemplate, source_folder: str) -> dict[str, bytes]:
+    """The files of an export besides the parameters' values, read back here: what fails then would have failed after
+    the last step. The run's export and those of its checkpoints are of these bytes. On one rank. Raises UserError."""
+    print_line("writing the export's small files to a temporary folder, and reading them back")
+    what = f"model {source_folder}: its settings and tokenizer cannot be written and read back"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with as_user_error(what):
+            _write_settings(lm, template, source_folder, folder)
+            _read_back(template, folder)
+        layout = _layout(lm)
+        (folder / LAYOUT).write_text(json.dumps(layout), encoding="utf-8")
+        if [*layout] != ["model.safetensors"]:
+            named = ((file, places or [name]) for file, names in layout.items() for name, (_, places) in names.items())
+            weight_map = {stored: file for file, names in named for stored in names}
+            whole = [*_tensors(lm).values(), *lm.others.values()]
+            sizes = (getattr(t, "ds_numel", t.numel()) * t.element_size() for t in whole)
+            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        buffers = {name: tensor for name, tensor in _tensors(lm).items() if not isinstance(tensor, torch.nn.Parameter)}
+        buffers |= lm.others
+        _write_shard({name: buffer.cpu().contiguous() for name, buffer in buffers.items()}, folder / BUFFERS)
+        return _files(folder)
+
+
+def export_model(model: PackedModel, output_dir: str, settings: dict[str, bytes], ranks: Ranks) -> None:
     """Writes what AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load; generate() stops where
-    the template's answers end. An OSError is every rank's. Collective.
+    the template's answers end. settings: of export_settings. An OSError is every rank's. Collective.
 
     The files and the names in them are those of the folder that the model was loaded from, with the buffers that it
     holds. Parameters are gathered one at a time; rank 0 has one file's in memory. Everything is written to a temporary
     folder first; the index, which makes the files a model, or the only one of them is moved last.
     """
     model.finish_gathering()
-    temporary, tensors = Path(output_dir) / ".export", _tensors(model.lm)
-    ranks.once(lambda: shutil.rmtree(temporary, ignore_errors=True))
-    layout = ranks.once(lambda: _write_small_files(model.lm, template, source_folder, temporary))
+    temporary, tensors, layout = Path(output_dir) / ".export", _tensors(model.lm), json.loads(settings[LAYOUT])
+    ranks.once(lambda: _begin(temporary, settings))
     with progress("writing the model", len(layout), "files", ranks.say, ranks.is_main) as advance:
         for file, names in layout.items():
             stored: dict[str, torch.Tensor] = {}
@@ -52,30 +75,19 @@ def export_model(model: PackedModel, output_dir: str, template: ChatTemplate, so
     ranks.once(lambda: _move_up(temporary))
 
 
-def settings_of_exports(lm, template: ChatTemplate, source_folder: str) -> dict[str, bytes]:
-    """The files that an export needs besides the parameters' values, which each checkpoint holds. On one rank."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "settings"
-        layout = _write_small_files(lm, template, source_folder, folder)
-        (folder / LAYOUT).write_text(json.dumps(layout), encoding="utf-8")
-        buffers = {name: tensor for name, tensor in _tensors(lm).items() if not isinstance(tensor, torch.nn.Parameter)}
-        buffers |= lm.others
-        _write_shard({name: buffer.cpu().contiguous() for name, buffer in buffers.items()}, folder / BUFFERS)
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int]], fill: Callable) -> None:
     """Writes export_model's folder of other parameters, one file in memory at a time.
 
-    folder: the files of settings_of_exports. fill(name, out) sets a parameter's elements in `out`, one-dimensional.
+    folder: the files of export_settings. fill(name, out) sets a parameter's elements in `out`, one-dimensional.
     Raises UserError where output_dir holds anything.
     """
-    layout = json.loads((folder / LAYOUT).read_text(encoding="utf-8"))
+    settings = _files(folder)
+    layout = json.loads(settings[LAYOUT])
     buffers, lm = load_file(folder / BUFFERS), built(load_config(str(folder)))
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir} is not empty; name another folder")
     temporary = output_dir / ".export"
-    shutil.copytree(folder, temporary, ignore=shutil.ignore_patterns(LAYOUT, BUFFERS))
+    _begin(temporary, settings)
     for file, names in layout.items():
         stored: dict[str, torch.Tensor] = {}
         for name, (dtype, places) in names.items():
@@ -118,26 +130,35 @@ def _layout(lm) -> dict[str, dict[str, tuple[str, dict[str, int]]]]:
     return layout
 
 
-def rehearse_export(config: PretrainedConfig, template: ChatTemplate, source_folder: str) -> None:
-    """Writes all that an export holds but the weights to a temporary folder, and reads it back: what fails then would
-    have failed after the last step. Raises UserError."""
-    print_line("writing the export's small files to a temporary folder, and reading them back")
-    what = f"model {source_folder}: its settings and tokenizer cannot be written and read back"
-    with tempfile.TemporaryDirectory() as folder, as_user_error(what):
-        _write_settings(config, template, source_folder, Path(folder))
-        try:
-            load_config(folder)
-            tokenizer = load_tokenizer(folder)
-        except UserError as error:
-            raise ValueError(str(error)) from error
-        for text in SAMPLES:
-            before, after = template.tokenizer.tokenize(text), tokenizer.tokenize(text)
-            if before != after:
-                raise ValueError(f"{text!r} becomes {after}, not {before}")
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def _write_settings(config: PretrainedConfig, template: ChatTemplate, source_folder: str, folder: Path) -> None:
-    config = type(config).from_dict(config.to_dict())
+def _begin(folder: Path, settings: dict[str, bytes]) -> None:
+    """Makes the folder of an export anew, with all but its weights."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, data in settings.items():
+        if name not in (LAYOUT, BUFFERS):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_file(folder / name, [data])
+
+
+def _read_back(template: ChatTemplate, folder: Path) -> None:
+    """Raises ValueError where the folder's config or tokenizer is none that training could use, or another one."""
+    try:
+        load_config(str(folder))
+        tokenizer = load_tokenizer(str(folder))
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    for text in SAMPLES:
+        before, after = template.tokenizer.tokenize(text), tokenizer.tokenize(text)
+        if before != after:
+            raise ValueError(f"{text!r} becomes {after}, not {before}")
+
+
+def _write_settings(lm, template: ChatTemplate, source_folder: str, folder: Path) -> None:
+    config = type(lm.config).from_dict(lm.config.to_dict())
+    config.architectures = [type(lm).__name__]
     generation = generation_config(source_folder, config, template.end_ids())
     if text_config(config) is config:
         config.eos_token_id = generation.eos_token_id
@@ -154,23 +175,6 @@ def _write_shard(tensors: dict, path: Path) -> None:
     with naming(path):
         save_file(tensors, path, {"format": "pt"})
         path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes it its owner's alone, whatever the umask
-
-
-def _write_small_files(lm, template: ChatTemplate, source_folder: str, folder: Path) -> dict:
-    """Makes the folder of an export with all but its weights. Their _layout."""
-    folder.mkdir()
-    lm.config.architectures = [type(lm).__name__]
-    with naming(folder):
-        _write_settings(lm.config, template, source_folder, folder)
-    layout = _layout(lm)
-    if [*layout] != ["model.safetensors"]:
-        named = ((file, places or [name]) for file, names in layout.items() for name, (_, places) in names.items())
-        weight_map = {stored: file for file, names in named for stored in names}
-        whole = [*_tensors(lm).values(), *lm.others.values()]
-        sizes = (getattr(t, "ds_numel", t.numel()) * t.element_size() for t in whole)
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return layout
 
 
 def _move_up(temporary: Path) -> None:
