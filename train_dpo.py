@@ -33,7 +33,7 @@ from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.run.plan_table import as_text, plan_rows
 from common.run.reference import reference_pass
 from common.step.losses import SUMMED, check_first_step, preference_loss, preference_loss_and_sums
-from common.step.packing import MicroBatch, one_ahead, pack, packing_report, pair_documents, pair_lengths, plan_step
+from common.step.packing import MicroBatch, one_ahead, pack, pair_documents, pair_lengths, plan_step
 from common.step.schedule import Schedule
 from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_finite
 from common.zero import checkpoint, memory
@@ -85,9 +85,6 @@ def main() -> None:
     evaluation = Evaluation(data, held_out, config, schedule, ranks)
     where = f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention"
     ranks.say("\n".join([where, *schedule.warnings()]))
-    if config.share_prompt:
-        unshared = pair_lengths(data.pair_lengths, share_prompt=False).sum()
-        ranks.say(f"shared prompts: {lengths.sum():,} tokens an epoch in place of {unshared:,}")
 
     # ------------------------------------------------------------------ output folder
     # `claim` returns None for a finished run; for one that was cut short its state and the checkpoint to resume from;
@@ -137,7 +134,6 @@ def main() -> None:
     made_up = partial(memory.made_up_pair, share_prompt=config.share_prompt)
     budget = memory.choose_micro_batch(engine, config, estimate, kernel, workload, made_up, ranks)  # tokens
     state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
-    ranks.say(packing_report(schedule, lengths, ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())  # lm: transformers' model
     # No weight has been updated, and no checkpoint loaded yet: here the policy still is the starting model.
     if preference.needs_reference and reference_folder is None:

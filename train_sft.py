@@ -27,7 +27,7 @@ from common.run.forecast import forecast
 from common.run.metrics import StepMeter
 from common.run.output_dir import claim, finish, open_output_dir, record_of
 from common.run.plan_table import as_text, plan_rows
-from common.step.packing import MicroBatch, one_ahead, pack, packing_report, plan_step, sft_documents
+from common.step.packing import MicroBatch, one_ahead, pack, plan_step, sft_documents
 from common.step.schedule import Schedule
 from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_finite
 from common.zero import checkpoint, memory
@@ -96,7 +96,6 @@ def main() -> None:
     made_up = memory.made_up_conversation
     budget = memory.choose_micro_batch(engine, config, estimate, kernel, workload, made_up, ranks)  # tokens
     state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
-    ranks.say(packing_report(schedule, data.lengths, ranks.world_size, budget))
     parameters = dict(policy.lm.named_parameters())  # lm: transformers' model
     if resume_from is not None:
         checkpoint.load(engine, parameters, resume_from, state, config.resume, ranks)

@@ -118,29 +118,17 @@ def _refuse_unimplemented(module: torch.nn.Module, dropout: float, packing: torc
         raise UserError(f"{type(module).__name__} passes no keyword arguments on: samples cannot be kept apart")
 
 
-def _sdpa(
-    module,
-    query,
-    key,
-    value,
-    attention_mask=None,
-    scaling=None,
-    dropout=0.0,
-    packed_mask=None,
-    packed_positions=None,
-    sliding_window=None,
-    softcap=None,
-    s_aux=None,
-    **kwargs,
-):
+def _sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, packed_mask=None, **kwargs):
     """query [1, H, T, D], key and value [1, H_kv, T, D] -> ([1, T, H, D], None); the AttentionInterface signature.
 
     sliding_window: how many tokens a token sees, itself included. softcap: scores s become softcap tanh(s / softcap).
     s_aux: of each head a score [H] that takes part in the softmax and has no value.
     """
+    sliding_window, softcap, s_aux = (kwargs.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
     _refuse_unimplemented(module, dropout, packed_mask, kwargs)
     if sliding_window is not None:  # positions are those of a document, and of a branch after its stem
-        distance = packed_positions[:, None] - packed_positions[None, :]
+        positions = kwargs["packed_positions"]
+        distance = positions[:, None] - positions[None, :]
         packed_mask = packed_mask & (distance < sliding_window)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # with a mask, torch's fused CPU kernel takes only equal head counts
@@ -182,23 +170,13 @@ def _varlen(module, query, key, value, attention_mask=None, scaling=None, dropou
     return varlen_attn(*tensors, length, length, scale=scaling, window_size=window, **gqa)[None], None
 
 
-def _flash_attention_2(
-    module,
-    query,
-    key,
-    value,
-    attention_mask=None,
-    scaling=None,
-    dropout=0.0,
-    sliding_window=None,
-    softcap=None,
-    **kwargs,
-):
+def _flash_attention_2(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
     from flash_attn import flash_attn_varlen_func
 
+    options = {"softmax_scale": scaling, "causal": True, "window_size": _last_keys(kwargs.get("sliding_window"))}
+    options["softcap"] = kwargs.pop("softcap", None) or 0.0
     *tensors, length = _segments(module, query, key, value, dropout, kwargs)
-    options = {"softmax_scale": scaling, "causal": True, "window_size": _last_keys(sliding_window)}
-    return flash_attn_varlen_func(*tensors, length, length, softcap=softcap or 0.0, **options)[None], None
+    return flash_attn_varlen_func(*tensors, length, length, **options)[None], None
 
 
 def _flash_attention_4(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from common.data.tokens import PreferencePair, SFTSample
-from common.step.schedule import Schedule
 
 STEM, CHOSEN, REJECTED = 0, 1, 2  # branch of a token; an ordinary sample is all stem
 
@@ -48,15 +47,6 @@ def one_ahead(prepared: Callable[[int], Any], steps: range) -> Iterator[tuple[in
             value = ahead.pop().result()
             ahead += [thread.submit(prepared, later) for later in steps[i + 1 : i + 2]]
             yield step, value
-
-
-def packing_report(schedule: Schedule, lengths: np.ndarray, num_ranks: int, budget: int) -> str:
-    """One line on how full the micro-batches of the first steps will be. lengths: int, tokens of each sample."""
-    steps = [lengths[schedule.samples(step)].tolist() for step in range(min(schedule.last_step, 20))]
-    micro_batches = [len(plan_step(lengths, num_ranks, budget)[0]) for lengths in steps]
-    used = sum(map(sum, steps)) / (sum(micro_batches) * num_ranks * budget)
-    mean, first = np.mean(micro_batches), f"(first {len(steps)} steps)"
-    return f"packing: {mean:.1f} micro-batches a step on each rank, {used:.1%} of their {budget:,} tokens used {first}"
 
 
 def _longest_first(order: list[int], lengths: list[int], num_bins: int) -> list[tuple[int, list[int]]]:
