@@ -100,21 +100,27 @@ def test_ranks_meet_in_a_folder_that_nobody_else_can_read_or_write(tmp_path, mon
         ranks_module._find_store(*arguments)
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "run.sh"])
-def test_on_one_host_nothing_listens_beyond_it(tiny_llama, sft_data, tmp_path, launcher):
-    flags = launch.flags(tiny_llama, sft_data, tmp_path, max_train_steps=100_000)
-    command, environment = launch.launcher_command("train_sft", flags, 2)
-    if launcher == "run.sh":
-        command = [sys.executable, "-m", "common.verbs.launch", "sft", "2", *launch.argv(flags)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen(command, cwd=launch.REPO, env=environment | {"TMPDIR": str(tmp_path)}, **pipes) as started:
-        assert any(line.startswith("step 2/") for line in started.stdout)
-        processes = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
-        sockets = [socket for process in processes for socket in process.net_connections("inet")]
-        for process in processes:
-            process.kill()
+def check_that_nothing_listens_beyond_this_host(launcher: int) -> None:
+    """Of a run, whose launcher has this pid."""
+    processes = [psutil.Process(launcher), *psutil.Process(launcher).children(recursive=True)]
+    sockets = [socket for process in processes for socket in process.net_connections("inet")]
     listening = [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
     assert len(processes) >= 3 and len(listening) >= 2 and {*listening} <= {"127.0.0.1", "::1"}
+
+
+def test_on_one_host_nothing_listens_beyond_it(tiny_llama, sft_data, tmp_path):
+    """Under run.sh; under deepspeed: test_resume's test of the real launcher."""
+    flags = launch.flags(tiny_llama, sft_data, tmp_path, max_train_steps=100_000)
+    command = [sys.executable, "-m", "common.verbs.launch", "sft", "2", *launch.argv(flags)]
+    environment = os.environ | launch.CPU_ENVIRONMENT | {"TMPDIR": str(tmp_path)}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, cwd=launch.REPO, env=environment, **pipes) as started:
+        assert any(line.startswith("step 2/") for line in started.stdout)
+        try:
+            check_that_nothing_listens_beyond_this_host(started.pid)
+        finally:
+            for process in [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]:
+                process.kill()
 
 
 def loses_a_rank(ranks, how: str, culprit: int, end: str) -> None:

@@ -30,6 +30,7 @@ import torch
 from faults import Disk
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
+from test_ranks import check_that_nothing_listens_beyond_this_host
 
 from common import files
 from common import ranks as distributed
@@ -563,7 +564,7 @@ def test_a_signal_before_the_first_step_ends_the_run_without_a_traceback(setting
 
 
 def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
-    """And what its 30 s mean is said before step 1."""
+    """And what its 30 s mean is said before step 1; and nothing listens beyond this host."""
     output_dir = setting.folder()
     flags = setting.flags("sft", output_dir, num_train_epochs=400)
     command, environment = launch.launcher_command("train_sft", flags, 2)
@@ -578,6 +579,7 @@ def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
             time.sleep(0.05)
         ranks = list(map(int, re.findall(r"process (\d+) spawned", log.read_text())))
         assert len(ranks) == 2
+        check_that_nothing_listens_beyond_this_host(launcher.pid)
         os.kill(ranks[1], signal.SIGTERM)
         assert launcher.wait(timeout=120) == 143
     finally:

@@ -6,7 +6,6 @@ Stops of whole runs are in test_resume.py.
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -15,7 +14,8 @@ import launch
 import pytest
 
 from common import stopping
-from common.stopping import StopRequest, not_finite
+from common.failures import UserError, print_line
+from common.stopping import StopRequest, main_with_exit_codes, not_finite
 
 ALONE = SimpleNamespace(rank=0, gather=lambda work: [work()], say=lambda text: print(text, flush=True))
 
@@ -92,50 +92,50 @@ def test_a_micro_batch_that_is_not_finite_is_named_by_its_samples():
 # ------------------------------------------------------------------ output that nobody reads
 
 
-def run_main(body: str, environment: dict | None = None, **pipes) -> subprocess.Popen:
-    """A process whose script's main is `body`; it has said "ready" on stdout once imports are done."""
-    program = (
-        f"import sys\nfrom common.failures import UserError; from common.stopping import main_with_exit_codes\n"
-        f"print('ready', flush=True)\n@main_with_exit_codes\ndef main():\n    {body}\nmain()"
-    )
-    pipes |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    environment = os.environ | launch.CPU_ENVIRONMENT | (environment or {})
-    return subprocess.Popen([sys.executable, "-c", program], cwd=launch.REPO, env=environment, **pipes)
-
-
-def test_what_a_terminal_cannot_show_is_escaped():
-    for body, stream in (("print('\\u6f22')", 0), ("raise UserError('\\u6f22')", 1)):
-        process = run_main(body, {"PYTHONIOENCODING": "ascii"})
-        output = process.communicate(timeout=launch.TIMEOUT)
-        assert "\\u6f22" in output[stream] and "Traceback" not in output[1]
-        assert process.returncode == 2 * stream
-
-
-@pytest.mark.parametrize(("body", "exit_code"), [("raise UserError('no')", 2), ("raise KeyError('no')", 1)])
-def test_the_exit_code_is_the_same_if_nobody_reads_why(body, exit_code):
-    process = run_main(f"sys.stdin.read(); {body}", stdin=subprocess.PIPE)
-    assert process.stdout.readline() == "ready\n"
-    for stream in (process.stdout, process.stderr, process.stdin):
-        stream.close()
-    assert process.wait(launch.TIMEOUT) == exit_code
-
-
-def stop_request_of_a_lost_reader(ranks):
-    """What train_sft.py calls before its loop; from here on stdout and stderr are pipes that nobody reads."""
+def lose_the_reader() -> None:
+    """From here on stdout and stderr are pipes that nobody reads."""
     read, write = os.pipe()
     os.close(read)
     os.dup2(write, 1)
     os.dup2(write, 2)
+
+
+def script(logs: str, is_read: bool, text: str, error: Exception | None) -> None:
+    """In a process of its own: a script that prints a text and ends with an error, on a terminal of ASCII alone."""
+
+    def main() -> None:
+        print_line(text)
+        if error is not None:
+            raise error
+
+    if not is_read:
+        lose_the_reader()
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="ascii") for number in (1, 2))
+    main_with_exit_codes(main)()
+
+
+@pytest.mark.parametrize(("error", "code"), [(None, 0), (UserError("\u6f22"), 2), (KeyError("\u6f22"), 1)])
+@pytest.mark.parametrize("is_read", [True, False])
+def test_the_exit_code_is_the_same_if_nobody_reads_why_and_what_a_terminal_cannot_show_is_escaped(is_read, error, code):
+    done = launch.Run(script, 1, (is_read, "\u6f22", error)).wait()
+    assert done.exit_codes == [code], done
+    if is_read:
+        assert "\\u6f22" in done.stdout and ("Traceback" in done.stderr) == (code == 1)
+        assert ("\\u6f22" in done.stderr) == (code > 0)
+
+
+def stop_request_of_a_lost_reader(ranks):
+    """What train_sft.py calls before its loop."""
+    lose_the_reader()
     return StopRequest(ranks)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_nobody_reads_any_more_is_stopped_with_a_checkpoint(tiny_llama, sft_data, tmp_path, number):
+def test_a_run_that_nobody_reads_any_more_is_stopped_with_a_checkpoint(tiny_llama, sft_data, tmp_path):
     flags = launch.flags(tiny_llama, sft_data, tmp_path, max_train_steps=100000)
     run = launch.start("train_sft", flags, 2, {"train_sft.StopRequest": stop_request_of_a_lost_reader})
     metrics = tmp_path / "output" / "metrics.jsonl"
     assert run.wait_until(lambda: metrics.is_file() and metrics.stat().st_size)
     for process in run.processes:
-        os.kill(process.pid, number)
-    assert run.wait().exit_codes == [128 + number] * 2
+        os.kill(process.pid, signal.SIGTERM)
+    assert run.wait().exit_codes == [143, 143]
     assert len(list((tmp_path / "output" / "checkpoints").glob("step_*/COMPLETE"))) == 1
