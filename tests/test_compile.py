@@ -144,7 +144,6 @@ def test_one_graph_of_layers_and_two_of_the_head_serve_every_row(flash_attn):  #
         ("flash_attention_4", SHARED, "is empty"),
         ("flash_attention_4", PLAIN, "meets the model's sizes"),
         ("sdpa", PLAIN, "meets the model's sizes"),
-        ("sdpa", PLAIN, "is ordinary"),
         ("sdpa", SHARED, "is ordinary"),
     ],
 )

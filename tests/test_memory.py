@@ -31,7 +31,6 @@ ON_2 = Memory("nothing", 1.0, 8 * GB, 2 * GB, 18 * GB, 6 * NUMEL, 0, per_token=0
 ANY = Workload(4096, tokens_per_rank=42_000, budget=16384, is_settled=False, residency="", steps=((42_000, 4096),))
 SHAPE_8B = shape_of(LLAMA_8B, SFTConfig(), True)
 CARD = Card(83.5 * GB, 120 * GB, host_link=45 * GB, flops=760e12)  # an 80 GB one
-PLAN_ON_2 = Plan(0.0, 0, 0, ON_2, SHAPE_8B, CARD)
 
 
 def estimate_8b(residency: str = "nothing", world_size: int = 2, share: float = 1.0, **zero) -> Memory:

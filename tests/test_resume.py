@@ -538,22 +538,6 @@ def slow_save(*_) -> None:
     time.sleep(60)
 
 
-def test_a_second_request_leaves_at_once(setting):
-    output_dir = setting.folder()
-    patches = {"common.zero.checkpoint._write_files": slow_save, "common.stopping.SAME_REQUEST": 0.2}
-    run = setting.start("sft", output_dir, patches=patches)
-    wait_for(run, "\nstep 1/")
-    os.kill(run.processes[0].pid, signal.SIGTERM)
-    assert wait_for(run, "saving")
-    time.sleep(0.4)
-    asked = time.monotonic()
-    for process in run.processes:
-        os.kill(process.pid, signal.SIGTERM)
-    assert run.wait().exit_codes == [143, 143]
-    assert time.monotonic() - asked < 30  # a save takes 60
-    assert checkpoints(output_dir) == []
-
-
 def test_a_signal_before_the_first_step_ends_the_run_without_a_traceback(setting):
     run = setting.start("sft", setting.folder(), patches={"common.model.load.load_partitioned": slow_save})
     assert wait_for(run, "saving")

@@ -37,28 +37,6 @@ def test_real_preferences_equal_the_plain_loop(shared, tiny_llama, tmp_path):
     assert_equal(launch.launch("train_dpo", given, 2).succeeded(), expected)
 
 
-def test_the_llama_3_tokenizer_equals_the_plain_loop(shared, tmp_path):
-    """Tokens from the expected vectors: the shortest pairs, in one step."""
-
-    def lines(path):
-        return [json.loads(line) for line in (shared / "data" / path).read_text().splitlines()]
-
-    def of(row, side):
-        ids = row[f"{side}_input_ids"]
-        return ids, list(range(row["prompt_length"], len(ids)))
-
-    rows = zip(lines("expected/preferences.tulu.1024.jsonl"), lines("preferences.jsonl"), strict=True)
-    rows = sorted(rows, key=lambda row: len(row[0]["chosen_input_ids"] + row[0]["rejected_input_ids"]))[:3]
-    pairs = [(of(row, "chosen"), of(row, "rejected")) for row, _ in rows]
-    folder = models.make_model(tmp_path / "model", **models.LLAMA3_VOCABULARY)
-    settings = {"learning_rate": 1e-3, "global_batch_size": 3} | DPO_NORM | {"max_grad_norm": 0.1}
-    expected = reference.train_dpo(reference.load(folder), pairs, num_steps=1, **settings)
-    data = models.write_jsonl(tmp_path / "preferences.jsonl", [text for _, text in rows])
-    settings |= {"warmup_ratio": 0, "max_train_steps": 1, "max_seq_length": 1024}
-    settings["tokenizer_name_or_path"] = shared / "tokenizers" / "llama3"
-    assert_equal(launch.launch("train_dpo", launch.flags(folder, data, tmp_path, **settings)).succeeded(), expected)
-
-
 def test_another_reference_model_equals_the_plain_loop_under_torchrun(tiny_llama, dpo_data, tmp_path):
     """Of another shape even: it is loaded first, in the policy's place."""
     other = models.make_model(tmp_path / "other", "qwen3", seed=5)

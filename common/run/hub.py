@@ -90,11 +90,13 @@ def upload(config: TrainConfig) -> str:
         names |= {*weight_files(folder)}
         read = {name: (folder / name).read_text(encoding="utf-8") for name in (RECORD, CARD) if name in names}
         texts = {name: without_folders(text, read[RECORD]).encode() for name, text in read.items()}
+        if missing := [name for name in sorted(names) if not (folder / name).is_file()]:
+            raise ValueError(f"{missing[0]} is missing")
 
         def commit() -> str:
             stale = {*filter(LOADED.fullmatch, api.list_repo_files(repo))} - names
             operations: list = [CommitOperationAdd(name, texts.get(name, folder / name)) for name in sorted(names)]
-            operations += [CommitOperationDelete(name) for name in sorted(stale)]
+            operations += map(CommitOperationDelete, sorted(stale))
             return api.create_commit(repo, operations, commit_message=message).commit_url
 
         for seconds in COMMIT_RETRIES:
