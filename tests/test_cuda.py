@@ -230,11 +230,11 @@ def test_whole_gradients_and_weights_are_the_plain_ones_though_a_rank_is_late(tm
 def test_state_in_host_memory_is_updated_to_the_same_bits(tmp_path, num_ranks, stays_whole, dtype):
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs")
-    folder, run = str(models.make_model(tmp_path, "llama", intermediate_size=49)), test_residency.run_micro_batches
-    seen, expected = (
-        launch.on_ranks(run, num_ranks, folder, stays_whole, False, True, share, dtype, on_gpu=True)
-        for share in (0.4, 1.0)
-    )
+    folder = str(models.make_model(tmp_path, "llama", intermediate_size=49))
+    runs = [
+        (test_residency.run_micro_batches, num_ranks, folder, stays_whole, False, True, n, dtype) for n in (0.4, 1.0)
+    ]
+    seen, expected = (launch.on_ranks(*run, on_gpu=True) for run in runs)
     test_residency.check_host_state(folder, seen, expected, dtype)
 
 

@@ -124,8 +124,7 @@ def test_an_evaluation_at_a_step_that_is_not_logged_is_written_with_it(setting):
 
 
 def test_a_killed_run_that_goes_on_neither_loses_nor_doubles_an_evaluation(setting, evaluated):
-    """Killed in the evaluation after step 4, while step 3's checkpoint is written; step 2's is there because it is the
-    best so far. The reference is cached."""
+    """Killed in the evaluation after step 4, while step 3's checkpoint is written; step 2's is the best so far."""
     changes = setting.held_out("dpo") | {"output_dir": setting.root / "killed", "checkpointing_steps": 3}
     changes |= {"keep_best": "eval/loss"}
     killed = setting.run("dpo", patches={"train_dpo.Evaluation": KilledInTheSecond}, **changes)

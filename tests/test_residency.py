@@ -287,8 +287,7 @@ def seen(folders):
         if num_ranks < 3:
             calls |= {(case, "functional"): (run, folders[case], "all", True) for case in WITH_A_GATE}
             places = [*STATE_IN_HOST, *((1.0, dtype) for _, dtype in STATE_IN_HOST)]
-            in_host = {(how, *at): (run, llama, how, False, True, *at) for how in RESIDENCY for at in places}
-            calls |= in_host
+            calls |= {(how, *at): (run, llama, how, False, True, *at) for how in RESIDENCY for at in places}
             calls |= {(case, share): (late, folders[case], share) for case in CASES for share in (0.0, 1.0)}
         ran = launch.on_ranks(in_turn, num_ranks, [*calls.values()])
         return dict(zip(calls, zip(*ran, strict=True), strict=True))

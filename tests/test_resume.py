@@ -285,16 +285,13 @@ def test_a_crash_after_the_last_step_leaves_only_the_export_to_do(setting):
 # ------------------------------------------------------------------ other numbers of ranks
 
 
-@pytest.mark.parametrize(
-    ("method", "parts"),
-    [
-        ("sft", [(2, 300, 300), (2, "auto", 300), (1, "auto", 4096)]),
-        ("dpo", [(2, 300, 300), (1, 300, 300), (4, 300, 300), (3, 300, 300)]),
-    ],
-)
-def test_2_then_1_then_4_then_3_ranks_are_one_curve(setting, method, parts):
-    """parts: (ranks, flag, tokens of a micro-batch): at as many ranks these are kept, else a resume under another
-    release's `auto` would not be bitwise."""
+# (ranks, flag, tokens of a micro-batch): kept at as many ranks, or a resume by another `auto` would not be bitwise.
+PARTS = {"sft": [(2, 300, 300), (2, "auto", 300), (1, "auto", 4096)], "dpo": [(n, 300, 300) for n in (2, 1, 4, 3)]}
+
+
+@both
+def test_2_then_1_then_4_then_3_ranks_are_one_curve(setting, method):
+    parts = PARTS[method]
     whole, output_dir, size = setting.whole(method), setting.folder(), LAST_STEP // len(parts)
     for i, (num_ranks, flag, budget) in enumerate(parts):
         flags = {"max_tokens_per_micro_batch": flag, "stop_after_steps": size * (i + 1)}
@@ -422,8 +419,7 @@ def test_an_export_of_a_checkpoint_is_the_runs_own_byte_for_byte(setting, archit
 def forked(words: list[str]) -> SimpleNamespace:
     """start_run without a launcher: it gives what has ended."""
     done = launch.Run(launch.run_script, int(words[1]), (f"train_{words[0]}", words[2:], {})).wait()
-    lines, code = done.stdout.splitlines(keepends=True), max(done.exit_codes)
-    return SimpleNamespace(stdout=lines, wait=lambda: code, send_signal=None)
+    return SimpleNamespace(stdout=done.stdout.splitlines(True), wait=lambda: max(done.exit_codes), send_signal=None)
 
 
 @both
@@ -444,10 +440,8 @@ def test_export_and_verify_take_what_a_run_leaves(setting, method, capfd, monkey
     before = sorted(output_dir.rglob("*"))
     assert verify.main(str(output_dir), "--step", "11") == (method == "sft"), capfd.readouterr()
     *_, differing, said = capfd.readouterr().out.splitlines()
-    if method == "sft":
-        assert "grad_norm was 1" in differing and "1 of " in said
-    else:
-        assert all(name in said for name in ("bit by bit", "train_loss", "grad_norm", "total_tokens"))
+    told = ("1 of ",) if method == "sft" else ("bit by bit", "train_loss", "grad_norm", "total_tokens")
+    assert all(text in said for text in told) and ("grad_norm was 1" in differing) == (method == "sft")
     assert sorted(output_dir.rglob("*")) == before
     file = next(folder.glob("*exp_avg_sq*"))
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")

@@ -252,7 +252,6 @@ MISTAKES = [
     ("sft", 1, lambda t: {"output_dir": written(t / "file", {})}, ["--output_dir"]),
     ("dpo", 1, lambda t: {"dataset_mixer": written(t / "x.jsonl", ONE_PAIR, OTHER_PROMPT)}, ["x.jsonl", "--allow_"]),
     ("dpo", 2, lambda t: {"label_smoothing": 0.1, "loss_type": "ipo"}, ["--label_smoothing", "ipo"]),
-    ("dpo", 1, lambda t: {"max_tokens_per_micro_batch": 60}, ["60", "--max_tokens_per_micro_batch", ".jsonl:"]),
     ("dpo", 1, lambda t: {"ref_model_name_or_path": models.make_model(t / "m", vocab_size=400)}, ["--ref_model_name"]),
 ]
 

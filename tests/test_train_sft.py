@@ -174,27 +174,6 @@ def test_running_out_of_memory_stops_with_3_says_what_to_change_and_keeps_the_la
     assert f"{length:,} tokens" in error and "--gradient_checkpointing full, a lower --max_seq_length" in error
 
 
-def update_without_memory(engine, learning_rate: float) -> None:
-    """set_learning_rate for an optimizer that needs more than there is."""
-    engine.optimizer.step = lambda: torch.empty(2**46)
-
-
-def no_memory(*_, **__) -> None:
-    torch.empty(2**46)
-
-
-@pytest.mark.parametrize(
-    ("patch", "said"),
-    [
-        ({"train_sft.set_learning_rate": update_without_memory}, "error: step 1, update: out of memory"),
-        ({"train_sft.build_engine": no_memory}, "error: out of memory outside a micro-batch"),
-    ],
-)
-def test_running_out_of_memory_elsewhere_is_one_line_and_3(tiny_llama, sft_data, tmp_path, patch, said):
-    given = launch.flags(tiny_llama, sft_data, tmp_path, global_batch_size=2)
-    assert launch.launch("train_sft", given, 1, patch).refused(3).startswith(said)
-
-
 # ------------------------------------------------------------------ through the real launcher
 
 
