@@ -100,9 +100,8 @@ def test_ranks_meet_in_a_folder_that_nobody_else_can_read_or_write(tmp_path, mon
         ranks_module._find_store(*arguments)
 
 
-def check_that_nothing_listens_beyond_this_host(launcher: int) -> None:
-    """Of a run, whose launcher has this pid."""
-    processes = [psutil.Process(launcher), *psutil.Process(launcher).children(recursive=True)]
+def check_that_nothing_listens_beyond_this_host(pid_of_launcher: int) -> None:
+    processes = [psutil.Process(pid_of_launcher), *psutil.Process(pid_of_launcher).children(recursive=True)]
     sockets = [socket for process in processes for socket in process.net_connections("inet")]
     listening = [socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN]
     assert len(processes) >= 3 and len(listening) >= 2 and {*listening} <= {"127.0.0.1", "::1"}

@@ -335,6 +335,11 @@ def test_too_many_or_no_gpus_is_refused(machine, num_gpus, words):
         launch.split_number(words)
 
 
+def test_a_request_for_help_runs_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["verb", "sft", "--help"])
+    assert launch.exit_with(None, "what it does") is None and capsys.readouterr().out == "what it does\n"
+
+
 def test_a_mistake_is_one_line_and_exit_code_2_before_any_rank_is_started():
     command = [sys.executable, "-m", "common.verbs.launch", "dpo", "--lerning_rate", "1"]
     done = subprocess.run(command, cwd=launch.REPO, capture_output=True, text=True, timeout=WAIT)

@@ -125,7 +125,6 @@ def test_the_exit_code_is_the_same_if_nobody_reads_why_and_what_a_terminal_canno
 
 
 def stop_request_of_a_lost_reader(ranks):
-    """What train_sft.py calls before its loop."""
     lose_the_reader()
     return StopRequest(ranks)
 

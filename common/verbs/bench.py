@@ -137,8 +137,7 @@ def main(*argv: str) -> int:
     on_gpu = bool(visible_gpus())
     own: dict = {"shape": {"choices": SHAPES, "default": "llama-8b" if on_gpu else "tiny"}}
     own |= {"steps": {"type": int, "default": 10}, "lengths": {"choices": SAMPLES_PER_RANK, "default": "tulu"}}
-    doc = f"{__doc__}\nShapes: {', '.join(SHAPES)}. Lengths: {', '.join(SAMPLES_PER_RANK)}."
-    method, options, words = parsed("bench", doc, argv, **own)
+    method, options, words = parsed("bench", argv, **own)
     num_ranks, passed = split_number(words)
     steps, folder = max(1, options.steps) + WARMUP_STEPS, Path("output/bench")
     model, data, out = folder / options.shape, folder / f"{method}-{options.lengths}.jsonl", folder / f"run-{method}"
@@ -164,4 +163,4 @@ def main(*argv: str) -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(main, f"{__doc__}\nShapes: {', '.join(SHAPES)}. Lengths: {', '.join(SAMPLES_PER_RANK)}.")

@@ -93,4 +93,4 @@ def table(title: str, columns: dict[str, dict[str, str]], only_differing: bool) 
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(main, __doc__)

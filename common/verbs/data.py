@@ -27,7 +27,7 @@ from common.verbs.words import parsed
 def main(*argv: str) -> int:
     """Returns the exit code. Raises UserError for a mistake in argv, and for data that a run would refuse."""
     own: dict = {"show": {"type": int, "default": 5}, "row": {"nargs": "+", "default": []}}
-    method, given, flags = parsed("data", __doc__ or "", argv, **own)
+    method, given, flags = parsed("data", argv, **own)
     config = parse_config(SFTConfig if method == "sft" else DPOConfig, flags)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # common.model imports DeepSpeed, which looks for a GPU
     from common.model import load
@@ -69,4 +69,4 @@ def _row(place: str, ds: TokenDataset, config: TrainConfig, template: ChatTempla
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(main, __doc__)

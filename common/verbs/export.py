@@ -12,9 +12,6 @@ from common.verbs.launch import exit_with
 
 def main(*argv: str) -> int:
     """Raises UserError."""
-    if {"-h", "--help"} & {*argv}:
-        print_line(__doc__)
-        return 0
     if len(argv) != 2:
         raise UserError("it is export CHECKPOINT OUT_DIR")
     os.environ["DS_ACCELERATOR"] = "cpu"
@@ -26,4 +23,4 @@ def main(*argv: str) -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(main, __doc__)

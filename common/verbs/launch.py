@@ -135,8 +135,11 @@ def main(method: str, *words: str) -> int:
     return launch([sys.executable, "-u", str(REPO / f"train_{method}.py"), *flags], environment, num_ranks)
 
 
-def exit_with(main: Callable[..., int]) -> None:
-    """Ends a verb with main's exit code; a mistake, or a full disk, becomes one line."""
+def exit_with(main: Callable[..., int], doc: str | None = None) -> None:
+    """Ends a verb with main's exit code; a mistake, or a full disk, becomes one line. doc: what --help prints in place
+    of that; None: main answers it."""
+    if doc and {"-h", "--help"} & {*sys.argv[1:]}:
+        return print_line(doc)
     try:
         code = main(*sys.argv[1:])
         print_line("", end="")

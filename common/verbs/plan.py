@@ -24,7 +24,7 @@ def main(*argv: str) -> int:
     num_here = len(visible_gpus())
     flags_of_plan: dict = {"gpu": {"choices": GPUS, "default": None if num_here else "h100"}}
     flags_of_plan |= {name: {"type": float} for name in ("host_memory_gb", "mfu")}
-    method, own, flags = parsed("plan", __doc__ or "", argv, **flags_of_plan)
+    method, own, flags = parsed("plan", argv, **flags_of_plan)
     num_gpus = int(flags.pop(0)) if flags and flags[0].isdecimal() else num_here or 8
     if num_gpus < 1 or (own.mfu is not None and not 0 < own.mfu <= 1):
         raise UserError("N is 1 or more, and --mfu is above 0 and at most 1")
@@ -43,4 +43,4 @@ def main(*argv: str) -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(main, __doc__)

@@ -21,4 +21,4 @@ def main(folder: str = "", *flags: str) -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(main, __doc__)

@@ -37,9 +37,6 @@ MAX_NEW_TOKENS = 12
 
 def main(*argv: str) -> int:
     """Runs what argv asks for; returns the exit code. Raises UserError for a mistake in argv."""
-    if {"-h", "--help"} & {*argv}:
-        print_line(__doc__)
-        return 0
     if not argv:
         return sanity_of_embedded_default()
     if argv[0] not in ("sft", "dpo"):
@@ -170,4 +167,4 @@ def conclude(verdict: dict[str, list[Check]], path: Path, seconds: float, exit_c
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(main, __doc__)

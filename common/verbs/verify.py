@@ -25,8 +25,7 @@ CHANGED |= {"push_to_hub": False, "report_to": "none"}
 
 def main(*argv: str) -> int:
     """Returns the exit code. Raises UserError."""
-    usage = "bash run.sh verify OUTPUT_DIR [--step K]"
-    parser = argparse.ArgumentParser(prog="verify", usage=usage, description=__doc__)
+    parser = argparse.ArgumentParser(usage="bash run.sh verify OUTPUT_DIR [--step K]")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--step", type=int)
     given = parser.parse_args(argv)
@@ -83,4 +82,4 @@ def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None) ->
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(main, __doc__)

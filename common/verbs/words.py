@@ -3,17 +3,11 @@
 import argparse
 from collections.abc import Sequence
 
-from common.failures import UserError, as_user_error, print_line
+from common.failures import UserError, as_user_error
 
 
-def parsed(verb: str, doc: str, argv: Sequence[str], **own: dict) -> tuple[str, argparse.Namespace, list[str]]:
-    """(sft or dpo; the verb's own flags; every other word). own: what argparse has to know of each flag.
-
-    `--help` prints doc and ends the process. Raises UserError.
-    """
-    if {"-h", "--help"} & {*argv}:
-        print_line(doc)
-        raise SystemExit(0)
+def parsed(verb: str, argv: Sequence[str], **own: dict) -> tuple[str, argparse.Namespace, list[str]]:
+    """(sft or dpo; the verb's own flags; every other word). own: what argparse knows of each. Raises UserError."""
     if argv[:1] not in (("sft",), ("dpo",)):
         raise UserError(f"write: bash run.sh {verb} sft|dpo [N] [flags]")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
