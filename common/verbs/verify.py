@@ -72,8 +72,7 @@ def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None, nu
             (Path(folder) / "checkpoints" / before.name).symlink_to(before.resolve())
         flags = record["config"] | {name: value for name, value in CHANGED.items() if name in record["config"]}
         flags |= {"output_dir": folder, "stop_after_steps": step}
-        words = as_words({name: value for name, value in flags.items() if value != []})
-        run = start_run([record["method"].lower(), str(num_ranks), *words])
+        run = start_run([record["method"].lower(), str(num_ranks), *as_words(flags)])
         on_request_to_stop(run.send_signal)
         for line in lines_of(run):
             print_line(f"  {line}", end="")
