@@ -171,7 +171,7 @@ def main() -> None:
             if is_evaluated:
                 step_record |= evaluation(engine, kernel, budget)
             metrics.append(step_record)
-        is_kept = is_evaluated and evaluation.keeps(state.step, metrics.eval_losses)
+        is_kept = is_evaluated and evaluation.keeps(state.step, step_record["eval/loss"])
 
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
         if stop_signal or is_kept or schedule.saves(state.step):

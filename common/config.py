@@ -211,7 +211,7 @@ def parse_config(cls: type, argv: list[str] | None = None):
     for f in dataclasses.fields(cls):
         read, rule = _reader(f)
         help = f"{f.metadata['help']}: {rule} [{_written(defaults[f.name])}]".replace("%", "%%")
-        num_words = "+" if f.type == list[str] else None
+        num_words = ("+" if defaults[f.name] else "*") if f.type == list[str] else None
         parser.add_argument(f"--{f.name}", type=read, nargs=num_words, default=defaults[f.name], metavar="X", help=help)
     if {"-h", "--help"} & {*argv}:
         if os.environ.get("RANK", "0") == "0":

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import launch
 import models
@@ -25,6 +26,7 @@ from common.failures import UserError
 from common.run import evaluate
 from common.run.evaluate import has_stalled, num_also_in, source_names, split, training_and_held_out
 from common.run.output_dir import read_run_config
+from common.zero import checkpoint
 
 METHODS = ("sft", "dpo")
 both = pytest.mark.parametrize("method", METHODS)
@@ -268,3 +270,17 @@ def test_the_best_checkpoint_stays_and_is_exported_if_asked_for(setting):
     assert record["exported_step"] == best and record["result"]["steps"] == 12
     short = setting.run("sft", **changes, stop_after_steps=best).succeeded()
     assert_same_weights(run.output_dir, short.output_dir)
+
+
+def test_the_best_is_compared_with_what_is_kept_and_of_the_same_held_out_data(tmp_path):
+    """Not with a lower loss of other data, nor with one whose checkpoint nobody kept."""
+    config = dataclasses.replace(SFTConfig(), keep_best="eval/loss", output_dir=str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    evaluation = object.__new__(evaluate.Evaluation)
+    evaluation.config, evaluation.ranks, evaluation.held_out = config, OneRank(), SimpleNamespace(digest="one")
+    losses = [3.0, math.nan, 2.0, 2.5]
+    assert [evaluation.keeps(i, loss) for i, loss in enumerate(losses)] == [True, False, True, False]
+    checkpoint.clear_after(str(tmp_path), 1, "auto")  # as the one of step 2 is set aside
+    assert evaluation.keeps(3, 2.5)
+    evaluation.held_out = SimpleNamespace(digest="another")
+    assert evaluation.keeps(4, 9.0) and not evaluation.keeps(5, 9.5)

@@ -66,10 +66,16 @@ def exported(folders: list[str], outputs: list[str]) -> None:
 
 
 def test_an_untouched_model_comes_back_tensor_by_tensor(tmp_path):
-    """Names, files, types and bits of all tensors; config.json and the processor's file, byte for byte."""
+    """Names, files, types and bits of all tensors; config.json and the processor's file, byte for byte. And of a model
+    of text alone a tensor that transformers passes over."""
     folders = [make(tmp_path / name, name) for name in NAMES]
-    outputs = [tmp_path / f"{name}-exported" for name in NAMES]
-    launch.on_ranks(exported, 2, list(map(str, folders)), list(map(str, outputs)))
+    plain = models.make_model(tmp_path / "qwen3_next", "qwen3_next")
+    weights = stored(plain) | {"mtp.norm.weight": ("", torch.randn(3).half())}
+    save_file({name: tensor for name, (_, tensor) in weights.items()}, plain / "model.safetensors", {"format": "pt"})
+    outputs = [folder.with_name(f"{folder.name}-exported") for folder in [*folders, plain]]
+    launch.on_ranks(exported, 2, list(map(str, [*folders, plain])), list(map(str, outputs)))
+    after = stored(outputs.pop())
+    assert after.keys() == weights.keys() and torch.equal(after["mtp.norm.weight"][1], weights["mtp.norm.weight"][1])
     for folder, output in zip(folders, outputs, strict=True):
         before, after = stored(folder), stored(output)
         assert before.keys() == after.keys()

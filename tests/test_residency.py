@@ -399,6 +399,20 @@ def save_and_go_on(folder: str, out: str, resume: bool, residency: str, share: f
     return {name: [param.ds_numel, *shards(engine, param)] for name, param in parameters.items()}
 
 
+def go_on_while_gathering(*arguments) -> dict:
+    """save_and_go_on, whose collectives take what they are given at once, and write it no sooner than it is waited for:
+    the weights of the new engine are still being gathered when the checkpoint is read."""
+    start = kept._start
+
+    def start_late(collective, pairs, group, **options):
+        given = [(output, input_.clone()) for output, input_ in pairs]
+        return [SimpleNamespace(wait=lambda: [work.wait() for work in start(collective, given, group, **options)])]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept, "_start", start_late)
+        return save_and_go_on(*arguments)
+
+
 SHARES = [(1.0, 0.0), (0.0, 1.0), (0.4, 0.0)]  # of the state on the device, as saved and as resumed
 PLACED = [("all", "bfloat16"), ("nothing", "bfloat16"), ("all", "float32")]
 
@@ -411,11 +425,11 @@ def gone_on(folders, tmp_path_factory) -> dict[tuple, tuple]:
         (saved, resumed), (residency, dtype) = of_case
         out = tmp_path_factory.mktemp("saved")
         (out / "checkpoints").mkdir()
-        arguments = save_and_go_on, folders["llama"], str(out)
-        first[of_case] = *arguments, False, residency, saved, dtype
-        again[of_case] = *arguments, True, residency, resumed, dtype
-    pairs = [*zip(*launch.on_ranks(in_turn, 2, [*first.values(), *again.values()]), strict=True)]
-    alone = zip(*launch.on_ranks(in_turn, 1, [*again.values()]), strict=True)
+        first[of_case] = save_and_go_on, folders["llama"], str(out), False, residency, saved, dtype
+        again[of_case] = folders["llama"], str(out), True, residency, resumed, dtype
+    late = [(go_on_while_gathering, *arguments) for arguments in again.values()]
+    pairs = [*zip(*launch.on_ranks(in_turn, 2, [*first.values(), *late]), strict=True)]
+    alone = zip(*launch.on_ranks(in_turn, 1, [(save_and_go_on, *a) for a in again.values()]), strict=True)
     return dict(zip(first, zip(pairs, pairs[len(first) :], alone, strict=False), strict=True))
 
 

@@ -657,3 +657,22 @@ def test_an_export_that_cannot_be_written_is_one_line(setting):
     done = setting.run("sft", output_dir, patches={"common.model.export.save_file": save_where_no_file_may_be_large})
     assert f"{output_dir}/.export/model.safetensors" in done.refused(3)
     assert not list(output_dir.glob("*.safetensors"))
+
+
+def test_verify_compares_what_was_logged_on_as_many_ranks(tmp_path, monkeypatch):
+    """A step without an evaluation, which the repeated run has at its end; one that two and three ranks have led to."""
+    logged = [{"step": step, "train_loss": 0.5, "tokens_per_second": 6.0, "per_device_tps": 3.0} for step in (1, 2, 3)]
+    logged[2]["per_device_tps"] = 2.0
+    models.write_jsonl(tmp_path / "metrics.jsonl", logged)
+    (tmp_path / "run_config.json").write_text(json.dumps({"method": "SFT", "config": {"eval_holdout": "1"}}))
+
+    def repeated(words: list[str]) -> SimpleNamespace:
+        folder = Path(next(word for word in words if "--output_dir=" in word).partition("=")[2])
+        models.write_jsonl(folder / "metrics.jsonl", [logged[0], {**logged[1], "eval/loss": 0.5}])
+        return SimpleNamespace(stdout=[], wait=lambda: 0, send_signal=None)
+
+    monkeypatch.setattr(verify, "start_run", repeated)
+    monkeypatch.setattr(verify, "on_request_to_stop", id)
+    assert verify.main(str(tmp_path), "--step", "2") == 0
+    with pytest.raises(UserError, match=r"--step 3: .* 2 and 3 ranks"):
+        verify.main(str(tmp_path), "--step", "3")

@@ -214,8 +214,8 @@ def start(project, *words, terminal=None, **options):
     """run.sh in a process group of its own, as a terminal starts it, with both ranks running."""
 
     def prepare():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
+        for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):  # which `&` and nohup may have had ignored
+            signal.signal(number, signal.SIG_DFL)
         if terminal is not None:
             fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 

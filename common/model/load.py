@@ -312,14 +312,15 @@ def _from_folder(folder: str, config: PretrainedConfig, options: dict, expected:
         untied = {name for name, _ in model.named_parameters()} - {name for name, _ in expected.named_parameters()}
         if untied:
             raise ValueError(f"config.json ties {', '.join(sorted(untied))} to weights that differ from it")
-    # For the export, when the folder may be gone: the file of each tensor, and the tensors of the other parts.
+    # For the export, when the folder may be gone: the file of each tensor, and the tensors of other parts, and of what
+    # transformers has no use for, as of DeepSeek-V3's next-token prediction.
     model.file_of, model.others = file_of, {}
-    if text_config(config) is not config:
-        own = without_other_parts(model).state_dict()
-        names = {*own} | {stored for name, tensor in own.items() for stored in stored_names(model, name, tensor)}
-        for name in file_of.keys() - names:
-            with safe_open(Path(folder) / file_of[name], framework="pt") as weights:
-                model.others[name] = weights.get_tensor(name)
+    own = without_other_parts(model).state_dict()
+    names = {*own} | {stored for name, tensor in own.items() for stored in stored_names(model, name, tensor)}
+    unused = model._keys_to_ignore_on_load_unexpected or [] if text_config(config) is config else [""]
+    for name in [name for name in file_of.keys() - names if any(re.search(pattern, name) for pattern in unused)]:
+        with safe_open(Path(folder) / file_of[name], framework="pt") as weights:
+            model.others[name] = weights.get_tensor(name)
     return model
 
 

@@ -166,16 +166,26 @@ class Evaluation:
         means = dict(zip(SUMMED, (sums / len(members)).tolist(), strict=True))
         return {"loss": means["train_loss"]} | {name: means[f"rewards/{name}"] for name in ("accuracy", "margin")}
 
-    def keeps(self, step: int, losses: list[float]) -> bool:
-        """Whether --keep_best keeps the checkpoint of `step`, after which losses[-1] was found. Collective."""
-        is_best = self.config.keep_best is not None and losses[-1] < min([math.inf, *losses[:-1]])
-        if is_best:
-            self.ranks.once(lambda: checkpoint.keep(self.config.output_dir, step))
-        return is_best
+    def keeps(self, step: int, loss: float) -> bool:
+        """Whether --keep_best keeps the checkpoint of `step`, after which `loss` was found. Collective.
+
+        It is compared with the one that is kept: a lower loss may be of other held-out data, or of a checkpoint that is
+        gone."""
+
+        def keep() -> bool:
+            assert self.held_out is not None
+            kept = checkpoint.kept(self.config.output_dir)
+            is_comparable = kept.get("held_out") == self.held_out.digest
+            is_best = loss < (kept["loss"] if is_comparable else math.inf)
+            if is_best:
+                checkpoint.keep(self.config.output_dir, step=step, loss=loss, held_out=self.held_out.digest)
+            return is_best
+
+        return self.config.keep_best is not None and self.ranks.once(keep)
 
     def load_best(self, engine, parameters: checkpoint.Parameters) -> int | None:
         """With --export_best puts the kept checkpoint's weights into the engine; its step, else None. Collective."""
-        step = self.ranks.once(lambda: checkpoint.kept_step(self.config.output_dir))
+        step = self.ranks.once(lambda: checkpoint.kept(self.config.output_dir).get("step"))
         if not self.config.export_best or step is None:
             return None
         path = Path(self.config.output_dir) / "checkpoints" / f"step_{step:08d}"

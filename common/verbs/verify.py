@@ -51,12 +51,19 @@ def main(*argv: str) -> int:
     if given.step not in logged:
         raise UserError(f"--step {given.step}: {given.output_dir}/metrics.jsonl has no record of that step")
     before = next((path for path in whole if checkpoint.step_of(path) < given.step), None)
-    return repeat(given.output_dir, record, logged[given.step], before)
+    steps = range(checkpoint.step_of(before) + 1 if before else 1, given.step + 1)
+    num_ranks = {round(logged[k]["tokens_per_second"] / logged[k]["per_device_tps"]) for k in steps if k in logged}
+    if len(num_ranks) > 1:
+        numbers = " and ".join(map(str, sorted(num_ranks)))
+        raise UserError(
+            f"--step {given.step}: steps {steps[0]} to {steps[-1]} ran on {numbers} ranks; no run has its bits"
+        )
+    return repeat(given.output_dir, record, logged[given.step], before, *num_ranks)
 
 
-def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None) -> int:
-    """Runs up to a logged step again in a temporary folder; 0 if all that it says is the same, 1 if not."""
-    step, num_ranks = logged["step"], round(logged["tokens_per_second"] / logged["per_device_tps"])
+def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None, num_ranks: int) -> int:
+    """Runs up to a logged step again in a temporary folder; 0 if all that was logged of it is the same, 1 if not."""
+    step = logged["step"]
     print_line(f"running step {step} again on {num_ranks} ranks, from {before or 'the start'}")
     with tempfile.TemporaryDirectory(prefix=".verify_", dir=output_dir) as folder:
         if before is not None:
@@ -64,15 +71,14 @@ def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None) ->
             (Path(folder) / "checkpoints" / before.name).symlink_to(before.resolve())
         flags = record["config"] | {name: value for name, value in CHANGED.items() if name in record["config"]}
         flags |= {"output_dir": folder, "stop_after_steps": step}
-        words = as_words({name: value for name, value in flags.items() if value != []})
-        run = start_run([record["method"].lower(), str(num_ranks), *words])
+        run = start_run([record["method"].lower(), str(num_ranks), *as_words(flags)])
         on_request_to_stop(run.send_signal)
         for line in lines_of(run):
             print_line(f"  {line}", end="")
         if code := run.wait():
             return code
         repeated = {entry["step"]: entry for entry in read_metrics(Path(folder) / "metrics.jsonl")}[step]
-    names = sorted({*logged, *repeated} - NOT_COMPARED)
+    names = sorted({*logged} - NOT_COMPARED)  # the repeated run also evaluates, for the step is its last
     different = [name for name in names if json.dumps(logged.get(name)) != json.dumps(repeated.get(name))]
     for name in different:
         print_line(f"step {step}: {name} was {logged.get(name)!r}, is {repeated.get(name)!r}")

@@ -8,7 +8,7 @@ checkpoints/step_00000500/
     manifest.json                 size and digest of each file above, shape of each parameter, world size
     COMPLETE                      the manifest's digest
     model/                        with --export_at_checkpoints: its Hugging Face folder
-checkpoints/kept.json             {"step": 500}: the one checkpoint that stays beyond keep_last_n
+checkpoints/kept.json             {"step": 500, ...}: the one checkpoint that stays beyond keep_last_n
 
 ZeRO-3 gives rank r of n the elements [r k, (r + 1) k) of a flattened parameter, k = ceil(numel / n): a file's name says
 which elements it holds, and another number of ranks reads the overlapping parts. The model's own weights are the master
@@ -190,7 +190,7 @@ class Writer:
         output_dir = self.config.output_dir
         whole = [path for path in newest_first(output_dir) if (path / "COMPLETE").is_file()]
         for old in whole[self.config.keep_last_n_checkpoints :]:
-            if step_of(old) != kept_step(output_dir):
+            if step_of(old) != kept(output_dir).get("step"):
                 _delete(old)
 
     def vote(self) -> float:
@@ -266,18 +266,18 @@ def shard_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------- keeping one
-def keep(output_dir: str, step: int) -> None:
-    """The checkpoint of `step`, written or about to be, stays beyond keep_last_n, in place of the one that did.
+def keep(output_dir: str, **entry) -> None:
+    """The checkpoint of entry["step"], written or about to be, stays beyond keep_last_n, in place of the one that did.
 
     Call it on one rank.
     """
-    replace_file(Path(output_dir) / "checkpoints" / "kept.json", json.dumps({"step": step}))
+    replace_file(Path(output_dir) / "checkpoints" / "kept.json", json.dumps(entry))
 
 
-def kept_step(output_dir: str) -> int | None:
-    """The step that `keep` was last called for, None if it was not."""
+def kept(output_dir: str) -> dict:
+    """What `keep` was last called with; {} if it was not."""
     path = Path(output_dir) / "checkpoints" / "kept.json"
-    return json.loads(path.read_text())["step"] if path.is_file() else None
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 # ---------------------------------------------------------------------- finding
@@ -319,7 +319,7 @@ def clear_after(output_dir: str, step: int, resume: str) -> None:
         _set_aside(path, "damaged" if resume == "auto" else "abandoned", f"this run continues after step {step}")
     for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
-    if (kept_step(output_dir) or 0) > step:
+    if kept(output_dir).get("step", 0) > step:
         (Path(output_dir) / "checkpoints" / "kept.json").unlink()
 
 

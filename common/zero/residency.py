@@ -86,15 +86,15 @@ def weights_are_finite(engine) -> bool:
 
 
 def set_step(engine, step: int) -> None:
-    """Gives every group the number of steps that its moments are of. Its state may be read and written after that."""
+    """Gives every group the number of steps that its moments are of. State and weights may be written after that."""
+    engine.module.finish_gathering()  # into memory of which the shards are a part
     engine.updater.carrier.wait_until_written()
     for state in engine.optimizer.optimizer.state.values():
         state["step"].fill_(step)
 
 
 def state_shards(engine) -> dict[nn.Parameter, Shard]:
-    """This rank's shard of each parameter and of its state. Nothing that has been started writes to them any more."""
-    engine.module.finish_gathering()  # into the weights, of which the shards are a part
+    """This rank's shard of each parameter and of its state, which an update no longer writes to."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     zero = engine.optimizer
