@@ -12,13 +12,13 @@ from pathlib import Path
 import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.data.chat_template import ChatTemplate
 from common.failures import UserError, as_user_error, print_line, progress
 from common.files import INDEX, naming, sync_folder, weight_files
-from common.model.load import SAMPLES, built, generation_config, load_config, load_tokenizer, stored_names, text_config
+from common.model.load import NO_CODE, SAMPLES, built, generation_config, load_config, stored_names, text_config
 from common.model.packed import PackedModel
 from common.ranks import Ranks
 
@@ -125,9 +125,9 @@ def rehearse_export(config: PretrainedConfig, template: ChatTemplate, source_fol
     what = f"model {source_folder}: its settings and tokenizer cannot be written and read back"
     with tempfile.TemporaryDirectory() as folder, as_user_error(what):
         _write_settings(config, template, source_folder, Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)  # as whoever serves the model reads it
         try:
             load_config(folder)
-            tokenizer = load_tokenizer(folder)
         except UserError as error:
             raise ValueError(str(error)) from error
         for text in SAMPLES:
