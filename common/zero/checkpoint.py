@@ -266,7 +266,7 @@ def shard_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------- keeping one
-def keep(output_dir: str, **entry) -> None:
+def keep(output_dir: str, entry: dict) -> None:
     """The checkpoint of entry["step"], written or about to be, stays beyond keep_last_n, in place of the one that did.
 
     Call it on one rank.
