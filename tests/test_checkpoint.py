@@ -324,11 +324,11 @@ def test_where_host_memory_has_no_room_for_a_copy_training_waits_and_that_is_sai
 
 def test_one_checkpoint_may_stay_beyond_the_newest(output_dir):
     save(output_dir, 1, keep=1)
-    checkpoint.keep(str(output_dir), step=2)
+    checkpoint.keep(str(output_dir), {"step": 2})
     for step in (2, 3, 4):
         save(output_dir, step, keep=1)
     assert names(output_dir) == ["kept.json", "step_00000002", "step_00000004"]
-    checkpoint.keep(str(output_dir), step=4)
+    checkpoint.keep(str(output_dir), {"step": 4})
     for step in (5, 6):
         save(output_dir, step, keep=1)
     assert names(output_dir) == ["kept.json", "step_00000004", "step_00000006"]

@@ -284,3 +284,8 @@ def test_the_best_is_compared_with_what_is_kept_and_of_the_same_held_out_data(tm
     assert evaluation.keeps(3, 2.5)
     evaluation.held_out = SimpleNamespace(digest="another")
     assert evaluation.keeps(4, 9.0) and not evaluation.keeps(5, 9.5)
+    checkpoint.clear_after(str(tmp_path), 5, "auto")  # as the one of step 4 was deleted
+    assert evaluation.keeps(6, 9.5)
+    (tmp_path / "checkpoints" / "kept.json").write_text("")
+    with pytest.raises(UserError, match=r"kept\.json"):
+        checkpoint.clear_after(str(tmp_path), 6, "auto")

@@ -464,10 +464,10 @@ def test_a_folder_without_a_tokenizer_that_can_end_answers_is_refused(tmp_path, 
 
 @pytest.mark.parametrize(
     "model_type, written",
-    [("qwen2", "PreTrainedTokenizerFast"), ("llama", "GPT2Tokenizer"), ("llama", "PreTrainedTokenizerFast")],
+    [("qwen2", "PreTrainedTokenizerFast"), ("llama", "GPT2Tokenizer"), ("llama", "LlamaTokenizer")],
 )
 @pytest.mark.parametrize("words", ["llama3", "gpt2"])
-def test_a_tokenizer_encodes_as_its_file_does_or_is_refused(tmp_path, model_type, written, words):
+def test_a_tokenizer_encodes_as_its_file_does(tmp_path, model_type, written, words):
     """transformers rebuilds the tokenizer of some classes and model types with their own way of splitting words."""
     tiny_tokenizer.tiny_tokenizer(words).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -475,14 +475,9 @@ def test_a_tokenizer_encodes_as_its_file_does_or_is_refused(tmp_path, model_type
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     file = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     text = "".join(tiny_tokenizer.TEXTS) + "It's 123456 o'clock  \n\n 'LL\n"
-    try:
-        tokenizer = model.load_tokenizer(str(tmp_path))
-    except UserError as error:
-        made = AutoTokenizer.from_pretrained(tmp_path)
-        assert made.encode(text, add_special_tokens=False) != file.encode(text, add_special_tokens=False).ids
-        assert str(tmp_path) in str(error) and "tokenizer.json" in str(error) and "\n" not in str(error)
-    else:
-        assert tokenizer.encode(text, add_special_tokens=False) == file.encode(text, add_special_tokens=False).ids
+    tokenizer = model.load_tokenizer(str(tmp_path))
+    assert tokenizer.encode(text, add_special_tokens=False) == file.encode(text, add_special_tokens=False).ids
+    assert tokenizer.eos_token_id is not None
 
 
 def unread(folder: Path):

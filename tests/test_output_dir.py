@@ -213,6 +213,16 @@ def test_a_model_that_is_read_is_not_written_over(tmp_path, flag):
         claim(config_of(tmp_path / "a/..", DPOConfig, **{flag: str(tmp_path)}), {}, 5, OneRank())
 
 
+@pytest.mark.parametrize("flag", ["model_name_or_path", "ref_model_name_or_path"])
+def test_the_model_that_an_unfinished_run_found_in_its_folder_is_not_read(tmp_path, flag):
+    config = config_of(tmp_path / "other", DPOConfig, **{flag: str(tmp_path)})
+    write_run_config(str(tmp_path), {"identity": {}})
+    with pytest.raises(UserError, match=f"--{flag} {tmp_path}: .*not finished"):
+        claim(config, {}, 5, OneRank())
+    write_run_config(str(tmp_path), {"identity": {}, "result": {"steps": 5}})
+    assert claim(config, {}, 5, OneRank())
+
+
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_model_that_no_run_of_this_project_wrote_is_not_written_over(folder, resume):
     folder.mkdir()

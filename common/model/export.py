@@ -12,12 +12,13 @@ from pathlib import Path
 import deepspeed
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.data.chat_template import ChatTemplate
 from common.failures import UserError, as_user_error, print_line, progress
 from common.files import INDEX, naming, sync_folder, weight_files, write_file
-from common.model.load import SAMPLES, built, generation_config, load_config, load_tokenizer, stored_names, text_config
+from common.model.load import NO_CODE, SAMPLES, built, generation_config, load_config, stored_names, text_config
 from common.model.packed import PackedModel
 from common.ranks import Ranks
 
@@ -145,9 +146,9 @@ def _begin(folder: Path, settings: dict[str, bytes]) -> None:
 
 def _read_back(template: ChatTemplate, folder: Path) -> None:
     """Raises ValueError where the folder's config or tokenizer is none that training could use, or another one."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)  # as whoever serves the model reads it
     try:
         load_config(str(folder))
-        tokenizer = load_tokenizer(str(folder))
     except UserError as error:
         raise ValueError(str(error)) from error
     for text in SAMPLES:

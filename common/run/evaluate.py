@@ -167,18 +167,15 @@ class Evaluation:
         return {"loss": means["train_loss"]} | {name: means[f"rewards/{name}"] for name in ("accuracy", "margin")}
 
     def keeps(self, step: int, loss: float) -> bool:
-        """Whether --keep_best keeps the checkpoint of `step`, after which `loss` was found. Collective.
-
-        It is compared with the one that is kept: a lower loss may be of other held-out data, or of a checkpoint that is
-        gone."""
+        """Whether --keep_best keeps the checkpoint of `step`, after which `loss` was found. Collective. What it has to
+        better is the kept one's: a lower loss may be of other held-out data, or of a checkpoint that is gone."""
+        entry = {"step": step, "loss": loss, "held_out": self.held_out and self.held_out.digest}
 
         def keep() -> bool:
-            assert self.held_out is not None
             kept = checkpoint.kept(self.config.output_dir)
-            is_comparable = kept.get("held_out") == self.held_out.digest
-            is_best = loss < (kept["loss"] if is_comparable else math.inf)
+            is_best = loss < (kept["loss"] if kept.get("held_out") == entry["held_out"] else math.inf)
             if is_best:
-                checkpoint.keep(self.config.output_dir, step=step, loss=loss, held_out=self.held_out.digest)
+                checkpoint.keep(self.config.output_dir, entry)
             return is_best
 
         return self.config.keep_best is not None and self.ranks.once(keep)

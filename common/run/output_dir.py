@@ -115,11 +115,16 @@ def require_no_other_run(config: TrainConfig, identity: dict, last_step: int) ->
 
 
 def _require_no_other_model(config: TrainConfig) -> None:
-    """Raises UserError if output_dir is a model that this run reads, or one that no run wrote."""
+    """Raises UserError if output_dir is a model that this run reads, or one that no run wrote; or if a model to be read
+    lies in the folder of an unfinished run, for it is that of the run before."""
     output_dir = Path(config.output_dir)
     for flag in ("model_name_or_path", "ref_model_name_or_path"):
-        if (read := getattr(config, flag, None)) and Path(read).resolve() == output_dir.resolve():
+        read = getattr(config, flag, None) or ""
+        if read and Path(read).resolve() == output_dir.resolve():
             raise UserError(f"--output_dir {output_dir} is --{flag}, which would be lost; name another folder")
+        record = read_run_config(read) if read else {}
+        if "identity" in record and "result" not in record:
+            raise UserError(f"--{flag} {read}: that run has not finished; the model there, if any, is an earlier one's")
     foreign = next(output_dir.glob("model*.safetensors*"), None)
     if foreign and not (output_dir / "run_config.json").is_file():
         raise UserError(f"--output_dir {output_dir}: no run of this project wrote {foreign.name}; name another folder")

@@ -54,10 +54,7 @@ def main(*argv: str) -> int:
     steps = range(checkpoint.step_of(before) + 1 if before else 1, given.step + 1)
     num_ranks = {round(logged[k]["tokens_per_second"] / logged[k]["per_device_tps"]) for k in steps if k in logged}
     if len(num_ranks) > 1:
-        numbers = " and ".join(map(str, sorted(num_ranks)))
-        raise UserError(
-            f"--step {given.step}: steps {steps[0]} to {steps[-1]} ran on {numbers} ranks; no run has its bits"
-        )
+        raise UserError(f"--step {given.step}: steps {steps[0]} to {steps[-1]} ran on {sorted(num_ranks)} ranks")
     return repeat(given.output_dir, record, logged[given.step], before, *num_ranks)
 
 

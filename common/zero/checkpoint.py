@@ -266,7 +266,7 @@ def shard_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 # ---------------------------------------------------------------------- keeping one
-def keep(output_dir: str, **entry) -> None:
+def keep(output_dir: str, entry: dict) -> None:
     """The checkpoint of entry["step"], written or about to be, stays beyond keep_last_n, in place of the one that did.
 
     Call it on one rank.
@@ -275,9 +275,10 @@ def keep(output_dir: str, **entry) -> None:
 
 
 def kept(output_dir: str) -> dict:
-    """What `keep` was last called with; {} if it was not."""
+    """What `keep` was last called with; {} if it was not. Raises UserError if that cannot be read."""
     path = Path(output_dir) / "checkpoints" / "kept.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    with as_user_error(f"{path} is not what a run wrote; delete it"):
+        return {**json.loads(path.read_text())} if path.is_file() else {}
 
 
 # ---------------------------------------------------------------------- finding
@@ -319,8 +320,9 @@ def clear_after(output_dir: str, step: int, resume: str) -> None:
         _set_aside(path, "damaged" if resume == "auto" else "abandoned", f"this run continues after step {step}")
     for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
-    if kept(output_dir).get("step", 0) > step:
-        (Path(output_dir) / "checkpoints" / "kept.json").unlink()
+    folder, step = Path(output_dir) / "checkpoints", kept(output_dir).get("step", 0)
+    if not (folder / f"step_{step:08d}" / "COMPLETE").is_file():
+        (folder / "kept.json").unlink(missing_ok=True)
 
 
 def _set_aside(path: Path, how: str, why: str) -> None:

@@ -47,9 +47,10 @@ def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state
         if budget < longest:
             raise UserError(f"--max_tokens_per_micro_batch {budget} is less than the {longest} tokens of {longest_at}")
     default = max(longest, 16384 if ranks.device.type == "cuda" else 4096)
-    drawn = np.random.RandomState(0).choice(lengths, (STEPS_DRAWN, config.global_batch_size))
+    batch = min(config.global_batch_size, len(lengths))
+    drawn = np.random.RandomState(0).choice(lengths, (STEPS_DRAWN, batch))
     steps = tuple((float(step.sum()) / ranks.world_size, int(step.max())) for step in drawn)
-    tokens_per_rank = float(lengths.mean()) * config.global_batch_size / ranks.world_size
+    tokens_per_rank = float(lengths.mean()) * batch / ranks.world_size
     return Workload(longest, tokens_per_rank, budget or default, budget > 0, residency, steps)
 
 
