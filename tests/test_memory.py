@@ -342,8 +342,9 @@ def test_a_containers_limit_counts_as_host_memory(tmp_path, limit, expected):
 def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
     def seen(longest, num_ranks, state, **flags):
         ranks = SimpleNamespace(device=torch.device("cpu"), world_size=num_ranks)
-        lengths = np.array([longest // 2, longest, 10])
-        return workload_of(SFTConfig(global_batch_size=8, **flags), lengths, "data.jsonl:2", state, ranks)
+        lengths = np.array([longest // 2, longest, 10] * 4)
+        config = SFTConfig(**{"global_batch_size": 8} | flags)
+        return workload_of(config, lengths, "data.jsonl:2", state, ranks)
 
     state = RunState(micro_batch_budget=700, world_size=4, residency="nothing")
     of_4, of_2 = (seen(100, num_ranks, state) for num_ranks in (4, 2))
@@ -354,6 +355,7 @@ def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
     assert seen(900, 4, state)[2:4] == (700, True)  # --share_prompt false: longer pairs
     assert seen(100, 4, state, max_tokens_per_micro_batch=300)[2:5] == (300, True, "nothing")
     assert seen(100, 4, RunState())[2:5] == (4096, False, "")
+    assert seen(100, 4, state, global_batch_size=10**9).tokens_per_rank == 12 * (160 / 3) / 4  # all that there are
     with pytest.raises(UserError, match=r"--max_tokens_per_micro_batch 300 .* 900 .* data.jsonl:2"):
         seen(900, 4, state, max_tokens_per_micro_batch=300)
 
