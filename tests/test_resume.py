@@ -209,9 +209,9 @@ def kill_in_a_file_operation(setting: Setting, method: str, rng: random.Random) 
     rerun_until_done(setting, method, output_dir, whole)
 
 
-def written_slowly(folder: Path, files) -> dict:
+def written_slowly(*arguments) -> dict:
     time.sleep(1)
-    return write_files(folder, files)
+    return write_files(*arguments)
 
 
 def kill_beside_a_write(setting: Setting, method: str, rng: random.Random) -> None:
@@ -575,10 +575,10 @@ def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
 def limited_rank(logs: str, script: str, words: list[str], num_bytes: int) -> None:
     """In a rank's process: from step 6's checkpoint on, the system refuses rank 1 larger files."""
 
-    def limited(folder, files):
+    def limited(folder, *arguments):
         if "step_00000006" in folder.name and os.environ["RANK"] == "1":
             resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
-        return write_files(folder, files)
+        return write_files(folder, *arguments)
 
     launch.run_script(logs, script, words, {"common.zero.checkpoint._write_files": limited})
 

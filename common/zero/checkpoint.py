@@ -155,7 +155,9 @@ class Writer:
         self.later = [lambda shards: self._publish(temporary, text, shards)]
         if self.config.export_at_checkpoints:
             self.later.append(lambda _: export(self.path, self.path / "model"))
-        self.stage = self.thread.submit(_write_files, temporary, files)
+        cores = len(os.sched_getaffinity(0)) // self.ranks.local_world_size
+        writers = max(1, min(WRITERS, cores - 1))  # one is left to the steps
+        self.stage = self.thread.submit(_write_files, temporary, files, writers)
         if self.copies is None:
             self.wait()
 
@@ -236,12 +238,12 @@ def _files(parameters: Parameters, ranks: Ranks) -> dict[str, dict[str, int]]:
     return files
 
 
-def _write_files(folder: Path, files: Iterable[tuple[str, dict[str, torch.Tensor]]]) -> dict[str, dict]:
-    """Writes files from their tensors, WRITERS at a time; their manifest entries by file name."""
+def _write_files(folder: Path, files: Iterable[tuple[str, dict[str, torch.Tensor]]], writers: int) -> dict[str, dict]:
+    """Writes files from their tensors, `writers` at a time; their manifest entries by file name."""
     written: dict[str, Future] = {}
-    with ThreadPoolExecutor(WRITERS) as pool:
+    with ThreadPoolExecutor(writers) as pool:
         for file, tensors in files:
-            for future in [*written.values()][: 1 - WRITERS]:
+            for future in [*written.values()][: len(written) + 1 - writers]:
                 future.result()
             written[file] = pool.submit(_write_tensors, folder / file, tensors)
         return {file: future.result() for file, future in written.items()}
