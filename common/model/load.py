@@ -178,9 +178,10 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
     has_state, uses_interface = is_stateful(text), getattr(model_class, "_supports_attention_backend", False)
     chunk, positions = values.get("attention_chunk_size"), getattr(text, "max_position_embeddings", longest)
     rope = values.get("rope_parameters") or {}
-    rope_types = {p.get("rope_type") for p in (rope, *rope.values()) if isinstance(p, dict)}
+    ropes = [p for p in (rope, *rope.values()) if isinstance(p, dict)]  # of all layers, or of the layers of each type
+    changing = [p for p in ropes if p.get("rope_type") in ("dynamic", "longrope")]
     is_beyond = not (rope or has_state) and positions < longest
-    original = rope.get("original_max_position_embeddings") or positions
+    original = min([p.get("original_max_position_embeddings") or positions for p in changing], default=longest)
     has_alibi = values.get("alibi") or values.get("position_embedding_type") == "alibi"
     refusals = [
         (not is_decoder, "is not a causal language model of transformers"),
@@ -191,7 +192,7 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
         *_refused_numbers(values),
         (has_alibi, "has ALiBi position biases"),
         (getattr(config, "quantization_config", None), "has quantized weights"),
-        (rope_types & {"dynamic", "longrope"} and longest > original, f"changes its RoPE above {original} tokens"),
+        (longest > original, f"changes its RoPE above {original} tokens"),
         (is_beyond, f"has {positions} positions, the longest sample {longest} tokens"),
     ]
     for is_refused, reason in refusals:
