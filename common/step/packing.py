@@ -157,10 +157,11 @@ def pack(samples: list[list[Document]], share_prompt: bool = False) -> MicroBatc
     """Lays the documents of each sample one after another into one row.
 
     With no samples the row is two tokens with no target: a rank that has nothing to do in a micro-batch still takes
-    part in every collective, by what was compiled for longer rows (a length of 1 is a case of its own).
+    part in every collective, by what was compiled for longer rows (a length of 1 is a case of its own). Not token 0,
+    often padding that is embedded as zeros, at which some models have no gradient.
     """
     documents = [doc for sample in samples for doc in sample]
-    documents = documents or [Document(np.zeros(2), 2, 0, np.arange(0), np.arange(0), [])]
+    documents = documents or [Document(np.full(2, 2), 2, 0, np.arange(0), np.arange(0), [])]
     parts = [(doc.stem, doc.chosen, len(doc.input_ids) - doc.stem - doc.chosen) for doc in documents]
     lengths = [sum(part) for part in parts]
     starts = np.cumsum([0, *lengths[:-1]])
