@@ -347,9 +347,8 @@ def config_of(model_type, **changes):
 NEEDS = {"gemma2": {WINDOWS, SOFT_CAP}, "gpt_oss": {WINDOWS, SINKS}}
 WINDOW_OF_SOME = dict(use_sliding_window=True, sliding_window=50, layer_types=["full_attention", "sliding_attention"])
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
-LONG_ROPE["original_max_position_embeddings"] = 64
-ROPES = {"full_attention": LONG_ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
+ROPES = {"sliding_attention": models.ROPE, "full_attention": LONG_ROPE | {"original_max_position_embeddings": 64}}
 POSITIONS = dict(n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 REFUSED = {
     "noise in the router": (lambda: config_of("phimoe"), "router_jitter_noise"),
@@ -363,7 +362,7 @@ REFUSED = {
     "several decoders": (lambda: config_of("musicgen"), "musicgen"),
     "ALiBi": (lambda: config_of("bloom", hidden_dropout=0.0, attention_dropout=0.0), "bloom"),
     "dynamic RoPE": (lambda: models.make_config(max_position_embeddings=64, rope_parameters=DYNAMIC_ROPE), "RoPE"),
-    "RoPE of one type of layers": (lambda: config_of("gemma3_text", head_dim=16, rope_parameters=ROPES), "RoPE above 64"),
+    "RoPE of some layers": (lambda: config_of("gemma3_text", head_dim=8, rope_parameters=ROPES), "above 64"),
     "small embedding": (lambda: models.make_config(vocab_size=200), "embedding only 200 rows"),
     "quantized": (lambda: models.make_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantized"),
 }

@@ -182,7 +182,6 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
     changing = [p for p in ropes if p.get("rope_type") in ("dynamic", "longrope")]
     is_beyond = not (rope or has_state) and positions < longest
     original = min([p.get("original_max_position_embeddings") or positions for p in changing], default=longest)
-    has_alibi = values.get("alibi") or values.get("position_embedding_type") == "alibi"
     refusals = [
         (not is_decoder, "is not a causal language model of transformers"),
         (getattr(model_class, "_is_stateful", False) and not has_state, "keeps state across samples"),
@@ -190,7 +189,7 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
         (unknown, f"has layers of type {unknown}"),
         (chunk, f"has attention chunks of {chunk} tokens"),
         *_refused_numbers(values),
-        (has_alibi, "has ALiBi position biases"),
+        (values.get("alibi") or values.get("position_embedding_type") == "alibi", "has ALiBi position biases"),
         (getattr(config, "quantization_config", None), "has quantized weights"),
         (longest > original, f"changes its RoPE above {original} tokens"),
         (is_beyond, f"has {positions} positions, the longest sample {longest} tokens"),

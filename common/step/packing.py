@@ -156,9 +156,8 @@ class MicroBatch:
 def pack(samples: list[list[Document]], share_prompt: bool = False) -> MicroBatch:
     """Lays the documents of each sample one after another into one row.
 
-    With no samples the row is two tokens with no target: a rank that has nothing to do in a micro-batch still takes
-    part in every collective, by what was compiled for longer rows (a length of 1 is a case of its own). Not token 0,
-    often padding that is embedded as zeros, at which some models have no gradient.
+    With no samples the row is two tokens without a target, for a rank's part in every collective: one token alone would
+    be compiled as a case of its own, and token 0 often is padding, embedded as zeros, where some have no gradient.
     """
     documents = [doc for sample in samples for doc in sample]
     documents = documents or [Document(np.full(2, 2), 2, 0, np.arange(0), np.arange(0), [])]
