@@ -126,6 +126,13 @@ def test_weights_that_are_not_there_are_named(tmp_path):
         files.weights_digest(str(tmp_path))
 
 
+def test_weights_that_never_end_are_named(tmp_path, endless_file):
+    models.make_config().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").symlink_to(endless_file)
+    with pytest.raises(UserError, match=r"model\.safetensors: neither"):
+        files.weights_digest(str(tmp_path))
+
+
 # ------------------------------------------------------------------ where it stands
 
 
