@@ -24,7 +24,7 @@ from common.model.export import export_model, export_settings
 from common.model.logprobs import sequence_logps
 from common.model.packed import model_inputs, verify_packed_model
 from common.ranks import start
-from common.run.agreement import agreed_identity
+from common.run.agreement import agreed_identity, environment, require_agreement
 from common.run.card import base_of
 from common.run.evaluate import Evaluation, largest, training_and_held_out
 from common.run.forecast import forecast
@@ -54,6 +54,7 @@ def main() -> None:
     preference = preference_loss(config)  # what the loss needs; settings that it has not are refused
     ds_config = deepspeed_config(config)
     ranks = start(config.collective_timeout_minutes)
+    require_agreement(lambda: environment(config, ds_config), ranks)  # of all hosts, before anything is read
     dtype = getattr(torch, config.dtype)
 
     # ------------------------------------------------------------------ data: rows -> text -> tokens, and their targets
@@ -92,7 +93,7 @@ def main() -> None:
     models = {"model_name_or_path": model_folder}
     models |= {"ref_model_name_or_path": reference_folder} if reference_folder is not None else {}
     digests = {"dataset_mixer": data.digest, "chat_template": template.digest}
-    identity = agreed_identity(config, ds_config, digests, tokenizer_folder, models, ranks)
+    identity = agreed_identity(config, digests, tokenizer_folder, models, ranks)
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
         return

@@ -20,7 +20,7 @@ from common.model.attention import resolve_kernel
 from common.model.export import export_model, export_settings
 from common.model.packed import model_inputs, verify_packed_model
 from common.ranks import start
-from common.run.agreement import agreed_identity
+from common.run.agreement import agreed_identity, environment, require_agreement
 from common.run.card import base_of
 from common.run.evaluate import Evaluation, largest, training_and_held_out
 from common.run.forecast import forecast
@@ -41,6 +41,7 @@ def main() -> None:
     config = parse_config(SFTConfig)
     ds_config = deepspeed_config(config)
     ranks = start(config.collective_timeout_minutes)
+    require_agreement(lambda: environment(config, ds_config), ranks)  # of all hosts, before anything is read
     dtype = getattr(torch, config.dtype)
 
     # ------------------------------------------------------------------ data: rows -> text -> tokens, and their targets
@@ -68,7 +69,7 @@ def main() -> None:
     # for a new one a state with step == 0 and no checkpoint. It refuses a folder that holds another run.
     models = {"model_name_or_path": model_folder}
     digests = {"dataset_mixer": data.digest, "chat_template": template.digest}
-    identity = agreed_identity(config, ds_config, digests, tokenizer_folder, models, ranks)
+    identity = agreed_identity(config, digests, tokenizer_folder, models, ranks)
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
         return

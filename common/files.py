@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import xxhash
 
-from common.failures import as_user_error
+from common.failures import as_user_error, named_file
 
 
 def digest(data: bytes) -> str:
@@ -22,7 +23,7 @@ def digest(data: bytes) -> str:
 def file_digest(path: Path) -> str:
     """As digest, of a file's contents, in bounded memory."""
     state = xxhash.xxh3_128()
-    with open(path, "rb") as file:
+    with open(named_file(path), "rb") as file:
         while block := file.read(2**24):
             state.update(block)
     return state.hexdigest()
@@ -75,7 +76,9 @@ def write_file(path: Path, blocks: Iterable) -> dict:
 
 def replace_file(path: Path, data: str | bytes) -> None:
     """Writes a whole file in one step: whoever reads it finds the old contents or the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # in a shared folder others may write it too
+    temporary = path.with_name(
+        f".{path.name}.{secrets.token_hex(4)}.tmp"
+    )  # others may write it too, containers with our pid
     write_file(temporary, [data.encode(errors="backslashreplace") if isinstance(data, str) else data])
     os.replace(temporary, path)
     sync_folder(path.parent)

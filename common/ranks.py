@@ -209,17 +209,15 @@ _joined: Ranks | None = None  # the group that this process is in
 
 
 def is_first_to_tell(text: str) -> bool:
-    """Whether no other rank has told this: what several ranks find out is told once. Before they have joined, the first
-    rank of each host tells."""
+    """Whether no other rank has told this: what several ranks find out is told once. Before they have joined, once on
+    each host."""
     is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-    if _joined is None:
-        return is_first_here
-    store = _joined.store
 
     def is_first() -> bool:
         try:
+            store = _joined.store if _joined else _file_store(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "told")
             return store.add(f"told {digest(text.encode())}", 1) == 1
-        except dist.DistError:  # the store has gone with rank 0
+        except (dist.DistError, UserError):  # the store has gone with rank 0, or there is no place for one
             return is_first_here
 
     return in_time(is_first, is_first_here)
@@ -244,23 +242,27 @@ def leave() -> None:
 
 
 def _find_store(world_size: int, is_one_host: bool, timeout: timedelta) -> dist.Store:
-    """Where the ranks of a launcher find each other's addresses. Raises UserError for a folder of somebody else's.
+    """Where the ranks of a launcher find each other's addresses: on one host in a file, so that nothing listens; across
+    hosts torch's TCPStore, which listens at MASTER_ADDR. Raises UserError where not all ranks come."""
+    if is_one_host:
+        return _file_store(world_size)
+    at = "the ranks of several hosts meet at MASTER_ADDR and MASTER_PORT of rank 0's"
+    with as_user_error(at, ValueError, dist.DistError):
+        return next(dist.rendezvous("env://", timeout=timeout))[0]
 
-    On one host a file that nobody else can read or write, so that nothing listens; across hosts torch's TCPStore, which
-    listens at MASTER_ADDR. The launcher is the parent of all ranks: its pid and the time of its start name the file.
-    """
-    if not is_one_host:
-        with as_user_error("the ranks of several hosts meet at MASTER_ADDR and MASTER_PORT of rank 0's", ValueError):
-            return next(dist.rendezvous("env://", timeout=timeout))[0]
+
+def _file_store(num_ranks: int, purpose: str = "") -> dist.Store:
+    """A file of this host's ranks that nobody else can read or write. The launcher is the parent of all of them: its
+    pid and the time of its start name the file. Raises UserError for a folder of somebody else's."""
     folder = Path(os.environ.get("TMPDIR", "/tmp"), f"plaintune-{os.getuid()}")
     with as_user_error(f"{folder}: must be a folder that is yours alone (mode 700)"):
         folder.mkdir(mode=0o700, exist_ok=True)
         if (found := folder.lstat()).st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
             raise PermissionError("it is not")
-    launcher = os.getppid() if world_size > 1 else os.getpid()
+    launcher = os.getppid() if num_ranks > 1 else os.getpid()
     started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.FileStore(str(folder / f"{launcher}-{started}-{restarts}"), world_size)
+    return dist.FileStore(str(folder / f"{launcher}-{started}-{restarts}{purpose}"), num_ranks)
 
 
 def _of_srun() -> dict[str, str]:

@@ -38,11 +38,24 @@ def copied(folder, source):
     return copy
 
 
-@pytest.mark.parametrize("what", ["learning_rate", "dataset_mixer", "model_name_or_path", "tokenizer"])
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [
+        ("learning_rate", "1e-3"),
+        ("dataset_mixer", None),
+        ("model_name_or_path", None),
+        ("tokenizer", None),
+        # Without the agreement on what is asked for, ranks would wait for one another in different places.
+        ("eval_holdout", "2"),
+        ("eval_dataset_mixer", "data"),
+        ("resume", "never"),
+    ],
+)
 def test_a_host_that_differs_is_named_with_what_differs_before_anything_is_trained(
-    run, tiny_llama, sft_data, tmp_path, what
+    run, tiny_llama, sft_data, tmp_path, what, value
 ):
     """In one value, one row, one bit of a weight."""
+    value = sft_data if value == "data" else value
     if what == "dataset_mixer":
         value = copied(tmp_path, sft_data)
         value.write_text("".join(sft_data.read_text().splitlines(keepends=True)[1:]))
@@ -50,8 +63,6 @@ def test_a_host_that_differs_is_named_with_what_differs_before_anything_is_train
         value = copied(tmp_path, tiny_llama)
         file = value / ("model.safetensors" if what == "model_name_or_path" else "tokenizer_config.json")
         file.write_bytes(file.read_bytes()[:-1] + b"\x01" if what == "model_name_or_path" else file.read_bytes() + b" ")
-    else:
-        value = 1e-3
     done = run("--model_name_or_path" if what == "tokenizer" else f"--{what}", value)
     error = done.refused(2)
     assert "rank 1" in error and what in error
@@ -79,13 +90,13 @@ OTHERS = {  # what differs -> of the module agreement: what is patched, and how
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_what_a_host_runs_is_compared(monkeypatch, tiny_llama, what):
+def test_what_a_host_runs_is_compared(monkeypatch, what):
     ds_config = {"zero_optimization": {"stage": 3}}
-    before = agreement.environment(SFTConfig(), ds_config, str(tiny_llama))
-    assert agreement.environment(SFTConfig(), ds_config, str(tiny_llama)) == before
+    before = agreement.environment(SFTConfig(), ds_config)
+    assert agreement.environment(SFTConfig(), ds_config) == before
     if OTHERS[what] is None:
         ds_config = {"zero_optimization": {"stage": 3, "overlap_comm": True}}
     else:
         monkeypatch.setattr(agreement, *OTHERS[what])
-    after = agreement.environment(SFTConfig(), ds_config, str(tiny_llama))
+    after = agreement.environment(SFTConfig(), ds_config)
     assert any(found.startswith(what) for found in agreement.differences(before, after))

@@ -190,12 +190,29 @@ def test_whatever_file_operation_fails_a_resume_finds_the_old_or_the_new_whole_c
     assert {*found_steps} == {9, 10}
 
 
-def test_a_folder_that_was_renamed_is_not_made_again(output_dir):
+@pytest.mark.parametrize("is_between_stages", [False, True])
+def test_a_folder_that_was_renamed_is_not_made_again(output_dir, is_between_stages):
+    """Between its stages a checkpoint without its shards would look complete there."""
     writer = make_writer(output_dir, 10)
+    writer.settings = {"config.json": b"{}"}
+    if is_between_stages:
+        writer.save(RunState(step=10))
+        writer.stage.result()
     output_dir.rename(output_dir.with_name("elsewhere"))
     with pytest.raises(OSError, match=r"\.step_00000010\.tmp"):
-        writer.save(RunState(step=10))
+        writer.wait() if is_between_stages else writer.save(RunState(step=10))
     assert not output_dir.exists()
+
+
+def test_a_checkpoint_that_is_a_link_is_deleted_as_a_link_and_nothing_of_it_is_in_the_way_later(output_dir, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    save(output_dir, 1).rename(elsewhere)
+    (output_dir / "checkpoints" / "step_00000001").symlink_to(elsewhere)
+    save(output_dir, 2, keep=1)
+    assert names(output_dir) == ["step_00000002"] and (elsewhere / "COMPLETE").is_file()
+    save(output_dir, 1)  # as after `--resume never`
+    save(output_dir, 3, keep=1)
+    assert names(output_dir) == ["step_00000003"]
 
 
 @pytest.mark.parametrize("how", ["crash", "power loss"])

@@ -126,6 +126,13 @@ def test_weights_that_are_not_there_are_named(tmp_path):
         files.weights_digest(str(tmp_path))
 
 
+def test_weights_that_never_end_are_named(tmp_path, endless_file):
+    models.make_config().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").symlink_to(endless_file)
+    with pytest.raises(UserError, match=r"model\.safetensors: neither"):
+        files.weights_digest(str(tmp_path))
+
+
 # ------------------------------------------------------------------ where it stands
 
 
@@ -172,7 +179,7 @@ def test_checkpoints_are_cleaned_only_once_the_result_is_written(folder, monkeyp
     config = config_of(folder, clean_checkpoints_at_end=True)
     path = save(folder, 9, {})
     finished(folder, {})
-    metrics = MetricsFile(str(folder), 9, OneRank())
+    metrics = MetricsFile(str(folder), RunState(step=9), OneRank())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_record, "model_card", lambda *_: "")
         patch.setattr(checkpoint, "delete_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -261,14 +268,27 @@ def records(*steps: int) -> str:
 def test_a_resumed_run_leaves_neither_gap_nor_double_and_a_torn_last_line_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(records(1, 2, 3) + '{"step": 4, "train_l')
-    metrics = MetricsFile(str(tmp_path), 2, OneRank())
+    metrics = MetricsFile(str(tmp_path), RunState(step=2), OneRank())
     assert metrics.last["step"] == 2
     metrics.append({"step": 3, "train_loss": 0.5})
     metrics.flush_to_disk()
     assert path.read_text() == records(1, 2, 3)
 
 
-@pytest.mark.parametrize("line", ["\0\0\0", "[13]", "{}", '{"step": "3"}', '{"step": 2}', "", '{"step": 3'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "\0\0\0",
+        "[13]",
+        "{}",
+        '{"step": "3"}',
+        '{"step": 2}',
+        "",
+        '{"step": 3',
+        '{"step": 3, "train_loss": null}',
+        '{"step": 3, "train_loss": 1, "eval/loss": "1"}',
+    ],
+)
 def test_any_other_line_that_is_no_next_record_is_refused_by_file_and_number(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     path.write_text(records(1, 2) + line + "\n" + records(5))
@@ -276,16 +296,35 @@ def test_any_other_line_that_is_no_next_record_is_refused_by_file_and_number(tmp
         read_metrics(path)
 
 
-@pytest.mark.parametrize("write", [lambda metrics: metrics.append({"step": 2}), MetricsFile.flush_to_disk])
+@pytest.mark.parametrize("left", [(1, 2), (1, 3), (), None])
+def test_records_that_are_missing_are_refused_and_a_file_that_is_gone_is_said(tmp_path, left):
+    path, state, ranks = tmp_path / "metrics.jsonl", RunState(), OneRank()
+    metrics = MetricsFile(str(tmp_path), state, ranks)
+    for state.step in (1, 2, 3):
+        metrics.append({"step": state.step, "train_loss": 0.5})
+    path.write_text(records(*left)) if left is not None else path.unlink()
+    if left is not None:
+        with pytest.raises(UserError, match=f"{path}: {3 - len(left)} of its 3 records"):
+            MetricsFile(str(tmp_path), state, ranks)
+    else:
+        MetricsFile(str(tmp_path), state, ranks)
+        assert f"{path}: 3 of its 3 records" in ranks.said[-1]
+        MetricsFile(str(tmp_path), state, ranks)
+        assert len(ranks.said) == 1
+
+
+@pytest.mark.parametrize(
+    "write", [lambda metrics: metrics.append({"step": 2, "train_loss": 1}), MetricsFile.flush_to_disk]
+)
 @pytest.mark.parametrize("is_made_again", [False, True])
 def test_a_folder_that_is_gone_during_a_run_ends_it_at_the_next_write(folder, write, is_made_again):
     folder.mkdir()
-    metrics = MetricsFile(str(folder), 0, OneRank())
-    metrics.append({"step": 1})
+    metrics = MetricsFile(str(folder), RunState(), OneRank())
+    metrics.append({"step": 1, "train_loss": 1})
     folder.rename(folder.with_name("other"))
     if is_made_again:
         folder.mkdir()
-        MetricsFile(str(folder), 0, OneRank())
+        MetricsFile(str(folder), RunState(), OneRank())
     with pytest.raises(OSError) as e:
         write(metrics)
     assert explained(e.value).EXIT_CODE == 3 and f"{folder}/metrics.jsonl" in str(explained(e.value))

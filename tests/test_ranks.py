@@ -83,6 +83,27 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once(name, how, culprit):
     assert said in done.stderr
 
 
+def fails_before_it_joins(logs: str, culprits: list[int], error: Exception) -> None:
+    """In a rank's process; ranks other than the culprits end well."""
+
+    def main() -> None:
+        if int(os.environ["RANK"]) in culprits:
+            raise error
+
+    main_with_exit_codes(main)()
+
+
+@pytest.mark.parametrize("name", ERRORS)
+@pytest.mark.parametrize("culprits", [[1], [0, 1, 2]])
+def test_an_error_before_the_ranks_have_joined_is_told_once_whichever_rank_has_it(name, culprits):
+    """As of a rank that has no GPU of its own; or a mistake, which all of them find."""
+    error, code, said = ERRORS[name]
+    done = launch.Run(fails_before_it_joins, 3, (culprits, error)).wait(30)
+    assert done.exit_codes == [code * (rank in culprits) for rank in range(3)]
+    assert done.stderr.count("error: ") == (code > 1) and done.stderr.count("Traceback") == (code == 1)
+    assert said in done.stderr
+
+
 @pytest.mark.parametrize("mode", [0o755, 0o777, None])
 def test_ranks_meet_in_a_folder_that_nobody_else_can_read_or_write(tmp_path, monkeypatch, mode):
     """None: somebody else has put a link there."""

@@ -195,8 +195,10 @@ def test_a_damaged_part_is_not_used(cache):
         edited = content[:-3] + bytes([content[-3] ^ 0x10]) + content[-2:]
         spoilt.write_bytes({"torn": content[:-20], "edited": edited, "empty": b""}.get(damage, os.urandom(300)))
         if damage == "half-written":
-            spoilt.rename(spoilt.with_name(f".{spoilt.name}.123.tmp"))
+            left = spoilt.rename(spoilt.with_name(f".{spoilt.name}.123.tmp"))
+            os.utime(left, (0, 0))
         read = run_reference._read_parts(spoilt.parent, str(cache))
+        assert not list(spoilt.parent.glob(".*")), "what a kill left is swept up"
         assert {*parts(cache)} == whole and len(read) == len(whole)
         expected = {i for path in whole for i in read_part(path)[0].tolist()}
         assert {i for pairs, _ in read for i in pairs.tolist()} == expected

@@ -88,6 +88,7 @@ def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int
     if output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"{output_dir} is not empty; name another folder")
     temporary = output_dir / ".export"
+    output_dir.mkdir(parents=True, exist_ok=True)
     _begin(temporary, settings)
     for file, names in layout.items():
         stored: dict[str, torch.Tensor] = {}
@@ -138,6 +139,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 def _begin(folder: Path, settings: dict[str, bytes]) -> None:
     """Makes the folder of an export anew, with all but its weights."""
     shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()  # not its parents: a run whose folder was deleted or renamed ends here
     for name, data in settings.items():
         if name not in (LAYOUT, BUFFERS):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import platform
 import re
 import socket
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,16 +27,25 @@ def run_identity(config: TrainConfig, contents: dict[str, str]) -> dict:
 
 
 def agreed_identity(
-    config: TrainConfig, ds_config: dict, digests: dict[str, str], tokenizer: str, models: dict[str, str], ranks: Ranks
+    config: TrainConfig, digests: dict[str, str], tokenizer: str, models: dict[str, str], ranks: Ranks
 ) -> dict:
-    """run_identity, once all ranks were found to agree on it and on what else decides a step. Collective.
+    """run_identity, once all ranks were found to agree on it. Collective.
 
     digests: of data and template, models: folders, by the flags that name them; tokenizer: its folder. Raises
-    UserError with a rank that differs and in what: a flag, a digest, a weight, the ds_config, code, or a library.
+    UserError with a rank that differs and in what: a value, a digest, a weight, or the tokenizer.
     """
     weights = ranks.once_per_node(lambda: {name: weights_digest(folder) for name, folder in models.items()})
     identity = run_identity(config, digests | weights)
-    views = ranks.gather(lambda: (socket.gethostname(), identity | environment(config, ds_config, tokenizer)))
+    files = sorted(path for path in Path(tokenizer).iterdir() if TOKENIZER_FILE.fullmatch(path.name))
+    require_agreement(lambda: identity | {"the tokenizer's files": files_digest(files)}, ranks)
+    if warning := clocks_apart(dict(ranks.gather(lambda: (socket.gethostname(), time.time())))):
+        ranks.say(warning)
+    return identity
+
+
+def require_agreement(view: Callable[[], dict], ranks: Ranks) -> None:
+    """Raises UserError with a rank whose view, values by name, is not rank 0's, and in what it differs. Collective."""
+    views = ranks.gather(lambda: (socket.gethostname(), view()))
 
     def compare() -> None:
         for rank, (host, theirs) in enumerate(views):
@@ -43,9 +53,6 @@ def agreed_identity(
                 raise UserError(f"rank {rank} ({host}) differs from rank 0 ({views[0][0]}) in {'; '.join(found)}")
 
     ranks.once(compare)  # so that it is told once
-    if warning := clocks_apart(dict(ranks.gather(lambda: (socket.gethostname(), time.time())))):
-        ranks.say(warning)
-    return identity
 
 
 def clocks_apart(clocks: dict[str, float]) -> str:
@@ -56,18 +63,25 @@ def clocks_apart(clocks: dict[str, float]) -> str:
     return f"warning: {what}; times in logs and files do not agree" if apart > CLOCKS_APART else ""
 
 
-def environment(config: TrainConfig, ds_config: dict, tokenizer_folder: str) -> dict:
-    """What has to be the same on every host besides a run's identity, by name. A path may differ from host to host."""
-    fields = dataclasses.fields(config)
-    view = {field.name: getattr(config, field.name) for field in fields if not field.metadata["is_path"]}
-    tokenizer = sorted(path for path in Path(tokenizer_folder).iterdir() if TOKENIZER_FILE.fullmatch(path.name))
+def environment(config: TrainConfig, ds_config: dict) -> dict:
+    """What has to be the same on every host before anything is read: ranks that were asked for different things would
+    wait for one another. By name. A path may differ from host to host, but not whether there is one."""
+    view = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        is_free = field.metadata["is_path"] and value and value not in ("auto", "never")
+        view[field.name] = "given" if is_free else value
     project = Path(__file__).parents[2]
-    code = [*sorted(project.glob("train_*.py")), *sorted(project.glob("common/**/*.py"))]
-    for name, files in (("the tokenizer's files", tokenizer), ("this project's code", code)):
-        view[name] = digest(json.dumps([(path.name, file_digest(path)) for path in files]).encode())
+    view["this project's code"] = files_digest(
+        [*sorted(project.glob("train_*.py")), *sorted(project.glob("common/**/*.py"))]
+    )
     view["ds_config (contents)"] = json.dumps(ds_config, sort_keys=True)
     view["python"] = platform.python_version()
     return view | {f"version of {package}": version(package) for package in PACKAGES}
+
+
+def files_digest(files: list[Path]) -> str:
+    return digest(json.dumps([(path.name, file_digest(path)) for path in files]).encode())
 
 
 def differences(ours: dict, theirs: dict) -> list[str]:

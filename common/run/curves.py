@@ -38,6 +38,9 @@ def read_metrics(path: Path) -> list[dict]:
             record = json.loads(line)
             if record["step"] <= (records[-1]["step"] if records else 0):
                 raise ValueError(f"step {record['step']} does not come after the one before")
+            types = {type(value) for value in record.values()}
+            if "train_loss" not in record or types - {int, float} or type(record["step"]) is float:
+                raise ValueError("it has no train_loss, or a value that is no number")
         records.append(record)
     return records
 

@@ -59,7 +59,7 @@ def training_and_held_out(
     if mixer:
         held_out = read(dataclasses.replace(config, dataset_mixer=mixer))
         if len({*ranks.gather(lambda: held_out.digest)}) > 1:  # ranks with other plans would wait for one another
-            raise UserError(f"--eval_dataset_mixer {' '.join(mixer)}: is not the same on all hosts")
+            raise UserError("--eval_dataset_mixer: its rows are not the same on all hosts")
     return data, held_out
 
 

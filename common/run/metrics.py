@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from common.failures import UserError
 from common.files import naming, replace_file
 from common.model.experts import part_met
 from common.ranks import Ranks
@@ -117,22 +118,31 @@ def _clock(seconds: float) -> str:
 class MetricsFile:
     """metrics.jsonl: one JSON object a logged step. Every rank holds one; rank 0's writes."""
 
-    def __init__(self, output_dir: str, step: int, ranks: Ranks, trackers: Trackers | None = None):
-        """Keeps the records of steps up to `step`, so that a resumed run leaves neither gap nor double. Collective."""
-        self.path, self.ranks, self.trackers = Path(output_dir) / "metrics.jsonl", ranks, trackers
+    def __init__(self, output_dir: str, state: RunState, ranks: Ranks, trackers: Trackers | None = None):
+        """Keeps the records up to `state.step`, so that a resumed run leaves neither gap nor double; state.num_records
+        is from here on their number. Collective. Raises UserError where some are missing; that all are is said."""
+        self.path, self.state, self.ranks = Path(output_dir) / "metrics.jsonl", state, ranks
+        self.trackers = trackers
 
-        def keep() -> tuple[list[dict], list[float]]:
-            kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+        def keep() -> tuple[list[dict], int, list[float]]:
+            is_there = self.path.is_file()
+            kept = [record for record in read_metrics(self.path) if record["step"] <= state.step]
+            if (num_lost := state.num_records - len(kept)) > 0:
+                lost = f"{self.path}: {num_lost} of its {state.num_records} records up to step {state.step} are missing"
+                if is_there:
+                    raise UserError(f"{lost}; put them back, or move the file away to go on without those before")
+                ranks.say(f"warning: {lost}: the run goes on without")
             replace_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             self.file = open(self.path, "a", encoding="utf-8")
-            return kept[-1:], [record["eval/loss"] for record in kept if "eval/loss" in record]
+            return kept[-1:], len(kept), [record["eval/loss"] for record in kept if "eval/loss" in record]
 
-        newest, self.eval_losses = ranks.gather(lambda: keep() if ranks.is_main else None)[0]
+        newest, state.num_records, self.eval_losses = ranks.gather(lambda: keep() if ranks.is_main else None)[0]
         self.last = newest[0] if newest else None  # the newest record
 
     def append(self, record: dict) -> None:
         """Collective: where rank 0 cannot write, every rank raises its OSError, before the next update."""
         self.last = record
+        self.state.num_records += 1
         self.eval_losses += [record["eval/loss"]] if "eval/loss" in record else []
         self.ranks.gather(lambda: self._write(json.dumps(record) + "\n") if self.ranks.is_main else None)
         if self.trackers is not None:

@@ -97,11 +97,14 @@ def _require_one_folder(output_dir: str, ranks: Ranks) -> None:
         return False
 
     seen = ranks.on_all(lambda: (socket.gethostname(), ranks.is_main or is_seen()))
-    if missing := [f"rank {rank} ({host})" for rank, (host, is_there) in enumerate(seen) if not is_there]:
-        raise UserError(
-            f"--output_dir {output_dir} is not the folder that rank 0 ({seen[0][0]}) sees for {', '.join(missing)}; "
-            f"every host writes checkpoints to it: it must be on a file system that they share"
-        )
+
+    def compare() -> None:
+        if missing := [f"rank {rank} ({host})" for rank, (host, is_there) in enumerate(seen) if not is_there]:
+            whose = f"the folder that rank 0 ({seen[0][0]}) sees for {', '.join(missing)}"
+            advice = "every host writes checkpoints to it: it must be on a file system that they share"
+            raise UserError(f"--output_dir {output_dir} is not {whose}; {advice}")
+
+    ranks.once(compare)  # so that it is told once, whatever path each host has
 
 
 def require_no_other_run(config: TrainConfig, identity: dict, last_step: int) -> None:
@@ -215,6 +218,8 @@ def open_output_dir(
         parameters = dict(policy.lm.named_parameters())
         checkpoint.require_disk_space(parameters, config.output_dir, *num_on_disk(config, schedule))
         checkpoint.clear_after(config.output_dir, state.step, config.resume)
+        for path in Path(config.output_dir).glob(".*.tmp"):  # of a run that was killed
+            path.unlink()
         before = read_run_config(config.output_dir) if state.step else {}
         resumes = [step for step in before.get("resumed_after", []) if step < state.step] + [state.step]
         record["resumed_after"] = resumes if state.step else []
@@ -223,7 +228,7 @@ def open_output_dir(
 
     ranks.once(begin)
     trackers = Trackers(config, record.get("run_id", ""), state.step, ranks)
-    return MetricsFile(config.output_dir, state.step, ranks, trackers)
+    return MetricsFile(config.output_dir, state, ranks, trackers)
 
 
 def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsFile, table: str, ranks: Ranks) -> None:
@@ -232,6 +237,7 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
 
     table: of the data, for the model card.
     """
+    metrics.flush_to_disk()  # it is still the run's own folder that the model was written to
     # What each rank has counted and read by itself.
     is_early = has_stalled(metrics.eval_losses, config.early_stopping_patience)
     agreement = ranks.gather(lambda: [state.step, state.samples, state.target_tokens, record["identity"]])

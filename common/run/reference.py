@@ -33,6 +33,7 @@ from common.step.packing import pack, pair_documents, pair_lengths, sft_document
 from common.zero.engine import out_of_memory_explained
 
 PAIRS_PER_PART = 256
+ABANDONED = 3600  # seconds after which nobody writes a temporary file any more
 LIBRARIES = ("torch", "transformers", "flash-attn", "flash-attn-4")
 
 
@@ -110,6 +111,9 @@ def _read_parts(folder: Path, cache_dir: str) -> list[tuple[np.ndarray, np.ndarr
     parts = []
     with as_user_error(f"--cache_dir {cache_dir} cannot be used", OSError):
         folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob(".part_*.tmp"):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink(missing_ok=True)
         for path in sorted(folder.glob("part_*.safetensors")):
             try:
                 with safe_open(path, framework="np") as file:

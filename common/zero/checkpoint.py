@@ -64,6 +64,7 @@ class RunState:
     samples: int = 0  # samples (pairs) taken
     total_tokens: int = 0  # tokens run
     target_tokens: int = 0  # tokens trained on
+    num_records: int = 0  # in metrics.jsonl
     micro_batch_budget: int = 0  # tokens that a micro-batch may hold
     world_size: int = 0
     residency: str = ""  # what stayed whole during a step, which says how gradients are summed
@@ -178,7 +179,8 @@ class Writer:
         files = {file: entry for shard in shards for file, entry in shard.items()}
         small = {"state.json": state.encode()} | {f"settings/{file}": data for file, data in self.settings.items()}
         for name, data in small.items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            if name != "state.json":  # which is the first, and fails where output_dir is another folder by now
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             files[name] = write_file(temporary / name, [data])
         shapes = {name: list(p.ds_shape) for name, p in self.parameters.items()}
         manifest = {"world_size": self.ranks.world_size, "files": files, "parameters": shapes}
@@ -297,10 +299,17 @@ def step_of(path: Path) -> int:
 def _delete(path: Path) -> None:
     """No checkpoint ever looks whole while it is being deleted."""
     old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     os.rename(path, old)
     sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)  # what is left, the next run removes
+    _remove(old)  # what is left, the next run removes
+
+
+def _remove(path: Path) -> None:
+    """A folder, or a link to one, which stays; what cannot be removed is left."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def delete_all(output_dir: str, why: str) -> None:
@@ -321,7 +330,9 @@ def clear_after(output_dir: str, step: int, resume: str) -> None:
     for path in [path for path in newest_first(output_dir) if step_of(path) > step]:
         _set_aside(path, "damaged" if resume == "auto" else "abandoned", f"this run continues after step {step}")
     for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
+    for path in (Path(output_dir) / "checkpoints").glob(".kept.json.*"):
+        path.unlink()
     folder, step = Path(output_dir) / "checkpoints", kept(output_dir).get("step", 0)
     if not (folder / f"step_{step:08d}" / "COMPLETE").is_file():
         (folder / "kept.json").unlink(missing_ok=True)
@@ -443,7 +454,7 @@ def _take_counters(state: RunState, path: Path, damaged: Path, ranks: Ranks) -> 
         if getattr(planned, name) != getattr(found, name):
             ranks.once(lambda: _set_aside(damaged, "damaged", "it is not whole"))
             raise UserError(f"checkpoint {damaged} is damaged, and {path.name} is of another {name}: run this again")
-    for name in ("step", "samples", "total_tokens", "target_tokens"):
+    for name in ("step", "samples", "total_tokens", "target_tokens", "num_records"):
         setattr(state, name, getattr(found, name))
 
 
