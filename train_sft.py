@@ -130,24 +130,24 @@ def main() -> None:
         learning_rate = schedule.learning_rate(step)
         set_learning_rate(engine, learning_rate)
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
-        balances = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        router_losses = torch.zeros((), dtype=torch.float64, device=ranks.device)
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, micro_batch in enumerate(micro_batches):
                 size.tokens = micro_batch.num_tokens
                 inputs = model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
-                logps, balance = engine(**inputs)  # of its target tokens; of routers, 0 unless asked for
+                logps, imbalance = engine(**inputs)  # of its target tokens; of routers, 0 unless asked for
                 loss = -logps.sum()
-                balance = config.router_aux_loss_coef * balance / len(samples)
+                router_loss = config.router_aux_loss_coef * imbalance / len(samples)  # its share of the step's
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
                 # DeepSpeed averages gradients over ranks.
-                engine.backward(loss * ranks.world_size / num_targets + balance * ranks.world_size)
-                balances += balance.detach()
+                engine.backward(loss * ranks.world_size / num_targets + router_loss * ranks.world_size)
+                router_losses += router_loss.detach()
                 losses[m] = loss.detach()
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
         sizes = [sum(row.num_tokens for row in micro_batches), sum(row.sum_squared_lengths for row in micro_batches)]
         votes = writer.vote(), *stop_request.votes()
-        sums = ranks.sum([losses.sum().item(), balances.item(), *sizes, *votes])
-        nll, router_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = sums
+        sums = ranks.sum([losses.sum().item(), router_losses.item(), *sizes, *votes])
+        nll, router_aux_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = sums
         writer.proceed(written)
         train_loss = nll / num_targets
         if not math.isfinite(train_loss):
@@ -163,7 +163,7 @@ def main() -> None:
         state.finish_step(len(samples), int(all_tokens), num_targets)
         computed = {"train_loss": train_loss, "learning_rate": learning_rate}
         computed["grad_norm"] = float(engine.get_global_grad_norm())  # before clipping
-        computed |= {"router_aux_loss": router_loss} if config.router_aux_loss_coef else {}
+        computed |= {"router_aux_loss": router_aux_loss} if config.router_aux_loss_coef else {}
         step_record = meter.record(state, computed, int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         is_evaluated = evaluation.is_due(state.step)
         if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
