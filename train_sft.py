@@ -17,7 +17,7 @@ from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel
-from common.model.export import export_model, export_settings
+from common.model.export import export_model, export_settings, stored_layout
 from common.model.packed import model_inputs, verify_packed_model
 from common.ranks import start
 from common.run.agreement import agreed_identity
@@ -84,10 +84,11 @@ def main() -> None:
     ranks.say(as_text(plan_rows(config, estimate, workload, schedule, evaluation, planned, ranks)))
 
     # ------------------------------------------------------------------ model and engine
+    settings = ranks.once(lambda: export_settings(model_config, dtype, template, model_folder))  # of the export
     ranks.say(f"loading {model_folder}")
     host = memory.reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
-    settings = ranks.once(lambda: export_settings(policy.lm, template, model_folder))  # its small files
+    settings |= ranks.once(lambda: stored_layout(policy.lm))
     engine = build_engine(policy, config, ds_config, host)
     verify_packed_model(engine, kernel, ranks)
     if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):

@@ -30,6 +30,7 @@ import torch
 from faults import Disk
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
+from test_model import settings_of
 from test_ranks import check_that_nothing_listens_beyond_this_host
 
 from common import files
@@ -387,7 +388,7 @@ def exported_both_ways(root: str, words: list[str]) -> list[dict[str, bytes]]:
     template = resolve_template("tulu", model.load_tokenizer(folder))
     writer = checkpoint.Writer(built, dict(policy.lm.named_parameters()), settings, ranks)
     ranks.once(lambda: writer.folder.mkdir(parents=True))
-    writer.settings = ranks.once(lambda: model_export.export_settings(policy.lm, template, folder))
+    writer.settings = ranks.once(lambda: settings_of(policy.lm, template, folder))
     writer.save(checkpoint.RunState(step=7))
     writer.wait()
     model_export.export_model(policy, settings.output_dir, writer.settings, ranks)
