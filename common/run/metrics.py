@@ -117,15 +117,17 @@ def _clock(seconds: float) -> str:
 class MetricsFile:
     """metrics.jsonl: one JSON object a logged step. Every rank holds one; rank 0's writes."""
 
-    def __init__(self, output_dir: str, step: int, ranks: Ranks, trackers: Trackers | None = None):
-        """Keeps the records of steps up to `step`, so that a resumed run leaves neither gap nor double. Collective."""
+    def __init__(self, output_dir: str, step: int, ranks: Ranks, trackers: Trackers | None = None, since: int = 0):
+        """Keeps the records of steps up to `step`, so that a resumed run leaves neither gap nor double. Collective.
+        since: the step after which `eval_losses` begin."""
         self.path, self.ranks, self.trackers = Path(output_dir) / "metrics.jsonl", ranks, trackers
 
         def keep() -> tuple[list[dict], list[float]]:
             kept = [record for record in read_metrics(self.path) if record["step"] <= step]
             replace_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             self.file = open(self.path, "a", encoding="utf-8")
-            return kept[-1:], [record["eval/loss"] for record in kept if "eval/loss" in record]
+            evaluated = [record for record in kept if "eval/loss" in record and record["step"] > since]
+            return kept[-1:], [record["eval/loss"] for record in evaluated]
 
         newest, self.eval_losses = ranks.gather(lambda: keep() if ranks.is_main else None)[0]
         self.last = newest[0] if newest else None  # the newest record

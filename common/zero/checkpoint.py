@@ -138,7 +138,7 @@ class Writer:
 
         Where host memory has no room for a copy, returns when it is written. Raises OSError, on every rank.
         """
-        self.path = self.folder / f"step_{state.step:08d}"
+        self.path = path_of(self.config.output_dir, state.step)
         temporary, text = self.path.with_name(f".{self.path.name}.tmp"), json.dumps(asdict(state), indent=2)
 
         def prepare() -> None:
@@ -273,14 +273,18 @@ def keep(output_dir: str, entry: dict) -> None:
 
     Call it on one rank.
     """
-    replace_file(Path(output_dir) / "checkpoints" / "kept.json", json.dumps(entry))
+    replace_file(_kept_file(output_dir), json.dumps(entry))
 
 
 def kept(output_dir: str) -> dict:
     """What `keep` was last called with; {} if it was not. Raises UserError if that cannot be read."""
-    path = Path(output_dir) / "checkpoints" / "kept.json"
+    path = _kept_file(output_dir)
     with as_user_error(f"{path} is not what a run wrote; delete it"):
         return {**json.loads(path.read_text())} if path.is_file() else {}
+
+
+def _kept_file(output_dir: str) -> Path:
+    return Path(output_dir) / "checkpoints" / "kept.json"
 
 
 # ---------------------------------------------------------------------- finding
@@ -292,6 +296,10 @@ def newest_first(output_dir: str) -> list[Path]:
 
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
+
+
+def path_of(output_dir: str, step: int) -> Path:
+    return Path(output_dir) / "checkpoints" / f"step_{step:08d}"
 
 
 def _delete(path: Path) -> None:
@@ -322,9 +330,8 @@ def clear_after(output_dir: str, step: int, resume: str) -> None:
         _set_aside(path, "damaged" if resume == "auto" else "abandoned", f"this run continues after step {step}")
     for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
-    folder, step = Path(output_dir) / "checkpoints", kept(output_dir).get("step", 0)
-    if not (folder / f"step_{step:08d}" / "COMPLETE").is_file():
-        (folder / "kept.json").unlink(missing_ok=True)
+    if not (path_of(output_dir, kept(output_dir).get("step", 0)) / "COMPLETE").is_file():
+        _kept_file(output_dir).unlink(missing_ok=True)
 
 
 def _set_aside(path: Path, how: str, why: str) -> None:
