@@ -149,8 +149,7 @@ def main() -> None:
     resolved |= {"evaluation": evaluation.record, "planned": planned}
     record = record_of("DPO", config, identity, state, policy, ranks, **resolved, reference_cache=cached_in)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
-    writer = checkpoint.Writer(engine, parameters, config, ranks)
-    writer.settings = settings
+    writer = checkpoint.Writer(engine, parameters, config, ranks, settings)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 

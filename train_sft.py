@@ -106,8 +106,7 @@ def main() -> None:
     resolved |= {"evaluation": evaluation.record, "planned": planned}
     record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
-    writer = checkpoint.Writer(engine, parameters, config, ranks)
-    writer.settings = settings
+    writer = checkpoint.Writer(engine, parameters, config, ranks, settings)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 

@@ -28,6 +28,10 @@ def file_digest(path: Path) -> str:
     return state.hexdigest()
 
 
+def json_digest(value) -> str:
+    return digest(json.dumps(value, sort_keys=True).encode())
+
+
 def unique_names(pairs: list[tuple[str, object]]) -> dict:
     """json.loads' object_pairs_hook for which a name that comes twice is a ValueError."""
     if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from common.data.tokens import PreferencePair, SFTSample
 from common.failures import UserError
-from common.files import digest, file_digest
+from common.files import file_digest, json_digest
 
 # What the files hold. tokens and marks lie end to end, sample after sample. marks of a conversation: its trained spans;
 # of a pair: tokens of the prompt, of the rest of chosen, of the rest of rejected, chosen_start, rejected_start.
@@ -116,7 +116,3 @@ def flattened(sample: SFTSample | PreferencePair) -> tuple[np.ndarray, np.ndarra
     *sides, start, other_start = sample
     lengths = [len(ids) for ids in sides]
     return np.concatenate(sides), [*lengths, start, other_start], sum(lengths[1:]) - start - other_start
-
-
-def json_digest(value) -> str:
-    return digest(json.dumps(value, sort_keys=True).encode())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.config import TrainConfig, identity_values
 from common.failures import UserError, shown
-from common.files import digest, file_digest, weights_digest
+from common.files import file_digest, json_digest, weights_digest
 from common.ranks import Ranks
 from common.run.output_dir import PACKAGES
 
@@ -64,7 +64,7 @@ def environment(config: TrainConfig, ds_config: dict, tokenizer_folder: str) -> 
     project = Path(__file__).parents[2]
     code = [*sorted(project.glob("train_*.py")), *sorted(project.glob("common/**/*.py"))]
     for name, files in (("the tokenizer's files", tokenizer), ("this project's code", code)):
-        view[name] = digest(json.dumps([(path.name, file_digest(path)) for path in files]).encode())
+        view[name] = json_digest([(path.name, file_digest(path)) for path in files])
     view["ds_config (contents)"] = json.dumps(ds_config, sort_keys=True)
     view["python"] = platform.python_version()
     return view | {f"version of {package}": version(package) for package in PACKAGES}

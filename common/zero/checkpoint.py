@@ -108,7 +108,8 @@ class Writer:
     their main threads, that the one before is done everywhere. The threads take part in no collective.
     """
 
-    def __init__(self, engine, parameters: Parameters, config: TrainConfig, ranks: Ranks):
+    def __init__(self, engine, parameters: Parameters, config: TrainConfig, ranks: Ranks, settings: dict | None = None):
+        """settings: files, by name, that exports of its checkpoints need besides weights."""
         self.engine, self.parameters, self.config, self.ranks = engine, parameters, config, ranks
         self.folder = Path(config.output_dir) / "checkpoints"
         self.thread = ThreadPoolExecutor(1)
@@ -116,7 +117,7 @@ class Writer:
         self.stage: Future | None = None  # that it is in
         self.later: list[Callable[[list], object]] = []  # its further stages, given what the last one's ranks returned
         self.files = _files(parameters, ranks)
-        self.settings: dict[str, bytes] = {}  # files that exports of its checkpoints need besides weights
+        self.settings: dict[str, bytes] = settings or {}
         self.copies = self._reserve()
 
     def _reserve(self) -> dict[str, torch.Tensor] | None:
