@@ -91,12 +91,6 @@ def test_what_a_run_would_refuse_is_shown_and_refused(tmp_path, flags, capsys):
     assert "[[so.<eos>]]" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("words, named", [([], "sft|dpo"), (["sfd"], "sft|dpo"), (["sft", "--show", "x"], "--show")])
-def test_a_mistake_in_the_command_is_named(words, named, capsys):
-    with pytest.raises(UserError, match=re.escape(named)):
-        main(*words)
-
-
 def test_a_file_whose_name_is_no_utf_8_is_read_and_shown(tmp_path, flags):
     """In a process of its own, through the command line."""
     data = os.fsencode(tmp_path) + b"/x\xff.jsonl"

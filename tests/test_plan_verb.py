@@ -148,21 +148,6 @@ def test_what_is_wrong_is_warned_of(changes, named, no_weights, sft_data, tmp_pa
     assert (named in " ".join(warned)) if named else warned == []
 
 
-@pytest.mark.parametrize(
-    "words, named",
-    [
-        ([], "sft|dpo"),
-        (["sft", "--gpu", "h1000"], "--gpu"),
-        (["sft", "0"], "N is"),
-        (["sft", "--mfu", "40"], "--mfu"),
-        (["sft", "--lerning_rate", "1"], "--learning_rate"),
-    ],
-)
-def test_a_mistake_in_the_command_is_named(words, named):
-    with pytest.raises(UserError, match=re.escape(named)):
-        main(*words)
-
-
 def test_more_than_eight_gpus_are_several_hosts():
     card, peak, _ = Machine(16, "h200", 800).card()
     assert card.spans_hosts and card.host_free == 100e9 and peak == 989e12 and len(CARDS) == 4
