@@ -110,11 +110,3 @@ def test_logits_exist_a_chunk_at_a_time(monkeypatch):
     hidden, targets = torch.randn(30, HIDDEN, requires_grad=True), torch.zeros(30, dtype=torch.int64)
     LogProbHead(projection(False))(hidden, targets).sum().backward()
     assert max(rows) == 4 and sum(rows) == 2 * 30
-
-
-def test_head_without_targets_is_the_projection_and_keeps_its_names():
-    linear = projection(True)
-    head, hidden = LogProbHead(linear), torch.randn(2, 3, HIDDEN)
-    assert torch.equal(head(hidden), linear(hidden))
-    assert head.state_dict().keys() == linear.state_dict().keys()
-    assert head.weight is linear.weight
