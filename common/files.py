@@ -1,6 +1,7 @@
 """Files: digests, locks, and writes that are whole or not there."""
 
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -21,11 +22,8 @@ def digest(data: bytes) -> str:
 
 def file_digest(path: Path) -> str:
     """As digest, of a file's contents, in bounded memory."""
-    state = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(2**24):
-            state.update(block)
-    return state.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def json_digest(value) -> str:

@@ -15,7 +15,6 @@ from common.failures import TrainingStopped, one_line
 from common.run.curves import read_metrics
 
 WINDOW = 10  # logged steps at either end of a history that are averaged
-NEVER_SLOW = 5.0  # seconds; a tiny model's steps take a tenth of one, and any hiccup ten of those
 WARMUP_STEPS = 5  # logged steps whose duration is not judged: allocators, compilers and caches warm up
 ADVICE = {  # likely causes of a failed check, and what to try
     "run finished": "read its output; 137: often the host's memory. The same command resumes from the last checkpoint",
@@ -49,22 +48,22 @@ class Check:
     passed: bool
 
 
-def judge_run(output_dir: Path, exit_code: int, output: str = "") -> list[Check]:
+def judge_run(output_dir: Path, exit_code: int, output: str = "", floor: float = 0.0) -> list[Check]:
     """The verdict on the run that wrote output_dir; missing or torn files are a failed check, not an error.
 
-    output: what the run printed.
+    output: what the run printed. floor: seconds; a step shorter than this is never called slow, as of a tiny model.
     """
     seen = "metrics.jsonl: no step was logged"
     try:
         run_config = json.loads((output_dir / "run_config.json").read_text(encoding="utf-8"))
         if history := read_metrics(output_dir / "metrics.jsonl"):
-            return judge(history, run_config, exit_code, output)
+            return judge(history, run_config, exit_code, output, floor)
     except (OSError, ValueError, KeyError, TypeError) as e:
         seen = f"metrics.jsonl or run_config.json is unreadable: {type(e).__name__}: {one_line(e)}"
     return [_finished(False, exit_code, seen, output)]
 
 
-def judge(history: list[dict], run_config: dict, exit_code: int, output: str = "") -> list[Check]:
+def judge(history: list[dict], run_config: dict, exit_code: int, output: str = "", floor: float = 0.0) -> list[Check]:
     """All checks on one run's history, of at least one row; the rest as for judge_run."""
     config, result = run_config["config"], run_config.get("result", {})
     loss_falls, *of_preferences = (_dpo_checks if "loss_type" in config else _sft_checks)(history, run_config)
@@ -82,7 +81,7 @@ def judge(history: list[dict], run_config: dict, exit_code: int, output: str = "
         loss_falls,
         Check("loss value", "finite, at most 10", losses, is_loss_good),
         Check("grad norm", "median 0.1 to 10, none 0 or above 1000", f"median {norm:.3g}, {norms}", is_norm_good),
-        _speed(history),
+        _speed(history, floor),
         _memory(history, run_config["device"]["total_memory_gb"], output),
         *of_preferences,
         _partition(run_config["zero"], run_config["world_size"]),
@@ -142,13 +141,13 @@ def _worst(history: list[dict], name: str, is_good: Callable[[float], bool]) -> 
     return not bad, f"{'' if bad else 'highest '}{row[name]:.4g} at step {row['step']}"
 
 
-def _speed(history: list[dict]) -> Check:
+def _speed(history: list[dict], floor: float) -> Check:
     steps = history[WARMUP_STEPS:] or history[-1:]
     speed, middle = (median(row[name] for row in steps) for name in ("tokens_per_second", "step_seconds"))
     slowest, lowest = max(row["step_seconds"] for row in steps), min(row["tokens_per_second"] for row in history)
-    expected = f"tokens/s above 0, no step over 10x the median and {NEVER_SLOW:g} s"
+    expected = "tokens/s above 0, no step over 10x the median" + (f" and {floor:g} s" if floor else "")
     seen = f"{speed:,.0f} tokens/s, lowest {lowest:,.0f}; median step {middle:.3g} s, slowest {slowest:.3g} s"
-    return Check("speed", expected, seen, lowest > 0 and slowest <= max(10 * middle, NEVER_SLOW))
+    return Check("speed", expected, seen, lowest > 0 and slowest <= max(10 * middle, floor))
 
 
 def _memory(history: list[dict], total: float, output: str) -> Check:

@@ -30,6 +30,8 @@ FLAGS = {
     f"--loss_type dpo_norm --beta 5 --checkpointing_steps 20 --output_dir {OUTPUT}/dpo",
 }
 BOTH = f"--global_batch_size 64 --max_seq_length 64 --seed {SEED} --cache_dir {OUTPUT}/cache"
+SLOW_STEP_FLOOR = 5.0  # seconds; a tiny model's steps take a tenth of one, and any hiccup ten of those
+RECIPE_SLOW_STEP_FLOOR = 3.0  # of the recipe, whose model may be a small one; ten steps of a large one take longer
 MAX_NEW_TOKENS = 12
 
 
@@ -56,7 +58,7 @@ def sanity_of_embedded_default() -> int:
     for method, flags in FLAGS.items():
         words = [method, *f"{flags} {BOTH} --dtype {dtype}".split()]
         exit_code, output = train(words, OUTPUT / f"{method}.log", every=0.1)
-        verdict[method] = judge_run(OUTPUT / method, exit_code, output)
+        verdict[method] = judge_run(OUTPUT / method, exit_code, output, SLOW_STEP_FLOOR)
         if exit_code:
             break
         try:
@@ -86,7 +88,7 @@ def sanity_of_recipe(method: str, words: list[str]) -> int:
     exit_code, output = train(words, output_dir / "sanity.log")
     if exit_code == UserError.EXIT_CODE:  # it has said what was wrong
         return exit_code
-    verdict = {method: judge_run(output_dir, exit_code, output)}
+    verdict = {method: judge_run(output_dir, exit_code, output, RECIPE_SLOW_STEP_FLOOR)}
     return conclude(verdict, output_dir / "sanity.json", time.perf_counter() - started, exit_code)
 
 
