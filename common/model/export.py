@@ -12,7 +12,7 @@ from pathlib import Path
 import deepspeed
 import torch
 from safetensors.torch import load_file, save, save_file
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.data.chat_template import ChatTemplate
@@ -153,10 +153,8 @@ def _begin(folder: Path, settings: dict[str, bytes]) -> None:
 def _read_back(template: ChatTemplate, folder: Path) -> None:
     """Raises ValueError where the folder's config or tokenizer is none that training could use, or another one."""
     tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)  # as whoever serves the model reads it
-    try:
-        load_config(str(folder))
-    except UserError as error:
-        raise ValueError(str(error)) from error
+    AutoConfig.from_pretrained(folder, **NO_CODE)
+    GenerationConfig.from_pretrained(folder)
     for text in SAMPLES:
         before, after = template.tokenizer.tokenize(text), tokenizer.tokenize(text)
         if before != after:

@@ -117,8 +117,7 @@ class Evaluation:
         self.reference_logps: np.ndarray = np.zeros((len(held_out), 2), np.float32)
         num_shared = ranks.once(lambda: num_also_in(held_out, data))
         sizes = {name: len(part) for name, part in self.parts.items()}
-        self.record = {"every": self.every, "samples": sizes, "also_trained": num_shared}
-        self.record |= {"held_out": held_out.digest, "since_step": 0}  # see open_output_dir
+        self.record = {"every": self.every, "samples": sizes, "also_trained": num_shared, "held_out": held_out.digest}
         if config.eval_holdout:
             self.record["rows"] = [held_out.source_of(i) for i in range(len(held_out))]
         of_sources = ", ".join(f"{name} {size:,}" for name, size in sizes.items())

@@ -219,16 +219,14 @@ def open_output_dir(
         resumes = [step for step in before.get("resumed_after", []) if step < state.step] + [state.step]
         record["resumed_after"] = resumes if state.step else []
         record["run_id"] = before.get("run_id") or secrets.token_hex(4)
-        if evaluation := record.get("evaluation"):
-            earlier = before.get("evaluation") or {}
-            is_same = earlier.get("held_out") == evaluation["held_out"]
-            evaluation["since_step"] = min(state.step, earlier["since_step"] if is_same else state.step)
         write_run_config(config.output_dir, record)
 
     ranks.once(begin)
     trackers = Trackers(config, record.get("run_id", ""), state.step, ranks)
-    since = (record.get("evaluation") or {}).get("since_step", 0)  # what is held out was another before
-    return MetricsFile(config.output_dir, state.step, ranks, trackers, since)
+    held_out = (record.get("evaluation") or {}).get("held_out", "")
+    if state.held_out != held_out:  # early stopping compares losses of the same data
+        state.held_out, state.held_out_since = held_out, state.step
+    return MetricsFile(config.output_dir, state.step, ranks, trackers, state.held_out_since)
 
 
 def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsFile, table: str, ranks: Ranks) -> None:

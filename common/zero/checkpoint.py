@@ -67,6 +67,8 @@ class RunState:
     micro_batch_budget: int = 0  # tokens that a micro-batch may hold
     world_size: int = 0
     residency: str = ""  # what stayed whole during a step, which says how gradients are summed
+    held_out: str = ""  # digest of the data of evaluations, "" for none
+    held_out_since: int = 0  # step from which on it is that
     identity: dict = field(default_factory=dict)  # every value that changes the result, by its flag's name
 
     def finish_step(self, num_samples: int, num_tokens: int, num_targets: int) -> None:
