@@ -141,9 +141,7 @@ def print_line(text: str, stream: TextIO | None = None, end: str = "\n") -> None
 
 
 @contextmanager
-def progress(
-    what: str, total: int, unit: str, say: Callable[[str], None] = print_line, has_bar: bool = True
-) -> Iterator:
+def progress(what: str, total: int, unit: str, say: Callable[[str], None] = print_line, has_bar=True) -> Iterator:
     """Gives advance(n): n more are done. Shown as a bar on a terminal if has_bar, else by say, now and then."""
     from tqdm import tqdm
 

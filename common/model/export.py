@@ -35,8 +35,26 @@ def export_settings(
     what = f"model {source_folder}: its settings and tokenizer cannot be written and read back"
     with tempfile.TemporaryDirectory() as name, as_user_error(what):
         folder = Path(name)
-        _write_settings(config, dtype, template, source_folder, folder)
-        _read_back(template, folder)
+        own = type(config).from_dict(config.to_dict())
+        own.architectures, own.dtype = [type(built(config)).__name__], dtype
+        generation = generation_config(source_folder, own, template.end_ids())
+        if text_config(own) is own:
+            own.eos_token_id = generation.eos_token_id
+            own.save_pretrained(folder)
+        else:  # whatever served the model with its other parts serves this one
+            for path in [Path(source_folder) / "config.json", *Path(source_folder).glob("*processor_config.json")]:
+                shutil.copyfile(path, folder / path.name)
+        generation.save_pretrained(folder)
+        template.tokenizer.chat_template = template.jinja
+        template.tokenizer.save_pretrained(folder)
+        # As whoever serves the model reads them.
+        AutoConfig.from_pretrained(folder, **NO_CODE)
+        GenerationConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        for text in SAMPLES:
+            before, after = template.tokenizer.tokenize(text), tokenizer.tokenize(text)
+            if before != after:
+                raise ValueError(f"{text!r} becomes {after}, not {before}")
         return _files(folder)
 
 
@@ -148,35 +166,6 @@ def _begin(folder: Path, settings: dict[str, bytes]) -> None:
         if name not in (LAYOUT, BUFFERS):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(folder / name, [data])
-
-
-def _read_back(template: ChatTemplate, folder: Path) -> None:
-    """Raises ValueError where the folder's config or tokenizer is none that training could use, or another one."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)  # as whoever serves the model reads it
-    AutoConfig.from_pretrained(folder, **NO_CODE)
-    GenerationConfig.from_pretrained(folder)
-    for text in SAMPLES:
-        before, after = template.tokenizer.tokenize(text), tokenizer.tokenize(text)
-        if before != after:
-            raise ValueError(f"{text!r} becomes {after}, not {before}")
-
-
-def _write_settings(
-    config: PretrainedConfig, dtype: torch.dtype, template: ChatTemplate, source_folder: str, folder: Path
-) -> None:
-    architecture = type(built(config)).__name__
-    config = type(config).from_dict(config.to_dict())
-    config.architectures, config.dtype = [architecture], dtype
-    generation = generation_config(source_folder, config, template.end_ids())
-    if text_config(config) is config:
-        config.eos_token_id = generation.eos_token_id
-        config.save_pretrained(folder)
-    else:  # whatever served the model with its other parts serves this one
-        for path in [Path(source_folder) / "config.json", *Path(source_folder).glob("*processor_config.json")]:
-            shutil.copyfile(path, folder / path.name)
-    generation.save_pretrained(folder)
-    template.tokenizer.chat_template = template.jinja
-    template.tokenizer.save_pretrained(folder)
 
 
 def _write_shard(tensors: dict, path: Path) -> None:
