@@ -133,9 +133,7 @@ def small_config(model_type: str):
 
 def small(values: dict, numbers: dict = SMALL) -> dict:
     """The changes that make a config small, or a part of one."""
-    changes = {
-        name: value for name, value in numbers.items() if type(values.get(name)) in (int, float) or value is None
-    }
+    changes = {n: value for n, value in numbers.items() if type(values.get(n)) in (int, float) or value is None}
     changes |= {name: SMALL[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     for name, value in values.items():
         if "drop" in name and type(value) in (int, float) and "token" not in name:
@@ -213,9 +211,7 @@ def tried(model_type: str) -> str:
         for ids in samples:
             tokens = torch.from_numpy(ids)[None]
             taken = inspect.signature(lm.forward).parameters
-            types = {
-                name: torch.zeros_like(tokens) for name in ("token_type_ids", "mm_token_type_ids") if name in taken
-            }
+            types = dict.fromkeys({"token_type_ids", "mm_token_type_ids"} & taken.keys(), torch.zeros_like(tokens))
             types = {} if config.get_text_config() is config else types  # all of it is text
             logps = lm(input_ids=tokens, use_cache=False, **types).logits[0, :-1].float().log_softmax(-1)
             alone.append(logps.gather(1, tokens[0, 1:, None])[:, 0])

@@ -1,6 +1,7 @@
 """bash run.sh compare: pytest tests/test_compare.py"""
 
 import json
+import re
 
 import pytest
 from test_metrics import history
@@ -53,8 +54,6 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
 def test_columns_of_a_table_stand_under_their_names():
     text = table("t", {"x": {"a": "1", "b": "2222"}, "yyyyy": {"a": "1", "c": "3"}}, True)
     assert [line.split() for line in text.splitlines()] == [["t", "x", "yyyyy"], ["b", "2222", "-"], ["c", "-", "3"]]
-    starts = [
-        [i for i, c in enumerate(line) if c != " " and (i == 0 or line[i - 1] == " ")] for line in text.splitlines()
-    ]
+    starts = [[word.start() for word in re.finditer(r"\S+", line)] for line in text.splitlines()]
     assert starts[0] == starts[1] == starts[2]
     assert settings_of({"config": {"seed": 1}, "device": {"name": "x"}})["device.name"] == "x"

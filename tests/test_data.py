@@ -53,9 +53,8 @@ def test_lengths_duplicates_ends_and_rows_are_shown(tmp_path, flags, capsys):
     assert sum(bars) == 60 and titles == [(str(i), f"{data}:{i + 1}") for i in range(60)]
     num_cut = int(re.search(r"^truncated: (\d+) of 60", text, re.MULTILINE)[1])
     assert f"exact duplicates of another row: 2; first {data}:8 is {data}:4\n" in text
-    assert (
-        0 < num_cut == len(re.findall(r"(?<!<eos>)]]", text)) and f"without an end token (of 60): {num_cut}\n" in text
-    )
+    assert 0 < num_cut == len(re.findall(r"(?<!<eos>)]]", text))
+    assert f"without an end token (of 60): {num_cut}\n" in text
     assert "\\x1b[31mred" in text and "\\x07bell\\u202e\n\nx" in text and not {*"\x1b\x07\u202e"} & {*text}
     assert re.search(rf"^  `messages` must be a list, not int +1; first {data}:61$", text, re.MULTILINE)
 

@@ -255,9 +255,7 @@ def test_a_run_that_stalls_ends_well_says_so_and_is_finished_for_the_same_patien
     resumed = changes | {"output_dir": setting.root / "stalls_resumed"}
     setting.run("sft", **resumed, stop_after_steps=len(before) - 2).succeeded()
     other = resumed | {"output_dir": setting.root / "stalls_on_others", "early_stopping_patience": 1}
-    other["eval_dataset_mixer"] = resumed["eval_dataset_mixer"][
-        :1
-    ]  # whose first loss betters all, whatever came before
+    other["eval_dataset_mixer"] = resumed["eval_dataset_mixer"][:1]  # its first loss betters all
     shutil.copytree(resumed["output_dir"], other["output_dir"])
     evaluated = [r["step"] for r in setting.run("sft", **other).succeeded().metrics if "eval/loss" in r]
     assert max(evaluated) >= len(before) + 2

@@ -99,10 +99,8 @@ def test_memory_is_the_planners_for_8b_on_the_card_named(of_8b, capsys):
     (exact,) = {kept / groups[-1] for kept in groups if f"{kept / groups[-1]:.0%}" == f"{share}%"}
     memory = estimated(test_memory.SHAPE_8B, 2, residency, exact, zero)
     found = re.findall(r"([\d.]+) (?:parameters|gradients|optimizer)", values["memory of a rank"])
-    parameters = (memory.parameters + memory.gathered) / 1e9
-    assert [*map(float, found)] == [
-        round(size / 1e9, 1) for size in (1e9 * parameters, memory.gradients, memory.optimizer)
-    ]
+    expected = memory.parameters + memory.gathered, memory.gradients, memory.optimizer
+    assert [*map(float, found)] == [round(size / 1e9, 1) for size in expected]
     assert "50.0% MFU" in values["hours"] and values["cost"].endswith("at 3")
 
 
@@ -169,9 +167,8 @@ def test_tokens_of_a_run_are_those_of_its_steps_however_many_there_are(stop):
     schedule, lengths = Schedule(config, 10), np.arange(100, 110)
     of_steps = [int(lengths[schedule.samples(step)].sum()) for step in range(schedule.last_step)]
     assert tokens_of(schedule, lengths) == sum(of_steps)
-    assert tokens_of(schedule, lengths[:4]) == round(
-        101.5 * sum(len(schedule.samples(step)) for step in range(schedule.last_step))
-    )
+    num_samples = sum(len(schedule.samples(step)) for step in range(schedule.last_step))
+    assert tokens_of(schedule, lengths[:4]) == round(101.5 * num_samples)
     endless = Schedule(SFTConfig(num_train_epochs=10**9, global_batch_size=3), 10)
     assert tokens_of(endless, lengths) == 10**9 * lengths.sum()
 

@@ -25,9 +25,7 @@ needs = {name: pytest.mark.skipif(name not in INSTALLED, reason=f"{name} is not 
 def reported(tiny_llama, tmp_path_factory):
     """A run with every tracker that is here, evaluated, stopped after 3 steps and continued to 6."""
     root = tmp_path_factory.mktemp("reported")
-    data, held_out = (
-        models.write_jsonl(root / f"{name}.jsonl", models.conversations(8, i)) for i, name in enumerate("ab")
-    )
+    data, held_out = (models.write_jsonl(root / f"{n}.jsonl", models.conversations(8, i)) for i, n in enumerate("ab"))
     changes = {"report_to": sorted(INSTALLED), "global_batch_size": 2, "max_train_steps": 6, "checkpointing_steps": 3}
     changes |= {"eval_dataset_mixer": held_out, "eval_steps": 2}
     with pytest.MonkeyPatch.context() as patch:

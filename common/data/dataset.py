@@ -41,9 +41,8 @@ class TokenDataset:
             raise UserError(f"token cache {folder} is not what was written; run again, and it is rebuilt")
         self.folder = Path(folder)
         self.kind, self.stats, self.digest = manifest["kind"], manifest["stats"], json_digest(digests)
-        self._tokens, self._marks, self._samples = (
-            np.asarray(np.memmap(Path(folder) / name, dtype, "r")) for name, dtype in FILES.items()
-        )
+        files = [np.asarray(np.memmap(self.folder / name, dtype, "r")) for name, dtype in FILES.items()]
+        self._tokens, self._marks, self._samples = files
         self.lengths, self.num_targets = (self._samples[name].astype(np.int32) for name in ("length", "num_targets"))
         self.pair_lengths = self._marks.reshape(-1, 5)[:, :3] if self.kind == "dpo" else None
         kept = [source["rows_used"] - source["rows_dropped"] for source in self.stats["sources"]]
