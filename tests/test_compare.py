@@ -1,13 +1,12 @@
 """bash run.sh compare: pytest tests/test_compare.py"""
 
 import json
-import re
 
 import pytest
 from test_metrics import history
 
 from common.failures import UserError
-from common.verbs.compare import labels_of, main, settings_of, table
+from common.verbs.compare import labels_of, main
 
 
 def run_folder(path, finished: bool = True, num_steps: int = 20, **config):
@@ -49,11 +48,3 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, name):
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     folders = [tmp_path / "a" / "sft", tmp_path / "b" / "sft", tmp_path / "dpo"]
     assert [*labels_of([*map(str, folders), str(folders[0])])] == [str(folders[0]), str(folders[1]), "dpo"]
-
-
-def test_columns_of_a_table_stand_under_their_names():
-    text = table("t", {"x": {"a": "1", "b": "2222"}, "yyyyy": {"a": "1", "c": "3"}}, True)
-    assert [line.split() for line in text.splitlines()] == [["t", "x", "yyyyy"], ["b", "2222", "-"], ["c", "-", "3"]]
-    starts = [[word.start() for word in re.finditer(r"\S+", line)] for line in text.splitlines()]
-    assert starts[0] == starts[1] == starts[2]
-    assert settings_of({"config": {"seed": 1}, "device": {"name": "x"}})["device.name"] == "x"
