@@ -97,6 +97,8 @@ def main() -> None:
     if claimed is None:
         return
     state, resume_from = claimed
+    # The small files of the export: what cannot be written is found now.
+    settings = ranks.once(lambda: export_settings(model_config, dtype, template, model_folder))
 
     # ------------------------------------------------------------------ memory plan
     # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A run resumed on as
@@ -122,7 +124,6 @@ def main() -> None:
         del model, engine
 
     # ------------------------------------------------------------------ model and engine
-    settings = ranks.once(lambda: export_settings(model_config, dtype, template, model_folder))  # of the export
     ranks.say(f"loading {model_folder}")
     host = memory.reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)

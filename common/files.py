@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import xxhash
 
-from common.failures import as_user_error
+from common.failures import as_user_error, errno_of
 
 
 def digest(data: bytes) -> str:
@@ -58,8 +57,8 @@ def naming(path: Path) -> Iterator[None]:
         e.filename = e.filename or str(path)
         raise
     except Exception as e:
-        if code := re.search(r"\(os error (\d+)\)", str(e)):
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from e
+        if code := errno_of(e):
+            raise OSError(code, os.strerror(code), str(path)) from e
         raise
 
 
