@@ -20,7 +20,7 @@ from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel, to_device
-from common.model.export import export_model, export_settings
+from common.model.export import export_model, export_settings, stored_layout
 from common.model.logprobs import sequence_logps
 from common.model.packed import model_inputs, verify_packed_model
 from common.ranks import start
@@ -98,6 +98,8 @@ def main() -> None:
     if claimed is None:
         return
     state, resume_from = claimed
+    # The small files of the export: what cannot be written is found now.
+    settings = ranks.once(lambda: export_settings(model_config, dtype, template, model_folder))
 
     # ------------------------------------------------------------------ memory plan
     # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A run resumed on as
@@ -126,7 +128,7 @@ def main() -> None:
     ranks.say(f"loading {model_folder}")
     host = memory.reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
-    settings = ranks.once(lambda: export_settings(policy.lm, template, model_folder))  # its small files
+    settings |= ranks.once(lambda: stored_layout(policy.lm))
     engine = build_engine(policy, config, ds_config, host)
     verify_packed_model(engine, kernel, ranks)
     if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):
@@ -149,8 +151,7 @@ def main() -> None:
     resolved |= {"evaluation": evaluation.record, "planned": planned}
     record = record_of("DPO", config, identity, state, policy, ranks, **resolved, reference_cache=cached_in)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
-    writer = checkpoint.Writer(engine, parameters, config, ranks)
-    writer.settings = settings
+    writer = checkpoint.Writer(engine, parameters, config, ranks, settings)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 
@@ -175,28 +176,28 @@ def main() -> None:
         set_learning_rate(engine, learning_rate)
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=ranks.device)
-        balances = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        router_losses = torch.zeros((), dtype=torch.float64, device=ranks.device)
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 size.tokens = micro_batch.num_tokens
                 inputs = model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
-                token_logps, balance = engine(**inputs)  # of the scored tokens; of routers, 0 unless asked for
+                token_logps, imbalance = engine(**inputs)  # of the scored tokens; of routers, 0 unless asked for
                 policy_logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(-1, 2)  # chosen, rejected
                 reference_logps = to_device(reference_table[members], ranks.device)
                 num_scored = to_device(np.reshape(micro_batch.sequence_targets, (-1, 2)), ranks.device)  # tokens
                 loss, micro_batch_sums = preference_loss_and_sums(policy_logps, reference_logps, num_scored, config)
-                balance = config.router_aux_loss_coef * balance / (2 * len(samples))
+                router_loss = config.router_aux_loss_coef * imbalance / (2 * len(samples))  # its share of the step's
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
                 # DeepSpeed averages gradients over ranks.
-                engine.backward(loss * ranks.world_size / len(samples) + balance * ranks.world_size)
-                balances += balance.detach()
+                engine.backward(loss * ranks.world_size / len(samples) + router_loss * ranks.world_size)
+                router_losses += router_loss.detach()
                 losses[m] = loss.detach()
                 sums += micro_batch_sums
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
         sizes = [sum(row.num_tokens for row in micro_batches), sum(row.sum_squared_lengths for row in micro_batches)]
         votes = writer.vote(), *stop_request.votes()
-        totals = ranks.sum([*sums.tolist(), balances.item(), *sizes, *votes])
-        *all_sums, router_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = totals
+        totals = ranks.sum([*sums.tolist(), router_losses.item(), *sizes, *votes])
+        *all_sums, router_aux_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = totals
         writer.proceed(written)
         means = {name: value / len(samples) for name, value in zip(SUMMED, all_sums, strict=True)}
         train_loss = means.pop("train_loss")
@@ -216,7 +217,7 @@ def main() -> None:
         state.finish_step(len(samples), int(all_tokens), num_targets)
         computed = {"train_loss": train_loss, "learning_rate": learning_rate} | means
         computed["grad_norm"] = float(engine.get_global_grad_norm())  # before clipping
-        computed |= {"router_aux_loss": router_loss} if config.router_aux_loss_coef else {}
+        computed |= {"router_aux_loss": router_aux_loss} if config.router_aux_loss_coef else {}
         step_record = meter.record(state, computed, int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         is_evaluated = evaluation.is_due(state.step)
         if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:

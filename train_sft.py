@@ -17,7 +17,7 @@ from common.data.chat_template import resolve_template
 from common.data.report import data_table, preview
 from common.model import load
 from common.model.attention import resolve_kernel
-from common.model.export import export_model, export_settings
+from common.model.export import export_model, export_settings, stored_layout
 from common.model.packed import model_inputs, verify_packed_model
 from common.ranks import start
 from common.run.agreement import agreed_identity, environment, require_agreement
@@ -74,6 +74,8 @@ def main() -> None:
     if claimed is None:
         return
     state, resume_from = claimed
+    # The small files of the export: what cannot be written is found now.
+    settings = ranks.once(lambda: export_settings(model_config, dtype, template, model_folder))
 
     # ------------------------------------------------------------------ memory plan
     # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A run resumed on as
@@ -88,7 +90,7 @@ def main() -> None:
     ranks.say(f"loading {model_folder}")
     host = memory.reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
-    settings = ranks.once(lambda: export_settings(policy.lm, template, model_folder))  # its small files
+    settings |= ranks.once(lambda: stored_layout(policy.lm))
     engine = build_engine(policy, config, ds_config, host)
     verify_packed_model(engine, kernel, ranks)
     if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):
@@ -106,8 +108,7 @@ def main() -> None:
     resolved |= {"evaluation": evaluation.record, "planned": planned}
     record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
     metrics = open_output_dir(config, record, policy, state, schedule, ranks)
-    writer = checkpoint.Writer(engine, parameters, config, ranks)
-    writer.settings = settings
+    writer = checkpoint.Writer(engine, parameters, config, ranks, settings)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 
@@ -131,24 +132,24 @@ def main() -> None:
         learning_rate = schedule.learning_rate(step)
         set_learning_rate(engine, learning_rate)
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
-        balances = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        router_losses = torch.zeros((), dtype=torch.float64, device=ranks.device)
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
             for m, micro_batch in enumerate(micro_batches):
                 size.tokens = micro_batch.num_tokens
                 inputs = model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
-                logps, balance = engine(**inputs)  # of its target tokens; of routers, 0 unless asked for
+                logps, imbalance = engine(**inputs)  # of its target tokens; of routers, 0 unless asked for
                 loss = -logps.sum()
-                balance = config.router_aux_loss_coef * balance / len(samples)
+                router_loss = config.router_aux_loss_coef * imbalance / len(samples)  # its share of the step's
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
                 # DeepSpeed averages gradients over ranks.
-                engine.backward(loss * ranks.world_size / num_targets + balance * ranks.world_size)
-                balances += balance.detach()
+                engine.backward(loss * ranks.world_size / num_targets + router_loss * ranks.world_size)
+                router_losses += router_loss.detach()
                 losses[m] = loss.detach()
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
         sizes = [sum(row.num_tokens for row in micro_batches), sum(row.sum_squared_lengths for row in micro_batches)]
         votes = writer.vote(), *stop_request.votes()
-        sums = ranks.sum([losses.sum().item(), balances.item(), *sizes, *votes])
-        nll, router_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = sums
+        sums = ranks.sum([losses.sum().item(), router_losses.item(), *sizes, *votes])
+        nll, router_aux_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = sums
         writer.proceed(written)
         train_loss = nll / num_targets
         if not math.isfinite(train_loss):
@@ -164,7 +165,7 @@ def main() -> None:
         state.finish_step(len(samples), int(all_tokens), num_targets)
         computed = {"train_loss": train_loss, "learning_rate": learning_rate}
         computed["grad_norm"] = float(engine.get_global_grad_norm())  # before clipping
-        computed |= {"router_aux_loss": router_loss} if config.router_aux_loss_coef else {}
+        computed |= {"router_aux_loss": router_aux_loss} if config.router_aux_loss_coef else {}
         step_record = meter.record(state, computed, int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         is_evaluated = evaluation.is_due(state.step)
         if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:

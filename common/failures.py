@@ -61,8 +61,7 @@ def explained(error: Exception) -> UserError | TrainingStopped | None:
     if "/dev/shm/nccl" in str(error):
         why = one_line(str(error).rpartition("Last error:")[2])
         return UserError(f"/dev/shm cannot hold what ranks share ({why}): free it, or mount a larger one")
-    refused = re.search(r"\(os error (\d+)\)", str(error))  # safetensors gives an OSError as text
-    if refused or (isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError)):
+    if errno_of(error) and not isinstance(error, ConnectionError):
         why = f"a file could not be read or written: {_reason(error, '')}"
         return TrainingStopped(f"{why}; what was complete before stands: mend that and run the same command")
     return None
@@ -77,10 +76,16 @@ def as_user_error(what: str, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        full = getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC})" in str(e)
+        full = errno_of(e) in (errno.ENOSPC, errno.EDQUOT)
         if isinstance(e, UserError) or not isinstance(e, kinds or Exception) or full or is_out_of_memory(e):
             raise
         raise UserError(f"{what}: {_reason(e, what)}") from e
+
+
+def errno_of(error: Exception) -> int:
+    """The system's number of an error, 0 if it has none; safetensors and tokenizers give it as text."""
+    as_text = re.search(r"\(os error (\d+)\)", str(error))
+    return int(as_text[1]) if as_text else (isinstance(error, OSError) and error.errno) or 0
 
 
 def _reason(error: Exception, said: str) -> str:
@@ -141,9 +146,7 @@ def print_line(text: str, stream: TextIO | None = None, end: str = "\n") -> None
 
 
 @contextmanager
-def progress(
-    what: str, total: int, unit: str, say: Callable[[str], None] = print_line, has_bar: bool = True
-) -> Iterator:
+def progress(what: str, total: int, unit: str, say: Callable[[str], None] = print_line, has_bar=True) -> Iterator:
     """Gives advance(n): n more are done. Shown as a bar on a terminal if has_bar, else by say, now and then."""
     from tqdm import tqdm
 

@@ -1,9 +1,9 @@
 """Files: digests, locks, and writes that are whole or not there."""
 
 import fcntl
+import hashlib
 import json
 import os
-import re
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import xxhash
 
-from common.failures import as_user_error, named_file
+from common.failures import as_user_error, errno_of, named_file
 
 
 def digest(data: bytes) -> str:
@@ -22,11 +22,12 @@ def digest(data: bytes) -> str:
 
 def file_digest(path: Path) -> str:
     """As digest, of a file's contents, in bounded memory."""
-    state = xxhash.xxh3_128()
     with open(named_file(path), "rb") as file:
-        while block := file.read(2**24):
-            state.update(block)
-    return state.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def json_digest(value) -> str:
+    return digest(json.dumps(value, sort_keys=True).encode())
 
 
 def unique_names(pairs: list[tuple[str, object]]) -> dict:
@@ -57,8 +58,8 @@ def naming(path: Path) -> Iterator[None]:
         e.filename = e.filename or str(path)
         raise
     except Exception as e:
-        if code := re.search(r"\(os error (\d+)\)", str(e)):
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from e
+        if code := errno_of(e):
+            raise OSError(code, os.strerror(code), str(path)) from e
         raise
 
 

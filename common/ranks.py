@@ -11,8 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -113,7 +112,7 @@ class Ranks:
             if future is None:
                 time.sleep(pause)
             else:
-                wait_for([future], pause)
+                wait([future], pause)
             pause = min(2 * pause, LONGEST_PAUSE)
             is_busy = future is not None and not future.done()
             busy = torch.tensor([is_busy], dtype=torch.int32)  # the work may change torch's default, as a load does

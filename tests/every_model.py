@@ -19,138 +19,77 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 MOST_MEMORY, MOST_SECONDS = 4 * 2**30, 300  # bytes, of what a process allocates
 LENGTHS = (40, 29, 17)  # tokens of the samples; windows below are shorter than two of them
+
+
+def by_name(*pairs: tuple) -> dict:
+    """{name: value} of pairs of a value and the names that have it."""
+    return {name: value for value, names in pairs for name in names.split()}
+
+
 # Numbers that make a config small, by name. What a type's config does not have is left out.
-SMALL = {
-    "vocab_size": 96,
-    "vocab_size_per_layer_input": 96,
-    "hidden_size": 32,
-    "d_model": 32,
-    "n_embd": 32,
-    "n_embed": 32,
-    "dim": 32,
-    "intermediate_size": 48,
-    "ffn_dim": 48,
-    "ffn_hidden_size": 48,
-    "encoder_ffn_dim": 48,
-    "decoder_ffn_dim": 48,
-    "n_inner": 48,
-    "shared_expert_intermediate_size": 24,
-    "moe_intermediate_size": 24,
-    "expert_ffn_hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_layers": 2,
-    "n_layer": 2,
-    "n_layers": 2,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "num_attention_heads": 4,
-    "num_heads": 4,
-    "n_head": 4,
-    "n_heads": 4,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_global_key_value_heads": 2,
-    "global_head_dim": 8,
-    "head_dim": 8,
-    "kv_channels": 8,
-    "v_head_dim": 8,
-    "qk_head_dim": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "rotary_dim": 8,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "moe_num_experts": 4,
-    "num_experts_per_tok": 2,
-    "num_experts_per_token": 2,
-    "moe_k": 2,
-    "moe_topk": 2,
-    "top_k_experts": 2,
-    "moe_num_shared_experts": 1,
-    "n_shared_experts": 1,
-    "num_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "hidden_size_per_layer_input": 8,
-    "sliding_window": 16,
-    "max_position_embeddings": 256,
-    "n_positions": 256,
-    "max_seq_len": 256,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-}
-
-
+SMALL = by_name(
+    (1, "moe_num_shared_experts n_shared_experts num_shared_experts n_group topk_group first_k_dense_replace"),
+    (2, "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_key_value_heads"),
+    (2, "num_global_key_value_heads num_experts_per_tok num_experts_per_token moe_k moe_topk top_k_experts"),
+    (4, "num_attention_heads num_heads n_head n_heads encoder_attention_heads decoder_attention_heads num_experts"),
+    (4, "num_local_experts n_routed_experts moe_num_experts"),
+    (8, "global_head_dim head_dim kv_channels v_head_dim qk_nope_head_dim qk_rope_head_dim rotary_dim"),
+    (8, "hidden_size_per_layer_input"),
+    (16, "qk_head_dim q_lora_rank kv_lora_rank sliding_window"),
+    (24, "shared_expert_intermediate_size moe_intermediate_size expert_ffn_hidden_size"),
+    (32, "hidden_size d_model n_embd n_embed dim"),
+    (48, "intermediate_size ffn_dim ffn_hidden_size encoder_ffn_dim decoder_ffn_dim n_inner"),
+    (96, "vocab_size vocab_size_per_layer_input"),
+    (256, "max_position_embeddings n_positions max_seq_len"),
+    (None, "pad_token_id bos_token_id"),
+    (0, "eos_token_id"),
+)
 # Of parts that see images.
-SMALL_VISION = {
-    "depth": 1,
-    "num_heads": 2,
-    "embed_dim": 16,
-    "out_hidden_size": 32,
-    "image_size": 28,
-    "patch_size": 14,
-    "deepstack_visual_indexes": [0],
-    "fullatt_block_indexes": [0],
-    "num_position_embeddings": 16,
-    "global_head_dim": 8,
-    "projection_dim": 16,
-}
+SMALL_VISION = by_name(
+    *((1, "depth"), (2, "num_heads"), (8, "global_head_dim"), (14, "patch_size"), (28, "image_size")),
+    *((16, "embed_dim num_position_embeddings projection_dim"), (32, "out_hidden_size")),
+)
+SMALL_VISION |= {"deepstack_visual_indexes": [0], "fullatt_block_indexes": [0]}
 # Of a head of 8; what text parts of these types need besides.
 SMALL_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+FOUR_KEYS = {"num_key_value_heads": 4}
+STATE = {"mamba_n_heads": 8, "mamba_d_head": 8}
+HYBRIDS = {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]}
+COMPASS_ROPE = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
 OWN_TEXT = {
-    "(qwen2_vl|qwen2_5_vl|qwen3_vl|qwen2_5_omni|paddleocr)": {"rope_parameters": SMALL_ROPE},
+    "(qwen2_vl|qwen2_5_vl|qwen3_vl|qwen2_5_omni|paddleocr|ernie4_5_vl_moe)": {"rope_parameters": SMALL_ROPE},
     "(glm4v|glm_ocr)": {"rope_parameters": SMALL_ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
-    "deepseek_v3": {"num_key_value_heads": 4},
+    "deepseek_v3": FOUR_KEYS,
     "step3p5": {"pad_token_id": 0, "sliding_window": 16},
-    "dots3_note": {"num_key_value_heads": 4, "head_dim": 16},
-    "glm5_next": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "head_dim": 0},
+    "dots3_note": FOUR_KEYS | {"head_dim": 16},
+    "glm5_next": FOUR_KEYS | {"qk_rope_head_dim": 0, "head_dim": 0},
     "(gemma4|emu3|mllama)": {"pad_token_id": 0, "bos_token_id": 0},
-    "cohere_compass": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "cohere_compass": COMPASS_ROPE,
     "deepseek_ocr2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]},
     "diffusion_gemma": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24},
-    "ernie4_5_vl_moe": {"rope_parameters": SMALL_ROPE},
     "hunyuan_vl": {"head_dim": 8, "rope_parameters": SMALL_ROPE},
 }
-
-
 # What a type needs besides, for its numbers to go together.
 OWN = {
-    "axk1": {"num_key_value_heads": 4},
-    "deepseek_v3": {"num_key_value_heads": 4},
-    "glm4_moe_lite": {"num_key_value_heads": 4},
-    "longcat_flash": {"num_key_value_heads": 4},
+    **by_name(
+        (FOUR_KEYS, "axk1 deepseek_v3 glm4_moe_lite longcat_flash glm5_next kimi_linear youtu"),
+        ({"pad_token_id": 1}, "camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl"),
+        ({"head_dim": 8}, "hunyuan_v1_dense hunyuan_v1_moe ministral"),
+        ({"layer_types": ["conv", "full_attention"]}, "lfm2 lfm2_moe"),
+    ),
     "dots3_note_text": OWN_TEXT["dots3_note"],
-    "bailing_hybrid": {"num_key_value_heads": 4, "num_expert_group": 1, "topk_group": 1},
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1]},
-    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_ssm": 64},
-    "glm5_next": {"num_key_value_heads": 4},
-    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["linear_attention", "full_attention"]},
+    "bailing_hybrid": FOUR_KEYS | {"num_expert_group": 1, "topk_group": 1},
+    "bamba": STATE | {"attn_layer_indices": [1]},
+    "falcon_h1": STATE | {"mamba_d_ssm": 64},
+    "granitemoehybrid": STATE | {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
-    "kimi_linear": {"num_key_value_heads": 4},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "nemotron_h": {
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
-        "mamba_num_heads": 8,
-        "mamba_head_dim": 8,
-        "moe_shared_expert_intermediate_size": 24,
-    },
+    "nemotron_h": {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"]}
+    | {"mamba_num_heads": 8, "mamba_head_dim": 8, "moe_shared_expert_intermediate_size": 24},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
-    "zamba": {
-        "num_hidden_layers": 3,
-        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
-        "mamba_dt_rank": 4,
-        "attention_head_dim": 16,
-        "attention_hidden_size": 64,
-    },
-    "camembert": {"pad_token_id": 1},
-    "cohere_compass_text": OWN_TEXT["cohere_compass"],
+    "zamba": HYBRIDS | {"mamba_dt_rank": 4, "attention_head_dim": 16, "attention_hidden_size": 64},
+    "zamba2": HYBRIDS,
+    "cohere_compass_text": COMPASS_ROPE,
     "cwm": {"bos_token_id": 1},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
@@ -161,37 +100,22 @@ OWN = {
         "vision_config": {"adapter_in_dim": 16, "adapter_out_dim": 32},
         "audio_config": {"adapter_input_size": 16, "adapter_out_dim": 32},
     },
-    "granite4_vision": {
-        "vision_config": {"hidden_size": 64, "num_attention_heads": 2},
-        "deepstack_layer_map": [],
-        "spatial_target_layers": [0],
-        "downsample_rate": "1/2",
-    },
+    "granite4_vision": {"vision_config": {"hidden_size": 64, "num_attention_heads": 2}}
+    | {"deepstack_layer_map": [], "spatial_target_layers": [0], "downsample_rate": "1/2"},
     "molmo2": {"adapter_config": {"vision_feature_layer": [0]}},
     "muse_spark": {"audio_config": {"patch_sizes": [2], "hidden_sizes": [16], "depths": [1], "num_hidden_layers": 1}},
     "emu3": {"vocabulary_map": {"<image>": 1}},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "inkling2": {"vision_config": {"text_hidden_size": 32}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
-    "data2vec-text": {"pad_token_id": 1},
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "minicpm3": {"head_dim": 16, "num_key_value_heads": 4},
+    "minicpm3": FOUR_KEYS | {"head_dim": 16},
     "modernbert-decoder": {"pad_token_id": 1, "bos_token_id": 1},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
-    "roberta": {"pad_token_id": 1},
-    "roberta-prelayernorm": {"pad_token_id": 1},
-    "ministral": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "zaya": {"num_experts_per_tok": 1},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
-    "deepseek_v2": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
-    "xlm-roberta": {"pad_token_id": 1},
-    "xlm-roberta-xl": {"pad_token_id": 1},
-    "youtu": {"num_key_value_heads": 4},
-    "zamba2": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    "deepseek_v2": FOUR_KEYS | {"num_experts_per_tok": 2},
 }
 
 
@@ -209,9 +133,7 @@ def small_config(model_type: str):
 
 def small(values: dict, numbers: dict = SMALL) -> dict:
     """The changes that make a config small, or a part of one."""
-    changes = {
-        name: value for name, value in numbers.items() if type(values.get(name)) in (int, float) or value is None
-    }
+    changes = {n: value for n, value in numbers.items() if type(values.get(n)) in (int, float) or value is None}
     changes |= {name: SMALL[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     for name, value in values.items():
         if "drop" in name and type(value) in (int, float) and "token" not in name:
@@ -289,9 +211,7 @@ def tried(model_type: str) -> str:
         for ids in samples:
             tokens = torch.from_numpy(ids)[None]
             taken = inspect.signature(lm.forward).parameters
-            types = {
-                name: torch.zeros_like(tokens) for name in ("token_type_ids", "mm_token_type_ids") if name in taken
-            }
+            types = dict.fromkeys({"token_type_ids", "mm_token_type_ids"} & taken.keys(), torch.zeros_like(tokens))
             types = {} if config.get_text_config() is config else types  # all of it is text
             logps = lm(input_ids=tokens, use_cache=False, **types).logits[0, :-1].float().log_softmax(-1)
             alone.append(logps.gather(1, tokens[0, 1:, None])[:, 0])

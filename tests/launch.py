@@ -27,9 +27,8 @@ TIMEOUT = 240
 
 _context = multiprocessing.get_context("forkserver")
 # The last one DeepSpeed imports when it starts an engine; it brings torch's compiler, two seconds of it.
-_context.set_forkserver_preload(
-    ["train_sft", "train_dpo", "matplotlib.pyplot", "deepspeed.runtime.zero.muon.original_muon"]
-)
+PRELOADED = ["train_sft", "train_dpo", "matplotlib.pyplot", "deepspeed.runtime.zero.muon.original_muon"]
+_context.set_forkserver_preload(PRELOADED)
 
 
 @dataclass
@@ -95,9 +94,8 @@ class Run:
             self.processes = []
             for rank in range(num_ranks):
                 ranks = {name: str(value) for name, value in (sizes | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-                process = context.Process(
-                    target=_rank_main, args=(environment | ranks, str(self.logs), target, arguments)
-                )
+                given = environment | ranks, str(self.logs), target, arguments
+                process = context.Process(target=_rank_main, args=given)
                 process.start()
                 self.processes.append(process)
         finally:

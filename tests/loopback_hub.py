@@ -206,9 +206,8 @@ def handler(hub: Hub):
                 return item
             address = f"{hub.address}/lfs/{item['oid']}"
             parts = {f"{i + 1:05d}": f"{address}/{i}" for i in range(-(-item["size"] // PART))}
-            return item | {
-                "actions": {"upload": {"href": f"{address}/complete", "header": {"chunk_size": str(PART), **parts}}}
-            }
+            upload = {"href": f"{address}/complete", "header": {"chunk_size": str(PART), **parts}}
+            return item | {"actions": {"upload": upload}}
 
     return Handler
 

@@ -99,9 +99,7 @@ def train(
     """Trains in place. backward(model, samples) adds the step's gradient and returns what the step reports."""
     options = {"betas": (adam_beta1, adam_beta2), "eps": adam_epsilon, "weight_decay": weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, **options)
-    scheduler = get_scheduler(
-        lr_scheduler_type, optimizer, num_warmup_steps=int(num_steps * warmup_ratio), num_training_steps=num_steps
-    )
+    scheduler = get_scheduler(lr_scheduler_type, optimizer, int(num_steps * warmup_ratio), num_steps)
     records, order, epoch, seen = [], [], -1, 0
     for step in range(steps_run or num_steps):
         if not order:

@@ -53,10 +53,8 @@ def sees(shapes, window: int = 10**6) -> np.ndarray:
     return visible
 
 
-NUMBERS = st.integers(1, 9)
-SOME_ROWS = st.lists(
-    st.tuples(NUMBERS, NUMBERS, NUMBERS) | st.tuples(NUMBERS, st.just(0), st.just(0)), min_size=1, max_size=5
-)
+N, NONE = st.integers(1, 9), st.just(0)
+SOME_ROWS = st.lists(st.tuples(N, N, N) | st.tuples(N, NONE, NONE), min_size=1, max_size=5)
 
 
 @given(SOME_ROWS)

@@ -49,10 +49,7 @@ def tulu(messages):
 
 
 def chatml(messages):
-    for message in messages:
-        yield f"<|im_start|>{message['role']}\n", False
-        yield message["content"] + "<|im_end|>", message["role"] == "assistant"
-        yield "\n", False
+    return elements(messages, None)
 
 
 def llama3(messages):

@@ -115,11 +115,8 @@ def assert_holds(folder: Path, step: int):
     read = {}
     for file in folder.glob("*.safetensors"):
         read |= load_file(file)
-    expected = {
-        f"{kind}/{name}": values[:-2].numpy()
-        for name, p in parameters(step).items()
-        for kind, values in p.local.items()
-    }
+    of_all = parameters(step).items()
+    expected = {f"{kind}/{name}": x[:-2].numpy() for name, p in of_all for kind, x in p.local.items()}
     assert read.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_array_equal(read[name], values)

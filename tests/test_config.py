@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from common.config import OTHER_NAMES, DPOConfig, SFTConfig, identity_values, parse_config
+from common.config import OTHER_NAMES, DPOConfig, SFTConfig, parse_config
 from common.failures import UserError
 
 
@@ -111,16 +111,6 @@ def test_help_lists_every_flag_with_its_default_once_and_exits_0(capsys, monkeyp
     assert end.value.code == 0
     assert all((f"--{f.name} X" in shown.replace("[X", "X")) == (rank == "0") for f in dataclasses.fields(DPOConfig))
     assert ("AdamW's beta1: a finite number >= 0 and < 1 [0.9]" in shown) == (rank == "0")
-
-
-def test_what_identifies_a_run():
-    """Speed, logging and placement do not; what is read from files does by its contents, in agreement.run_identity."""
-    free = "share_prompt max_tokens_per_micro_batch gradient_checkpointing ds_config output_dir stop_after_steps"
-    by_contents = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}
-    config = dpo("--seed", "7", "--beta", "2")
-    by_value, all_values = identity_values(config), identity_values(config, (True, "contents"))
-    assert by_value["seed"] == 7 and by_value["beta"] == 2 and {"dtype", "max_seq_length", "loss_type"} < {*by_value}
-    assert {*all_values} - {*by_value} == by_contents and not {*all_values} & {*free.split()}
 
 
 # ------------------------------------------------------------------ what is refused, and what the line names

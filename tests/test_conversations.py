@@ -127,13 +127,14 @@ def test_a_call_is_kept_as_it_is_with_any_content(content, arguments):
     assert sft({"conversations": [said]}).messages == [{"role": "assistant", "tool_calls": [call]}]
 
 
+MARKS = st.sampled_from([0, 1, 0.0, 1.0, None, True, False])
+
+
 @given(chat=CHATS, data=st.data())
 def test_a_turn_is_trained_unless_its_row_says_no_or_it_is_empty(chat, data):
     weighed, expected = [], []
     for message in chat:
-        marks = data.draw(
-            st.dictionaries(st.sampled_from(["weight", "train"]), st.sampled_from([0, 1, 0.0, 1.0, None, True, False]))
-        )
+        marks = data.draw(st.dictionaries(st.sampled_from(["weight", "train"]), MARKS))
         content = data.draw(st.sampled_from([message["content"], "", " \n", None]))
         content = content if message["role"] == "assistant" else message["content"]
         weighed.append({**message, "content": content, **marks})

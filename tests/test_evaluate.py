@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -253,6 +254,11 @@ def test_a_run_that_stalls_ends_well_says_so_and_is_finished_for_the_same_patien
     assert "nothing to do" in setting.run("sft", **changes).succeeded().stdout
     resumed = changes | {"output_dir": setting.root / "stalls_resumed"}
     setting.run("sft", **resumed, stop_after_steps=len(before) - 2).succeeded()
+    other = resumed | {"output_dir": setting.root / "stalls_on_others", "early_stopping_patience": 1}
+    other["eval_dataset_mixer"] = resumed["eval_dataset_mixer"][:1]  # its first loss betters all
+    shutil.copytree(resumed["output_dir"], other["output_dir"])
+    evaluated = [r["step"] for r in setting.run("sft", **other).succeeded().metrics if "eval/loss" in r]
+    assert max(evaluated) >= len(before) + 2
     assert setting.run("sft", **resumed).succeeded().column("step") == [*range(1, len(before) + 1)]
     longer = setting.run("sft", **changes | {"early_stopping_patience": 3}).succeeded()
     assert longer.metrics[: len(before)] == before and len(longer.metrics) > len(before)

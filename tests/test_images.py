@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from test_model import settings_of
 from test_packed import Engine
 
 from common.failures import UserError
@@ -61,7 +62,7 @@ def exported(folders: list[str], outputs: list[str]) -> None:
         policy = load.load_partitioned(folder, config, torch.bfloat16, "sdpa", ds_config, ranks)
         template = ChatTemplate("tulu", TULU, load.load_tokenizer(folder))
         ranks.once(lambda output=output: Path(output).mkdir())
-        settings = ranks.once(lambda: export.export_settings(policy.lm, template, folder))
+        settings = ranks.once(lambda: settings_of(policy.lm, template, folder))
         export.export_model(policy, output, settings, ranks)
 
 

@@ -34,9 +34,7 @@ def pictures(monkeypatch) -> list[Figure]:
     """The figures that were saved."""
     saved: list[Figure] = []
     real = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: (saved.append(self), real(self, *args, **kwargs))
-    )
+    monkeypatch.setattr(Figure, "savefig", lambda self, *path, **more: (saved.append(self), real(self, *path, **more)))
     return saved
 
 

@@ -54,6 +54,11 @@ CASES = {
 # ------------------------------------------------------------------ load and export, under ZeRO-3 on two ranks
 
 
+def settings_of(lm, template: ChatTemplate, folder: str) -> dict[str, bytes]:
+    """The files of an export besides its weights."""
+    return export.export_settings(model.load_config(folder), lm.dtype, template, folder) | export.stored_layout(lm)
+
+
 def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
     """On each rank: what the partitioned model holds and computes; then its export."""
     ranks = distributed.start(5)
@@ -80,7 +85,7 @@ def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
         experts = {module.config._experts_implementation for module in experts_in(packed.lm)}
         seen.append({"logits": logits, "buffers": dict(packed.lm.named_buffers()), "experts": experts, **sizes})
         template = ChatTemplate("bar", TULU.replace("eos_token", "'|'"), model.load_tokenizer(folder))
-        settings = ranks.once(lambda: export.export_settings(packed.lm, template, folder))
+        settings = ranks.once(lambda: settings_of(packed.lm, template, folder))
         export.export_model(packed, output, settings, ranks)
     kept = patch.object(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"norm"})
     with kept, pytest.raises(UserError, match=r"norm\.weight is kept"):
@@ -192,9 +197,7 @@ def test_a_crash_in_an_export_leaves_no_model_or_the_whole_new_one(tmp_path, siz
     old, new = (PackedModel(read(folder, model.load_config(str(folder)))) for folder in folders)
     expected, output, is_whole = new.lm.state_dict(), tmp_path / "output", []
     output.mkdir()
-    settings = [
-        export.export_settings(of.lm, template, str(folder)) for of, folder in zip((old, new), folders, strict=True)
-    ]
+    settings = [settings_of(of.lm, template, str(folder)) for of, folder in zip((old, new), folders, strict=True)]
     export.export_model(old, str(output), settings[0], models.OneRank())
     before = shutil.copytree(output, tmp_path / "before")
     for n in itertools.count(1):
@@ -219,7 +222,7 @@ def memory_of_exports(folder: str, output: str) -> list[float]:
     """The most host memory, in bytes above what was there before, of an export and of one of a checkpoint."""
     lm, template = read(folder, model.load_config(folder)), ChatTemplate("bar", TULU, model.load_tokenizer(folder))
     shapes = {name: [*param.shape] for name, param in lm.named_parameters() if param.sum().isfinite()}  # reads its file
-    settings, above, made = Path(output) / "settings", [], export.export_settings(lm, template, folder)
+    settings, above, made = Path(output) / "settings", [], settings_of(lm, template, folder)
     settings.mkdir()
     for name, data in made.items():
         (settings / name).write_bytes(data)
@@ -423,19 +426,17 @@ def test_models_that_cannot_be_built_or_have_no_layers_of_their_own_are_refused_
         model.parameter_sizes(models.make_config(hidden_act="no_such_function"))
 
 
-@pytest.mark.parametrize("text", [None, "{", "{}", '{"model_type": "no_such_type"}', "[]"])
-def test_a_config_that_cannot_be_read_is_refused(tmp_path, text):
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        model.load_config(str(tmp_path))
+UNUSABLE = {"config.json": [None, "{", "{}", '{"model_type": "no_such_type"}', "[]"]}
+UNUSABLE["generation_config.json"] = ["{", '{"eos_token_id": "x"}', '{"eos_token_id": [[1], 2]}']
 
 
-@pytest.mark.parametrize("text", ["{", '{"eos_token_id": "x"}', '{"eos_token_id": [[1], 2]}'])
-def test_a_generation_config_that_cannot_be_written_again_is_refused_with_the_config(tmp_path, text):
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name in UNUSABLE for text in UNUSABLE[name]])
+def test_a_config_or_generation_config_that_cannot_be_used_is_refused_by_name(tmp_path, name, text):
     models.make_config().save_pretrained(tmp_path)
-    (tmp_path / "generation_config.json").write_text(text)
-    with pytest.raises(UserError, match=r"generation_config\.json cannot be used"):
+    (tmp_path / name).unlink(missing_ok=True)
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{tmp_path}: {name} cannot be"):
         model.load_config(str(tmp_path))
 
 
@@ -483,23 +484,17 @@ def test_a_tokenizer_encodes_as_its_file_does(tmp_path, model_type, written, wor
     assert tokenizer.eos_token_id is not None
 
 
-def unread(folder: Path):
-    """The model of a folder's config, without its weights, all of them in one file."""
-    lm = model.built(model.load_config(str(folder)))
-    lm.file_of, lm.others = {"lm_head.weight": "model.safetensors"}, {}
-    return lm
-
-
 @pytest.mark.parametrize("settings", [{"do_sample": False, "temperature": 0.5}, {"do_sample": False, "top_p": 0.9}, {}])
 def test_what_could_not_be_exported_after_training_is_refused_before_it(tmp_path, settings):
     models.make_config().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps(settings))
-    lm, template = unread(tmp_path), resolve_template("tulu", tiny_tokenizer.tiny_tokenizer())
+    template = resolve_template("tulu", tiny_tokenizer.tiny_tokenizer())
+    given = model.load_config(str(tmp_path)), torch.float32, template, str(tmp_path)
     if not settings:
-        assert export.LAYOUT in export.export_settings(lm, template, str(tmp_path))
+        assert "config.json" in export.export_settings(*given)
         return
     with pytest.raises(UserError, match="cannot be written") as error:
-        export.export_settings(lm, template, str(tmp_path))
+        export.export_settings(*given)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -509,7 +504,8 @@ def test_a_tokenizer_that_the_exported_folder_would_overrule_is_refused_before_t
     tiny_tokenizer.tiny_tokenizer("llama3").save_pretrained(tmp_path / "tokenizer")
     template = resolve_template("tulu", model.load_tokenizer(str(tmp_path / "tokenizer")))
     with pytest.raises(UserError, match="read back") as error:
-        export.export_settings(unread(tmp_path / "model"), template, str(tmp_path / "model"))
+        folder = str(tmp_path / "model")
+        export.export_settings(model.load_config(folder), torch.float32, template, folder)
     assert str(tmp_path / "model") in str(error.value) and "\n" not in str(error.value)
 
 

@@ -214,14 +214,9 @@ def test_a_folder_in_which_another_run_writes_is_refused_until_that_ends(folder,
 
 
 @pytest.mark.parametrize("flag", ["model_name_or_path", "ref_model_name_or_path"])
-def test_a_model_that_is_read_is_not_written_over(tmp_path, flag):
-    (tmp_path / "model.safetensors").touch()
+def test_a_model_that_is_read_is_not_written_over_and_one_that_an_unfinished_run_found_is_not_read(tmp_path, flag):
     with pytest.raises(UserError, match=f"--output_dir .* is --{flag}"):
         claim(config_of(tmp_path / "a/..", DPOConfig, **{flag: str(tmp_path)}), {}, 5, OneRank())
-
-
-@pytest.mark.parametrize("flag", ["model_name_or_path", "ref_model_name_or_path"])
-def test_the_model_that_an_unfinished_run_found_in_its_folder_is_not_read(tmp_path, flag):
     config = config_of(tmp_path / "other", DPOConfig, **{flag: str(tmp_path)})
     write_run_config(str(tmp_path), {"identity": {}})
     with pytest.raises(UserError, match=f"--{flag} {tmp_path}: .*not finished"):

@@ -99,10 +99,8 @@ def test_memory_is_the_planners_for_8b_on_the_card_named(of_8b, capsys):
     (exact,) = {kept / groups[-1] for kept in groups if f"{kept / groups[-1]:.0%}" == f"{share}%"}
     memory = estimated(test_memory.SHAPE_8B, 2, residency, exact, zero)
     found = re.findall(r"([\d.]+) (?:parameters|gradients|optimizer)", values["memory of a rank"])
-    parameters = (memory.parameters + memory.gathered) / 1e9
-    assert [*map(float, found)] == [
-        round(size / 1e9, 1) for size in (1e9 * parameters, memory.gradients, memory.optimizer)
-    ]
+    expected = memory.parameters + memory.gathered, memory.gradients, memory.optimizer
+    assert [*map(float, found)] == [round(size / 1e9, 1) for size in expected]
     assert "50.0% MFU" in values["hours"] and values["cost"].endswith("at 3")
 
 
@@ -148,21 +146,6 @@ def test_what_is_wrong_is_warned_of(changes, named, no_weights, sft_data, tmp_pa
     assert (named in " ".join(warned)) if named else warned == []
 
 
-@pytest.mark.parametrize(
-    "words, named",
-    [
-        ([], "sft|dpo"),
-        (["sft", "--gpu", "h1000"], "--gpu"),
-        (["sft", "0"], "N is"),
-        (["sft", "--mfu", "40"], "--mfu"),
-        (["sft", "--lerning_rate", "1"], "--learning_rate"),
-    ],
-)
-def test_a_mistake_in_the_command_is_named(words, named):
-    with pytest.raises(UserError, match=re.escape(named)):
-        main(*words)
-
-
 def test_more_than_eight_gpus_are_several_hosts():
     card, peak, _ = Machine(16, "h200", 800).card()
     assert card.spans_hosts and card.host_free == 100e9 and peak == 989e12 and len(CARDS) == 4
@@ -184,9 +167,8 @@ def test_tokens_of_a_run_are_those_of_its_steps_however_many_there_are(stop):
     schedule, lengths = Schedule(config, 10), np.arange(100, 110)
     of_steps = [int(lengths[schedule.samples(step)].sum()) for step in range(schedule.last_step)]
     assert tokens_of(schedule, lengths) == sum(of_steps)
-    assert tokens_of(schedule, lengths[:4]) == round(
-        101.5 * sum(len(schedule.samples(step)) for step in range(schedule.last_step))
-    )
+    num_samples = sum(len(schedule.samples(step)) for step in range(schedule.last_step))
+    assert tokens_of(schedule, lengths[:4]) == round(101.5 * num_samples)
     endless = Schedule(SFTConfig(num_train_epochs=10**9, global_batch_size=3), 10)
     assert tokens_of(endless, lengths) == 10**9 * lengths.sum()
 

@@ -30,6 +30,7 @@ import torch
 from faults import Disk
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
+from test_model import settings_of
 from test_ranks import check_that_nothing_listens_beyond_this_host
 
 from common import files
@@ -348,17 +349,14 @@ def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, metho
     for file in folder.glob("*.safetensors"):
         by_rank[int(file.name[5:10])] |= load_file(file)
     shapes = json.loads((folder / "manifest.json").read_text())["parameters"]
-    whole = {
-        key: np.concatenate([by_rank[0][key], by_rank[1][key]]).reshape(shapes[key.partition("/")[2]])
-        for key in by_rank[0]
-    }
+    whole = {key: np.concatenate([by_rank[0][key], by_rank[1][key]]) for key in by_rank[0]}
     words = launch.argv(setting.flags(method, setting.folder(), dtype=dtype))
     for held in launch.on_ranks(engine_states, num_ranks, f"train_{method}", words, str(folder), residency):
         assert held.pop("steps") == {9.0}
         assert len(held) == 4 * len(shapes)
         for key, values in held.items():
             kind, _, name = key.partition("/")
-            expected = whole[f"master/{name}" if kind == "model" else key]
+            expected = whole[f"master/{name}" if kind == "model" else key].reshape(shapes[name])
             if kind == "model":
                 expected = torch.from_numpy(expected).to(getattr(torch, dtype)).float().numpy()
             np.testing.assert_array_equal(values, expected, err_msg=key)
@@ -387,7 +385,7 @@ def exported_both_ways(root: str, words: list[str]) -> list[dict[str, bytes]]:
     template = resolve_template("tulu", model.load_tokenizer(folder))
     writer = checkpoint.Writer(built, dict(policy.lm.named_parameters()), settings, ranks)
     ranks.once(lambda: writer.folder.mkdir(parents=True))
-    writer.settings = ranks.once(lambda: model_export.export_settings(policy.lm, template, folder))
+    writer.settings = ranks.once(lambda: settings_of(policy.lm, template, folder))
     writer.save(checkpoint.RunState(step=7))
     writer.wait()
     model_export.export_model(policy, settings.output_dir, writer.settings, ranks)

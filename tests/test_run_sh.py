@@ -7,7 +7,9 @@ with a training script of a few lines (launching).
 """
 
 import fcntl
+import importlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -144,7 +146,9 @@ def test_the_suite_has_its_cuda_tests_where_there_is_a_gpu(bare, flags, fail_at,
 
 
 def test_the_front_imports_nothing_that_takes_seconds():
-    code = "import sys; from common.verbs import bench, sanity; print({'torch', 'transformers'} & {*sys.modules})"
+    code = (
+        "import sys; from common.verbs import bench, compare, sanity; print({'torch', 'transformers'} & {*sys.modules})"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=launch.REPO, capture_output=True).stdout == b"set()\n"
 
 
@@ -333,6 +337,30 @@ def test_too_many_or_no_gpus_is_refused(machine, num_gpus, words):
     machine(num_gpus)
     with pytest.raises(UserError, match=f"N = {words[0]}"):
         launch.split_number(words)
+
+
+MISTAKES = {  # verb -> its words, and what the line names
+    "data": [("", "sft|dpo"), ("sfd", "sft|dpo"), ("sft --show x", "--show")],
+    "plan": [("", "sft|dpo"), ("sft --gpu h1000", "--gpu"), ("sft 0", "N is"), ("sft --mfu 40", "--mfu")],
+    "bench": [
+        ("", "sft|dpo"),
+        ("sft --shape huge", "--shape"),
+        ("sft --lengths long", "--lengths"),
+        ("sft 0", "N = 0"),
+    ],
+    "sanity": [("sfd", "sanity sft"), ("sft 0", "N = 0")],
+    "compare": [("", "compare OUT1"), ("--picture x.png", "compare OUT1"), ("one --what", "compare OUT1")],
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "named"), [(verb, *mistake) for verb in MISTAKES for mistake in MISTAKES[verb]]
+)
+def test_a_mistake_in_a_verbs_words_is_named_and_nothing_is_written(tmp_path, monkeypatch, verb, words, named):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(named)):
+        importlib.import_module(f"common.verbs.{verb}").main(*words.split())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_request_for_help_runs_nothing(monkeypatch, capsys):

@@ -88,15 +88,11 @@ def test_an_answer_is_read_in_either_style_and_no_other():
     assert {text: read_answer(text) for text in read} == read
 
 
-def test_the_tokenizer_round_trips_any_text_and_is_small(generated):
-    tokenizer = AutoTokenizer.from_pretrained(generated / "model")
+def test_the_tokenizer_round_trips_any_text_and_has_a_token_for_each_role(generated):
+    tokenizer = AutoTokenizer.from_pretrained(generated / "model", chat_template=TULU)
     assert len(tokenizer) < 1000 and tokenizer.eos_token == EOS_TOKEN
     for text in ("please reverse qfza", " two  spaces\n\nnew lines\t", "naïve 日本語 🙂", "photocopy"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-
-
-def test_the_roles_of_the_tulu_template_are_a_token_each(generated):
-    tokenizer = AutoTokenizer.from_pretrained(generated / "model", chat_template=TULU)
     ids = tokenizer.apply_chat_template(rows(generated, "sft")[0]["messages"], return_dict=False)
     tokens = tokenizer.convert_ids_to_tokens(ids)
     assert tokens[0] == "<|user|>" and tokens.count("<|assistant|>") == tokens.count(tokenizer.eos_token) == 1

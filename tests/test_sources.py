@@ -201,14 +201,10 @@ def test_what_save_to_disk_writes_is_read(tmp_path):
     parts = {"train": Dataset.from_list(MESSAGES[:4]), "test": Dataset.from_list(MESSAGES[4:])}
     DatasetDict(parts).save_to_disk(tmp_path / "two")
     rows = [{"messages": row["messages"]} for row in MESSAGES]
-    for asked, expected, left_out in (
-        ("one", rows, []),
-        ("two", rows[:4], ["test"]),
-        ("two:test", rows[4:], ["train"]),
-    ):
+    for asked, taken, rest in (("one", rows, []), ("two", rows[:4], ["test"]), ("two:test", rows[4:], ["train"])):
         found = load_source(parse_source(f"{tmp_path}/{asked}"))
-        assert decoded(found) == expected
-        others = [f"{tmp_path}/two/{split}/data-00000-of-00001.arrow" for split in left_out]
+        assert decoded(found) == taken
+        others = [f"{tmp_path}/two/{split}/data-00000-of-00001.arrow" for split in rest]
         assert found.identity.get("left_out", []) == others
 
 

@@ -74,9 +74,8 @@ def test_sft_tokens_and_spans_are_the_reference_runs(shared, llama3, name, max_s
 def test_preference_tokens_are_the_reference_runs(shared, llama3):
     tokenizer, template = llama3
     encoder, num_dropped = Encoder(tokenizer, 1024), 0
-    rows, expected = (
-        rows_of(shared / f"data/{name}.jsonl") for name in ("preferences", "expected/preferences.tulu.1024")
-    )
+    files = "preferences.jsonl", "expected/preferences.tulu.1024.jsonl"
+    rows, expected = (rows_of(shared / "data" / name) for name in files)
     for row, vector in zip(rows, expected, strict=True):
         sides = [side.messages for side in preference_example(row, {}).conversations]
         if vector["dropped"]:
@@ -213,10 +212,7 @@ def test_both_sides_of_a_pair_are_whole_and_scored_from_the_completion_on(turns,
             assert ids_of(texts[0])[:max_seq_length] == ids_of(texts[1])[:max_seq_length]
         return
     assert pair.chosen_ids.tolist() != pair.rejected_ids.tolist()
-    for text, ids, start in (
-        (texts[0], pair.chosen_ids, pair.chosen_start),
-        (texts[1], pair.rejected_ids, pair.rejected_start),
-    ):
+    for text, ids, start in zip(texts, pair[1:3], pair[3:], strict=True):
         whole = [*pair.prompt_ids.tolist(), *ids.tolist()]
         assert whole == ids_of(text)[:max_seq_length]
         offsets = TOKENIZER(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

@@ -25,9 +25,7 @@ needs = {name: pytest.mark.skipif(name not in INSTALLED, reason=f"{name} is not 
 def reported(tiny_llama, tmp_path_factory):
     """A run with every tracker that is here, evaluated, stopped after 3 steps and continued to 6."""
     root = tmp_path_factory.mktemp("reported")
-    data, held_out = (
-        models.write_jsonl(root / f"{name}.jsonl", models.conversations(8, i)) for i, name in enumerate("ab")
-    )
+    data, held_out = (models.write_jsonl(root / f"{n}.jsonl", models.conversations(8, i)) for i, n in enumerate("ab"))
     changes = {"report_to": sorted(INSTALLED), "global_batch_size": 2, "max_train_steps": 6, "checkpointing_steps": 3}
     changes |= {"eval_dataset_mixer": held_out, "eval_steps": 2}
     with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +122,7 @@ def broken(config, run_id: str, step: int) -> tuple:
 def test_a_stopped_run_and_the_one_that_continues_finish_their_trackers(tiny_llama, sft_data, tmp_path):
     """One that fails in mid-run is named once, and stops nothing."""
     patches = {"common.run.trackers.OPENERS": {"tensorboard": written, "wandb": broken}}
-    patches["importlib.metadata.version"] = Known()
+    patches["importlib.metadata.version"] = of_every_package
     changes = {"report_to": ["tensorboard", "wandb"], "max_train_steps": 200, "global_batch_size": 2}
     flags = launch.flags(tiny_llama, sft_data, tmp_path, **changes)
     run = launch.start("train_sft", flags, 1, patches)
@@ -144,13 +142,9 @@ def test_a_stopped_run_and_the_one_that_continues_finish_their_trackers(tiny_lla
     assert json.loads((again.output_dir / "tracked_0.json").read_text())[0] != first_id
 
 
-class Known:
-    """importlib.metadata.version, for which every package is installed."""
-
-    real = staticmethod(importlib.metadata.version)
-
-    def __call__(self, name: str) -> str:
-        return "1" if name in TRACKERS else self.real(name)
+def of_every_package(name: str, real=importlib.metadata.version) -> str:
+    """importlib.metadata.version, where every tracker is installed."""
+    return "1" if name in TRACKERS else real(name)
 
 
 def test_a_tracker_that_cannot_be_opened_is_a_mistake(tmp_path, monkeypatch):

@@ -238,6 +238,11 @@ def written(path, *rows):
     return models.write_jsonl(path, rows)
 
 
+def that_cannot_be_exported(folder):
+    """transformers reads these settings, and refuses to write them."""
+    return written(models.make_model(folder) / "generation_config.json", {"do_sample": False, "top_p": 0.5}).parent
+
+
 ONE_PAIR = models.preferences(1)[0]
 OTHER_PROMPT = ONE_PAIR | {"rejected": [{"role": "user", "content": "so"}, *ONE_PAIR["rejected"][1:]]}
 # (method, ranks, folder -> the flags that differ, what the line must name): one for each room that finds any
@@ -248,6 +253,7 @@ MISTAKES = [
     ("sft", 1, lambda t: {"ds_config": written(t / "d.json", {"gradient_clipping": 1.0})}, ["d.json"]),
     ("sft", 1, lambda t: {"max_tokens_per_micro_batch": 100}, ["--max_tokens_per_micro_batch", "100", str(LONGEST)]),
     ("sft", 1, lambda t: {"model_name_or_path": without_weights(t / "m")}, ["model.safetensors"]),
+    ("sft", 1, lambda t: {"model_name_or_path": that_cannot_be_exported(t / "m")}, ["cannot be written"]),
     ("sft", 1, lambda t: {"resume": t}, ["--resume"]),
     ("sft", 1, lambda t: {"output_dir": written(t / "file", {})}, ["--output_dir"]),
     ("dpo", 1, lambda t: {"dataset_mixer": written(t / "x.jsonl", ONE_PAIR, OTHER_PROMPT)}, ["x.jsonl", "--allow_"]),

@@ -178,13 +178,11 @@ def test_running_out_of_memory_stops_with_3_says_what_to_change_and_keeps_the_la
 
 
 def test_deepspeed_runs_it_and_the_curves_are_drawn(tiny_llama, sft_data, tmp_path):
-    tokenizer = reference.load_tokenizer(tiny_llama)
-    samples = [reference.conversation_tokens(tokenizer, row["messages"]) for row in models.conversations(10)]
-    settings = {"learning_rate": 1e-2, "global_batch_size": 3}
-    expected = reference.train_sft(reference.load(tiny_llama), samples, num_steps=3, **settings)
-    given = launch.flags(tiny_llama, sft_data, tmp_path, **settings, warmup_ratio=0, max_train_steps=3)
+    """Its numbers are those of `launch`'s processes, which test_train.py compares with a plain loop."""
+    given = launch.flags(tiny_llama, sft_data, tmp_path, learning_rate=1e-2, global_batch_size=3, max_train_steps=3)
     run = launch.launch_for_real("train_sft", given, 2).succeeded()
-    assert run.column("train_loss") == pytest.approx([record["train_loss"] for record in expected], rel=1e-5)
+    forked = launch.launch("train_sft", given | {"output_dir": tmp_path / "forked"}, 2).succeeded()
+    assert run.column("train_loss") == forked.column("train_loss")
     assert (run.output_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "3 of 3 planned" in (run.output_dir / "README.md").read_text()
 

@@ -22,12 +22,12 @@ import transformers
 from common.data import chat_template, conversations, dataset, sources, tokens
 from common.data.chat_template import REASONING_KEYS, ChatTemplate
 from common.data.conversations import Conversation, Dropped, preference_example, sft_example
-from common.data.dataset import FILES, TokenDataset, flattened, json_digest
+from common.data.dataset import FILES, TokenDataset, flattened
 from common.data.report import data_table
 from common.data.sources import Rows, decode_row, load_source, parse_source
 from common.data.tokens import Encoder
 from common.failures import UserError, as_user_error, one_line, print_line, progress
-from common.files import file_digest, locked, naming
+from common.files import file_digest, json_digest, locked, naming
 
 BLOCK_ROWS = 512  # rows that are rendered and then encoded together, by the tokenizer's threads
 

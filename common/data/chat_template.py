@@ -162,12 +162,11 @@ class ChatTemplate:
                 self._printed.clear()
             self._printed[key] = MARK.split(self.attempt(marked, **variables) or "")
         printed, spans, position = self._printed[key], {}, 0
-        contents = [messages[int(i)]["content"] for i in printed[2::3]]
+        numbers = [*map(int, printed[2::3])]
+        contents = [messages[i]["content"] for i in numbers]
         if "".join(part for pair in zip_longest(printed[::3], contents, fillvalue="") for part in pair) != text:
             return {}
-        for i, before, content, after in zip(
-            map(int, printed[2::3]), printed[::3], contents, printed[3::3], strict=False
-        ):
+        for i, before, content, after in zip(numbers, printed[::3], contents, printed[3::3], strict=False):
             start = position + len(before)
             position = start + len(content)
             if roles[i] == "assistant":
@@ -200,11 +199,8 @@ class ChatTemplate:
             between = opening_within.removesuffix(users).rstrip()
             is_header = prompted == asked and header.rstrip() != asked.rstrip()
             prompt = prompted[len(asked) :] if prompted.startswith(asked) and not is_header else None
-            if (
-                prompted == asked
-                and not after.startswith(closing)
-                and self.shared(asked.removesuffix(eos), tail, -1).strip()
-            ):
+            ending = self.shared(asked.removesuffix(eos), tail, -1).strip()  # of a text without and with an answer
+            if prompted == asked and not after.startswith(closing) and ending:
                 is_clear = header == asked and between and tail.startswith(between)
                 if not is_clear or self.special.sub("", opening.removesuffix(users)).strip():
                     raise Dropped("it ends every text with a generation prompt, and what closes an answer is not clear")

@@ -8,7 +8,7 @@ import numpy as np
 
 from common.data.tokens import PreferencePair, SFTSample
 from common.failures import UserError
-from common.files import digest, file_digest
+from common.files import file_digest, json_digest
 
 # What the files hold. tokens and marks lie end to end, sample after sample. marks of a conversation: its trained spans;
 # of a pair: tokens of the prompt, of the rest of chosen, of the rest of rejected, chosen_start, rejected_start.
@@ -41,9 +41,8 @@ class TokenDataset:
             raise UserError(f"token cache {folder} is not what was written; run again, and it is rebuilt")
         self.folder = Path(folder)
         self.kind, self.stats, self.digest = manifest["kind"], manifest["stats"], json_digest(digests)
-        self._tokens, self._marks, self._samples = (
-            np.asarray(np.memmap(Path(folder) / name, dtype, "r")) for name, dtype in FILES.items()
-        )
+        files = [np.asarray(np.memmap(self.folder / name, dtype, "r")) for name, dtype in FILES.items()]
+        self._tokens, self._marks, self._samples = files
         self.lengths, self.num_targets = (self._samples[name].astype(np.int32) for name in ("length", "num_targets"))
         self.pair_lengths = self._marks.reshape(-1, 5)[:, :3] if self.kind == "dpo" else None
         kept = [source["rows_used"] - source["rows_dropped"] for source in self.stats["sources"]]
@@ -116,7 +115,3 @@ def flattened(sample: SFTSample | PreferencePair) -> tuple[np.ndarray, np.ndarra
     *sides, start, other_start = sample
     lengths = [len(ids) for ids in sides]
     return np.concatenate(sides), [*lengths, start, other_start], sum(lengths[1:]) - start - other_start
-
-
-def json_digest(value) -> str:
-    return digest(json.dumps(value, sort_keys=True).encode())

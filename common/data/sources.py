@@ -255,10 +255,7 @@ def _open_parquet(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
     import pyarrow.parquet
     from datasets import Dataset
 
-    file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
-    unread = [name for name in file.schema_arrow.names if name not in COLUMNS]
-    used = [name for name in file.schema_arrow.names if name in COLUMNS]
-    return *_arrow_rows(Dataset(file.read(used or None)))[:2], unread
+    return _arrow_rows(Dataset(pyarrow.parquet.read_table(pyarrow.BufferReader(content))))
 
 
 def _open_arrow(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:

@@ -73,9 +73,7 @@ class Encoder:
             return [Dropped(UNUSABLE[type(error).__name__])]
 
 
-def render_pair(
-    chosen: Conversation, rejected: Conversation, template: ChatTemplate
-) -> tuple[str, str, str, list[str]]:
+def render_pair(chosen: Conversation, rejected: Conversation, template: ChatTemplate) -> tuple[str, str, str, list]:
     """-> (prompt, chosen's completion, rejected's, notes). Prompts that the template renders alike are the same. Raises
     Dropped."""
     (prompt, completion, notes), (other_prompt, other, other_notes) = (

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save, save_file
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from common.data.chat_template import ChatTemplate
@@ -26,34 +26,58 @@ from common.ranks import Ranks
 LAYOUT, BUFFERS = "layout.json", "buffers.safetensors"
 
 
-def export_settings(lm, template: ChatTemplate, source_folder: str) -> dict[str, bytes]:
-    """The files of an export besides the parameters' values, read back here: what fails then would have failed after
-    the last step. The run's export and those of its checkpoints are of these bytes. On one rank. Raises UserError."""
+def export_settings(
+    config: PretrainedConfig, dtype: torch.dtype, template: ChatTemplate, source_folder: str
+) -> dict[str, bytes]:
+    """The small files of an export, read back here: what fails then would have failed after the last step. The run's
+    export and those of its checkpoints are of these bytes. On one rank, before the weights load. Raises UserError."""
     print_line("writing the export's small files to a temporary folder, and reading them back")
     what = f"model {source_folder}: its settings and tokenizer cannot be written and read back"
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, as_user_error(what):
         folder = Path(name)
-        with as_user_error(what):
-            _write_settings(lm, template, source_folder, folder)
-            _read_back(template, folder)
-        layout = _layout(lm)
-        (folder / LAYOUT).write_text(json.dumps(layout), encoding="utf-8")
-        if [*layout] != ["model.safetensors"]:
-            named = ((file, places or [name]) for file, names in layout.items() for name, (_, places) in names.items())
-            weight_map = {stored: file for file, names in named for stored in names}
-            whole = [*_tensors(lm).values(), *lm.others.values()]
-            sizes = (getattr(t, "ds_numel", t.numel()) * t.element_size() for t in whole)
-            index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        buffers = {name: tensor for name, tensor in _tensors(lm).items() if not isinstance(tensor, torch.nn.Parameter)}
-        buffers |= lm.others
-        _write_shard({name: buffer.cpu().contiguous() for name, buffer in buffers.items()}, folder / BUFFERS)
+        own = type(config).from_dict(config.to_dict())
+        own.architectures, own.dtype = [type(built(config)).__name__], dtype
+        generation = generation_config(source_folder, own, template.end_ids())
+        if text_config(own) is own:
+            own.eos_token_id = generation.eos_token_id
+            own.save_pretrained(folder)
+        else:  # whatever served the model with its other parts serves this one
+            for path in [Path(source_folder) / "config.json", *Path(source_folder).glob("*processor_config.json")]:
+                shutil.copyfile(path, folder / path.name)
+        generation.save_pretrained(folder)
+        template.tokenizer.chat_template = template.jinja
+        template.tokenizer.save_pretrained(folder)
+        # As whoever serves the model reads them.
+        AutoConfig.from_pretrained(folder, **NO_CODE)
+        GenerationConfig.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        for text in SAMPLES:
+            before, after = template.tokenizer.tokenize(text), tokenizer.tokenize(text)
+            if before != after:
+                raise ValueError(f"{text!r} becomes {after}, not {before}")
         return _files(folder)
+
+
+def stored_layout(lm) -> dict[str, bytes]:
+    """The files that say where an export's tensors go, and the tensors that no training changes. On rank 0, once the
+    model is loaded."""
+    layout, tensors = _layout(lm), _tensors(lm)
+    files = {LAYOUT: json.dumps(layout).encode()}
+    if [*layout] != ["model.safetensors"]:
+        named = ((file, places or [name]) for file, names in layout.items() for name, (_, places) in names.items())
+        weight_map = {stored: file for file, names in named for stored in names}
+        whole = [*tensors.values(), *lm.others.values()]
+        sizes = (getattr(t, "ds_numel", t.numel()) * t.element_size() for t in whole)
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        files[INDEX] = json.dumps(index, indent=2).encode() + b"\n"
+    buffers = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
+    buffers = {name: buffer.cpu().contiguous() for name, buffer in (buffers | lm.others).items()}
+    return files | {BUFFERS: save(buffers)}
 
 
 def export_model(model: PackedModel, output_dir: str, settings: dict[str, bytes], ranks: Ranks) -> None:
     """Writes what AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained load; generate() stops where
-    the template's answers end. settings: of export_settings. An OSError is every rank's. Collective.
+    the template's answers end. settings: of export_settings and stored_layout. An OSError is every rank's. Collective.
 
     The files and the names in them are those of the folder that the model was loaded from, with the buffers that it
     holds. Parameters are gathered one at a time; rank 0 has one file's in memory. Everything is written to a temporary
@@ -79,7 +103,7 @@ def export_model(model: PackedModel, output_dir: str, settings: dict[str, bytes]
 def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int]], fill: Callable) -> None:
     """Writes export_model's folder of other parameters, one file in memory at a time.
 
-    folder: the files of export_settings. fill(name, out) sets a parameter's elements in `out`, one-dimensional.
+    folder: with those settings' files. fill(name, out) sets a parameter's elements in `out`, one-dimensional.
     Raises UserError where output_dir holds anything.
     """
     settings = _files(folder)
@@ -144,34 +168,6 @@ def _begin(folder: Path, settings: dict[str, bytes]) -> None:
         if name not in (LAYOUT, BUFFERS):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(folder / name, [data])
-
-
-def _read_back(template: ChatTemplate, folder: Path) -> None:
-    """Raises ValueError where the folder's config or tokenizer is none that training could use, or another one."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)  # as whoever serves the model reads it
-    try:
-        load_config(str(folder))
-    except UserError as error:
-        raise ValueError(str(error)) from error
-    for text in SAMPLES:
-        before, after = template.tokenizer.tokenize(text), tokenizer.tokenize(text)
-        if before != after:
-            raise ValueError(f"{text!r} becomes {after}, not {before}")
-
-
-def _write_settings(lm, template: ChatTemplate, source_folder: str, folder: Path) -> None:
-    config = type(lm.config).from_dict(lm.config.to_dict())
-    config.architectures = [type(lm).__name__]
-    generation = generation_config(source_folder, config, template.end_ids())
-    if text_config(config) is config:
-        config.eos_token_id = generation.eos_token_id
-        config.save_pretrained(folder)
-    else:  # whatever served the model with its other parts serves this one
-        for path in [Path(source_folder) / "config.json", *Path(source_folder).glob("*processor_config.json")]:
-            shutil.copyfile(path, folder / path.name)
-    generation.save_pretrained(folder)
-    template.tokenizer.chat_template = template.jinja
-    template.tokenizer.save_pretrained(folder)
 
 
 def _write_shard(tensors: dict, path: Path) -> None:

@@ -316,8 +316,11 @@ def _from_folder(folder: str, config: PretrainedConfig, options: dict, expected:
     model.file_of, model.others = file_of, {}
     own = without_other_parts(model).state_dict()
     names = {*own} | {stored for name, tensor in own.items() for stored in stored_names(model, name, tensor)}
-    unused = model._keys_to_ignore_on_load_unexpected or [] if text_config(config) is config else [""]
-    for name in [name for name in file_of.keys() - names if any(re.search(pattern, name) for pattern in unused)]:
+    left = file_of.keys() - names
+    if text_config(config) is config:  # it has no other parts
+        unused = model._keys_to_ignore_on_load_unexpected or []
+        left = {name for name in left if any(re.search(pattern, name) for pattern in unused)}
+    for name in left:
         with safe_open(Path(folder) / file_of[name], framework="pt") as weights:
             model.others[name] = weights.get_tensor(name)
     return model

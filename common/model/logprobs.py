@@ -30,12 +30,7 @@ def target_logps(
 
 
 def logits_gradient_(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    lse: torch.Tensor,
-    grad_logps: torch.Tensor,
-    scale: float = 1.0,
-    cap: float = 0.0,
+    logits: torch.Tensor, targets: torch.Tensor, lse: torch.Tensor, grad_logps: torch.Tensor, scale=1.0, cap=0.0
 ) -> None:
     """Replaces logits [N, V] by d target_logps / d logits, times grad_logps float32 [N]: g (onehot - softmax), times
     scale, and the cap's derivative 1 - tanh^2."""

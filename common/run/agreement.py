@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.config import TrainConfig, identity_values
 from common.failures import UserError, shown
-from common.files import digest, file_digest, weights_digest
+from common.files import file_digest, json_digest, weights_digest
 from common.ranks import Ranks
 from common.run.output_dir import PACKAGES
 
@@ -81,7 +81,7 @@ def environment(config: TrainConfig, ds_config: dict) -> dict:
 
 
 def files_digest(files: list[Path]) -> str:
-    return digest(json.dumps([(path.name, file_digest(path)) for path in files]).encode())
+    return json_digest([(path.name, file_digest(path)) for path in files])
 
 
 def differences(ours: dict, theirs: dict) -> list[str]:

@@ -117,7 +117,7 @@ class Evaluation:
         self.reference_logps: np.ndarray = np.zeros((len(held_out), 2), np.float32)
         num_shared = ranks.once(lambda: num_also_in(held_out, data))
         sizes = {name: len(part) for name, part in self.parts.items()}
-        self.record = {"every": self.every, "samples": sizes, "also_trained": num_shared}
+        self.record = {"every": self.every, "samples": sizes, "also_trained": num_shared, "held_out": held_out.digest}
         if config.eval_holdout:
             self.record["rows"] = [held_out.source_of(i) for i in range(len(held_out))]
         of_sources = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
@@ -185,13 +185,13 @@ class Evaluation:
         step = self.ranks.once(lambda: checkpoint.kept(self.config.output_dir).get("step"))
         if not self.config.export_best or step is None:
             return None
-        path = Path(self.config.output_dir) / "checkpoints" / f"step_{step:08d}"
+        path = checkpoint.path_of(self.config.output_dir, step)
         self.ranks.say(f"--export_best: the model will be that of step {step}")
         checkpoint.load(engine, parameters, path, checkpoint.read_state(path), str(path), self.ranks)
         return step
 
     def says_stop(self, losses: list[float]) -> bool:
-        """Whether --early_stopping_patience ends the run here; says so. losses: `eval/loss` of the run so far."""
+        """Whether --early_stopping_patience ends the run here; says so. losses: `eval/loss` so far, of this data."""
         if not has_stalled(losses, self.config.early_stopping_patience):
             return False
         since = f"the last {self.config.early_stopping_patience} evaluations did not better eval/loss {min(losses):.4f}"

@@ -16,7 +16,7 @@ from huggingface_hub.utils import enable_progress_bars
 
 from common.config import TrainConfig, as_words
 from common.failures import as_user_error, one_line
-from common.files import INDEX, digest, weight_files
+from common.files import INDEX, json_digest, weight_files
 
 RECORD, CARD = "run_config.json", "README.md"
 # What goes up beside the weights; run_config.json tells whose model it is.
@@ -81,8 +81,8 @@ def upload(config: TrainConfig) -> str:
     upload that failed."""
     folder, api, record = Path(config.output_dir), HfApi(), read_record(config.output_dir)
     repo = require_repository(config, record["identity"])
-    run = digest(json.dumps(record["identity"], sort_keys=True).encode())[:12]
-    message = f"{folder.resolve().name}: {record['method']}, {record['result']['steps']} steps, run {run}"
+    run, what = json_digest(record["identity"])[:12], f"{record['method']}, {record['result']['steps']} steps"
+    message = f"{folder.resolve().name}: {what}, run {run}"
     if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
         enable_progress_bars()  # whoever loads the model tells transformers to show none, which holds for the hub's too
     with as_user_error(f"the upload to {repo} failed"):

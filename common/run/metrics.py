@@ -120,7 +120,8 @@ class MetricsFile:
 
     def __init__(self, output_dir: str, state: RunState, ranks: Ranks, trackers: Trackers | None = None):
         """Keeps the records up to `state.step`, so that a resumed run leaves neither gap nor double; state.num_records
-        is from here on their number. Collective. Raises UserError where some are missing; that all are is said."""
+        is from here on their number. Collective. Raises UserError where some are missing; that all are is said.
+        `eval_losses` begin after the step state.held_out_since."""
         self.path, self.state, self.ranks = Path(output_dir) / "metrics.jsonl", state, ranks
         self.trackers = trackers
 
@@ -134,7 +135,8 @@ class MetricsFile:
                 ranks.say(f"warning: {lost}: the run goes on without")
             replace_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             self.file = open(self.path, "a", encoding="utf-8")
-            return kept[-1:], len(kept), [record["eval/loss"] for record in kept if "eval/loss" in record]
+            evaluated = [record for record in kept if "eval/loss" in record and record["step"] > state.held_out_since]
+            return kept[-1:], len(kept), [record["eval/loss"] for record in evaluated]
 
         newest, state.num_records, self.eval_losses = ranks.gather(lambda: keep() if ranks.is_main else None)[0]
         self.last = newest[0] if newest else None  # the newest record

@@ -228,6 +228,9 @@ def open_output_dir(
 
     ranks.once(begin)
     trackers = Trackers(config, record.get("run_id", ""), state.step, ranks)
+    held_out = (record.get("evaluation") or {}).get("held_out", "")
+    if state.held_out != held_out:  # early stopping compares losses of the same data
+        state.held_out, state.held_out_since = held_out, state.step
     return MetricsFile(config.output_dir, state, ranks, trackers)
 
 

@@ -10,7 +10,6 @@ spans of the pairs, dtype, attention kernel, prompt sharing, the source of the c
 of the libraries under it.
 """
 
-import json
 import time
 from importlib.metadata import distributions
 from pathlib import Path
@@ -24,7 +23,7 @@ from common.config import DPOConfig
 from common.data.dataset import TokenDataset
 from common.data.tokens import PreferencePair, SFTSample
 from common.failures import as_user_error, progress
-from common.files import digest, replace_file
+from common.files import digest, json_digest, replace_file
 from common.model import attention, load, logprobs, packed
 from common.model.logprobs import sequence_logps
 from common.ranks import Ranks
@@ -42,7 +41,7 @@ def reference_key(weights: str, data_digest: str, config: DPOConfig, kernel: str
     code = [Path(str(m.__file__)).read_bytes() for m in (attention, load, logprobs, packed, packing)]
     versions = [next((d.version for d in distributions(name=name)), None) for name in LIBRARIES]
     parts = [weights, data_digest, config.dtype, kernel, config.share_prompt, device_type, versions]
-    return digest(json.dumps([*parts, digest(b"".join([*code, Path(__file__).read_bytes()]))]).encode())
+    return json_digest([*parts, digest(b"".join([*code, Path(__file__).read_bytes()]))])
 
 
 def reference_pass(

@@ -68,6 +68,8 @@ class RunState:
     micro_batch_budget: int = 0  # tokens that a micro-batch may hold
     world_size: int = 0
     residency: str = ""  # what stayed whole during a step, which says how gradients are summed
+    held_out: str = ""  # digest of the data of evaluations, "" for none
+    held_out_since: int = 0  # step from which on it is that
     identity: dict = field(default_factory=dict)  # every value that changes the result, by its flag's name
 
     def finish_step(self, num_samples: int, num_tokens: int, num_targets: int) -> None:
@@ -109,7 +111,8 @@ class Writer:
     their main threads, that the one before is done everywhere. The threads take part in no collective.
     """
 
-    def __init__(self, engine, parameters: Parameters, config: TrainConfig, ranks: Ranks):
+    def __init__(self, engine, parameters: Parameters, config: TrainConfig, ranks: Ranks, settings: dict | None = None):
+        """settings: files, by name, that exports of its checkpoints need besides weights."""
         self.engine, self.parameters, self.config, self.ranks = engine, parameters, config, ranks
         self.folder = Path(config.output_dir) / "checkpoints"
         self.thread = ThreadPoolExecutor(1)
@@ -117,7 +120,7 @@ class Writer:
         self.stage: Future | None = None  # that it is in
         self.later: list[Callable[[list], object]] = []  # its further stages, given what the last one's ranks returned
         self.files = _files(parameters, ranks)
-        self.settings: dict[str, bytes] = {}  # files that exports of its checkpoints need besides weights
+        self.settings: dict[str, bytes] = settings or {}
         self.copies = self._reserve()
 
     def _reserve(self) -> dict[str, torch.Tensor] | None:
@@ -139,7 +142,7 @@ class Writer:
 
         Where host memory has no room for a copy, returns when it is written. Raises OSError, on every rank.
         """
-        self.path = self.folder / f"step_{state.step:08d}"
+        self.path = path_of(self.config.output_dir, state.step)
         temporary, text = self.path.with_name(f".{self.path.name}.tmp"), json.dumps(asdict(state), indent=2)
 
         def prepare() -> None:
@@ -275,14 +278,18 @@ def keep(output_dir: str, entry: dict) -> None:
 
     Call it on one rank.
     """
-    replace_file(Path(output_dir) / "checkpoints" / "kept.json", json.dumps(entry))
+    replace_file(_kept_file(output_dir), json.dumps(entry))
 
 
 def kept(output_dir: str) -> dict:
     """What `keep` was last called with; {} if it was not. Raises UserError if that cannot be read."""
-    path = Path(output_dir) / "checkpoints" / "kept.json"
+    path = _kept_file(output_dir)
     with as_user_error(f"{path} is not what a run wrote; delete it"):
         return {**json.loads(path.read_text())} if path.is_file() else {}
+
+
+def _kept_file(output_dir: str) -> Path:
+    return Path(output_dir) / "checkpoints" / "kept.json"
 
 
 # ---------------------------------------------------------------------- finding
@@ -294,6 +301,10 @@ def newest_first(output_dir: str) -> list[Path]:
 
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
+
+
+def path_of(output_dir: str, step: int) -> Path:
+    return Path(output_dir) / "checkpoints" / f"step_{step:08d}"
 
 
 def _delete(path: Path) -> None:
@@ -333,9 +344,8 @@ def clear_after(output_dir: str, step: int, resume: str) -> None:
         _remove(path)
     for path in (Path(output_dir) / "checkpoints").glob(".kept.json.*"):
         path.unlink()
-    folder, step = Path(output_dir) / "checkpoints", kept(output_dir).get("step", 0)
-    if not (folder / f"step_{step:08d}" / "COMPLETE").is_file():
-        (folder / "kept.json").unlink(missing_ok=True)
+    if not (path_of(output_dir, kept(output_dir).get("step", 0)) / "COMPLETE").is_file():
+        _kept_file(output_dir).unlink(missing_ok=True)
 
 
 def _set_aside(path: Path, how: str, why: str) -> None:
