@@ -26,7 +26,7 @@ from common.run.evaluate import Evaluation, largest, training_and_held_out
 from common.run.forecast import forecast
 from common.run.metrics import StepMeter
 from common.run.output_dir import claim, finish, open_output_dir, record_of
-from common.run.plan_table import as_text, plan_rows
+from common.run.plan_table import tell_plan
 from common.step.packing import MicroBatch, one_ahead, pack, plan_step, sft_documents
 from common.step.schedule import Schedule
 from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_finite
@@ -84,7 +84,7 @@ def main() -> None:
     # estimate: bytes on a rank; planned: tokens, and where the device's peak is known hours, MFU, memory and cost.
     ds_config, estimate = memory.choose_residency(ds_config, config, model_config, workload, ranks)
     planned = forecast(estimate, workload, schedule, data.lengths, model_config, config, ranks)
-    ranks.say(as_text(plan_rows(config, estimate, workload, schedule, evaluation, planned, ranks)))
+    tell_plan(config, estimate, workload, schedule, evaluation, planned, ranks)  # refuses too small a disk
 
     # ------------------------------------------------------------------ model and engine
     ranks.say(f"loading {model_folder}")
@@ -107,7 +107,7 @@ def main() -> None:
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
     resolved |= {"evaluation": evaluation.record, "planned": planned}
     record = record_of("SFT", config, identity, state, policy, ranks, **resolved)
-    metrics = open_output_dir(config, record, policy, state, schedule, ranks)
+    metrics = open_output_dir(config, record, state, ranks)
     writer = checkpoint.Writer(engine, parameters, config, ranks, settings)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
@@ -169,7 +169,7 @@ def main() -> None:
         step_record = meter.record(state, computed, int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
         is_evaluated = evaluation.is_due(state.step)
         if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
-            ranks.say(meter.line(step_record, schedule.last_step))
+            ranks.say(meter.line(step_record, schedule.last_step), is_live=state.step < schedule.last_step)
             if is_evaluated:
                 step_record |= evaluation(engine, kernel, budget)
             metrics.append(step_record)

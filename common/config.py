@@ -229,6 +229,13 @@ def parse_config(cls: type, argv: list[str] | None = None):
             importlib.metadata.version(name)
     if given.beta is None and cls is DPOConfig:
         given.beta = OWN_BETA[given.loss_type]
+    if given.eval_dataset_mixer and given.eval_holdout:
+        raise UserError("--eval_dataset_mixer and --eval_holdout: give one of them")
+    for name in ("eval_steps", "early_stopping_patience", "keep_best"):
+        if getattr(given, name) is not None and not given.eval_dataset_mixer and not given.eval_holdout:
+            raise UserError(f"--{name}: nothing is held out; give --eval_dataset_mixer or --eval_holdout")
+    if given.export_best and given.keep_best is None:
+        raise UserError("--export_best true: no checkpoint is kept as the best; give --keep_best eval/loss")
     return cls(**{name: getattr(given, name) for name in defaults})
 
 
@@ -260,13 +267,7 @@ def _parsed(parser, words: list[str], known: set[str], source: str = "") -> argp
 
 
 class _AsWritten(yaml.BaseLoader):
-    """YAML whose values are texts as written (5e-6, null, 0123). A name that comes twice is an error, and so is an
-    alias: a few lines of aliases of aliases are gigabytes of text."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias (`*name`) is not taken; write the value out")
-        return super().compose_node(parent, index)
+    """YAML whose values are texts as written (5e-6, null, 0123). A name that comes twice is an error."""
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value]

@@ -98,17 +98,11 @@ def sync_folder(path: Path) -> None:
 INDEX = "model.safetensors.index.json"
 
 
-def weight_map(folder: Path) -> dict[str, str]:
-    """The file of each tensor of a model's folder; {} where one file, model.safetensors, holds all: from_pretrained
-    reads no index beside it."""
-    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
-        return {}
-    return {**json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]}
-
-
 def weight_files(folder: Path) -> list[str]:
-    """The files that from_pretrained reads weights from."""
-    return sorted({*weight_map(folder).values()} or {"model.safetensors"})
+    """The files that from_pretrained reads weights from: beside model.safetensors it reads no index."""
+    if (folder / "model.safetensors").is_file() or not (folder / INDEX).is_file():
+        return ["model.safetensors"]
+    return sorted({*json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()})
 
 
 def weights_digest(folder: str) -> str:

@@ -60,10 +60,10 @@ class Ranks:
     def num_hosts(self) -> int:
         return self.world_size // self.local_world_size
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, is_live: bool = False) -> None:
         """Prints from one rank."""
         if self.is_main:
-            print_line(text)
+            print_line(text, is_live=is_live)
 
     def sum(self, values: list[float]) -> list[float]:
         """The sums of `values` over all ranks, in float64; every rank gets the same bits."""

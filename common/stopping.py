@@ -21,13 +21,7 @@ SAME_REQUEST = 2.0  # seconds
 EXIT_SECONDS = 30.0  # that before_exit may take
 before_exit: list[Callable[[], None]] = []  # called before this process ends, whatever ends it but a kill
 # What gloo says where a rank has ended or hangs.
-LOST_CONNECTION = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Timed out waiting",
-    "Application timeout",
-    "Broken pipe",
-)
+LOST_CONNECTION = ("closed by peer", "reset by peer", "Timed out waiting", "Application timeout", "Broken pipe")
 
 
 class Stopped(Exception):
@@ -53,7 +47,9 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
         except Stopped as e:
             code = 128 + e.signal_number
             if is_first_to_tell("stopped"):
-                print_line("stopped: all steps so far are in the last checkpoint; the same command continues")
+                print_line(text := "stopped: all steps so far are in the last checkpoint; the same command continues")
+                if os.path.samestat(os.fstat(1), os.stat(os.devnull)):  # as once a Ctrl-C has ended its `tee`
+                    print_line(text, sys.stderr)
         except Exception as e:
             known = explained(e)
             code = known.EXIT_CODE if known else 1

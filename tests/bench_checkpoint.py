@@ -100,9 +100,8 @@ def main() -> None:
     config = SFTConfig(output_dir=str(folder), keep_last_n_checkpoints=1)
     writer = checkpoint.Writer(None, parameters, config, ranks)
     writer.memory.wait_until_pinned()  # which in a run is done long before a first checkpoint
-    matrix = (
-        torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) if device.type == "cuda" else torch.ones(512, 512)
-    )
+    on_gpu = {"device": device, "dtype": torch.bfloat16}
+    matrix = torch.randn(8192, 8192, **on_gpu) if device.type == "cuda" else torch.ones(512, 512)
     rows: dict[str, list[float]] = {name: [] for name in ("seconds_blocked", "blocked", "beside", "write", "resume")}
     try:
         for i in range(given.rounds):

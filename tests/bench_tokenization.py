@@ -1,15 +1,12 @@
 """How fast conversations become tokens, against the bare fast tokenizer on the same texts; not a test.
 
-    python tests/bench_tokenization.py [--tokenizer FOLDER] [--rows 2000] [--rounds 5]
+    python tests/bench_tokenization.py [TOKENIZER_FOLDER] [ROWS]
 
 Ours parses, checks, renders, tokenizes, finds the targets and returns arrays; the bare tokenizer gets texts that are
 already rendered, in the same blocks, by the same encode_batch, and returns nothing. Rounds alternate between the two;
-ratios are of the medians: `ratio` of wall-clock time, `cpu_ratio` of CPU time over all threads, which other users of
-the machine disturb less. Prints one JSON line.
+what is shown are medians over rounds.
 """
 
-import argparse
-import json
 import random
 import statistics
 import sys
@@ -17,14 +14,18 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+import launch
+import models
 
+sys.path.insert(0, str(launch.REPO))
 from transformers import AutoTokenizer
 
 from common.data.cache import BLOCK_ROWS, BlockTokenizer
 from common.data.chat_template import resolve_template
 from common.data.sources import load_source, parse_source
 from common.data.tokens import Encoder
+
+ROUNDS = 5
 
 
 def generated_rows(num_rows: int) -> list[dict]:
@@ -35,58 +36,36 @@ def generated_rows(num_rows: int) -> list[dict]:
     def turn(role):
         return {"role": role, "content": " ".join(rng.choices(words, k=rng.randint(20, 200))) + "."}
 
-    return [
-        {"messages": [turn(role) for _ in range(rng.randint(1, 4)) for role in ("user", "assistant")]}
-        for _ in range(num_rows)
-    ]
+    lengths = [rng.randint(1, 4) for _ in range(num_rows)]
+    return [{"messages": [turn(role) for _ in range(n) for role in ("user", "assistant")]} for n in lengths]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", default=str(Path(__file__).parents[2] / "shared/tokenizers/llama3"))
-    parser.add_argument("--rows", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+def main(folder: str = str(launch.REPO.parent / "shared/tokenizers/llama3"), num_rows: str = "2000") -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     template, encoder = resolve_template("tulu", tokenizer), Encoder(tokenizer, 1_000_000)  # nothing is cut off
-    conversations = generated_rows(options.rows)
+    conversations = generated_rows(int(num_rows))
     texts = [template.apply(row["messages"]) for row in conversations]
-    blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, options.rows, BLOCK_ROWS)]
+    blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, len(texts), BLOCK_ROWS)]
+    with tempfile.TemporaryDirectory() as temporary:
+        rows = load_source(parse_source(str(models.write_jsonl(Path(temporary) / "rows.jsonl", conversations))))
 
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
-        file.writelines(json.dumps(row) + "\n" for row in conversations)
-        file.flush()
-        rows = load_source(parse_source(file.name))
+    def bare() -> int:
+        return sum(len(encoding) for block in blocks for encoding in encoder.encode(texts[block]))
 
-        def bare() -> int:
-            return sum(len(encoding) for block in blocks for encoding in encoder.encode(texts[block]))
+    def ours() -> int:
+        tokenize = BlockTokenizer("sft", template, encoder)
+        return sum(len(ids) for block in blocks for ids, *_ in tokenize(rows, rows.indices[block]))
 
-        def ours() -> int:
-            tokenize = BlockTokenizer("sft", template, encoder)
-            return sum(len(ids) for block in blocks for ids, *_ in tokenize(rows, rows.indices[block]))
-
-        wall, cpu, num_tokens = {bare: [], ours: []}, {bare: [], ours: []}, {}
-        for i in range(options.rounds + 1):  # the first warms up
-            for work in (bare, ours):
-                started, cpu_started = time.perf_counter(), time.process_time()
-                num_tokens[work] = work()
-                if i:
-                    wall[work].append(time.perf_counter() - started)
-                    cpu[work].append(time.process_time() - cpu_started)
-    assert num_tokens[bare] == num_tokens[ours]
-    wall, cpu = ({work: statistics.median(times) for work, times in both.items()} for both in (wall, cpu))
-    result = {
-        "rows": options.rows,
-        "tokens": num_tokens[ours],
-        "rounds": options.rounds,
-        "rows_per_second": round(options.rows / wall[ours]),
-        "bare_rows_per_second": round(options.rows / wall[bare]),
-        "cpu_ms_per_row": round(1000 * cpu[ours] / options.rows, 2),
-        "ratio": round(wall[bare] / wall[ours], 3),
-        "cpu_ratio": round(cpu[bare] / cpu[ours], 3),
-    }
-    print(json.dumps(result))
+    seconds: dict = {bare: [], ours: []}
+    assert bare() == ours()  # this also warms up
+    for work in [bare, ours] * ROUNDS:
+        started = time.perf_counter()
+        num_tokens = work()
+        seconds[work].append(time.perf_counter() - started)
+    medians = {work: statistics.median(times) for work, times in seconds.items()}
+    speeds = ", ".join(f"{work.__name__} {num_tokens / median:,.0f} tokens/s" for work, median in medians.items())
+    print(f"{speeds}: {medians[bare] / medians[ours]:.3f} of the bare tokenizer's")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -97,8 +97,7 @@ class Disk:
         for path in [p for p in folder.rglob("*") if p.is_file() and p.stat().st_ino in self.unflushed]:
             os.truncate(path, path.stat().st_size // 2)
         folders = {path.stat().st_ino: path for path in [folder, *folder.rglob("*")] if path.is_dir()}
-        inner_first = sorted(self.entries, key=lambda i: len(folders.get(i, folder).parts), reverse=True)
-        for inode in inner_first:
+        for inode in sorted(self.entries, key=lambda i: -len(folders.get(i, folder).parts)):  # inner ones first
             for undo in reversed(self.entries[inode]):
                 with contextlib.suppress(OSError):  # deleted since
                     undo(folders.get(inode, Path("/nowhere")))

@@ -94,8 +94,8 @@ class Run:
             self.processes = []
             for rank in range(num_ranks):
                 ranks = {name: str(value) for name, value in (sizes | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-                given = environment | ranks, str(self.logs), target, arguments
-                process = context.Process(target=_rank_main, args=given)
+                of_rank = environment | ranks, str(self.logs), target, arguments
+                process = context.Process(target=_rank_main, args=of_rank)
                 process.start()
                 self.processes.append(process)
         finally:

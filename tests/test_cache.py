@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import launch
@@ -311,10 +312,8 @@ def test_tokens_that_cannot_be_used_are_dropped(tmp_path, row):
 def test_the_runs_chat_template_kwargs_reach_the_template_and_key_the_cache(tmp_path):
     template = ChatTemplate("odd", TULU.replace("'<|user|>\\n'", "'<|user|>' + style|default('') + '\\n'"), TOKENIZER)
     data = write(tmp_path / "x.jsonl", [*ROWS, {**ROWS[0], "chat_template_kwargs": {"style": "b"}}])
-    plain, styled = (
-        TokenDataset(prepare(data, tmp_path, template=template, chat_template_kwargs=kwargs))
-        for kwargs in (None, '{"style": "a"}')
-    )
+    prepared = partial(prepare, data, tmp_path, template=template)
+    plain, styled = (TokenDataset(prepared(chat_template_kwargs=kwargs)) for kwargs in (None, '{"style": "a"}'))
     assert plain.folder != styled.folder
     for ds, style in ((plain, ""), (styled, "a")):
         for i, own in ((0, style), (40, "b")):

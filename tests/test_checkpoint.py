@@ -473,15 +473,10 @@ def test_a_path_to_resume_from_is_a_checkpoint_of_this_folder(output_dir, tmp_pa
 # ------------------------------------------------------------------ disk
 
 
-def test_space_is_checked_for_checkpoints_and_export_with_both_numbers(output_dir, monkeypatch):
-    """What will be replaced counts as free, what was set aside does not."""
+def test_space_for_checkpoints_and_export_is_what_they_take_and_what_is_replaced_is_free(output_dir, monkeypatch):
+    """What was set aside is not."""
     folder = save(output_dir, 9)
     shutil.copytree(folder, folder.with_name("damaged_step_00000012"))
     taken = sum(path.stat().st_size for path in folder.iterdir())
-    numel = 7 * 3 + 5 + 1
-    disk = SimpleNamespace(free=4 * 12 * numel + 2 * numel - taken)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
-    checkpoint.require_disk_space(parameters(0), str(output_dir), 4)
-    disk.free -= 1
-    with pytest.raises(UserError, match=r"--output_dir .* 4 checkpoints .*--keep_last_n_checkpoints"):
-        checkpoint.require_disk_space(parameters(0), str(output_dir), 4)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5))
+    assert checkpoint.disk_space(27, 2, str(output_dir), 4, 1) == ((4 * 12 + 2) * 27, 5 + taken)

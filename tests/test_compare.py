@@ -1,7 +1,10 @@
 """bash run.sh compare: pytest tests/test_compare.py"""
 
 import json
+import subprocess
+import sys
 
+import launch
 import pytest
 from test_metrics import history
 
@@ -48,3 +51,10 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, name):
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     folders = [tmp_path / "a" / "sft", tmp_path / "b" / "sft", tmp_path / "dpo"]
     assert [*labels_of([*map(str, folders), str(folders[0])])] == [str(folders[0]), str(folders[1]), "dpo"]
+
+
+def test_it_answers_without_importing_torch(tmp_path):
+    run_folder(tmp_path / "one")
+    script = "import sys; from common.verbs.compare import main; main('one'); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env={"PYTHONPATH": str(launch.REPO)})
+    assert done.returncode == 0

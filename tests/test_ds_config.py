@@ -41,6 +41,7 @@ def zero3(**keys) -> dict:
     return {"zero_optimization": {"stage": 3, **keys}}
 
 
+OFFLOADED = zero3(offload_param={"device": "cpu"})
 REFUSED = [
     *((zero3() | {key: 1}, (f"`{key}`", flag)) for key, flag in OWNED_BY_FLAGS.items()),
     (zero3(reduce_bucket_size="auto"), ('"auto"',)),
@@ -64,14 +65,8 @@ REFUSED = [
     (zero3(compute_grad_norm=False), ("compute_grad_norm",)),
     (zero3(offload_param={"device": "nvme", "nvme_path": "/tmp"}), ("nvme",)),
     *((zero3() | {"residency": value}, ("`residency`", "all")) for value in ("whole", 1, None, ["all"])),
-    *(
-        (zero3(offload_param={"device": "cpu"}) | {"residency": value}, ("`residency`", "offload_param"))
-        for value in ("gradients", "all")
-    ),
-    *(
-        (zero3() | {"optimizer_state": value}, ("`optimizer_state`",))
-        for value in ("cpu", -0.1, 1.5, True, None, [0.5])
-    ),
+    *((OFFLOADED | {"residency": value}, ("`residency`", "offload_param")) for value in ("gradients", "all")),
+    *((zero3() | {"optimizer_state": x}, ("`optimizer_state`",)) for x in ("cpu", -0.1, 1.5, True, None, [0.5])),
 ]
 
 

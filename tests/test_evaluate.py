@@ -19,7 +19,7 @@ from models import OneRank
 from test_model import load_silently
 from test_resume import assert_same_weights, checkpoints, without_times
 
-from common.config import SFTConfig
+from common.config import SFTConfig, parse_config
 from common.data.cache import prepare_tokens
 from common.data.chat_template import resolve_template
 from common.data.dataset import TokenDataset
@@ -211,18 +211,18 @@ def test_sources_have_names_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"eval_holdout": "1", "eval_dataset_mixer": ["x.jsonl"]}, "--eval_holdout"),
-        ({"eval_steps": 3}, "--eval_steps"),
-        ({"early_stopping_patience": 3}, "--early_stopping_patience"),
-        ({"keep_best": "eval/loss"}, "--keep_best"),
-        ({"export_best": True, "eval_holdout": "1"}, "--export_best"),
-        *(({"eval_holdout": amount}, "--eval_holdout") for amount in ("0.1", "100%", "10", "0", "1%", "x", "-3")),
+        ("--eval_holdout 1 --eval_dataset_mixer x.jsonl", "--eval_holdout"),
+        ("--eval_steps 3", "--eval_steps"),
+        ("--early_stopping_patience 3", "--early_stopping_patience"),
+        ("--keep_best eval/loss", "--keep_best"),
+        ("--export_best true --eval_holdout 1", "--export_best"),
+        *((f"--eval_holdout={amount}", "--eval_holdout") for amount in ("0.1", "100%", "10", "0", "1%", "x", "-3")),
     ],
 )
 def test_flags_that_hold_out_nothing_or_everything_are_refused(tmp_path, flags, named):
     path = models.write_jsonl(tmp_path / "rows.jsonl", models.conversations(10))
-    config = dataclasses.replace(SFTConfig(), dataset_mixer=[str(path)], cache_dir=str(tmp_path), **flags)
     with pytest.raises(UserError, match=named):
+        config = parse_config(SFTConfig, ["--dataset_mixer", str(path), "--cache_dir", str(tmp_path), *flags.split()])
         training_and_held_out("sft", config, resolve_template("tulu", models.make_tokenizer()), OneRank())
 
 

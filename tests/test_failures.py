@@ -3,8 +3,6 @@
 import errno
 import logging
 import os
-import subprocess
-import sys
 import warnings
 
 import launch
@@ -112,15 +110,6 @@ def test_out_of_memory_advises_what_changes_something(tokens, budget, longest, a
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert str(error.value).startswith("step 7: out of memory") and advised in str(error.value)
     assert (f"on a micro-batch of {tokens:,} tokens (at most {budget:,})" in str(error.value)) == (tokens > 0)
-
-
-def test_lines_that_nobody_reads_end_nothing():
-    """As in `run.sh sanity | head -n 1`."""
-    code = "from common.failures import print_line\nfor i in range(9999): print_line('.' * 99)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=launch.REPO, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.wait(60) == 0
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from types import SimpleNamespace
 
@@ -72,6 +73,8 @@ def test_of_several_runs_each_panel_holds_one_metric_and_tells_them_apart_withou
     bold = [line for line in figure.axes[0].lines if line.get_linewidth() == 2]
     assert len({line.get_linestyle() for line in bold}) == len(bold)
     assert len({str(form) for _, form in LINES}) == len(LINES)
+    label, names = figure._supxlabel or figure.axes[-1].xaxis.label, figure.axes[-1].get_legend()
+    assert label.get_window_extent().y1 < names.get_window_extent().y0, "the label stands below the names of the runs"
 
 
 def test_a_run_without_a_step_has_no_picture(tmp_path):
@@ -101,12 +104,30 @@ def test_the_time_left_is_that_of_the_steps_to_come_at_the_pace_after_the_first(
     lm.get_input_embeddings = lm.get_output_embeddings = lambda: embedding
     meter, lines = metrics.StepMeter(lm, 1, 1, OneRank()), []
     record = {"epoch": 0.5, "train_loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-5, "tokens_per_second": 10.0}
+    record["max_memory_gb"] = 71.5
     for step, seconds in ((11, 400.0), (12, 410.0), (14, 430.0)):  # it was resumed after step 10
         now.seconds = seconds
         lines.append(meter.line({"step": step, **record}, 1000))
     assert re.findall(r"elapsed (\S+)", " ".join(lines)) == ["0:06:40", "0:06:50", "0:07:10"]
     assert re.findall(r"left (\S+)", " ".join(lines)) == ["2:44:40", "2:44:20"]
-    assert all("epoch 0.50" in line for line in lines)
+    assert all("epoch 0.50" in line and "71.5 GB" in line for line in lines)
+
+
+def test_on_a_terminal_a_step_takes_the_place_of_the_one_before_and_other_lines_stand(monkeypatch, tmp_path):
+    ours, theirs = os.openpty()
+    monkeypatch.setattr(failures, "_log_path", tmp_path / "log")
+    monkeypatch.setattr(failures.shutil, "get_terminal_size", lambda: os.terminal_size((20, 24)))
+    with open(theirs, "w") as terminal:
+        for text in ("step 1", "step 2 " + "x" * 20, "step 3"):
+            failures.print_line(text, terminal, is_live=True)
+        failures.print_line("a checkpoint", terminal)
+        failures.print_line("step 4", terminal, is_live=True)
+        seen = ""
+        while not seen.endswith("step 4"):
+            seen += os.read(ours, 1000).decode()
+    shown = [line.rpartition("\r\x1b[K")[2].rstrip() for line in seen.split("\n")]
+    assert shown == ["step 3", "a checkpoint", "step 4"] and "step 2 " + "x" * 12 + "\r" in seen
+    assert "step 2 " + "x" * 20 in [line[21:] for line in (tmp_path / "log").read_text().splitlines()]
 
 
 def test_what_a_run_says_is_in_its_log_with_times_from_the_first_line_on(tiny_llama, sft_data, tmp_path):

@@ -242,15 +242,35 @@ def test_a_run_config_that_no_run_wrote_is_refused(folder, text):
         claim(config_of(folder), {}, 5, OneRank())
 
 
-def test_too_small_a_disk_is_an_error_before_anything_is_written(folder, monkeypatch):
-    folder.mkdir()
-    config = config_of(folder, max_train_steps=12, checkpointing_steps=3, keep_last_n_checkpoints=2)
-    parameter = SimpleNamespace(ds_numel=10**9, element_size=lambda: 2)  # 3 x 12 + 2 GB
-    policy = SimpleNamespace(lm=SimpleNamespace(named_parameters=lambda: [("w", parameter)]))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=38 * 10**9 - 1))
-    with pytest.raises(UserError, match=f"--output_dir {folder} needs 38.0 GB for 3 checkpoints"):
-        open_output_dir(config, {}, policy, RunState(), Schedule(config, 10), OneRank())
-    assert not list(folder.iterdir())
+def no_disk(path) -> SimpleNamespace:
+    return SimpleNamespace(free=0)
+
+
+def test_too_small_a_disk_is_an_error_before_anything_is_loaded(tiny_llama, dpo_data, tmp_path):
+    flags = launch.flags(tiny_llama, dpo_data, tmp_path, max_train_steps=12, checkpointing_steps=3)
+    run = launch.launch("train_dpo", flags, 1, {"shutil.disk_usage": no_disk})
+    assert "for 4 checkpoints and 1 exported" in run.refused(2) and "loading" not in run.stdout
+    assert not (run.output_dir / "run_config.json").exists()
+
+
+def test_a_best_checkpoint_may_come_at_each_evaluation_whatever_the_interval(folder):
+    """Two old ones, the best and the one that is being written."""
+    config = config_of(folder, keep_last_n_checkpoints=2, keep_best="eval/loss", eval_holdout="1", max_train_steps=9)
+    schedule = Schedule(config, 10)
+    assert run_record.num_on_disk(config, schedule) == (4, 1) and not schedule.warnings()
+
+
+def test_the_models_that_checkpoints_lack_since_a_crash_are_exported_by_the_next_run(folder, monkeypatch):
+    """One has its model, of one the export was cut off, and one is damaged, which stops nothing."""
+    whole, torn, damaged = (save(folder, step, {}) / "model" for step in (1, 2, 3))
+    for path in (whole, torn, torn / ".export"):
+        path.mkdir()
+        (path / "config.json").touch()
+    (damaged.parent / "COMPLETE").write_text("")
+    written, real = [], checkpoint.export
+    monkeypatch.setattr(checkpoint, "export", lambda *of: real(*of) if of[1] == damaged else written.append(of[1]))
+    open_output_dir(config_of(folder, export_at_checkpoints=True), {}, RunState(step=3), OneRank())
+    assert written == [torn]
 
 
 # ------------------------------------------------------------------ metrics.jsonl

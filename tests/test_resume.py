@@ -227,12 +227,12 @@ def kill_beside_a_write(setting: Setting, method: str, rng: random.Random) -> No
 
 def dying_rank(logs: str, script: str, words: list[str], rank: int, operation: int) -> None:
     """In a rank's process: `rank` gets SIGKILL at its n-th change to the disk once it has an engine."""
-    real = checkpoint.require_disk_space
+    real = checkpoint.clear_after
     if int(os.environ["RANK"]) == rank:
         end = partial(os.kill, os.getpid(), signal.SIGKILL)
         disk = Disk(pytest.MonkeyPatch(), [checkpoint, model_export, files], operation, end)
-        if rank == 0:  # who asks for the disk's space
-            checkpoint.require_disk_space = lambda *arguments: (real(*arguments), disk.__enter__())[0]
+        if rank == 0:  # who makes way in the folder
+            checkpoint.clear_after = lambda *arguments: (real(*arguments), disk.__enter__())[0]
         else:
             disk.__enter__()
     launch.run_script(logs, script, words, {})
@@ -425,6 +425,8 @@ def test_export_and_verify_take_what_a_run_leaves(setting, method, capfd, monkey
     """The model of the last step; step 11 again, of 2 ranks, from step 9: what differs is told, and that nothing is."""
     output_dir, out = setting.copy_of_whole(method), setting.folder()
     folder = output_dir / "checkpoints" / "step_00000012"
+    models.write_jsonl((out / ".export").mkdir(parents=True) or out / ".export" / "torn", [{}])  # one was cut off
+    models.write_jsonl(out / "config.json", [{}])
     assert export.main(str(folder), str(out)) == 0
     theirs = files_of(setting.whole(method).output_dir)
     assert {name: theirs[name] for name in files_of(out)} == files_of(out)
@@ -662,10 +664,13 @@ def test_verify_compares_what_was_logged_on_as_many_ranks(tmp_path, monkeypatch)
     logged = [{"step": step, "train_loss": 0.5, "tokens_per_second": 6.0, "per_device_tps": 3.0} for step in (1, 2, 3)]
     logged[2]["per_device_tps"] = 2.0
     models.write_jsonl(tmp_path / "metrics.jsonl", logged)
-    (tmp_path / "run_config.json").write_text(json.dumps({"method": "SFT", "config": {"eval_holdout": "1"}}))
+    (tmp_path / "run_config.json").write_text(
+        json.dumps({"method": "SFT", "config": {"eval_holdout": "1", "keep_best": "eval/loss"}})
+    )
 
     def repeated(words: list[str]) -> SimpleNamespace:
         folder = Path(next(word for word in words if "--output_dir=" in word).partition("=")[2])
+        assert "--keep_best=None" in words, "no checkpoint is written"
         models.write_jsonl(folder / "metrics.jsonl", [logged[0], {**logged[1], "eval/loss": 0.5}])
         return SimpleNamespace(stdout=[], wait=lambda: 0, send_signal=None)
 

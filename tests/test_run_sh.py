@@ -162,17 +162,22 @@ asked = []
 def receive(number, frame):
     note(signal.Signals(number).name)
     asked.append(number)
-if how in ("heed", "ignore", "hang"):
+if how in ("heed", "ignore", "hang", "finish"):
     signal.signal(signal.SIGTERM, receive)
 note(f"{os.getpid()} {os.environ['WORLD_SIZE']} {os.environ.get('DS_ACCELERATOR')} {' '.join(sys.argv[1:])}")
 if how == "exit" or how == "hang" and rank == "1":
     sys.exit(int(sys.argv[2]))
 for _ in range(1200):
     time.sleep(0.05)
-    if asked and how == "heed":
-        time.sleep(1.5)  # the checkpoint
+    if asked and how in ("heed", "finish"):
+        time.sleep(1.5)  # the checkpoint, or the export
         note("saved")
-        os._exit(128 + asked[0])
+        os._exit(128 + asked[0] if how == "heed" else 0)
+"""
+FAKE_CONFIG = """
+class SFTConfig: resume, output_dir = "auto", "."
+DPOConfig = TrainConfig = SFTConfig
+def parse_config(cls): return cls
 """
 
 
@@ -184,7 +189,7 @@ def project(tmp_path):
         text = (launch.REPO / "common" / name).read_text().replace("GRACE = 30.0", "GRACE = 4.0")
         text = text.replace("ANSWER = 10.0", "ANSWER = 0.5")
         executable(tmp_path / "common" / name, text)
-    (tmp_path / "common/config.py").write_text("SFTConfig = DPOConfig = parse_config = lambda *_: None")
+    (tmp_path / "common/config.py").write_text(FAKE_CONFIG)
     (tmp_path / "requirements.txt").write_text("")
     (tmp_path / "train_sft.py").write_text(FAKE_SCRIPT)
     executable(tmp_path / ".venv/bin/python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -244,10 +249,10 @@ def test_as_many_ranks_as_asked_for_get_the_flags_where_the_user_stands(project,
 
 
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])
-@pytest.mark.parametrize("how", ["heed", "default"])
+@pytest.mark.parametrize("how", ["heed", "default", "finish"])
 def test_a_request_reaches_each_rank_once_and_run_sh_waits_for_their_exit(project, number, exit_code, how):
     """SIGHUP: of a terminal that is closed. With `heed` nobody reads the output, as once a Ctrl-C has ended the `tee`
-    of `run.sh ... | tee log`; with `default` the ranks do not train yet."""
+    of `run.sh ... | tee log`; with `default` the ranks do not train yet; with `finish` only the export is left."""
     ours, theirs = os.openpty()
     process = start(project, how, terminal=theirs if number == signal.SIGHUP else None)
     os.close(theirs)
@@ -256,9 +261,11 @@ def test_a_request_reaches_each_rank_once_and_run_sh_waits_for_their_exit(projec
         if how == "heed":
             process.stdout.close()
         os.killpg(process.pid, number)  # as a terminal signals the whole foreground group
-    assert process.wait(WAIT) == exit_code
+    assert process.wait(WAIT) == (0 if how == "finish" else exit_code)
     for rank in (0, 1):
-        assert notes(project, rank)[1:] == (["SIGTERM", "saved"] if how == "heed" else [])
+        assert notes(project, rank)[1:] == ([] if how == "default" else ["SIGTERM", "saved"])
+    if number != signal.SIGHUP and how != "heed":
+        assert ("stopped before training" in process.stdout.read()) == (how == "default")
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGTERM, signal.SIGINT], [signal.SIGQUIT]])
@@ -368,8 +375,21 @@ def test_a_request_for_help_runs_nothing(monkeypatch, capsys):
     assert launch.exit_with(None, "what it does") is None and capsys.readouterr().out == "what it does\n"
 
 
-def test_a_mistake_is_one_line_and_exit_code_2_before_any_rank_is_started():
-    command = [sys.executable, "-m", "common.verbs.launch", "dpo", "--lerning_rate", "1"]
+def test_a_verb_that_is_interrupted_says_so_in_a_line(capsys):
+    def interrupted(*words):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        launch.exit_with(interrupted)
+    assert "stopped" in capsys.readouterr().err
+
+
+MISTAKES = ["lerning_rate 1", "resume nowhere", "output_dir /proc/x", "eval_steps 3"]
+
+
+@pytest.mark.parametrize("flag", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2_before_any_rank_is_started(flag, tmp_path):
+    command = [sys.executable, "-m", "common.verbs.launch", "dpo", *f"--output_dir {tmp_path} --{flag}".split()]
     done = subprocess.run(command, cwd=launch.REPO, capture_output=True, text=True, timeout=WAIT)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and flag.split()[0] in done.stderr

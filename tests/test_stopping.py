@@ -15,7 +15,7 @@ import pytest
 
 from common import stopping
 from common.failures import UserError, print_line
-from common.stopping import StopRequest, main_with_exit_codes, not_finite
+from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_finite
 
 ALONE = SimpleNamespace(rank=0, gather=lambda work: [work()], say=lambda text: print(text, flush=True))
 
@@ -92,40 +92,47 @@ def test_a_micro_batch_that_is_not_finite_is_named_by_its_samples():
 # ------------------------------------------------------------------ output that nobody reads
 
 
-def lose_the_reader() -> None:
-    """From here on stdout and stderr are pipes that nobody reads."""
+def lose_the_reader(*streams: int) -> None:
+    """From here on these are pipes that nobody reads."""
     read, write = os.pipe()
     os.close(read)
-    os.dup2(write, 1)
-    os.dup2(write, 2)
+    for number in streams:
+        os.dup2(write, number)
 
 
-def script(logs: str, is_read: bool, text: str, error: Exception | None) -> None:
+def script(logs: str, unread: tuple, text: str, kind: type | None, *arguments) -> None:
     """In a process of its own: a script that prints a text and ends with an error, on a terminal of ASCII alone."""
 
     def main() -> None:
         print_line(text)
-        if error is not None:
-            raise error
+        if kind is not None:
+            raise kind(*arguments)
 
-    if not is_read:
-        lose_the_reader()
+    lose_the_reader(*unread)
     sys.stdout, sys.stderr = (open(number, "w", closefd=False, encoding="ascii") for number in (1, 2))
     main_with_exit_codes(main)()
 
 
-@pytest.mark.parametrize(("error", "code"), [(None, 0), (UserError("\u6f22"), 2), (KeyError("\u6f22"), 1)])
-@pytest.mark.parametrize("is_read", [True, False])
-def test_the_exit_code_is_the_same_if_nobody_reads_why_and_what_a_terminal_cannot_show_is_escaped(is_read, error, code):
-    done = launch.Run(script, 1, (is_read, "\u6f22", error)).wait()
+ENDS = [(0, None), (2, UserError, "\u6f22"), (1, KeyError, "\u6f22"), (130, Stopped, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize(
+    "unread", [(), (1,), (1, 2)]
+)  # stdout: as once a Ctrl-C has ended the `tee` of `... | tee log`
+def test_the_exit_code_is_the_same_if_nobody_reads_why_and_what_a_terminal_cannot_show_is_escaped(unread, end):
+    code, *error = end
+    done = launch.Run(script, 1, (unread, "\u6f22", *error)).wait()
     assert done.exit_codes == [code], done
-    if is_read:
+    if not unread:
         assert "\\u6f22" in done.stdout and ("Traceback" in done.stderr) == (code == 1)
-        assert ("\\u6f22" in done.stderr) == (code > 0)
+        assert ("\\u6f22" in done.stderr) == (code in (1, 2))
+    elif unread == (1,):
+        assert ("the same command continues" in done.stderr) == (code == 130)
 
 
 def stop_request_of_a_lost_reader(ranks):
-    lose_the_reader()
+    lose_the_reader(1, 2)
     return StopRequest(ranks)
 
 

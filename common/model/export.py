@@ -104,14 +104,16 @@ def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int
     """Writes export_model's folder of other parameters, one file in memory at a time.
 
     folder: with those settings' files. fill(name, out) sets a parameter's elements in `out`, one-dimensional.
-    Raises UserError where output_dir holds anything.
+    Raises UserError where output_dir holds anything but the beginning of this.
     """
     settings = _files(folder)
     layout = json.loads(settings[LAYOUT])
     buffers, lm = load_file(folder / BUFFERS), built(load_config(str(folder)))
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise UserError(f"{output_dir} is not empty; name another folder")
     temporary = output_dir / ".export"
+    # What an export that was cut off has left is no model yet, and is written again.
+    ours = {temporary.name, *layout, *settings} if temporary.is_dir() else set()
+    if output_dir.exists() and {path.name for path in output_dir.iterdir()} - ours:
+        raise UserError(f"{output_dir} is not empty; name another folder")
     output_dir.mkdir(parents=True, exist_ok=True)
     _begin(temporary, settings)
     for file, names in layout.items():

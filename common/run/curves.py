@@ -74,11 +74,12 @@ def draw(runs: dict[str, list[dict]], path: Path, resumed_after: list[int]) -> N
         axis.set_title(title, loc="left", fontsize=12, fontweight="bold")
         axis.tick_params(labelsize=11)
         axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.yaxis.set_major_formatter(_written)
         if len(series) > 1:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 2, "frameon": False}
             axis.legend(fontsize=10, handlelength=3, **below)
-    axes[-1].set_xlabel("step" + ", dotted: a resume began" * bool(resumed_after), fontsize=11)
+    figure.supxlabel("step" + ", dotted: a resume began" * bool(resumed_after), fontsize=11)
     figure.savefig(path, dpi=140)
 
 

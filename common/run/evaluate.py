@@ -28,7 +28,6 @@ from common.step.schedule import Schedule
 from common.zero import checkpoint
 from common.zero.memory import memory_gb
 
-DEPENDENT = ("eval_steps", "early_stopping_patience", "keep_best")  # flags that need held-out data
 EVALUATIONS = 10  # in a run, unless --eval_steps says otherwise
 
 
@@ -38,16 +37,9 @@ def training_and_held_out(
     """(the run's TokenDataset, that of its evaluation or None). Collective.
 
     kind: "sft" or "dpo". most_rows: as in prepare_tokens.
-    Raises UserError for flags that contradict each other, and for data that cannot be used.
+    Raises UserError for data that cannot be used.
     """
     mixer, amount = config.eval_dataset_mixer, config.eval_holdout
-    if mixer and amount:
-        raise UserError("--eval_dataset_mixer and --eval_holdout: give one of them")
-    given = [name for name in DEPENDENT if getattr(config, name) is not None]
-    if given and not mixer and not amount:
-        raise UserError(f"--{given[0]}: nothing is held out; give --eval_dataset_mixer or --eval_holdout")
-    if config.export_best and config.keep_best is None:
-        raise UserError("--export_best true: no checkpoint is kept as the best; give --keep_best eval/loss")
 
     def read(config: TrainConfig) -> TokenDataset:
         return TokenDataset(ranks.once_per_node(lambda: prepare_tokens(kind, config, template, most_rows)))
@@ -192,11 +184,11 @@ class Evaluation:
 
     def says_stop(self, losses: list[float]) -> bool:
         """Whether --early_stopping_patience ends the run here; says so. losses: `eval/loss` so far, of this data."""
-        if not has_stalled(losses, self.config.early_stopping_patience):
-            return False
-        since = f"the last {self.config.early_stopping_patience} evaluations did not better eval/loss {min(losses):.4f}"
-        self.ranks.say(f"early stopping: {since}; the model is written as it is now")
-        return True
+        patience = self.config.early_stopping_patience
+        if stops := has_stalled(losses, patience):
+            since = f"the last {patience} evaluations did not better eval/loss {min(losses):.4f}"
+            self.ranks.say(f"early stopping: {since}; the model is written as it is now")
+        return stops
 
 
 def has_stalled(losses: list[float], patience: int | None) -> bool:

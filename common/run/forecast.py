@@ -70,5 +70,5 @@ def beside(planned: dict, records: list[dict]) -> str:
     came["cost"] = planned.get("cost", 0.0) * came["hours"] / planned.get("hours", 1.0)
     forms = {"tokens": "{:,} tokens", "hours": "{:,.3g} hours of steps", "memory_gb": "{:.1f} GB", "mfu": "{:.1%} MFU"}
     forms["cost"] = "{:,.2f} for the GPUs"
-    both = [f"{form.format(planned[n])} ({form.format(came[n])})" for n, form in forms.items() if n in planned]
+    both = [f"{form.format(planned[k])} ({form.format(came[k])})" for k, form in forms.items() if k in planned]
     return f"planned (came): {', '.join(both)}"

@@ -68,17 +68,16 @@ class StepMeter:
         """A step for a person. The time left is that of the steps to come at this process's pace so far, without the
         first one, which also compiles, and with what comes between steps."""
         step, now = record["step"], time.monotonic()
-        shown = f"step {step}/{last_step}  epoch {record['epoch']:.2f}  loss {record['train_loss']:.4f}"
+        since, began = self.paced_from = self.paced_from or (step, now)
+        shown = f"step {step}/{last_step}"
+        shown += f"  left {_clock((now - began) / (step - since) * (last_step - step))}" if step > since else ""
+        shown += f"  epoch {record['epoch']:.2f}  loss {record['train_loss']:.4f}"
         if "rewards/accuracy" in record:
             shown += f"  accuracy {record['rewards/accuracy']:.3f}  margin {record['rewards/margin']:.4f}"
         shown += f"  grad_norm {record['grad_norm']:.3f}  lr {record['learning_rate']:.2e}"
         shown += f"  {record['tokens_per_second']:,.0f} tokens/s"
         shown += f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
-        shown += f"  elapsed {_clock(now - self.began)}"
-        if self.paced_from is None:
-            self.paced_from = step, now
-        since, began = self.paced_from
-        return shown + (f"  left {_clock((now - began) / (step - since) * (last_step - step))}" if step > since else "")
+        return f"{shown}  {record['max_memory_gb']:.1f} GB  elapsed {_clock(now - self.began)}"
 
     def start(self) -> None:
         """Called when the wait for a step's micro-batches begins."""

@@ -204,22 +204,20 @@ def record_of(method: str, config: TrainConfig, identity: dict, state: RunState,
 def num_on_disk(config: TrainConfig, schedule: Schedule) -> tuple[int, int]:
     """(checkpoints, exported models) that are on disk at once, at most."""
     num_written = schedule.last_step // schedule.save_every + schedule.keeps_end
-    num_checkpoints = min(config.keep_last_n_checkpoints + 1, num_written)
-    num_checkpoints += config.keep_best is not None
+    most = config.keep_last_n_checkpoints + 1  # with the one that is being written
+    num_checkpoints = most + 1 if config.keep_best else min(most, num_written)
     return num_checkpoints, 1 + num_checkpoints * config.export_at_checkpoints
 
 
-def open_output_dir(
-    config: TrainConfig, record: dict, policy, state: RunState, schedule: Schedule, ranks: Ranks
-) -> MetricsFile:
+def open_output_dir(config: TrainConfig, record: dict, state: RunState, ranks: Ranks) -> MetricsFile:
     """Makes way for a run that begins after `state.step`, and writes its record, without a result. Collective."""
 
     def begin() -> None:
-        parameters = dict(policy.lm.named_parameters())
-        checkpoint.require_disk_space(parameters, config.output_dir, *num_on_disk(config, schedule))
         checkpoint.clear_after(config.output_dir, state.step, config.resume)
         for path in Path(config.output_dir).glob(".*.tmp"):  # of a run that was killed
             path.unlink()
+        if config.export_at_checkpoints:
+            checkpoint.export_missing(config.output_dir)
         before = read_run_config(config.output_dir) if state.step else {}
         resumes = [step for step in before.get("resumed_after", []) if step < state.step] + [state.step]
         record["resumed_after"] = resumes if state.step else []

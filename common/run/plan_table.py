@@ -93,7 +93,7 @@ class Absent(Ranks):
     def _while_others_wait(self, work, is_worker: bool) -> list:
         return [work()]
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, is_live: bool = False) -> None:
         self.said.append(text)
 
 
@@ -144,8 +144,7 @@ def plan_rows(
     parts = {"parameters": memory.parameters + memory.gathered, "gradients": memory.gradients}
     parts |= {"optimizer": memory.optimizer, "activations": memory.activations(row, layers - plan.recomputing)}
     warm_up = 0 if config.lr_scheduler_type == "constant" else int(schedule.num_steps * config.warmup_ratio)
-    num_checkpoints, num_models = num_on_disk(config, schedule)
-    needed, free = disk_space(plan.shape.numel, plan.shape.itemsize, config.output_dir, num_checkpoints, num_models)
+    sizes, is_enough = disk_of(config, plan, schedule)
     steps = ranged(last, 0.0 if config.max_train_steps else spread.samples)
     of_steps = f"{schedule.batch} {unit} a step, {schedule.steps_per_epoch:,} an epoch"
     rows = {"loss": f"{config.loss_type}, beta {config.beta:g}"} if isinstance(config, DPOConfig) else {}
@@ -154,10 +153,10 @@ def plan_rows(
         "tokens": f"{ranged(planned['tokens'], spread.tokens)} in all; longest {workload.longest:,}",
         "steps": f"{steps} of {schedule.num_steps:,}, {of_steps}",
         "warm-up": f"{warm_up:,} steps",
-        "checkpoints": listed(schedule.save_every, last, schedule.keeps_end),
+        "checkpoints": listed(schedule.save_every, last, schedule.keeps_end)
+        + ", and after each evaluation that is the best so far" * (config.keep_best is not None),
         "evaluations": listed(evaluation.every, last, True) if evaluation.held_out is not None else "none",
-        "disk": f"{needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and {num_models} exported models at once, "
-        f"{free / 1e9:,.1f} GB free here at {config.output_dir}{'; more is needed' if needed > free else ''}",
+        "disk": sizes + "; more is needed" * (not is_enough),
         "memory of a rank": " + ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
         + f" = {sum(parts.values()) / 1e9:.1f} of {plan.card.free / 1e9:.1f} GB; optimizer state in host memory "
         f"{memory.host / 1e9:,.1f} GB, {memory.host * ranks.local_world_size / 1e9:,.1f} GB in each host",
@@ -174,6 +173,24 @@ def plan_rows(
             gpu_hours = f"{hours * ranks.world_size:,.3g} GPU-hours at {config.gpu_hour_price:g}"
             rows["cost"] = f"{planned['cost']:,.2f}, for {gpu_hours}"
     return rows
+
+
+def disk_of(config: TrainConfig, plan: Plan, schedule: Schedule) -> tuple[str, bool]:
+    """What the run's checkpoints and exported models take at once, and whether so much is free where its folder is."""
+    shape, (num_checkpoints, num_models) = plan.shape, num_on_disk(config, schedule)
+    needed, free = disk_space(shape.numel, shape.itemsize, config.output_dir, num_checkpoints, num_models)
+    text = f"{needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and {num_models} exported models at once, "
+    return text + f"{free / 1e9:,.1f} GB free here at {config.output_dir}", needed <= free
+
+
+def tell_plan(
+    config: TrainConfig, plan: Plan, workload: Workload, schedule: Schedule, evaluation, planned: dict, ranks: Ranks
+) -> None:
+    """Says what plan_rows has of the run. Raises UserError where its disk is too small. Collective."""
+    ranks.say(as_text(plan_rows(config, plan, workload, schedule, evaluation, planned, ranks)))
+    sizes, is_enough = ranks.once(lambda: disk_of(config, plan, schedule))
+    if not is_enough:
+        raise UserError(f"--output_dir: {sizes}; free some, or lower --keep_last_n_checkpoints")
 
 
 def as_text(rows: dict[str, str]) -> str:

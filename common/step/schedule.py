@@ -49,7 +49,7 @@ class Schedule:
         self.last_step = min(self.num_steps, config.stop_after_steps or self.num_steps)
         self.save_every = self.steps_per_epoch if config.checkpointing_steps == "epoch" else config.checkpointing_steps
         has_use = self.save_every < NEVER and not config.clean_checkpoints_at_end
-        self.keeps_end = self.last_step < self.num_steps and has_use
+        self.keeps_end, self.keeps_best = self.last_step < self.num_steps and has_use, config.keep_best is not None
         shape = self.num_steps, config.warmup_ratio
         self.learning_rate = learning_rate_schedule(config.lr_scheduler_type, config.learning_rate, *shape)
 
@@ -64,7 +64,7 @@ class Schedule:
 
     def warnings(self) -> list[str]:
         """Of a run that is never saved."""
-        if self.save_every <= self.last_step or self.keeps_end:
+        if self.save_every <= self.last_step or self.keeps_end or self.keeps_best:
             return []
         interval = f"--checkpointing_steps {self.save_every} is more than this run's {self.last_step} steps"
         return [f"warning: {interval}: no checkpoint will be written, and a crash loses everything"]

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common.failures import print_line
-from common.verbs.launch import exit_with, lines_of, on_request_to_stop, split_number, start_run, visible_gpus
+from common.verbs.launch import exit_with, on_request_to_stop, split_number, start_run, visible_gpus
 from common.verbs.words import parsed
 
 SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
@@ -106,7 +106,7 @@ def train(words: list[str], last_step: int) -> float | None:
         sys.exit(128 + number)
 
     on_request_to_stop(stop)
-    for line in lines_of(run):
+    for line in run.stdout or ():
         print_line(line, end="")
         if match := re.search(r"reference pass: ([0-9,]+) tokens/s", line):
             reference_speed = float(match[1].replace(",", ""))

@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
 
-from common.config import DPOConfig, SFTConfig, parse_config
-from common.failures import UserError, explained, print_line, shown
+from common.config import DPOConfig, SFTConfig, TrainConfig, parse_config
+from common.failures import UserError, as_user_error, explained, print_line, shown
 
 REPO = Path(__file__).resolve().parents[2]
 GRACE = 30.0  # seconds that the other ranks have to end by themselves once one has failed
@@ -60,12 +60,6 @@ def start_run(words: list[str]) -> subprocess.Popen:
     return start([sys.executable, "-P", "-m", "common.verbs.launch", *words], **pipe)
 
 
-def lines_of(run: subprocess.Popen) -> Iterator[str]:
-    """What start_run's process prints, line by line, until it ends."""
-    assert run.stdout is not None
-    yield from run.stdout
-
-
 def on_request_to_stop(answer: Callable[[int], object]) -> None:
     """Calls answer(signal number) for each request to stop that comes from now on."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
@@ -105,7 +99,7 @@ def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> i
         if running and not requests and time.monotonic() > told_at:
             told_at = math.inf
             say(f"a rank ended with {exit_code} (137: often for the host's memory). The others have {GRACE:g} s")
-    if requests and {*codes} <= {0, -signal.SIGTERM}:  # they had nothing to save yet
+    if {*codes} - {0} == {-signal.SIGTERM}:  # they had nothing to save yet
         say("stopped before training: what earlier runs saved stands, and the same command begins where they ended")
     return 130 if requests[:1] == [signal.SIGINT] and exit_code == 143 else exit_code
 
@@ -120,12 +114,20 @@ def say(text: str) -> None:
     print_line(f"run.sh: {text}", sys.stderr)
 
 
+def require_folders(config: TrainConfig) -> None:
+    """Raises UserError for a checkpoint that is not there and a folder that cannot be made, before torch's import."""
+    if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
+        raise UserError(f"--resume {config.resume}: neither auto, never nor a folder")
+    with as_user_error(f"--output_dir {config.output_dir}: cannot be made", OSError):
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+
+
 def main(method: str, *words: str) -> int:
     """Runs train_sft.py or train_dpo.py where the user stands; returns the exit code. Raises UserError."""
     gpus = visible_gpus()
     num_ranks, flags = split_number([*words])
     sys.argv = [f"train_{method}.py", *flags]
-    parse_config(SFTConfig if method == "sft" else DPOConfig)  # tells a mistake, answers --help, before any import
+    require_folders(parse_config(SFTConfig if method == "sft" else DPOConfig))  # which also answers --help
     environment = os.environ | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
     environment["PYTHONSAFEPATH"] = "1"  # no module of the folder where the user stands comes before the project's
     environment["PYTHONPATH"] = f"{REPO}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
@@ -144,6 +146,9 @@ def exit_with(main: Callable[..., int], doc: str | None = None) -> None:
         code = main(*sys.argv[1:])
         print_line("", end="")
         os._exit(code)  # taking torch down, where a verb has imported it, takes seconds
+    except KeyboardInterrupt:
+        print_line("stopped: the same command begins again", sys.stderr)
+        sys.exit(130)
     except Exception as e:
         if (known := explained(e)) is None:
             raise

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from common.failures import UserError, one_line, print_line
 from common.verbs.judge import ADVICE, Check, format_table, judge_answers, judge_run
-from common.verbs.launch import exit_with, lines_of, on_request_to_stop, split_number, start_run, visible_gpus
+from common.verbs.launch import exit_with, on_request_to_stop, split_number, start_run, visible_gpus
 from common.verbs.sanity_data import Question, read_answer, read_held_out, write_data, write_model
 
 SEED = 42
@@ -98,7 +98,7 @@ def train(words: list[str], log: Path, every: float = 0.0) -> tuple[int, str]:
     run, lines = start_run(words), []
     on_request_to_stop(lambda number: run.send_signal(number) if run.poll() is None else sys.exit(128 + number))
     with open(log, "w", encoding="utf-8") as file:
-        for line in lines_of(run):
+        for line in run.stdout or ():
             lines.append(line)
             file.write(line)
             if is_shown(line, every):

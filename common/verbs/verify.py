@@ -14,13 +14,13 @@ from pathlib import Path
 from common.config import as_words
 from common.failures import UserError, print_line, progress
 from common.run.curves import read_metrics
-from common.verbs.launch import exit_with, lines_of, on_request_to_stop, start_run, visible_gpus
+from common.verbs.launch import exit_with, on_request_to_stop, start_run, visible_gpus
 
 # What may differ in another run of the same step.
 NOT_COMPARED = {"step_seconds", "tokens_per_second", "per_device_tps", "max_memory_gb", "mfu", "compiled_graphs"}
 # Of the run that is repeated; the rest of its flags stay. Names that are no flags are left out.
 CHANGED = {"resume": "auto", "checkpointing_steps": 10**9, "logging_steps": 1, "export_at_checkpoints": False}
-CHANGED |= {"push_to_hub": False, "report_to": "none"}
+CHANGED |= {"push_to_hub": False, "report_to": "none", "keep_best": None, "export_best": False}
 
 
 def main(*argv: str) -> int:
@@ -37,20 +37,19 @@ def main(*argv: str) -> int:
     record = read_run_config(str(given.output_dir))
     if not record:
         raise UserError(f"{given.output_dir}: there is no run_config.json, as a run writes it")
-    whole, num_damaged = [], 0
-    for path in checkpoint.newest_first(str(given.output_dir)):
+    checkpoints, num_damaged = checkpoint.newest_first(str(given.output_dir)), 0
+    for path in checkpoints:
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         with progress(f"reading {path.name}", size // 10**6, "MB") as advance:
             found = checkpoint.fault(path, "", lambda read: advance(read // 10**6))
         print_line(f"{path}: {found or f'whole, {size / 1e9:,.1f} GB'}")
-        whole += [] if found else [path]
         num_damaged += found is not None
     if given.step is None or num_damaged:
         return int(num_damaged > 0)
     logged = {entry["step"]: entry for entry in read_metrics(given.output_dir / "metrics.jsonl")}
     if given.step not in logged:
         raise UserError(f"--step {given.step}: {given.output_dir}/metrics.jsonl has no record of that step")
-    before = next((path for path in whole if checkpoint.step_of(path) < given.step), None)
+    before = next((path for path in checkpoints if checkpoint.step_of(path) < given.step), None)
     steps = range(checkpoint.step_of(before) + 1 if before else 1, given.step + 1)
     num_ranks = {round(logged[k]["tokens_per_second"] / logged[k]["per_device_tps"]) for k in steps if k in logged}
     if len(num_ranks) > 1:
@@ -70,7 +69,7 @@ def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None, nu
         flags |= {"output_dir": folder, "stop_after_steps": step}
         run = start_run([record["method"].lower(), str(num_ranks), *as_words(flags)])
         on_request_to_stop(run.send_signal)
-        for line in lines_of(run):
+        for line in run.stdout or ():
             print_line(f"  {line}", end="")
         if code := run.wait():
             return code

@@ -81,16 +81,6 @@ class RunState:
 
 
 # ---------------------------------------------------------------------- writing
-def require_disk_space(parameters: Parameters, output_dir: str, num_checkpoints: int, num_models: int = 1) -> None:
-    """Raises UserError if so many checkpoints and exported models do not fit where output_dir is."""
-    numel, itemsize = sum(p.ds_numel for p in parameters.values()), next(iter(parameters.values())).element_size()
-    needed, free = disk_space(numel, itemsize, output_dir, num_checkpoints, num_models)
-    if needed > free:
-        what = f"{num_checkpoints} checkpoints and {num_models} models"
-        sizes = f"{needed / 1e9:,.1f} GB for {what}, {free / 1e9:,.1f} GB are free"
-        raise UserError(f"--output_dir {output_dir} needs {sizes}; free some, or lower --keep_last_n_checkpoints")
-
-
 def disk_space(numel: int, itemsize: int, output_dir: str, num_checkpoints: int, num_models: int) -> tuple[int, int]:
     """(bytes needed, bytes free) where output_dir is, or will be, of a model of numel parameters of itemsize bytes.
 
@@ -129,9 +119,8 @@ class Writer:
         size = sum(counts.values())  # elements
         needed, free = 4 * size * self.ranks.local_world_size, available_host_memory()
         if too_small := [sizes for sizes in self.ranks.gather(lambda: (needed, free)) if sizes[0] > USABLE * sizes[1]]:
-            sizes = "a host has {1:,.1f} GB of memory free, a copy takes {0:,.1f} GB".format(
-                *(n / 1e9 for n in too_small[0])
-            )
+            needed, free = too_small[0]
+            sizes = f"a host has {free / 1e9:,.1f} GB of memory free, a copy takes {needed / 1e9:,.1f} GB"
             self.ranks.say(f"checkpoints are not written beside the steps: {sizes}. Training stands still meanwhile")
             return None
         self.memory = HostMemory(max(size, 1), self.ranks.device, PINNERS)
@@ -517,13 +506,8 @@ class _Reader:
                         return False
                     state.update(block.data)
                     if place := self.overlaps[writer][name]:
-                        _put(
-                            block.view(np.float32),
-                            (first - start) // 4,
-                            *place,
-                            self.shards[self.parameters[name]],
-                            kind,
-                        )
+                        shard, at = self.shards[self.parameters[name]], (first - start) // 4
+                        _put(block.view(np.float32), at, *place, shard, kind)
         return state.hexdigest() == entry["digest"]
 
 
@@ -546,7 +530,7 @@ def export(path: Path, output_dir: Path) -> None:
     """Writes the model of a checkpoint, the very files of export_model after its step: master weights, rounded.
 
     No more than one of its shards is in memory. Raises UserError for a checkpoint that is not whole, or if output_dir
-    holds anything.
+    holds anything but the beginning of this.
     """
     if found := fault(path, r"state\.json|settings/|\.master_"):
         raise UserError(f"checkpoint {path} is not whole: {found}")
@@ -565,3 +549,14 @@ def export(path: Path, output_dir: Path) -> None:
                 out = out[len(values) :]
 
     export_parameters(path / "settings", output_dir, manifest["parameters"], fill)
+
+
+def export_missing(output_dir: str) -> None:
+    """--export_at_checkpoints: the models that checkpoints lack because a crash came first."""
+    for path in newest_first(output_dir):
+        if not (path / "model" / "config.json").is_file() or (path / "model" / ".export").exists():
+            print_line(f"writing {path}/model")
+            try:
+                export(path, path / "model")
+            except UserError as e:  # it is damaged, and is none to continue from
+                print_line(f"warning: {e}")
