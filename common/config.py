@@ -267,7 +267,13 @@ def _parsed(parser, words: list[str], known: set[str], source: str = "") -> argp
 
 
 class _AsWritten(yaml.BaseLoader):
-    """YAML whose values are texts as written (5e-6, null, 0123). A name that comes twice is an error."""
+    """YAML whose values are texts as written (5e-6, null, 0123). A name that comes twice is an error, and so is an
+    alias: a few lines of aliases of aliases are gigabytes of text."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (`*name`) is not taken; write the value out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value]

@@ -77,9 +77,8 @@ def write_file(path: Path, blocks: Iterable) -> dict:
 
 def replace_file(path: Path, data: str | bytes) -> None:
     """Writes a whole file in one step: whoever reads it finds the old contents or the new."""
-    temporary = path.with_name(
-        f".{path.name}.{secrets.token_hex(4)}.tmp"
-    )  # others may write it too, containers with our pid
+    # In a shared folder others may write it too, in a container perhaps with our pid.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     write_file(temporary, [data.encode(errors="backslashreplace") if isinstance(data, str) else data])
     os.replace(temporary, path)
     sync_folder(path.parent)

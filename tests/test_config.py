@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from common.config import OTHER_NAMES, DPOConfig, SFTConfig, parse_config
+from common.config import OTHER_NAMES, DPOConfig, SFTConfig, identity_values, parse_config
 from common.failures import UserError
 
 
@@ -113,6 +113,16 @@ def test_help_lists_every_flag_with_its_default_once_and_exits_0(capsys, monkeyp
     assert ("AdamW's beta1: a finite number >= 0 and < 1 [0.9]" in shown) == (rank == "0")
 
 
+def test_what_identifies_a_run():
+    """Speed, logging and placement do not; what is read from files does by its contents, in agreement.run_identity."""
+    free = "share_prompt max_tokens_per_micro_batch gradient_checkpointing ds_config output_dir stop_after_steps"
+    by_contents = {"dataset_mixer", "chat_template", "model_name_or_path", "model_revision", "ref_model_name_or_path"}
+    config = dpo("--seed", "7", "--beta", "2")
+    by_value, all_values = identity_values(config), identity_values(config, (True, "contents"))
+    assert by_value["seed"] == 7 and by_value["beta"] == 2 and {"dtype", "max_seq_length", "loss_type"} < {*by_value}
+    assert {*all_values} - {*by_value} == by_contents and not {*all_values} & {*free.split()}
+
+
 # ------------------------------------------------------------------ what is refused, and what the line names
 
 NEAREST = {"learning_rat": "learning_rate", "max-seq-len": "max_seq_length", "beta2": "adam_beta2", "x": "help"}
@@ -141,7 +151,8 @@ def test_beta_left_out_is_the_losss_own(yaml_file, loss, beta):
     assert dpo("--loss_type", loss, "--beta", "5").beta == 5.0 == dpo("--beta=5.0", f"--loss_type={loss}").beta
 
 
-NOT_YAML = {"- a\n- b\n": "name: value", "a: [": "Error", "[" * 3000: "Error", "{[a]: b}": "Error"}
+ALIASES = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]\n" for i in range(12))  # 9 ** 12 words
+NOT_YAML = {ALIASES: "alias", "- a\n- b\n": "name: value", "a: [": "Error", "[" * 3000: "Error", "{[a]: b}": "Error"}
 NOT_SETTINGS = {
     "seed: 1\nbeta: 2\nseed: 2\n": "`seed` comes twice",
     "config: x.yaml": "--config",

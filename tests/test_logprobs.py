@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from common.model import logprobs
-from common.model.logprobs import LogProbHead
+from common.model.logprobs import LogProbHead, sequence_logps
 
 HIDDEN, VOCAB = 12, 37
 
@@ -48,6 +48,31 @@ def test_head_is_log_softmax_in_value_and_gradient(monkeypatch, chunk_rows, bias
     assert logps.dtype == torch.float32
     seen = [logps, hidden.grad, head.weight.grad, *([head.bias.grad] if bias else [])]
     torch.testing.assert_close([x.double() for x in seen], list(expected[: len(seen)]), rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Input")
+def test_head_passes_gradcheck():
+    """Numerical derivatives; wide steps, for the head reduces in float32."""
+    linear, targets = projection(True), torch.tensor([3, 0, 36])
+    rest = None, targets, 2, logprobs.target_logps, logprobs.logits_gradient_
+    inputs = torch.randn(3, HIDDEN, requires_grad=True), linear.weight, linear.bias
+    apply = logprobs._ChunkedLogProbs.apply
+    assert torch.autograd.gradcheck(lambda *x: apply(*x, *rest), inputs, eps=1e-2, atol=5e-3, rtol=5e-3)
+
+
+def test_tied_weight_gets_the_gradient_of_both_uses():
+    ids, targets = torch.tensor([4, 8, 15]), torch.tensor([16, 23, 36])
+    gradients = []
+    for dtype in (torch.float32, torch.float64):  # by the head, and by definition
+        torch.manual_seed(2)
+        embedding, linear = nn.Embedding(VOCAB, HIDDEN).to(dtype), nn.Linear(HIDDEN, VOCAB, bias=False, dtype=dtype)
+        linear.weight = embedding.weight
+        hidden = torch.tanh(embedding(ids))
+        is_by_head = dtype == torch.float32
+        logps = LogProbHead(linear)(hidden, targets) if is_by_head else torch.log_softmax(linear(hidden), -1)
+        (logps if is_by_head else logps[torch.arange(3), targets]).sum().backward()
+        gradients.append(embedding.weight.grad.double())
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
 
 
 def test_bfloat16_reduces_in_float32():
@@ -110,3 +135,17 @@ def test_logits_exist_a_chunk_at_a_time(monkeypatch):
     hidden, targets = torch.randn(30, HIDDEN, requires_grad=True), torch.zeros(30, dtype=torch.int64)
     LogProbHead(projection(False))(hidden, targets).sum().backward()
     assert max(rows) == 4 and sum(rows) == 2 * 30
+
+
+def test_head_without_targets_is_the_projection_and_keeps_its_names():
+    linear = projection(True)
+    head, hidden = LogProbHead(linear), torch.randn(2, 3, HIDDEN)
+    assert torch.equal(head(hidden), linear(hidden))
+    assert head.state_dict().keys() == linear.state_dict().keys()
+    assert head.weight is linear.weight
+
+
+def test_sequence_logps_sums_each_sequence():
+    logps = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
+    assert sequence_logps(logps, [2, 1, 2]).tolist() == [3.0, 4.0, 24.0]
+    assert sequence_logps(logps[:0], []).shape == (0,)

@@ -48,6 +48,18 @@ def test_simpo_is_the_papers(beta, ratio):
         assert seen[i].item() == pytest.approx(-math.log(sigmoid(margin)), rel=1e-12)
 
 
+def test_hand_worked_numbers():
+    """Ratios 2 and 1, so a difference of 1."""
+    two, one = torch.tensor([2.0], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
+    assert loss("sigmoid", two, one, beta=math.log(3)).item() == pytest.approx(math.log(4 / 3))  # sigmoid(ln 3) = 3/4
+    assert loss("dpo_norm", one, two, beta=math.log(3)).item() == pytest.approx(math.log(4))
+    assert loss("sigmoid", two, one, beta=math.log(3), label_smoothing=0.25).item() == pytest.approx(
+        0.75 * math.log(4 / 3) + 0.25 * math.log(4)
+    )
+    assert loss("ipo", two, one, beta=0.25).item() == pytest.approx(1.0)  # (1 - 2)^2
+    assert loss("simpo", two, one, beta=2 * math.log(3), gamma_beta_ratio=0.5).item() == pytest.approx(math.log(4 / 3))
+
+
 @pytest.mark.parametrize("loss_type", sorted(LOSSES))
 def test_far_apart_log_probabilities_overflow_nothing(loss_type):
     chosen = CHOSEN.float().requires_grad_()

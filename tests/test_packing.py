@@ -178,6 +178,20 @@ def test_packed_pair_gradient_is_that_of_sides_one_at_a_time(folder, pairs, shar
     assert_same_gradients(gradients(packed), gradients(plain))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_sample_sees_another(folder, samples, dtype):
+    """Other tokens of the same length in one sample leave every other sample's log-probabilities bitwise the same."""
+    packed = packed_model(folder).to(dtype)
+    sizes = [len(targets) for _, targets in samples]
+    before = packed_logps(packed, [sft_documents(as_sft_sample(*s)) for s in samples]).split(sizes)
+    for changed in (0, 2, len(samples) - 1):
+        other = [((np.array(ids) + 7) % 300).tolist() for ids, _ in samples]
+        mixed = [(other[i] if i == changed else ids, targets) for i, (ids, targets) in enumerate(samples)]
+        after = packed_logps(packed, [sft_documents(as_sft_sample(*s)) for s in mixed]).split(sizes)
+        for i in range(len(samples)):
+            assert is_unmoved(packed, before[i], after[i]) == (i != changed), (i, changed)
+
+
 def is_unmoved(packed, before: torch.Tensor, after: torch.Tensor) -> bool:
     """Bitwise; with experts to rounding."""
     if packed.lm.config.model_type in models.WITH_EXPERTS:

@@ -14,10 +14,10 @@ from common.failures import UserError
 from common.step.schedule import NEVER, Schedule, learning_rate_schedule
 
 
-@given(num_samples=st.integers(1, 40), batch=st.integers(1, 50), seed=st.integers(0, 2**40))
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize(
+    ("num_samples", "batch", "seed"), [(10, 3, 42), (10, 10, 0), (9, 3, 7), (5, 8, 1), (1, 1, 2**40)]
+)
 def test_order_is_the_contracts_formula(num_samples, batch, seed):
-    """By which an epoch visits every sample once."""
     visited = []
     for epoch in range(3):
         order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
@@ -26,7 +26,18 @@ def test_order_is_the_contracts_formula(num_samples, batch, seed):
             del order[:batch]
     schedule = Schedule(SFTConfig(global_batch_size=batch, seed=seed), num_samples)
     assert [schedule.samples(step) for step in range(len(visited))] == visited
-    assert schedule.samples(0) == visited[0], "a step asked for out of turn is the same step"
+    assert schedule.samples(1) == visited[1], "a step asked for out of turn is the same step"
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_an_epoch_visits_every_sample_once(num_samples, batch, seed):
+    schedule = Schedule(SFTConfig(global_batch_size=batch, seed=seed), num_samples)
+    steps = schedule.steps_per_epoch
+    for epoch in range(2):
+        epoch_steps = [schedule.samples(epoch * steps + step) for step in range(steps)]
+        assert sorted(i for samples in epoch_steps for i in samples) == list(range(num_samples))
+        assert {len(samples) for samples in epoch_steps[:-1]} <= {batch}
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULERS)
@@ -50,6 +61,12 @@ def test_learning_rates_are_those_of_a_stepped_transformers_scheduler(name, num_
 def test_a_peak_below_polynomials_last_rate_is_refused(peak):
     with pytest.raises(UserError, match=f"--lr_scheduler_type polynomial with --learning_rate {peak}:"):
         learning_rate_schedule("polynomial", peak, 10, 0.0)
+
+
+def test_linear_by_hand():
+    """int(40 x 0.1) = 4 warm-up steps from 0, then down to 0 at step 40."""
+    learning_rate = learning_rate_schedule("linear", 8e-4, 40, 0.1)
+    assert [learning_rate(step) for step in (0, 1, 4, 22)] == pytest.approx([0, 2e-4, 8e-4, 4e-4])
 
 
 @pytest.mark.parametrize(

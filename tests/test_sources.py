@@ -194,6 +194,17 @@ def test_a_folder_or_glob_is_its_files_in_the_order_of_their_names(tmp_path):
         load_source(parse_source(f"{tmp_path}:valid"))
 
 
+def test_a_column_that_is_not_used_is_not_read_from_parquet(tmp_path):
+    counts = pyarrow.array(
+        [[("a", 1)]] * len(MESSAGES), pyarrow.map_(pyarrow.string(), pyarrow.int64())
+    )  # which datasets refuses
+    rows = pyarrow.Table.from_pylist([{"messages": row["messages"]} for row in MESSAGES]).append_column(
+        "counts", counts
+    )
+    pyarrow.parquet.write_table(rows, tmp_path / "rows.parquet")
+    assert decoded(load_source(parse_source(f"{tmp_path}/rows.parquet"))) == rows.select(["messages"]).to_pylist()
+
+
 def test_what_save_to_disk_writes_is_read(tmp_path):
     from datasets import Dataset, DatasetDict
 

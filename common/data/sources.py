@@ -255,7 +255,10 @@ def _open_parquet(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
     import pyarrow.parquet
     from datasets import Dataset
 
-    return _arrow_rows(Dataset(pyarrow.parquet.read_table(pyarrow.BufferReader(content))))
+    file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+    names = file.schema_arrow.names
+    used = [name for name in names if name in COLUMNS] or names  # the others may be large, or of a type that it refuses
+    return *_arrow_rows(Dataset(file.read(used)))[:2], [name for name in names if name not in used]
 
 
 def _open_arrow(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
