@@ -106,35 +106,44 @@ def test_sdpa_kernel_is_softmax_attention_under_the_mask(shapes, window, cap, si
         torch.testing.assert_close(out[0, :, head], weights / total @ value[0, head // 2], **rounding)
 
 
-def segments(query, key, value, offsets_q, offsets_k, scale, window: tuple = (-1, 0), cap: float = 0.0):
-    """Of each segment: its queries' slice, its keys' slice, keys and values of every head, probabilities, lse."""
+def segments(query, key, value, offsets_q, offsets_k, scale, window: int = -1, cap: float = 0.0, sinks=None):
+    """Of each segment: its queries' slice, its keys' slice, keys and values of every head, probabilities, lse, and what
+    a score's gradient is to be multiplied with for its cap."""
     groups = query.shape[1] // key.shape[1]
     for (q, q_end), (k, k_end) in zip(pairwise(offsets_q), pairwise(offsets_k), strict=True):
         keys, values = (x[k:k_end].repeat_interleave(groups, 1) for x in (key, value))
         scores = torch.einsum("qhd,khd->hqk", query[q:q_end], keys) * scale
-        scores = cap * torch.tanh(scores / cap) if cap else scores
+        slope = torch.ones_like(scores)
+        if cap:
+            scores = cap * torch.tanh(scores / cap)
+            slope = 1 - (scores / cap) ** 2
         last = int((k_end - k) - (q_end - q))  # aligned bottom-right
         hidden = torch.ones(q_end - q, k_end - k).tril(last) == 0
-        if window[0] >= 0:
-            hidden |= torch.ones(q_end - q, k_end - k).triu(last - window[0]) == 0
+        if window >= 0:
+            hidden |= torch.ones(q_end - q, k_end - k).triu(last - window) == 0
         scores = scores.masked_fill(hidden, -torch.inf)
-        yield slice(q, q_end), slice(k, k_end), keys, values, scores.softmax(-1), scores.logsumexp(-1)
+        of_sinks = torch.full((query.shape[1], 1), -torch.inf) if sinks is None else sinks[:, None]
+        lse = torch.logaddexp(scores.logsumexp(-1), of_sinks.to(scores.dtype))
+        yield slice(q, q_end), slice(k, k_end), keys, values, (scores - lse[..., None]).exp(), lse, slope
 
 
 def attention_by_definition(query, key, value, *packing):
     """[T, H, D], [T_k, H_kv, D] twice -> (output [T, H, D], log-sum-exp [H, T])."""
-    out, lse = torch.zeros_like(query), torch.zeros(query.shape[1], query.shape[0])
-    for q, _, _, values, probabilities, sums in segments(query, key, value, *packing):
+    assert max(query.shape[2], value.shape[2]) <= attention.WIDEST_HEAD
+    out, lse = query.new_zeros(*query.shape[:2], value.shape[2]), query.new_zeros(query.shape[1], query.shape[0])
+    for q, _, _, values, probabilities, sums, _ in segments(query, key, value, *packing):
         out[q], lse[:, q] = torch.einsum("hqk,khd->qhd", probabilities, values), sums
     return out, lse
 
 
-def gradients_by_definition(grad, out, query, key, value, offsets_q, offsets_k, scale):
-    """dS = P (dP - sum dO O), dQ = dS K, dK = dS^T Q, dV = P^T dO."""
+def gradients_by_definition(grad, out, lse, query, key, value, offsets_q, offsets_k, scale, *options):
+    """P = exp(S - lse), dS = P (dP - sum dO O), dQ = dS K, dK = dS^T Q, dV = P^T dO, whatever output and lse are."""
     grads, heads = [torch.zeros_like(x) for x in (query, key, value)], key.shape[1]
-    for q, k, keys, values, probabilities, _ in segments(query, key, value, offsets_q, offsets_k, scale):
+    packing = offsets_q, offsets_k, scale, *options
+    for q, k, keys, values, probabilities, sums, slope in segments(query, key, value, *packing):
+        probabilities = probabilities * (sums - lse[:, q])[..., None].exp()
         grad_scores = torch.einsum("qhd,khd->hqk", grad[q], values) - (grad[q] * out[q]).sum(-1).T[:, :, None]
-        grad_scores = grad_scores * probabilities * scale
+        grad_scores = grad_scores * probabilities * slope * scale
         grads[0][q] = torch.einsum("hqk,khd->qhd", grad_scores, keys)
         for i, scores, other in ((1, grad_scores, query[q]), (2, probabilities, grad[q])):
             grads[i][k] += torch.einsum("hqk,qhd->khd", scores, other).unflatten(1, (heads, -1)).sum(2)
@@ -143,26 +152,56 @@ def gradients_by_definition(grad, out, query, key, value, offsets_q, offsets_k, 
 
 @pytest.fixture
 def flash_attn(monkeypatch):
-    """Both packages of that name, with the arguments that they have and the definition in place of kernels."""
+    """Both packages of that name and torch's own operators, with the arguments that they have and the definition in
+    place of kernels."""
 
-    def forward(query, key, value, *, softmax_scale, causal, return_lse, **kwargs):
-        offsets = told(causal, **kwargs)
+    def forward(query, key, value, *, return_lse, **kwargs):
         assert return_lse
-        return *attention_by_definition(query, key, value, *offsets, softmax_scale), None, None, None
+        return *attention_by_definition(query, key, value, *told(**kwargs)), None, None, None
 
-    def backward(query, key, value, out, grad, lse, *, softmax_scale, causal, **kwargs):
-        packing = *told(causal, **kwargs), softmax_scale
+    def backward(query, key, value, out, grad, lse, *, learnable_sink, **kwargs):
+        packing = told(**kwargs, learnable_sink=learnable_sink)
         torch.testing.assert_close((out, lse), attention_by_definition(query, key, value, *packing))
-        return gradients_by_definition(grad, out, query, key, value, *packing)
+        grads = gradients_by_definition(grad, out, lse, query, key, value, *packing)
+        if learnable_sink is None:
+            return grads
+        return *grads, -((learnable_sink[:, None] - lse).exp() * (grad * out).sum(-1).T).sum(1)
 
-    def told(causal, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
-        assert causal and max_seqlen_q >= cu_seqlens_q.diff().max() and max_seqlen_k >= cu_seqlens_k.diff().max()
-        return cu_seqlens_q, cu_seqlens_k
+    def told(
+        *,
+        softmax_scale,
+        softcap,
+        learnable_sink,
+        causal=False,
+        window_size_left=None,
+        window_size_right=None,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+    ):
+        assert causal == (window_size_left is None) and window_size_right in (None if causal else 0, 0)
+        assert max_seqlen_q >= cu_seqlens_q.diff().max() and max_seqlen_k >= cu_seqlens_k.diff().max()
+        window = -1 if causal else window_size_left
+        return cu_seqlens_q, cu_seqlens_k, softmax_scale, window, softcap, learnable_sink
 
     def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, window_size, softcap):
-        assert causal and window_size[1] == 0
-        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        return attention_by_definition(q, k, v, cu_q, cu_k, scale, window_size, softcap)[0]
+        assert causal and window_size[1] == 0 and q.shape[2] == v.shape[2]
+        return attention_by_definition(q, k, v, cu_q, cu_k, softmax_scale, window_size[0], softcap)[0]
+
+    def torchs_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug, **options):
+        of_keys = told_torch(q, k, v, causal, dropout, **options)
+        assert not debug and max_q >= cu_q.diff().max() and max_k >= cu_k.diff().max()
+        return *attention_by_definition(q, k, v, cu_q, cu_k, *of_keys), *(torch.empty(0) for _ in range(3))
+
+    def torchs_backward(grad, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout, causal, seed, unused, **options):
+        of_keys = told_torch(q, k, v, causal, dropout, **options)
+        return gradients_by_definition(grad, out, lse, q, k, v, cu_q, cu_k, *of_keys)
+
+    def told_torch(q, k, v, causal, dropout, *, scale, window_size_left, window_size_right, **others):
+        assert causal == (window_size_left < 0) and window_size_right == 0 and dropout == 0
+        assert not any(others.values()) and q.shape[2] == k.shape[2] == v.shape[2] and q.shape[2] % 8 == 0
+        return scale, window_size_left
 
     interface = {"_flash_attn_fwd": forward, "_flash_attn_bwd": backward}
     contents = {"flash_attn": {"flash_attn_varlen_func": flash_attn_varlen_func}, "flash_attn.cute": {}}
@@ -170,27 +209,50 @@ def flash_attn(monkeypatch):
         module = types.ModuleType(name)
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, name, module)
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", torchs_forward, "CPU")
+        library.impl("_flash_attention_backward", torchs_backward, "CPU")
+        yield
 
 
-OF_FLASH_2 = [{"sliding_window": 1}, {"sliding_window": 3}, {"softcap": 0.7}, {"sliding_window": 2, "softcap": 0.7}]
+SINKS = torch.tensor([-1.0, 0.0, 0.5, 2.0])
+ASKED = [
+    {},
+    {"sliding_window": 1},
+    {"sliding_window": 3},
+    {"softcap": 0.7},
+    {"sliding_window": 2, "softcap": 0.7},
+    {"s_aux": SINKS},
+    {"sliding_window": 2, "s_aux": SINKS},
+]
+COMPUTED = [
+    (kernel, asked)
+    for kernel, (_, needs) in attention.KERNELS.items()
+    for asked in ASKED
+    if kernel != "sdpa" and {*asked} <= {attention.ARGUMENTS[need] for need in needs}
+]
 
 
-@pytest.mark.parametrize("shapes", ROWS)
+@pytest.mark.parametrize(("kernel", "asked"), COMPUTED)
 @pytest.mark.parametrize(
-    ("kernel", "asked"), [("flash_attention_4", {}), *(("flash_attention_2", asked) for asked in [{}, *OF_FLASH_2])]
+    ("shapes", "widths"),
+    [*((shapes, (8, 8)) for shapes in ROWS), *((ROWS[3], widths) for widths in [(5, 3), (12, 20), (264, 8)])],
 )
-def test_variable_length_kernels_are_told_what_the_block_mask_says(flash_attn, kernel, asked, shapes):
-    """Output and gradients, grouped heads; the segments, their alignment and which keys belong to a branch."""
+def test_variable_length_kernels_are_told_what_the_block_mask_says(flash_attn, kernel, asked, shapes, widths):
+    """Output and gradients, grouped heads, odd ones; the segments, their alignment, which keys belong to a branch."""
     row, generator = row_of(shapes), torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1, h, len(row.input_ids), 8, generator=generator) for h in (4, 2, 2)]
-    upstream = torch.randn(1, len(row.input_ids), 4, 8, generator=generator)
+    sizes = zip((4, 2, 2), (widths[0], *widths), strict=True)
+    tensors = [torch.randn(1, h, len(row.input_ids), width, generator=generator) for h, width in sizes]
+    upstream = torch.randn(1, len(row.input_ids), 4, widths[1], generator=generator)
     results = []
     for name in ("sdpa", kernel):
+        own = {key: value.clone() if key == "s_aux" else value for key, value in asked.items()}
         inputs = [x.clone().requires_grad_() for x in tensors]
-        out = attend(name, *inputs, scaling=None, **asked, **attention_kwargs(row, name, CPU))
+        inputs += [own["s_aux"].requires_grad_()] if "s_aux" in own else []
+        out = attend(name, *inputs[:3], scaling=None, **own, **attention_kwargs(row, name, CPU))
         results.append((out.detach(), *torch.autograd.grad(out, inputs, upstream)))
     for expected, seen in zip(*results, strict=True):
-        torch.testing.assert_close(seen, expected)
+        torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_layers_take_no_number_as_a_tensor(flash_attn, monkeypatch):
@@ -215,19 +277,20 @@ def test_layers_that_differ_in_a_number_are_all_compiled(monkeypatch):
     model(**model_inputs(row_of(ROWS[3], has_targets=True), "sdpa", CPU))[0].sum().backward()
 
 
-def test_torch_compile_may_trust_what_is_said_of_flash_attention_4(flash_attn):
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_torch_compile_may_trust_what_is_said_of_flash_attention_4(flash_attn, with_sinks):
     """Shapes, strides and gradients of the operator without its kernel, for rows whose heads are not contiguous."""
     row = attention_kwargs(row_of(ROWS[3]), "flash_attention_4", CPU)
     length = int(row["packed_cu_seqlens_q"].max())
     query, key, value = (torch.randn(h, length, 8).transpose(0, 1) for h in (4, 2, 2))
-    inputs = query, key[row["packed_key_index"]], value[row["packed_key_index"]]
+    inputs = query, key[row["packed_key_index"]], value[row["packed_key_index"]], *([SINKS.clone()] * with_sinks)
+    inputs = [x.requires_grad_() for x in inputs] + [None] * (not with_sinks)
     packing = row["packed_cu_seqlens_q"], row["packed_cu_seqlens_k"], row["packed_max_seqlen"]
-    torch.library.opcheck(attention._fa4_forward, (*(x.requires_grad_() for x in inputs), *packing, 0.3))
+    torch.library.opcheck(attention._fa4_forward, (*inputs, *packing, 0.3, 2, 0.0))
 
 
 REFUSED = [{"position_bias": torch.zeros(2)}, {"indices": torch.zeros(2)}, {"dropout": 0.1}, {"is_causal": False}, None]
-OF_SOME = [("softcap", "flash_attention_4"), ("softcap", "varlen")]
-OF_SOME += [("s_aux", kernel) for kernel in attention.KERNELS if kernel != "sdpa"]
+OF_SOME = [("softcap", "varlen"), ("s_aux", "flash_attention_2")]
 
 
 @pytest.mark.parametrize(
@@ -267,10 +330,11 @@ def test_auto_is_the_first_kernel_that_runs_here_and_a_kernel_that_does_not_is_r
         assert resolve_kernel("auto", device, dtype) == "sdpa"
         cases += [(name, device, dtype) for name in ON_GPU]
     bf16 = "cuda", torch.bfloat16
-    assert resolve_kernel("auto", *bf16, {attention.SINKS, attention.WINDOWS}) == "sdpa"
-    assert resolve_kernel("auto", *bf16, {attention.WINDOWS}) == ("varlen" if FLASH_2 not in installed else FLASH)
-    assert resolve_kernel("auto", *bf16, {attention.SOFT_CAP}) == ("sdpa" if FLASH_2 not in installed else FLASH)
-    cases += [("flash_attention_4", *bf16, {attention.WINDOWS}), ("varlen", *bf16, {attention.SOFT_CAP})]
+    flash = None if kernel == "varlen" else kernel
+    for needs, others in ((attention.WINDOWS, "varlen"), (attention.SOFT_CAP, "sdpa"), (attention.SINKS, "varlen")):
+        computes = flash and needs in attention.KERNELS[flash][1]
+        assert resolve_kernel("auto", *bf16, {needs}) == (flash if computes else others)
+    cases += [("flash_attention_2", *bf16, {attention.SINKS}), ("varlen", *bf16, {attention.SOFT_CAP})]
     for case in cases:
         with pytest.raises(UserError, match=f"--attn_implementation {case[0]}"):
             resolve_kernel(*case)

@@ -51,26 +51,38 @@ PACKS = {
 }
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("pack", PACKS)
-@pytest.mark.parametrize("heads", [(8, 8), (8, 2)])
-@pytest.mark.parametrize("window", [None, 2, 100])
-def test_varlen_kernel_equals_block_mask_forward_and_backward(kernel, pack, heads, window):
-    if window and attention.WINDOWS not in attention.KERNELS[kernel][1]:
-        pytest.skip("is not taken for models with windows")
+ASKED = [{}, {"sliding_window": 2}, {"sliding_window": 100}, {"softcap": 2.0}, {"softcap": 2.0, "sliding_window": 100}]
+ASKED += [{"s_aux": 1.0}, {"s_aux": 1.0, "sliding_window": 100}]
+HEADS = [(8, 8, 64, 64), (8, 2, 64, 64), (4, 4, 192, 128), (4, 2, 256, 256), (4, 2, 512, 512), (4, 2, 44, 20)]
+CASES = [
+    (kernel, pack, heads, asked)
+    for kernel in KERNELS
+    for heads in HEADS
+    for pack in (PACKS if heads in HEADS[:2] else ["shared"])
+    for asked in ASKED
+    if {*asked} <= {attention.ARGUMENTS[need] for need in attention.KERNELS[kernel][1]}
+]
+
+
+@pytest.mark.parametrize(("kernel", "pack", "heads", "asked"), CASES)
+def test_varlen_kernel_equals_block_mask_forward_and_backward(kernel, pack, heads, asked):
+    """heads: of queries, of keys, numbers of a query and of a value."""
     rng = np.random.default_rng(0)
     micro_batch = packing.pack(PACKS[pack](rng))
     length, device = len(micro_batch.input_ids), torch.device("cuda")
     torch.manual_seed(0)
-    q, k, v = (torch.randn(1, h, length, 64, device=device) for h in (heads[0], heads[1], heads[1]))
-    upstream = torch.randn(1, length, heads[0], 64, device=device)
+    of_queries, of_keys, width, of_values = heads
+    sizes = ((of_queries, width), (of_keys, width), (of_keys, of_values))
+    tensors = [torch.randn(1, h, length, n, device=device) for h, n in sizes]
+    tensors += [torch.randn(of_queries, device=device)] if "s_aux" in asked else []
+    upstream = torch.randn(1, length, of_queries, of_values, device=device)
     results = []
     for name, dtype in (("sdpa", torch.float32), (kernel, torch.bfloat16)):
-        inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        inputs = [x.detach().to(dtype).requires_grad_() for x in tensors]
         module = torch.nn.Module()
         function = attention.AttentionInterface()[attention.registered_name(name)]
-        asked = {"scaling": 0.125, "sliding_window": window}
-        out, _ = function(module, *inputs, **asked, **attention.attention_kwargs(micro_batch, name, device))
+        own = asked | {"scaling": 0.125} | ({"s_aux": inputs[3]} if "s_aux" in asked else {})
+        out, _ = function(module, *inputs[:3], **own, **attention.attention_kwargs(micro_batch, name, device))
         out.backward(upstream.to(dtype))
         results.append([out, *(x.grad for x in inputs)])
     for expected, seen in zip(*results, strict=True):
@@ -90,6 +102,7 @@ def test_windows_caps_sinks_and_experts_equal_transformers_own_eager_attention(a
     policy = PackedModel(copy.deepcopy(plain).to(torch.bfloat16))
     policy.lm.set_attn_implementation(attention.registered_name(kernel))
     policy.lm.config._experts_implementation = experts.GROUPED
+    assert architecture == "gemma2" or kernel != "sdpa"
     if compiled:
         policy.compile_layers()
     samples = [np.random.default_rng(n).integers(1, config.vocab_size, n) for n in (60, 41, 23)]

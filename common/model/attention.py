@@ -6,25 +6,29 @@ that models build none. What a kernel needs to know about the packing travels as
 """
 
 import importlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from common.failures import UserError, one_line
 from common.step.packing import STEM, MicroBatch
 
-# What a model's attention may need besides causal attention.
+# What a model's attention may need besides causal attention -> the argument with which its layers ask for it.
 WINDOWS, SOFT_CAP, SINKS = "sliding windows", "soft-capped scores", "attention sinks"
+ARGUMENTS = {WINDOWS: "sliding_window", SOFT_CAP: "softcap", SINKS: "s_aux"}
 # Each kernel, the module that has it, and what it computes of these; the first that will do is taken.
 KERNELS = {
-    "flash_attention_4": ("flash_attn.cute.interface", ()),  # the package flash-attn-4: compiled when it first runs
-    "flash_attention_2": ("flash_attn.flash_attn_interface", (WINDOWS, SOFT_CAP)),  # the package flash-attn
-    "varlen": ("torch.nn.attention.varlen", (WINDOWS,)),
+    "flash_attention_4": ("flash_attn.cute.interface", (WINDOWS, SOFT_CAP, SINKS)),  # compiled when it first runs
+    "flash_attention_2": ("flash_attn.flash_attn_interface", (WINDOWS, SOFT_CAP)),
+    "varlen": ("torch.nn.attention.varlen", (WINDOWS, SINKS)),
     "sdpa": ("torch.nn.functional", (WINDOWS, SOFT_CAP, SINKS)),
 }
+WIDEST_HEAD = (
+    256  # numbers of a head for which the variable-length kernels are made; sdpa computes layers of wider ones
+)
 
 
 def resolve_kernel(name: str, device_type: str, dtype: torch.dtype, needs: Collection[str] = ()) -> str:
@@ -72,11 +76,13 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
     varlen kernels: packed_cu_seqlens_q, packed_cu_seqlens_k int32 [S], packed_max_seqlen int, packed_key_index int64
     [T_k] or None, of the row's segments, whose last query is aligned with its last key (bottom-right causal). S and
     packed_max_seqlen are rounded up (S by empty segments at the end), so that kernels see few different values. A run
-    that shares prompts has an index in every row, because None would be a case of its own to the compiler.
+    that shares prompts has an index in every row, because None would be a case of its own to the compiler. For layers
+    with heads wider than WIDEST_HEAD: packed_document, packed_branch int [T], and packed_positions as above.
     """
+    document, branch = (to_device(array, device) for array in (micro_batch.document, micro_batch.branch))
+    positions = to_device(micro_batch.position_ids, device)
     if kernel == "sdpa":
-        mask = block_mask(to_device(micro_batch.document, device), to_device(micro_batch.branch, device))
-        return {"packed_mask": mask, "packed_positions": to_device(micro_batch.position_ids, device)}
+        return {"packed_mask": block_mask(document, branch), "packed_positions": positions}
     queries, keys = zip(*micro_batch.segments, strict=True)
     q_lengths, k_lengths = ([len(positions) for positions in of_segments] for of_segments in (queries, keys))
 
@@ -86,6 +92,7 @@ def attention_kwargs(micro_batch: MicroBatch, kernel: str, device: torch.device)
 
     has_index = micro_batch.shares_prompts or q_lengths != k_lengths
     return {
+        **{"packed_document": document, "packed_branch": branch, "packed_positions": positions},
         "packed_cu_seqlens_q": offsets(q_lengths),
         "packed_cu_seqlens_k": offsets(k_lengths),
         "packed_max_seqlen": _power_of_two(max(k_lengths), 512),
@@ -106,16 +113,20 @@ def block_mask(document: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     return (causal & same_document & visible_branch)[None, None]
 
 
-def _refuse_unimplemented(module: torch.nn.Module, dropout: float, packing: torch.Tensor | None, kwargs: dict) -> None:
-    """Raises UserError for arguments that change what attention computes and that no packed kernel implements, and
-    where `packing`, what keeps samples apart, has not come through the model."""
+def _taken(module: nn.Module, kernel: str, packing: Tensor | None, dropout: float, kwargs: dict) -> list:
+    """[window, softcap, sinks], taken out of a layer's keyword arguments. Raises UserError for arguments that change
+    what attention computes and that the kernel does not compute, and where `packing`, what keeps samples apart, has not
+    come through the model."""
+    taken = {need: kwargs.pop(name, None) for need, name in ARGUMENTS.items()}
     is_causal = getattr(module, "is_causal", True) if kwargs.get("is_causal") is None else kwargs["is_causal"]
-    names = [name for name in ("softcap", "s_aux", "position_bias", "indices") if kwargs.get(name) is not None]
+    names = [need for need, value in taken.items() if value is not None and need not in KERNELS[kernel][1]]
+    names += [name for name in ("position_bias", "indices") if kwargs.get(name) is not None]
     names += ["dropout"] * bool(dropout) + ["attention that is not causal"] * (not is_causal)
     if names:
         raise UserError(f"{type(module).__name__} asks for {names[0]}, which packed attention does not compute")
     if packing is None:
         raise UserError(f"{type(module).__name__} passes no keyword arguments on: samples cannot be kept apart")
+    return [*taken.values()]
 
 
 def _sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, packed_mask=None, **kwargs):
@@ -124,118 +135,185 @@ def _sdpa(module, query, key, value, attention_mask=None, scaling=None, dropout=
     sliding_window: how many tokens a token sees, itself included. softcap: scores s become softcap tanh(s / softcap).
     s_aux: of each head a score [H] that takes part in the softmax and has no value.
     """
-    sliding_window, softcap, s_aux = (kwargs.pop(name, None) for name in ("sliding_window", "softcap", "s_aux"))
-    _refuse_unimplemented(module, dropout, packed_mask, kwargs)
-    if sliding_window is not None:  # positions are those of a document, and of a branch after its stem
+    window, softcap, sinks = _taken(module, "sdpa", packed_mask, dropout, kwargs)
+    if window is not None:  # positions are those of a document, and of a branch after its stem
         positions = kwargs["packed_positions"]
         distance = positions[:, None] - positions[None, :]
-        packed_mask = packed_mask & (distance < sliding_window)
+        packed_mask = packed_mask & (distance < window)
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # with a mask, torch's fused CPU kernel takes only equal head counts
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if softcap is None and s_aux is None:
+    if softcap is None and sinks is None:
         out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=packed_mask, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
     scores = (query @ key.transpose(2, 3)).float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~packed_mask, -torch.inf)
-    if s_aux is not None:
-        scores = torch.cat([scores, s_aux.float()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
     probabilities = scores.softmax(-1)[..., : key.shape[2]].to(value.dtype)
     return (probabilities @ value).transpose(1, 2).contiguous(), None
 
 
-def _segments(module, query, key, value, dropout, kwargs):
-    """[1, H, T, D] -> [T, H, D] for the queries, and the same for the keys and values of every segment; then where
-    segments begin among queries and among keys, and the most tokens of one (see attention_kwargs)."""
-    _refuse_unimplemented(module, dropout, kwargs.get("packed_cu_seqlens_q"), kwargs)
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    if (index := kwargs["packed_key_index"]) is not None:
-        key, value = key[index], value[index]
-    return query, key, value, kwargs["packed_cu_seqlens_q"], kwargs["packed_cu_seqlens_k"], kwargs["packed_max_seqlen"]
+def _by_segments(kernel: str, compute: Callable) -> Callable:
+    """The AttentionInterface function of a kernel that computes the segments of a row (see attention_kwargs).
+
+    compute(query [T, H, D], key, value [T_k, H_kv, D], offsets_q, offsets_k, most tokens of a segment, scale, keys
+    before its own that a token sees or -1 for all, softcap or 0, sinks [H] or None) -> [T, H, D].
+    """
+
+    def attend(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+        widths = query.shape[-1], value.shape[-1]
+        if max(widths) > WIDEST_HEAD and "packed_document" in kwargs:
+            mask = block_mask(kwargs["packed_document"], kwargs["packed_branch"])
+            return _sdpa(module, query, key, value, None, scaling, dropout, mask, **kwargs)
+        window, softcap, sinks = _taken(module, kernel, kwargs.get("packed_cu_seqlens_q"), dropout, kwargs)
+        # A multiple of 8, and all of one width, as kernels ask for; zeros change neither scores nor the rest.
+        padded = [-(-x.shape[-1] // 8) * 8 for x in (query, key, value)]
+        padded = padded if kernel == "flash_attention_4" else [max(padded)] * 3
+        tensors = (x[0].transpose(0, 1) for x in (query, key, value))
+        tensors = [nn.functional.pad(x, (0, n - x.shape[-1])) for x, n in zip(tensors, padded, strict=True)]
+        if (index := kwargs["packed_key_index"]) is not None:
+            tensors[1:] = (x[index] for x in tensors[1:])
+        scale = widths[0] ** -0.5 if scaling is None else scaling
+        packing = (kwargs[f"packed_{name}"] for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen"))
+        out = compute(*tensors, *packing, scale, -1 if window is None else window - 1, softcap or 0.0, sinks)
+        return out[None, ..., : widths[1]], None
+
+    return attend
 
 
-def _last_keys(sliding_window: int | None) -> tuple[int, int]:
-    """The keys before and after its own that a token sees, as flash attention counts them; -1: all of them."""
-    return (-1 if sliding_window is None else sliding_window - 1), 0
-
-
-def _varlen(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
+# ------------------------------------------------------------------ torch's own kernel
+def _varlen(query, key, value, offsets_q, offsets_k, length, scale, window, softcap, sinks):
     from torch.nn.attention.varlen import varlen_attn
 
-    *tensors, length = _segments(module, query, key, value, dropout, kwargs)
+    if sinks is not None:
+        return _VarlenWithSinks.apply(query, key, value, sinks, offsets_q, offsets_k, length, scale, window)
     gqa = {"enable_gqa": True} if _VARLEN_HAS_GQA_FLAG and query.shape[1] != key.shape[1] else {}
-    window = _last_keys(sliding_window)
-    return varlen_attn(*tensors, length, length, scale=scaling, window_size=window, **gqa)[None], None
+    packing = offsets_q, offsets_k, length, length
+    return varlen_attn(query, key, value, *packing, scale=scale, window_size=(window, 0), **gqa)
 
 
-def _flash_attention_2(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+_VARLEN_HAS_GQA_FLAG = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
+class _VarlenWithSinks(torch.autograd.Function):
+    """Attention in which each head's sink, a score without a value, takes part in the softmax: [T, H, D].
+
+    With a query's log-sum-exp L of its scores s, and L' = log(e^L + e^sink), the output O is that without a sink times
+    e^(L - L'). Flash attention's backward pass (Dao 2023, algorithm 2) takes probabilities to be P = e^(s - L') and
+    gradients of scores dS = P (dP - sum dO O): with L' and O in place of L and its own output these are those of
+    attention with a sink, whose value is nothing, so that its own gradient is -e^(sink - L') sum dO O over the queries.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, sinks, offsets_q, offsets_k, length, scale, window):
+        ctx.numbers = length, length, 0.0, window < 0
+        ctx.options = {"scale": scale, "window_size_left": window, "window_size_right": 0}
+        tensors = query, key, value
+        out, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
+            *tensors, offsets_q, offsets_k, *ctx.numbers, False, **ctx.options
+        )
+        with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])  # [H, T]
+        out = out * (lse - with_sinks).exp().T[..., None].to(out.dtype)
+        ctx.save_for_backward(*tensors, out, with_sinks, offsets_q, offsets_k, rng_state, unused, sinks)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        *saved, rng_state, unused, sinks = ctx.saved_tensors
+        grad, out, lse = grad.contiguous(), *saved[3:5]
+        grads = torch.ops.aten._flash_attention_backward(grad, *saved, *ctx.numbers, rng_state, unused, **ctx.options)
+        taken = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1).T  # [H, T]
+        of_sinks = -((sinks.to(lse.dtype)[:, None] - lse).exp() * taken).sum(1).to(sinks.dtype)
+        return *grads, of_sinks, None, None, None, None, None
+
+
+# ------------------------------------------------------------------ the packages flash-attn and flash-attn-4
+def _flash_attention_2(query, key, value, offsets_q, offsets_k, length, scale, window, softcap, sinks):
     from flash_attn import flash_attn_varlen_func
 
-    options = {"softmax_scale": scaling, "causal": True, "window_size": _last_keys(kwargs.get("sliding_window"))}
-    options["softcap"] = kwargs.pop("softcap", None) or 0.0
-    *tensors, length = _segments(module, query, key, value, dropout, kwargs)
-    return flash_attn_varlen_func(*tensors, length, length, **options)[None], None
+    options = {"softmax_scale": scale, "causal": True, "window_size": (window, 0), "softcap": softcap}
+    return flash_attn_varlen_func(query, key, value, offsets_q, offsets_k, length, length, **options)
 
 
-def _flash_attention_4(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _fa4_forward(*_segments(module, query, key, value, dropout, kwargs), scale)[0][None], None
+def _flash_attention_4(query, key, value, offsets_q, offsets_k, length, scale, window, softcap, sinks):
+    return _fa4_forward(query, key, value, sinks, offsets_q, offsets_k, length, scale, window, softcap)[0]
 
 
-def _fa4_packing(offsets_q, offsets_k, max_length, scale) -> dict:
-    packing = {"cu_seqlens_q": offsets_q, "cu_seqlens_k": offsets_k}
-    return packing | {"max_seqlen_q": max_length, "max_seqlen_k": max_length, "softmax_scale": scale, "causal": True}
+def _fa4_options(sinks, offsets_q, offsets_k, length, scale, window, softcap) -> dict:
+    options = {"cu_seqlens_q": offsets_q, "cu_seqlens_k": offsets_k, "max_seqlen_q": length, "max_seqlen_k": length}
+    windows = {"causal": True} if window < 0 else {"window_size_left": window, "window_size_right": 0}
+    return options | windows | {"softmax_scale": scale, "softcap": softcap, "learnable_sink": sinks}
 
 
 # One operator to torch.compile, which cannot look into the package's kernels.
 @torch.library.custom_op("plaintune::fa4", mutates_args=())
 def _fa4_forward(
-    q: Tensor, k: Tensor, v: Tensor, offsets_q: Tensor, offsets_k: Tensor, max_length: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    offsets_q: Tensor,
+    offsets_k: Tensor,
+    length: int,
+    scale: float,
+    window: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """[T, H, D] queries, [T_k, H_kv, D] keys and values -> (output [T, H, D], float32 log-sum-exp [H, T])."""
+    """compute of _by_segments -> (output [T, H, D], float32 log-sum-exp [H, T], a sink's score among them)."""
     from flash_attn.cute.interface import _flash_attn_fwd
 
-    out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **_fa4_packing(offsets_q, offsets_k, max_length, scale))
+    options = _fa4_options(sinks, offsets_q, offsets_k, length, scale, window, softcap)
+    out, lse, *_ = _flash_attn_fwd(q, k, v, return_lse=True, **options)
     return out.contiguous(), lse.contiguous()
 
 
 @torch.library.custom_op("plaintune::fa4_backward", mutates_args=())
 def _fa4_backward(
-    grad: Tensor, tensors: list[Tensor], lse: Tensor, offsets_q: Tensor, offsets_k: Tensor, length: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value. tensors: these three and the output."""
+    grad: Tensor,
+    tensors: list[Tensor],
+    lse: Tensor,
+    sinks: Tensor | None,
+    offsets_q: Tensor,
+    offsets_k: Tensor,
+    length: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> list[Tensor]:
+    """Gradients of query, key and value, and of the sinks if there are any. tensors: these three and the output."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    grads = _flash_attn_bwd(*tensors, grad, lse, **_fa4_packing(offsets_q, offsets_k, length, scale))
-    return tuple(g.contiguous() for g in grads[:3])
+    options = _fa4_options(sinks, offsets_q, offsets_k, length, scale, window, softcap)
+    return [g.contiguous() for g in _flash_attn_bwd(*tensors, grad, lse, **options)][: 3 if sinks is None else 4]
 
 
 @_fa4_forward.register_fake
-def _(q, k, v, offsets_q, offsets_k, max_length, scale):
+def _(q, k, v, *packing):
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @_fa4_backward.register_fake
-def _(grad, tensors, lse, offsets_q, offsets_k, length, scale):
-    return tuple(x.new_empty(x.shape) for x in tensors[:3])
+def _(grad, tensors, lse, sinks, *packing):
+    return [x.new_empty(x.shape) for x in (*tensors[:3], sinks) if x is not None]
 
 
 def _fa4_save(ctx, inputs, output):
-    q, k, v, offsets_q, offsets_k, ctx.max_length, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output, offsets_q, offsets_k)
+    q, k, v, sinks, offsets_q, offsets_k, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, sinks, offsets_q, offsets_k)
 
 
 def _fa4_gradient(ctx, grad, _):
-    *tensors, lse, offsets_q, offsets_k = ctx.saved_tensors
-    grads = _fa4_backward(grad.contiguous(), tensors, lse, offsets_q, offsets_k, ctx.max_length, ctx.scale)
-    return *grads, None, None, None, None
+    *tensors, lse, sinks, offsets_q, offsets_k = ctx.saved_tensors
+    grads = _fa4_backward(grad.contiguous(), tensors, lse, sinks, offsets_q, offsets_k, *ctx.numbers)
+    return *grads, *[None] * (10 - len(grads))
 
 
 _fa4_forward.register_autograd(_fa4_gradient, setup_context=_fa4_save)
 
-_VARLEN_HAS_GQA_FLAG = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
-
-for _kernel, _function in zip(KERNELS, (_flash_attention_4, _flash_attention_2, _varlen, _sdpa), strict=True):
+_OF_SEGMENTS = {"flash_attention_4": _flash_attention_4, "flash_attention_2": _flash_attention_2, "varlen": _varlen}
+for _kernel in KERNELS:
+    _function = _by_segments(_kernel, _OF_SEGMENTS[_kernel]) if _kernel in _OF_SEGMENTS else _sdpa
     AttentionInterface.register(registered_name(_kernel), _function)
