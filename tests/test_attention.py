@@ -156,7 +156,8 @@ def flash_attn(monkeypatch):
     place of kernels."""
 
     def forward(query, key, value, *, return_lse, **kwargs):
-        assert return_lse
+        assert return_lse and query.shape[2] % 64 == value.shape[2] % 64 == 0
+        assert query.shape[2] == value.shape[2] or (query.shape[1] == key.shape[1] and query.shape[2] == 192)
         return *attention_by_definition(query, key, value, *told(**kwargs)), None, None, None
 
     def backward(query, key, value, out, grad, lse, *, learnable_sink, **kwargs):
@@ -236,7 +237,10 @@ COMPUTED = [
 @pytest.mark.parametrize(("kernel", "asked"), COMPUTED)
 @pytest.mark.parametrize(
     ("shapes", "widths"),
-    [*((shapes, (8, 8)) for shapes in ROWS), *((ROWS[3], widths) for widths in [(5, 3), (12, 20), (264, 8)])],
+    [
+        *((shapes, (8, 8)) for shapes in ROWS),
+        *((ROWS[3], widths) for widths in [(5, 3), (12, 20), (192, 128), (264, 8)]),
+    ],
 )
 def test_variable_length_kernels_are_told_what_the_block_mask_says(flash_attn, kernel, asked, shapes, widths):
     """Output and gradients, grouped heads, odd ones; the segments, their alignment, which keys belong to a branch."""
@@ -282,7 +286,7 @@ def test_torch_compile_may_trust_what_is_said_of_flash_attention_4(flash_attn, w
     """Shapes, strides and gradients of the operator without its kernel, for rows whose heads are not contiguous."""
     row = attention_kwargs(row_of(ROWS[3]), "flash_attention_4", CPU)
     length = int(row["packed_cu_seqlens_q"].max())
-    query, key, value = (torch.randn(h, length, 8).transpose(0, 1) for h in (4, 2, 2))
+    query, key, value = (torch.randn(h, length, 64).transpose(0, 1) for h in (4, 2, 2))
     inputs = query, key[row["packed_key_index"]], value[row["packed_key_index"]], *([SINKS.clone()] * with_sinks)
     inputs = [x.requires_grad_() for x in inputs] + [None] * (not with_sinks)
     packing = row["packed_cu_seqlens_q"], row["packed_cu_seqlens_k"], row["packed_max_seqlen"]

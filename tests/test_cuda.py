@@ -54,6 +54,7 @@ PACKS = {
 ASKED = [{}, {"sliding_window": 2}, {"sliding_window": 100}, {"softcap": 2.0}, {"softcap": 2.0, "sliding_window": 100}]
 ASKED += [{"s_aux": 1.0}, {"s_aux": 1.0, "sliding_window": 100}]
 HEADS = [(8, 8, 64, 64), (8, 2, 64, 64), (4, 4, 192, 128), (4, 2, 256, 256), (4, 2, 512, 512), (4, 2, 44, 20)]
+HEADS += [(4, 2, 192, 128), (4, 2, 80, 80), (4, 2, 8, 8)]
 CASES = [
     pytest.param(kernel, pack, heads, asked, id="-".join(map(str, (kernel, pack, *heads, *asked, *asked.values()))))
     for kernel in KERNELS

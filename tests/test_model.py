@@ -408,6 +408,7 @@ def test_auto_compiles_layers_on_a_gpu_but_for_those_with_a_state():
     assert model.compiles_layers("auto", "cuda", models.make_config("qwen3_moe"))
     config = config_of("lfm2", layer_types=["conv", "full_attention"], num_hidden_layers=2)
     assert not model.compiles_layers("auto", "cuda", config) and model.compiles_layers(True, "cuda", config)
+    assert not model.compiles_layers("auto", "cuda", config_of("gemma3n_text"))  # whose layers clamp their weights
 
 
 def test_flops_of_attention_are_those_of_the_layers_that_have_some():

@@ -169,9 +169,12 @@ def _by_segments(kernel: str, compute: Callable) -> Callable:
             mask = block_mask(kwargs["packed_document"], kwargs["packed_branch"])
             return _sdpa(module, query, key, value, None, scaling, dropout, mask, **kwargs)
         window, softcap, sinks = _taken(module, kernel, kwargs.get("packed_cu_seqlens_q"), dropout, kwargs)
-        # A multiple of 8, and all of one width, as kernels ask for; zeros change neither scores nor the rest.
-        padded = [-(-x.shape[-1] // 8) * 8 for x in (query, key, value)]
-        padded = padded if kernel == "flash_attention_4" else [max(padded)] * 3
+        # Of one width, as kernels ask for; zeros change neither scores nor the rest. Flash-attn-4's gradients of heads
+        # of 8 were seen to be wrong: it gets widths that were seen to be right, DeepSeek's 192 and 128 among them.
+        multiple = 64 if kernel == "flash_attention_4" else 8
+        padded = [-(-x.shape[-1] // multiple) * multiple for x in (query, key, value)]
+        if (kernel, padded, query.shape[1]) != ("flash_attention_4", [192, 192, 128], key.shape[1]):
+            padded = [max(padded)] * 3
         tensors = (x[0].transpose(0, 1) for x in (query, key, value))
         tensors = [nn.functional.pad(x, (0, n - x.shape[-1])) for x, n in zip(tensors, padded, strict=True)]
         if (index := kwargs["packed_key_index"]) is not None:

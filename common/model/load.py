@@ -214,8 +214,11 @@ def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
 
 
 def compiles_layers(asked: bool | str, device_type: str, config: PretrainedConfig) -> bool:
-    """What `--compile_layers` comes to. `auto` leaves layers with a state alone: none was seen on a GPU."""
-    return asked is True or (asked == "auto" and device_type == "cuda" and not is_stateful(text_config(config)))
+    """What `--compile_layers` comes to. `auto` leaves layers alone that carry a state, for none was seen on a GPU, and
+    those of Gemma 3n, which clamp their weights in the forward pass: compiled, their backward pass is refused."""
+    text = text_config(config)
+    is_left_alone = is_stateful(text) or getattr(text, "altup_coef_clip", None)
+    return asked is True or (asked == "auto" and device_type == "cuda" and not is_left_alone)
 
 
 def parameter_sizes(config: PretrainedConfig) -> tuple[list[int], int, int]:
