@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import launch
 import pytest
+from models import OneRank
 
 from common.config import SFTConfig
 from common.run import agreement
@@ -21,14 +22,32 @@ def on_two_hosts(logs: str, words: list[str], others: list[str], port: int) -> N
 
 @pytest.fixture
 def run(tiny_llama, sft_data, tmp_path):
-    """run(flags that the second host has besides): a finished run of one step."""
-    flags = launch.flags(tiny_llama, sft_data, tmp_path, max_train_steps=1)
+    """run(flags that the second host has besides, those of both): a finished run of one step."""
 
-    def start(*others):
+    def start(*others, **changes):
+        flags = launch.flags(tiny_llama, sft_data, tmp_path, **{"max_train_steps": 1} | changes)
         arguments = (launch.argv(flags), [str(word) for word in others], launch.free_port())
         return launch.Run(on_two_hosts, 2, arguments, tmp_path / "output").wait()
 
     return start
+
+
+def test_hosts_that_see_other_checkpoints_train_nothing_and_move_nothing(run, tmp_path):
+    """An older copy of the folder, without its newest checkpoint, or with that of another run."""
+    output_dir, older = tmp_path / "output", tmp_path / "older"
+    run(stop_after_steps=2, checkpointing_steps=1, max_train_steps=3).succeeded()
+    newest = older / "checkpoints" / "step_00000002"
+    shutil.copytree(output_dir, older)
+    (older / ".lock").unlink()
+    (older / ".lock").symlink_to(output_dir / ".lock")
+    for change in (lambda: (newest / "COMPLETE").write_text("another's"), lambda: shutil.rmtree(newest)):
+        change()
+        for folder in (output_dir, older):
+            (folder / "logs").mkdir(exist_ok=True)
+        before = [sorted(folder.rglob("step*")) for folder in (output_dir, older)]
+        error = run("--output_dir", older, max_train_steps=3).refused(2)
+        assert "rank 1" in error and newest.name in error and "step_00000001" not in error
+        assert [sorted(folder.rglob("step*")) for folder in (output_dir, older)] == before
 
 
 def copied(folder, source):
@@ -81,11 +100,20 @@ def test_clocks_that_are_far_apart_are_warned_of_by_host():
     assert "clock of b is 13 s ahead of that of c" in warning
 
 
+def test_the_kernel_that_was_chosen_is_compared_and_is_no_part_of_which_run_it_is(monkeypatch, tmp_path):
+    views, of = [], (SFTConfig(), {}, str(tmp_path), {})
+    monkeypatch.setattr(agreement, "require_agreement", lambda view, ranks: views.append(view()))
+    one, other = (agreement.agreed_identity(*of, kernel, OneRank()) for kernel in ("varlen", "sdpa"))
+    assert one == other and len(agreement.differences(*views)) == 1
+
+
 OTHERS = {  # what differs -> of the module agreement: what is patched, and how
     "version of torch": ("version", lambda package: "9" if package == "torch" else "1"),
     "python": ("platform", SimpleNamespace(python_version=lambda: "3.99")),
     "this project's code": ("file_digest", lambda path: "other" if path.name == "ranks.py" else "same"),
     "ds_config (contents)": None,
+    "NVIDIA_TF32_OVERRIDE": ("os", SimpleNamespace(environ={"NVIDIA_TF32_OVERRIDE": "0"})),
+    "version of flash-attn": ("version", lambda package: "2.8.3" if package == "flash-attn" else "1"),
 }
 
 
