@@ -13,20 +13,20 @@ from common.config import SFTConfig
 from common.run import agreement
 
 
-def on_two_hosts(logs: str, words: list[str], others: list[str], port: int) -> None:
+def on_two_hosts(logs: str, script: str, words: list[str], others: list[str], port: int) -> None:
     """In a rank's process: each rank is a host of its own, and the second one has `others` as well."""
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    launch.run_script(logs, "train_sft", words + others * (os.environ["RANK"] == "1"), {})
+    launch.run_script(logs, script, words + others * (os.environ["RANK"] == "1"), {})
 
 
 @pytest.fixture
 def run(tiny_llama, sft_data, tmp_path):
     """run(flags that the second host has besides, those of both): a finished run of one step."""
 
-    def start(*others, **changes):
+    def start(*others, script="train_sft", **changes):
         flags = launch.flags(tiny_llama, sft_data, tmp_path, **{"max_train_steps": 1} | changes)
-        arguments = (launch.argv(flags), [str(word) for word in others], launch.free_port())
+        arguments = (script, launch.argv(flags), [str(word) for word in others], launch.free_port())
         return launch.Run(on_two_hosts, 2, arguments, tmp_path / "output").wait()
 
     return start
@@ -86,6 +86,15 @@ def test_a_host_that_differs_is_named_with_what_differs_before_anything_is_train
     error = done.refused(2)
     assert "rank 1" in error and what in error
     assert not (tmp_path / "output" / "metrics.jsonl").exists()
+
+
+def test_a_host_whose_reference_model_differs_is_named(run, tiny_llama, dpo_data, tmp_path):
+    """In one bit; of the same size under the same flag, and read from a folder that only that host has."""
+    other = copied(tmp_path, tiny_llama)
+    file = other / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    both = {"script": "train_dpo", "dataset_mixer": dpo_data, "ref_model_name_or_path": tiny_llama}
+    assert "ref_model_name_or_path (contents)" in run("--ref_model_name_or_path", other, **both).refused(2)
 
 
 def test_hosts_with_copies_of_the_same_files_agree_and_the_record_says_so(run, tiny_llama, sft_data, tmp_path):

@@ -14,7 +14,7 @@ import torch
 
 from common.config import LENGTHS, TrainConfig
 from common.failures import UserError, as_user_error, log_to, one_line, print_line
-from common.files import replace_file, weight_files
+from common.files import remove_dead, replace_file, weight_files
 from common.ranks import Ranks
 from common.run import hub
 from common.run.agreement import PACKAGES, require_agreement
@@ -213,7 +213,8 @@ def open_output_dir(config: TrainConfig, record: dict, state: RunState, ranks: R
 
     def begin() -> None:
         checkpoint.clear_after(config.output_dir, state.step, config.resume)
-        for path in Path(config.output_dir).glob(".*.tmp"):  # of a run that was killed
+        remove_dead(Path(config.output_dir).glob(".verify_*"))  # of verify that was killed
+        for path in Path(config.output_dir).glob(".*.tmp"):  # of a run that was
             path.unlink()
         if config.export_at_checkpoints:
             checkpoint.export_missing(config.output_dir)
