@@ -63,7 +63,7 @@ def held(folder: Path) -> TextIO:
 def remove_dead(folders: Iterable[Path]) -> None:
     """Removes those of which no process needs `held` any more."""
     for folder in folders:
-        with suppress(FileNotFoundError, BlockingIOError), open(folder / "alive") as file:
+        with suppress(OSError), open(folder / "alive") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
 

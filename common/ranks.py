@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -248,12 +247,9 @@ def _find_store(world_size: int, is_one_host: bool, timeout: timedelta) -> dist.
     hosts torch's TCPStore, which listens at MASTER_ADDR. Raises DistError where rank 0 does not come."""
     if is_one_host:
         return _file_store(world_size, "ranks")
-    at = "the ranks of several hosts meet at MASTER_ADDR and MASTER_PORT of rank 0's"
-    try:
-        with as_user_error(at, ValueError):  # of one rank, for else the store waits for the others, and names none
-            return next(dist.rendezvous("env://", int(os.environ["RANK"]), 1, timeout=timeout))[0]
-    except dist.DistError as e:
-        raise dist.DistError(f"rank 0 did not come: {at}: {one_line(e)}") from e
+    with as_user_error("the ranks of several hosts meet at MASTER_ADDR and MASTER_PORT of rank 0's", ValueError):
+        # A store of one rank, for one of more waits for all of them, and does not say which have not come.
+        return next(dist.rendezvous("env://", int(os.environ["RANK"]), 1, timeout=timeout))[0]
 
 
 def _file_store(num_ranks: int, purpose: str) -> dist.Store:
@@ -304,9 +300,7 @@ def _wait_for_all(store: dist.Store, world_size: int, timeout_minutes: float) ->
     try:
         store.wait(names)
     except RuntimeError as e:  # a DistError, but of a file's store
-        missing = ["a rank (rank 0, which knows which, has given up)"]
-        with suppress(dist.DistError):  # across hosts the store has gone with rank 0
-            missing = [name for name in names if not store.check([name])]
+        missing = [name for name in names if not store.check([name])]
         raise dist.DistError(f"{', '.join(missing)} did not come in {timeout_minutes:.2g} minutes") from e
 
 

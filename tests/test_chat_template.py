@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import ANSWER, USER
 
-from common.data import chat_template
+from common.data import limits
 from common.data.chat_template import TULU, resolve_template
 from common.data.conversations import Conversation, Dropped
 from common.failures import UserError
@@ -482,8 +482,8 @@ LARGE = [
 
 @pytest.mark.parametrize("jinja", [*ENDLESS, *LARGE, "{% for i in range(10 ** 12) %}{% endfor %}"])
 def test_a_template_that_never_ends_or_takes_all_memory_is_ended(tmp_path, monkeypatch, jinja):
-    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.3)
-    monkeypatch.setattr(chat_template, "RENDER_BYTES", 2**28)
+    monkeypatch.setattr(limits, "RENDER_SECONDS", 0.3)
+    monkeypatch.setattr(limits, "RENDER_BYTES", 2**28)
     (tmp_path / "endless.jinja").write_text(jinja + tiny_tokenizer.CHATML)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=r"endless\.jinja") as error:

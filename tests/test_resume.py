@@ -365,6 +365,38 @@ def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, metho
         assert any(np.abs(values).max() > 0 for key, values in held.items() if key.startswith("exp_avg_sq"))
 
 
+def with_nan_in_fresh_memory(logs: str, script: str, words: list[str]) -> None:
+    """In a rank's process: whoever reads what nobody has set is found out."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    launch.run_script(logs, script, words, {})
+
+
+PLACES = {"sft": [(3, "nothing", 1.0), (2, "all", 0.5), (5, "gradients", 1.0)]}
+PLACES |= {"dpo": [(2, "gradients", 0.5), (3, "all", 1.0), (1, "nothing", 0.5)]}
+
+
+@both
+def test_memory_that_nobody_has_set_comes_into_no_step_checkpoint_resume_or_export(setting, method):
+    """Of sizes that no number of ranks divides, and scalars; PLACES: ranks, residency, share of the state on the
+    device, of one run's parts."""
+    folder, output_dir = models.make_model(setting.folder(), "apertus", intermediate_size=49), setting.folder()
+    for i, (num_ranks, stays_whole, share) in enumerate(PLACES[method]):
+        placement = json.loads(setting.released.read_text()) | {"residency": stays_whole, "optimizer_state": share}
+        models.write_jsonl(setting.root / "placement.json", [placement])
+        changes = {"model_name_or_path": folder, "ds_config": setting.root / "placement.json", "checkpointing_steps": 1}
+        changes |= {"stop_after_steps": 2 * i + 2, "export_at_checkpoints": "true"}
+        words = launch.argv(setting.flags(method, output_dir, **changes))
+        done = launch.Run(with_nan_in_fresh_memory, num_ranks, (f"train_{method}", words), output_dir).wait()
+        assert steps_run(done.succeeded().stdout) == [2 * i + 1, 2 * i + 2]
+        tensors = [(file, tensor) for file in output_dir.rglob("*.safetensors") for tensor in load_file(file).values()]
+        assert len({file.parent for file, _ in tensors}) == 7, (
+            "of two checkpoints, their settings and models, and the run"
+        )
+        assert [file for file, tensor in tensors if not np.isfinite(tensor).all()] == []
+    assert np.isfinite([done.column(name) for name in ("train_loss", "grad_norm")]).all()
+
+
 # ------------------------------------------------------------------ the model of a checkpoint, and an auditor's look
 
 
@@ -670,9 +702,9 @@ def test_a_folder_that_is_renamed_before_the_model_or_the_result_is_written_is_n
 FULL_DISK = """\
 mount -t tmpfs -o size=$1 none "$2" || exit 77
 mkdir "$2/run"
-( until [ -e "$2"/run/checkpoints/step_00000003/COMPLETE ]; do sleep 0.01; done; cat /dev/zero > "$2/filler" ) &
+until [ -e "$2/run/checkpoints/step_00000003/COMPLETE" ]; do sleep 0.01; done && cat /dev/zero > "$2/filler" &
 "${@:4}"; echo "code $?"
-rm "$2/filler"
+kill $!; rm "$2/filler"
 "$3" -m common.verbs.verify "$2/run"; echo "code $?"
 "${@:4}"; echo "code $?"
 """
@@ -684,8 +716,13 @@ def test_a_file_system_that_fills_up_ends_the_run_with_3_and_older_checkpoints_s
     folder.mkdir()
     words = [sys.executable, "train_sft.py", *launch.argv(setting.flags("sft", folder / "run", num_train_epochs=40))]
     command = ["unshare", "--mount", "bash", "-c", FULL_DISK, "x", "40M", str(folder), sys.executable, *words]
-    environment = os.environ | launch.CPU_ENVIRONMENT
-    done = subprocess.run(command, cwd=launch.REPO, env=environment, capture_output=True, text=True, check=False)
+    pipes = {
+        "env": os.environ | launch.CPU_ENVIRONMENT,
+        "capture_output": True,
+        "text": True,
+        "timeout": launch.TIMEOUT,
+    }
+    done = subprocess.run(command, cwd=launch.REPO, check=False, **pipes)
     if done.returncode == 77 or "unshare failed" in done.stderr:
         pytest.skip("needs root")
     assert re.findall(r"^code (\d+)", done.stdout, re.MULTILINE) == ["3", "0", "0"], done

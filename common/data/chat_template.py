@@ -12,23 +12,17 @@ text and that of the first messages need only begin alike. A row for which none 
 """
 
 import copy
-import ctypes
 import hashlib
 import json
 import re
-import resource
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from inspect import signature
 from itertools import pairwise, takewhile, zip_longest
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-from jinja2.sandbox import SandboxedEnvironment
 
+from common.data import limits
 from common.data.conversations import Conversation, Dropped
 from common.failures import UserError, as_user_error, named_file, one_line
 
@@ -54,8 +48,6 @@ QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant"
 MARKED_ANSWER = {"role": "assistant", "content": MARKER}
 TOOL = {"type": "function", "function": {"name": "look", "description": "looks", "parameters": {}}}
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # where transformers takes a message's reasoning from
-RENDER_SECONDS, RENDER_BYTES = 20.0, 2 * 2**30  # that one rendering may take
-LARGEST_NUMBER = 4096  # bits that a template's product or power may have
 
 
 class Rendered(NamedTuple):
@@ -111,11 +103,11 @@ class ChatTemplate:
         refuses the conversation, by its `raise_exception`, or fails on it; UserError if it takes too much."""
         options |= {"chat_template": self.jinja, "tokenize": False, "add_generation_prompt": add_generation_prompt}
         try:
-            with bounded():
+            with limits.bounded():
                 return self.tokenizer.apply_chat_template(messages, **options)
         except (TimeoutError, MemoryError):
-            limits = f"{RENDER_SECONDS:g} seconds or {RENDER_BYTES / 2**30:g} GiB"
-            raise UserError(f"chat template {self.name!r} takes more than {limits} for one conversation") from None
+            most = f"{limits.RENDER_SECONDS:g} seconds or {limits.RENDER_BYTES / 2**30:g} GiB"
+            raise UserError(f"chat template {self.name!r} takes more than {most} for one conversation") from None
         except Exception as error:
             is_refusal = type(error) is jinja2.TemplateError  # what raise_exception raises
             what = "refused by the chat template" if is_refusal else f"the chat template fails: {type(error).__name__}"
@@ -263,52 +255,6 @@ class ChatTemplate:
             texts = [self.attempt([message, QUESTION]), self.attempt([QUESTION, ANSWER, message])]
             self._shows_role[role] = any(text is None or MARKER in text for text in texts)
         return self._shows_role[role]
-
-
-def _binary(environment: SandboxedEnvironment, context, sign: str, left, right):
-    """What templates compute with an operator; an OverflowError for large whole numbers, which could take forever in a
-    single step that nothing ends."""
-    if isinstance(left, int) and isinstance(right, int):
-        bits = left.bit_length() * right if sign == "**" else left.bit_length() + right.bit_length()
-        if bits > LARGEST_NUMBER:
-            raise OverflowError(f"a whole number of more than {LARGEST_NUMBER} bits")
-    return environment.binop_table[sign](left, right)
-
-
-SandboxedEnvironment.intercepted_binops, SandboxedEnvironment.call_binop = frozenset(["*", "**", "//", "%"]), _binary
-_rendering: dict[int, float] = {}  # thread -> when it has to be done
-_lock = threading.Lock()
-LIMITS = resource.getrlimit(resource.RLIMIT_AS)  # of this process's memory
-
-
-def _watch() -> None:
-    """Ends what takes too long, between two steps of Python."""
-    while True:
-        time.sleep(0.05)
-        with _lock:
-            for thread, deadline in list(_rendering.items()):
-                if time.monotonic() > deadline:
-                    del _rendering[thread]
-                    error = ctypes.py_object(TimeoutError)
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """In it, TimeoutError is raised after RENDER_SECONDS, MemoryError where this process would hold RENDER_BYTES more
-    than before: a template is a program of the user's, which may never end."""
-    if all(thread.name != "watch of templates" for thread in threading.enumerate()):  # as in a forked process
-        threading.Thread(target=_watch, name="watch of templates", daemon=True).start()
-    thread, pages = threading.get_ident(), int(Path("/proc/self/statm").read_text().split()[0])
-    _rendering[thread] = time.monotonic() + RENDER_SECONDS
-    if LIMITS[0] == resource.RLIM_INFINITY:  # else there is one, which stays
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + RENDER_BYTES, LIMITS[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, LIMITS)
-        with _lock:
-            _rendering.pop(thread, None)
 
 
 def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:

@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -83,14 +84,10 @@ def environment(config: TrainConfig, ds_config: dict) -> dict:
     view |= {"this project's code": files_digest(code), "ds_config (contents)": json.dumps(ds_config, sort_keys=True)}
     view |= {name: os.environ.get(name) for name in VARIABLES}
     view["python"] = platform.python_version()
-    return view | {f"version of {package}": _version(package) for package in PACKAGES + KERNELS}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    for package in PACKAGES + KERNELS:
+        with suppress(PackageNotFoundError):
+            view[f"version of {package}"] = version(package)
+    return view
 
 
 def files_digest(files: list[Path]) -> str:
