@@ -93,7 +93,7 @@ def main() -> None:
     models = {"model_name_or_path": model_folder}
     models |= {"ref_model_name_or_path": reference_folder} if reference_folder is not None else {}
     digests = {"dataset_mixer": data.digest, "chat_template": template.digest}
-    identity = agreed_identity(config, digests, tokenizer_folder, models, ranks)
+    identity = agreed_identity(config, digests, tokenizer_folder, models, kernel, ranks)
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
         return

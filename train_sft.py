@@ -69,7 +69,7 @@ def main() -> None:
     # for a new one a state with step == 0 and no checkpoint. It refuses a folder that holds another run.
     models = {"model_name_or_path": model_folder}
     digests = {"dataset_mixer": data.digest, "chat_template": template.digest}
-    identity = agreed_identity(config, digests, tokenizer_folder, models, ranks)
+    identity = agreed_identity(config, digests, tokenizer_folder, models, kernel, ranks)
     claimed = claim(config, identity, schedule.last_step, ranks)
     if claimed is None:
         return

@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import xxhash
 
@@ -47,6 +49,23 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def held(folder: Path) -> TextIO:
+    """Makes a folder, if need be, and a file in it, which is locked: until all that this gave are closed, or their
+    processes have ended in whatever way, remove_dead leaves the folder alone."""
+    folder.mkdir(exist_ok=True)
+    file = open(folder / "alive", "a")
+    fcntl.flock(file, fcntl.LOCK_SH)
+    return file
+
+
+def remove_dead(folders: Iterable[Path]) -> None:
+    """Removes those of which no process needs `held` any more."""
+    for folder in folders:
+        with suppress(OSError), open(folder / "alive") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

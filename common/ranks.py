@@ -15,12 +15,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
 
 from common.failures import ElsewhereError, UserError, as_user_error, explained, log_libraries, one_line, print_line
-from common.files import digest
+from common.files import digest, held, locked, remove_dead
 
 LONGEST_PAUSE = 0.5  # seconds between two looks at whether one rank's work is done
 LONGEST_SILENCE = 30.0  # seconds between two signs of life of a rank that is well
@@ -205,6 +206,7 @@ def _place() -> str:
 
 # ---------------------------------------------------------------------- joining and leaving
 _joined: Ranks | None = None  # the group that this process is in
+_held: list[TextIO] = []  # as long as this process lives
 
 
 def is_first_to_tell(text: str) -> bool:
@@ -242,17 +244,18 @@ def leave() -> None:
 
 def _find_store(world_size: int, is_one_host: bool, timeout: timedelta) -> dist.Store:
     """Where the ranks of a launcher find each other's addresses: on one host in a file, so that nothing listens; across
-    hosts torch's TCPStore, which listens at MASTER_ADDR. Raises UserError where not all ranks come."""
+    hosts torch's TCPStore, which listens at MASTER_ADDR. Raises DistError where rank 0 does not come."""
     if is_one_host:
-        return _file_store(world_size)
-    at = "the ranks of several hosts meet at MASTER_ADDR and MASTER_PORT of rank 0's"
-    with as_user_error(at, ValueError, dist.DistError):
-        return next(dist.rendezvous("env://", timeout=timeout))[0]
+        return _file_store(world_size, "ranks")
+    with as_user_error("the ranks of several hosts meet at MASTER_ADDR and MASTER_PORT of rank 0's", ValueError):
+        # A store of one rank, for one of more waits for all of them, and does not say which have not come.
+        return next(dist.rendezvous("env://", int(os.environ["RANK"]), 1, timeout=timeout))[0]
 
 
-def _file_store(num_ranks: int, purpose: str = "") -> dist.Store:
+def _file_store(num_ranks: int, purpose: str) -> dist.Store:
     """A file of this host's ranks that nobody else can read or write. The launcher is the parent of all of them: its
-    pid and the time of its start name the file. Raises UserError for a folder of somebody else's."""
+    pid and the time of its start name the file's folder, which goes once they have ended and another run begins. Raises
+    UserError for a folder of somebody else's."""
     folder = Path(os.environ.get("TMPDIR", "/tmp"), f"plaintune-{os.getuid()}")
     with as_user_error(f"{folder}: must be a folder that is yours alone (mode 700)"):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -261,7 +264,11 @@ def _file_store(num_ranks: int, purpose: str = "") -> dist.Store:
     launcher = os.getppid() if num_ranks > 1 else os.getpid()
     started = Path(f"/proc/{launcher}/stat").read_text().rpartition(")")[2].split()[19]
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.FileStore(str(folder / f"{launcher}-{started}-{restarts}{purpose}"), num_ranks)
+    own = folder / f"{launcher}-{started}-{restarts}"
+    with locked(folder / ".lock", lambda: None):
+        remove_dead(other for other in folder.glob("*-*") if other != own)
+        _held.append(held(own))
+    return dist.FileStore(str(own / purpose), num_ranks)
 
 
 def _of_srun() -> dict[str, str]:
@@ -285,6 +292,16 @@ def way_to_other_hosts() -> str:
     with socket.socket(family, kind) as probe:  # sends nothing
         probe.connect(address)
         return f"{probe.getsockname()[0]} (the way to MASTER_ADDR)"
+
+
+def _wait_for_all(store: dist.Store, world_size: int, timeout_minutes: float) -> None:
+    """Raises DistError with the ranks that do not come to the store within its time-out."""
+    names = [f"rank {rank}" for rank in range(world_size)]
+    try:
+        store.wait(names)
+    except RuntimeError as e:  # a DistError, but of a file's store
+        missing = [name for name in names if not store.check([name])]
+        raise dist.DistError(f"{', '.join(missing)} did not come in {timeout_minutes:.2g} minutes") from e
 
 
 def start(timeout_minutes: float) -> Ranks:
@@ -321,11 +338,8 @@ def start(timeout_minutes: float) -> Ranks:
     store.set_timeout(timeout)
     where = "" if is_one_host else f" on {socket.gethostname()}"
     store.set(f"rank {rank}", f"0 before the first step{where}, joining the others")
-    try:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    except dist.DistError as e:
-        missing = [rank for rank in range(world_size) if not store.check([f"rank {rank}"])]
-        raise UserError(f"ranks {missing} did not come in {timeout_minutes} minutes: {one_line(e)}") from e
+    _wait_for_all(store, world_size, timeout_minutes)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
     TorchBackend.new_group = lambda _, ranks: dist.new_group(ranks, timeout)  # DeepSpeed's has the backend's default
     control = dist.new_group(backend="gloo", timeout=timeout)

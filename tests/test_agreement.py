@@ -7,28 +7,47 @@ from types import SimpleNamespace
 
 import launch
 import pytest
+from models import OneRank
 
 from common.config import SFTConfig
 from common.run import agreement
 
 
-def on_two_hosts(logs: str, words: list[str], others: list[str], port: int) -> None:
+def on_two_hosts(logs: str, script: str, words: list[str], others: list[str], port: int) -> None:
     """In a rank's process: each rank is a host of its own, and the second one has `others` as well."""
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    launch.run_script(logs, "train_sft", words + others * (os.environ["RANK"] == "1"), {})
+    launch.run_script(logs, script, words + others * (os.environ["RANK"] == "1"), {})
 
 
 @pytest.fixture
 def run(tiny_llama, sft_data, tmp_path):
-    """run(flags that the second host has besides): a finished run of one step."""
-    flags = launch.flags(tiny_llama, sft_data, tmp_path, max_train_steps=1)
+    """run(flags that the second host has besides, those of both): a finished run of one step."""
 
-    def start(*others):
-        arguments = (launch.argv(flags), [str(word) for word in others], launch.free_port())
+    def start(*others, script="train_sft", **changes):
+        flags = launch.flags(tiny_llama, sft_data, tmp_path, **{"max_train_steps": 1} | changes)
+        arguments = (script, launch.argv(flags), [str(word) for word in others], launch.free_port())
         return launch.Run(on_two_hosts, 2, arguments, tmp_path / "output").wait()
 
     return start
+
+
+def test_hosts_that_see_other_checkpoints_train_nothing_and_move_nothing(run, tmp_path):
+    """An older copy of the folder, without its newest checkpoint, or with that of another run."""
+    output_dir, older = tmp_path / "output", tmp_path / "older"
+    run(stop_after_steps=2, checkpointing_steps=1, max_train_steps=3).succeeded()
+    newest = older / "checkpoints" / "step_00000002"
+    shutil.copytree(output_dir, older)
+    (older / ".lock").unlink()
+    (older / ".lock").symlink_to(output_dir / ".lock")
+    for change in (lambda: (newest / "COMPLETE").write_text("another's"), lambda: shutil.rmtree(newest)):
+        change()
+        for folder in (output_dir, older):
+            (folder / "logs").mkdir(exist_ok=True)
+        before = [sorted(folder.rglob("step*")) for folder in (output_dir, older)]
+        error = run("--output_dir", older, max_train_steps=3).refused(2)
+        assert "rank 1" in error and newest.name in error and "step_00000001" not in error
+        assert [sorted(folder.rglob("step*")) for folder in (output_dir, older)] == before
 
 
 def copied(folder, source):
@@ -69,6 +88,15 @@ def test_a_host_that_differs_is_named_with_what_differs_before_anything_is_train
     assert not (tmp_path / "output" / "metrics.jsonl").exists()
 
 
+def test_a_host_whose_reference_model_differs_is_named(run, tiny_llama, dpo_data, tmp_path):
+    """In one bit; of the same size under the same flag, and read from a folder that only that host has."""
+    other = copied(tmp_path, tiny_llama)
+    file = other / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    both = {"script": "train_dpo", "dataset_mixer": dpo_data, "ref_model_name_or_path": tiny_llama}
+    assert "ref_model_name_or_path (contents)" in run("--ref_model_name_or_path", other, **both).refused(2)
+
+
 def test_hosts_with_copies_of_the_same_files_agree_and_the_record_says_so(run, tiny_llama, sft_data, tmp_path):
     model, data = copied(tmp_path, tiny_llama), copied(tmp_path, sft_data)
     run("--model_name_or_path", model, "--dataset_mixer", data).succeeded()
@@ -81,11 +109,20 @@ def test_clocks_that_are_far_apart_are_warned_of_by_host():
     assert "clock of b is 13 s ahead of that of c" in warning
 
 
+def test_the_kernel_that_was_chosen_is_compared_and_is_no_part_of_which_run_it_is(monkeypatch, tmp_path):
+    views, of = [], (SFTConfig(), {}, str(tmp_path), {})
+    monkeypatch.setattr(agreement, "require_agreement", lambda view, ranks: views.append(view()))
+    one, other = (agreement.agreed_identity(*of, kernel, OneRank()) for kernel in ("varlen", "sdpa"))
+    assert one == other and len(agreement.differences(*views)) == 1
+
+
 OTHERS = {  # what differs -> of the module agreement: what is patched, and how
     "version of torch": ("version", lambda package: "9" if package == "torch" else "1"),
     "python": ("platform", SimpleNamespace(python_version=lambda: "3.99")),
     "this project's code": ("file_digest", lambda path: "other" if path.name == "ranks.py" else "same"),
     "ds_config (contents)": None,
+    "NVIDIA_TF32_OVERRIDE": ("os", SimpleNamespace(environ={"NVIDIA_TF32_OVERRIDE": "0"})),
+    "version of flash-attn": ("version", lambda package: "2.8.3" if package == "flash-attn" else "1"),
 }
 
 

@@ -1,6 +1,7 @@
 """What each template renders and which characters of it are trained.   pytest tests/test_chat_template.py"""
 
 import json
+import resource
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import ANSWER, USER
 
-from common.data import chat_template
+from common.data import limits
 from common.data.chat_template import TULU, resolve_template
 from common.data.conversations import Conversation, Dropped
 from common.failures import UserError
@@ -465,14 +466,26 @@ ENDLESS = [
     "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "{{ 'x' * 10 ** 12 }}",
     "{% for i in range(10 ** 5) %}{{ message ~ 'x' * 10 ** 5 }}{% endfor %}",
+    "{{ 'x'.center(10 ** 10) }}",
+    "{{ '%9999999999d' % 1 }}",
+    "{{ '{:>9999999999}'.format(1) }}",
+    "{{ (range(99999)|list) * 10 ** 6 }}",
+    "{% set ns = namespace(x=['x']) %}{% for i in range(99) %}{% set ns.x = [ns.x|join, ns.x|join] %}{% endfor %}",
+]
+# A single step of Python, which nothing could end.
+LARGE = [
+    "{{ 9 ** (9 ** 9) }}",
+    "{% set ns = namespace(x=9) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "{{ ('f' * 10 ** 8)|int(base=16) % ('e' * 10 ** 7)|int(base=16) }}",
 ]
 
 
-@pytest.mark.parametrize("jinja", [*ENDLESS, "{% for i in range(10 ** 12) %}{% endfor %}"])
-def test_a_template_that_never_ends_does(tmp_path, monkeypatch, jinja):
-    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.3)
-    monkeypatch.setattr(chat_template, "RENDER_BYTES", 2**28)
+@pytest.mark.parametrize("jinja", [*ENDLESS, *LARGE, "{% for i in range(10 ** 12) %}{% endfor %}"])
+def test_a_template_that_never_ends_or_takes_all_memory_is_ended(tmp_path, monkeypatch, jinja):
+    monkeypatch.setattr(limits, "RENDER_SECONDS", 0.3)
+    monkeypatch.setattr(limits, "RENDER_BYTES", 2**28)
     (tmp_path / "endless.jinja").write_text(jinja + tiny_tokenizer.CHATML)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=r"endless\.jinja") as error:
         resolve_template(str(tmp_path / "endless.jinja"), TOKENIZER)
     assert "\n" not in str(error.value)
@@ -482,7 +495,9 @@ def test_a_template_that_never_ends_does(tmp_path, monkeypatch, jinja):
     for where in (lambda f, *words: f(*words), lambda f, *words: ThreadPoolExecutor().submit(f, *words).result()):
         with pytest.raises((UserError, Dropped)):
             where(rendered, template, [USER, ANSWER] * 3)  # a run renders in a thread
-    assert trained(template, [USER, ANSWER]) == ["so.<|im_end|>"]  # nothing is limited any longer
+    assert trained(template, [USER, ANSWER]) == ["so.<|im_end|>"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**29 / 1024
+    assert len(bytearray(2**30)) == 2**30  # nothing is limited any longer
 
 
 def test_auto_is_the_tokenizers_own_template_or_tulu_and_a_byte_order_mark_is_no_part(tmp_path):

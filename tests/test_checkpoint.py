@@ -212,6 +212,16 @@ def test_a_checkpoint_that_is_a_link_is_deleted_as_a_link_and_nothing_of_it_is_i
     assert names(output_dir) == ["step_00000003"]
 
 
+def test_two_processes_of_one_pid_write_a_file_under_different_names_first(tmp_path, monkeypatch):
+    """As in two containers that share a folder."""
+    seen, write = [], files.write_file
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    monkeypatch.setattr(files, "write_file", lambda path, blocks: seen.append(path) or write(path, blocks))
+    for _ in range(2):
+        files.replace_file(tmp_path / "kept.json", "{}")
+    assert len({*seen}) == 2 and os.listdir(tmp_path) == ["kept.json"]
+
+
 @pytest.mark.parametrize("how", ["crash", "power loss"])
 def test_replace_file_leaves_the_old_text_or_the_new(tmp_path, how):
     path = tmp_path / "run_config.json"

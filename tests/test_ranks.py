@@ -121,6 +121,44 @@ def test_ranks_meet_in_a_folder_that_nobody_else_can_read_or_write(tmp_path, mon
         ranks_module._find_store(*arguments)
 
 
+def meets(logs: str, folder: str) -> None:
+    """In a rank's process, which lives until it is killed."""
+    os.environ["TMPDIR"] = folder
+    ranks_module._find_store(1, True, timedelta(seconds=1)).set("name", "value")
+    print("met", flush=True)
+    time.sleep(60)
+
+
+def test_what_ranks_that_were_killed_have_met_in_is_removed_and_that_of_living_ones_is_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    dead, living = others = [launch.Run(meets, 1, (str(tmp_path),)) for _ in range(2)]
+    assert all(other.wait_until(lambda other=other: "met" in other.output()) for other in others)
+    dead.kill()
+    dead.wait()
+    ranks_module._find_store(1, True, timedelta(seconds=1))
+    found = {path.name.partition("-")[0] for path in tmp_path.glob("*/*-*")}
+    living.kill()
+    assert found == {str(os.getpid()), str(living.processes[0].pid)}
+
+
+def some_come(logs: str, absent: int, port: int | None) -> None:
+    """In a rank's process. port: each rank is a host of its own."""
+    if port:
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if int(os.environ["RANK"]) != absent:
+        main_with_exit_codes(lambda: ranks_module.start(TIMEOUT / 60))()
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+@pytest.mark.parametrize("is_one_host", [True, False])
+def test_a_rank_that_never_comes_ends_the_others_within_the_time_out_and_is_named(absent, is_one_host):
+    done = launch.Run(some_come, 3, (absent, None if is_one_host else launch.free_port())).wait(60)
+    assert done.exit_codes == [int(rank != absent) for rank in range(3)]
+    named = f"rank {absent} did not come" if is_one_host or absent else "127.0.0.1"
+    assert named in done.stderr and "Traceback" not in done.stderr, done  # torch's sockets say more
+
+
 def check_that_nothing_listens_beyond_this_host(pid_of_launcher: int) -> None:
     processes = [psutil.Process(pid_of_launcher), *psutil.Process(pid_of_launcher).children(recursive=True)]
     sockets = [socket for process in processes for socket in process.net_connections("inet")]

@@ -16,6 +16,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from safetensors.torch import save_file
 from test_model import settings_of
 from test_ranks import check_that_nothing_listens_beyond_this_host
 
+import train_sft
 from common import files
 from common import ranks as distributed
 from common.config import DPOConfig, SFTConfig, parse_config
@@ -363,6 +365,38 @@ def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, metho
         assert any(np.abs(values).max() > 0 for key, values in held.items() if key.startswith("exp_avg_sq"))
 
 
+def with_nan_in_fresh_memory(logs: str, script: str, words: list[str]) -> None:
+    """In a rank's process: whoever reads what nobody has set is found out."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    launch.run_script(logs, script, words, {})
+
+
+PLACES = {"sft": [(3, "nothing", 1.0), (2, "all", 0.5), (5, "gradients", 1.0)]}
+PLACES |= {"dpo": [(2, "gradients", 0.5), (3, "all", 1.0), (1, "nothing", 0.5)]}
+
+
+@both
+def test_memory_that_nobody_has_set_comes_into_no_step_checkpoint_resume_or_export(setting, method):
+    """Of sizes that no number of ranks divides, and scalars; PLACES: ranks, residency, share of the state on the
+    device, of one run's parts."""
+    folder, output_dir = models.make_model(setting.folder(), "apertus", intermediate_size=49), setting.folder()
+    for i, (num_ranks, stays_whole, share) in enumerate(PLACES[method]):
+        placement = json.loads(setting.released.read_text()) | {"residency": stays_whole, "optimizer_state": share}
+        models.write_jsonl(setting.root / "placement.json", [placement])
+        changes = {"model_name_or_path": folder, "ds_config": setting.root / "placement.json", "checkpointing_steps": 1}
+        changes |= {"stop_after_steps": 2 * i + 2, "export_at_checkpoints": "true"}
+        words = launch.argv(setting.flags(method, output_dir, **changes))
+        done = launch.Run(with_nan_in_fresh_memory, num_ranks, (f"train_{method}", words), output_dir).wait()
+        assert steps_run(done.succeeded().stdout) == [2 * i + 1, 2 * i + 2]
+        tensors = [(file, tensor) for file in output_dir.rglob("*.safetensors") for tensor in load_file(file).values()]
+        assert len({file.parent for file, _ in tensors}) == 7, (
+            "of two checkpoints, their settings and models, and the run"
+        )
+        assert [file for file, tensor in tensors if not np.isfinite(tensor).all()] == []
+    assert np.isfinite([done.column(name) for name in ("train_loss", "grad_norm")]).all()
+
+
 # ------------------------------------------------------------------ the model of a checkpoint, and an auditor's look
 
 
@@ -645,6 +679,58 @@ def test_a_file_that_cannot_be_written_stops_all_ranks_before_the_next_update(
         rerun_until_done(setting, method, output_dir, whole)
 
 
+def renamed_before(real, *arguments) -> None:
+    """As the user may do in the last seconds of a run."""
+    output_dir = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+    if os.environ["RANK"] == "0":
+        output_dir.rename(output_dir.with_name(f"{output_dir.name}_renamed"))
+    real(*arguments)
+
+
+@pytest.mark.parametrize("before", ["export_model", "finish"])
+def test_a_folder_that_is_renamed_before_the_model_or_the_result_is_written_is_not_done(setting, before):
+    output_dir = setting.copy_of_whole("sft")
+    patches = {f"train_sft.{before}": partial(renamed_before, getattr(train_sft, before))}
+    done = setting.run("sft", output_dir, patches=patches)
+    assert str(output_dir) in done.refused(3) and "done: " not in done.stdout
+    renamed = output_dir.with_name(f"{output_dir.name}_renamed")
+    assert checkpoints(renamed) == [9, 12] and "result" not in read_run_config(str(renamed))
+    shutil.rmtree(output_dir, ignore_errors=True)
+    rerun_until_done(setting, "sft", renamed, setting.whole("sft"))
+
+
+FULL_DISK = """\
+mount -t tmpfs -o size=$1 none "$2" || exit 77
+mkdir "$2/run"
+until [ -e "$2/run/checkpoints/step_00000003/COMPLETE" ]; do sleep 0.01; done && cat /dev/zero > "$2/filler" &
+"${@:4}"; echo "code $?"
+kill $!; rm "$2/filler"
+"$3" -m common.verbs.verify "$2/run"; echo "code $?"
+"${@:4}"; echo "code $?"
+"""
+
+
+def test_a_file_system_that_fills_up_ends_the_run_with_3_and_older_checkpoints_stay_whole(setting):
+    """One of 40 MB of its own, which needs root."""
+    folder = setting.folder()
+    folder.mkdir()
+    words = [sys.executable, "train_sft.py", *launch.argv(setting.flags("sft", folder / "run", num_train_epochs=40))]
+    command = ["unshare", "--mount", "bash", "-c", FULL_DISK, "x", "40M", str(folder), sys.executable, *words]
+    pipes = {
+        "env": os.environ | launch.CPU_ENVIRONMENT,
+        "capture_output": True,
+        "text": True,
+        "timeout": launch.TIMEOUT,
+    }
+    done = subprocess.run(command, cwd=launch.REPO, check=False, **pipes)
+    if done.returncode == 77 or "unshare failed" in done.stderr:
+        pytest.skip("needs root")
+    assert re.findall(r"^code (\d+)", done.stdout, re.MULTILINE) == ["3", "0", "0"], done
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{folder}/run" in error and "No space left" in error
+    assert re.search(r"step_0+\d+: whole", done.stdout) and "resuming after step" in done.stdout
+
+
 def save_where_no_file_may_be_large(tensors, path, metadata) -> None:
     """safetensors' own, with a limit on the size of files in the place of a full disk."""
     if ".export" in str(path):
@@ -676,6 +762,10 @@ def test_verify_compares_what_was_logged_on_as_many_ranks(tmp_path, monkeypatch)
 
     monkeypatch.setattr(verify, "start_run", repeated)
     monkeypatch.setattr(verify, "on_request_to_stop", id)
-    assert verify.main(str(tmp_path), "--step", "2") == 0
+    dead, living = tmp_path / ".verify_dead", tmp_path / ".verify_living"  # one was killed, one is at work now
+    files.held(dead).close()
+    with files.held(living):
+        assert verify.main(str(tmp_path), "--step", "2") == 0
+        assert not dead.exists() and living.is_dir()
     with pytest.raises(UserError, match=r"--step 3: .*\[2, 3\] ranks"):
         verify.main(str(tmp_path), "--step", "3")

@@ -12,22 +12,17 @@ text and that of the first messages need only begin alike. A row for which none 
 """
 
 import copy
-import ctypes
 import hashlib
 import json
-import mmap
 import re
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from inspect import signature
 from itertools import pairwise, takewhile, zip_longest
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 
+from common.data import limits
 from common.data.conversations import Conversation, Dropped
 from common.failures import UserError, as_user_error, named_file, one_line
 
@@ -53,7 +48,6 @@ QUESTION, ANSWER = {"role": "user", "content": "question"}, {"role": "assistant"
 MARKED_ANSWER = {"role": "assistant", "content": MARKER}
 TOOL = {"type": "function", "function": {"name": "look", "description": "looks", "parameters": {}}}
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # where transformers takes a message's reasoning from
-RENDER_SECONDS, RENDER_BYTES = 20.0, 2 * 2**30  # that the rendering of one row may take
 
 
 class Rendered(NamedTuple):
@@ -99,7 +93,7 @@ class ChatTemplate:
         self._shows_role: dict[str, bool] = {"user": True, "assistant": True}
         self._frames: dict[str, Frame] = {}
         self._printed: dict[tuple, list[str]] = {}  # of _plain_spans
-        with as_user_error(f"chat template {name!r} for a question and an answer", Dropped), bounded():
+        with as_user_error(f"chat template {name!r} for a question and an answer", Dropped):
             self.closing = self.frame({}).closing
             self._shows_tools = self.attempt([QUESTION], tools=[TOOL]) != self.attempt([QUESTION])
             self._arguments_as = self._form_of_arguments()
@@ -109,10 +103,11 @@ class ChatTemplate:
         refuses the conversation, by its `raise_exception`, or fails on it; UserError if it takes too much."""
         options |= {"chat_template": self.jinja, "tokenize": False, "add_generation_prompt": add_generation_prompt}
         try:
-            return self.tokenizer.apply_chat_template(messages, **options)
-        except (TimeoutError, MemoryError) as error:
-            limits = f"{RENDER_SECONDS:g} seconds or {RENDER_BYTES / 2**30:g} GiB"
-            raise UserError(f"chat template {self.name!r} takes more than {limits} for one conversation") from error
+            with limits.bounded():
+                return self.tokenizer.apply_chat_template(messages, **options)
+        except (TimeoutError, MemoryError):
+            most = f"{limits.RENDER_SECONDS:g} seconds or {limits.RENDER_BYTES / 2**30:g} GiB"
+            raise UserError(f"chat template {self.name!r} takes more than {most} for one conversation") from None
         except Exception as error:
             is_refusal = type(error) is jinja2.TemplateError  # what raise_exception raises
             what = "refused by the chat template" if is_refusal else f"the chat template fails: {type(error).__name__}"
@@ -132,19 +127,18 @@ class ChatTemplate:
         if no_variables := self._no_variables & conversation.variables.keys():
             raise Dropped(f"chat_template_kwargs may not set {min(no_variables)!r}")
         options = {"tools": conversation.tools, **conversation.variables}
-        with bounded():
-            messages = [self._with_arguments(message) for message in conversation.messages]
-            text = self.attempt(messages, **options)
-            if text is None:  # many templates add to a content that is not there
-                messages = [m if m.get("content") is not None else {**m, "content": ""} for m in messages]
-                text = self.apply(messages, **options)
-            turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-            asked_for = [i for i in (turns[-1:] if only_last else turns) if conversation.trained[i]]
-            frame = self.frame(conversation.variables, bool(conversation.tools))
-            if not conversation.tools and (plain := self._plain_spans(messages, text, conversation.variables, frame)):
-                return Rendered(text, [plain[i] for i in asked_for], [])
-            layout = _Layout(self, messages, text, options, frame)
-            spans = [span for i in asked_for for span in layout.spans(i)]
+        messages = [self._with_arguments(message) for message in conversation.messages]
+        text = self.attempt(messages, **options)
+        if text is None:  # many templates add to a content that is not there
+            messages = [m if m.get("content") is not None else {**m, "content": ""} for m in messages]
+            text = self.apply(messages, **options)
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        asked_for = [i for i in (turns[-1:] if only_last else turns) if conversation.trained[i]]
+        frame = self.frame(conversation.variables, bool(conversation.tools))
+        if not conversation.tools and (plain := self._plain_spans(messages, text, conversation.variables, frame)):
+            return Rendered(text, [plain[i] for i in asked_for], [])
+        layout = _Layout(self, messages, text, options, frame)
+        spans = [span for i in asked_for for span in layout.spans(i)]
         if conversation.tools and not self._shows_tools:
             layout.notes.append("tools that the template does not show")
         return Rendered(text, spans, layout.notes)
@@ -258,45 +252,9 @@ class ChatTemplate:
         """Whether messages of this role show their content. One that is refused counts: its rows will say so."""
         if role not in self._shows_role:
             message = {"role": role, "content": MARKER}
-            with bounded():
-                texts = [self.attempt([message, QUESTION]), self.attempt([QUESTION, ANSWER, message])]
+            texts = [self.attempt([message, QUESTION]), self.attempt([QUESTION, ANSWER, message])]
             self._shows_role[role] = any(text is None or MARKER in text for text in texts)
         return self._shows_role[role]
-
-
-_rendering: dict[int, tuple[float, int]] = {}  # thread -> when it has to be done, the most bytes resident until then
-_lock = threading.Lock()
-
-
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
-
-def _watch() -> None:
-    """Ends what takes too much, between two steps of Python: a single one, as a product of large numbers, goes on."""
-    while True:
-        time.sleep(0.05)
-        with _lock:
-            for thread, (deadline, most) in list(_rendering.items()):
-                if time.monotonic() > deadline or _resident() > most:
-                    del _rendering[thread]
-                    error = ctypes.py_object(TimeoutError)
-                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
-
-
-@contextmanager
-def bounded() -> Iterator[None]:
-    """In it, TimeoutError is raised after RENDER_SECONDS, or where RENDER_BYTES more than before are in use: a template
-    is a program of the user's, which may never end."""
-    if all(thread.name != "watch of templates" for thread in threading.enumerate()):  # as in a forked process
-        threading.Thread(target=_watch, name="watch of templates", daemon=True).start()
-    thread = threading.get_ident()
-    _rendering[thread] = time.monotonic() + RENDER_SECONDS, _resident() + RENDER_BYTES
-    try:
-        yield
-    finally:
-        with _lock:
-            _rendering.pop(thread, None)
 
 
 def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:

@@ -2,21 +2,28 @@
 
 import dataclasses
 import json
+import os
 import platform
 import re
 import socket
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.config import TrainConfig, identity_values
 from common.failures import UserError, shown
 from common.files import file_digest, json_digest, weights_digest
 from common.ranks import Ranks
-from common.run.output_dir import PACKAGES
 
 CLOCKS_APART = 5.0  # seconds
+PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
+KERNELS = ("flash-attn", "flash-attn-4", "flash-linear-attention", "causal-conv1d", "mamba-ssm")  # that may be missing
+# What libraries read of the environment that changes the numbers which they compute.
+VARIABLES = ["CUBLAS_WORKSPACE_CONFIG", "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NCCL_ALGO"]
+VARIABLES += ["TORCH_BLAS_PREFER_CUBLASLT", "DISABLE_ADDMM_CUDA_LT", "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"]
+VARIABLES += ["NCCL_PROTO", "ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_DEFAULT_FPMATH_MODE"]
 TOKENIZER_FILE = re.compile(r"(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges).*")
 
 
@@ -27,17 +34,18 @@ def run_identity(config: TrainConfig, contents: dict[str, str]) -> dict:
 
 
 def agreed_identity(
-    config: TrainConfig, digests: dict[str, str], tokenizer: str, models: dict[str, str], ranks: Ranks
+    config: TrainConfig, digests: dict[str, str], tokenizer: str, models: dict[str, str], kernel: str, ranks: Ranks
 ) -> dict:
     """run_identity, once all ranks were found to agree on it. Collective.
 
-    digests: of data and template, models: folders, by the flags that name them; tokenizer: its folder. Raises
-    UserError with a rank that differs and in what: a value, a digest, a weight, or the tokenizer.
+    digests: of data and template, models: folders, by the flags that name them; tokenizer: its folder; kernel: of
+    attention, by which no run is told from another. Raises UserError with a rank that differs and in what.
     """
     weights = ranks.once_per_node(lambda: {name: weights_digest(folder) for name, folder in models.items()})
     identity = run_identity(config, digests | weights)
     files = sorted(path for path in Path(tokenizer).iterdir() if TOKENIZER_FILE.fullmatch(path.name))
-    require_agreement(lambda: identity | {"the tokenizer's files": files_digest(files)}, ranks)
+    beside = {"the attention kernel": kernel, "the tokenizer's files": files_digest(files)}
+    require_agreement(lambda: identity | beside, ranks)
     if warning := clocks_apart(dict(ranks.gather(lambda: (socket.gethostname(), time.time())))):
         ranks.say(warning)
     return identity
@@ -72,12 +80,14 @@ def environment(config: TrainConfig, ds_config: dict) -> dict:
         is_free = field.metadata["is_path"] and value and value not in ("auto", "never")
         view[field.name] = "given" if is_free else value
     project = Path(__file__).parents[2]
-    view["this project's code"] = files_digest(
-        [*sorted(project.glob("train_*.py")), *sorted(project.glob("common/**/*.py"))]
-    )
-    view["ds_config (contents)"] = json.dumps(ds_config, sort_keys=True)
+    code = sorted([*project.glob("train_*.py"), *project.glob("common/**/*.py")])
+    view |= {"this project's code": files_digest(code), "ds_config (contents)": json.dumps(ds_config, sort_keys=True)}
+    view |= {name: os.environ.get(name) for name in VARIABLES}
     view["python"] = platform.python_version()
-    return view | {f"version of {package}": version(package) for package in PACKAGES}
+    for package in PACKAGES + KERNELS:
+        with suppress(PackageNotFoundError):
+            view[f"version of {package}"] = version(package)
+    return view
 
 
 def files_digest(files: list[Path]) -> str:

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import secrets
-import socket
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch
 
 from common.config import LENGTHS, TrainConfig
 from common.failures import UserError, as_user_error, log_to, one_line, print_line
-from common.files import replace_file, weight_files
+from common.files import remove_dead, replace_file, weight_files
 from common.ranks import Ranks
 from common.run import hub
+from common.run.agreement import PACKAGES, require_agreement
 from common.run.card import model_card
 from common.run.curves import draw_curves, read_metrics
 from common.run.evaluate import has_stalled
@@ -29,7 +29,6 @@ from common.zero import checkpoint
 from common.zero.checkpoint import RunState
 
 SECONDS_UNTIL_SEEN = 15  # a network file system may show a new file late
-PACKAGES = ("torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "numpy")
 
 
 # ---------------------------------------------------------------------- where the run stands
@@ -39,7 +38,8 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     None: it has ended there, and nothing is left but the upload, if asked for, which is done here. Else its state, and
     the checkpoint to load, None for a fresh start.
     Raises UserError if the folder cannot be written, is a model that this run reads, is written by another run now, or
-    holds another run that `--resume auto` would continue or overwrite; or if the hub would not take the model.
+    holds another run that `--resume auto` would continue or overwrite; if a host sees another folder or other
+    checkpoints there; or if the hub would not take the model.
     """
     steps = ranks.once(lambda: _finished_after(config, identity, last_step))
     _require_one_folder(config.output_dir, ranks)
@@ -83,28 +83,27 @@ def _finished_after(config: TrainConfig, identity: dict, last_step: int) -> int 
 
 
 def _require_one_folder(output_dir: str, ranks: Ranks) -> None:
-    """Raises UserError unless every host sees the folder that rank 0 writes to. Collective."""
+    """Raises UserError unless every host sees the folder that rank 0 writes to, and its checkpoints. Collective."""
     if ranks.local_world_size == ranks.world_size:
         return
     lock = Path(output_dir) / ".lock"
-    written = ranks.once(lambda: _locks[-1][1])
 
-    def is_seen() -> bool:
+    def view() -> dict:
+        known_by = _locks[-1][1] if ranks.is_main else lock.is_file() and lock.read_text()
+        seen = {".lock": known_by} | checkpoint.seen(output_dir)
+        return {f"{name} of --output_dir, a folder that all must share": mark for name, mark in seen.items()}
+
+    ours = ranks.once(view)
+
+    def view_in_time() -> dict:
         for _ in range(SECONDS_UNTIL_SEEN):
-            if lock.is_file() and lock.read_text() == written:
-                return True
+            if view() == ours:
+                break
             time.sleep(1)
-        return False
+        return view()
 
-    seen = ranks.on_all(lambda: (socket.gethostname(), ranks.is_main or is_seen()))
-
-    def compare() -> None:
-        if missing := [f"rank {rank} ({host})" for rank, (host, is_there) in enumerate(seen) if not is_there]:
-            whose = f"the folder that rank 0 ({seen[0][0]}) sees for {', '.join(missing)}"
-            advice = "every host writes checkpoints to it: it must be on a file system that they share"
-            raise UserError(f"--output_dir {output_dir} is not {whose}; {advice}")
-
-    ranks.once(compare)  # so that it is told once, whatever path each host has
+    views = ranks.on_all(view_in_time)
+    require_agreement(lambda: views[ranks.rank], ranks)
 
 
 def require_no_other_run(config: TrainConfig, identity: dict, last_step: int) -> None:
@@ -214,7 +213,8 @@ def open_output_dir(config: TrainConfig, record: dict, state: RunState, ranks: R
 
     def begin() -> None:
         checkpoint.clear_after(config.output_dir, state.step, config.resume)
-        for path in Path(config.output_dir).glob(".*.tmp"):  # of a run that was killed
+        remove_dead(Path(config.output_dir).glob(".verify_*"))  # of verify that was killed
+        for path in Path(config.output_dir).glob(".*.tmp"):  # of a run that was
             path.unlink()
         if config.export_at_checkpoints:
             checkpoint.export_missing(config.output_dir)

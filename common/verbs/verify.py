@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.config import as_words
 from common.failures import UserError, print_line, progress
+from common.files import held, remove_dead
 from common.run.curves import read_metrics
 from common.verbs.launch import exit_with, on_request_to_stop, start_run, visible_gpus
 
@@ -61,7 +62,8 @@ def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None, nu
     """Runs up to a logged step again in a temporary folder; 0 if all that was logged of it is the same, 1 if not."""
     step = logged["step"]
     print_line(f"running step {step} again on {num_ranks} ranks, from {before or 'the start'}")
-    with tempfile.TemporaryDirectory(prefix=".verify_", dir=output_dir) as folder:
+    remove_dead(output_dir.glob(".verify_*"))
+    with tempfile.TemporaryDirectory(prefix=".verify_", dir=output_dir) as folder, held(Path(folder)):
         if before is not None:
             (Path(folder) / "checkpoints").mkdir()
             (Path(folder) / "checkpoints" / before.name).symlink_to(before.resolve())

@@ -288,6 +288,12 @@ def newest_first(output_dir: str) -> list[Path]:
     return sorted(folders, key=step_of, reverse=True)
 
 
+def seen(output_dir: str) -> dict[str, bytes]:
+    """What this host sees of the checkpoints: by name what COMPLETE says, which tells of all that is in one."""
+    files = {path.name: path / "COMPLETE" for path in newest_first(output_dir)}
+    return {name: file.read_bytes() if file.is_file() else b"not complete" for name, file in files.items()}
+
+
 def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
@@ -364,9 +370,12 @@ def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
 def _first_whole(output_dir: str, paths: list[Path], found: str, resume: str, ranks: Ranks) -> Path:
     """The first of some checkpoints that looks whole. found: what was wrong with the one before these."""
     for path in paths:
-        found = _passed_over(path, ranks.gather(lambda: fault(path)), resume, ranks)
+        faults = ranks.gather(lambda: fault(path))
+        found = _passed_over(path, faults, resume, ranks)
         if not found:
             return path
+        if None in faults:
+            raise UserError(f"--output_dir {output_dir}: {found}; as rank {faults.index(None)} sees it, it is whole")
     advice = f"{found}; mend them, or use --resume never to start over"
     raise UserError(f"--output_dir {output_dir}: none of its checkpoints is whole; {advice}")
 
