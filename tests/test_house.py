@@ -20,7 +20,7 @@ NUMBERS = [
     *(ROOT / "common" / "zero" / f"{name}.py" for name in ("residency", "engine")),
 ]
 # From the outside in: a room may import itself and what comes after it.
-ROOMS = ("script", "verbs", "run", "zero", "model", "step", "data", "ranks", "files", "config", "failures")
+ROOMS = ("script", "verbs", "run", "zero", "model", "step", "data", "ranks", "files", "config", "failures", "interrupts")
 
 
 def lines(*paths: Path) -> int:

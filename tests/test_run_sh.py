@@ -17,6 +17,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -185,7 +186,7 @@ def parse_config(cls): return cls
 def project(tmp_path):
     """A project that is set up, whose train_sft.py is FAKE_SCRIPT; nothing of it may be left running."""
     shutil.copy(launch.REPO / "run.sh", tmp_path)
-    for name in ("failures.py", "verbs/launch.py"):
+    for name in ("failures.py", "interrupts.py", "verbs/__main__.py", "verbs/launch.py"):
         text = (launch.REPO / "common" / name).read_text().replace("GRACE = 30.0", "GRACE = 4.0")
         text = text.replace("ANSWER = 10.0", "ANSWER = 0.5")
         executable(tmp_path / "common" / name, text)
@@ -372,16 +373,36 @@ def test_a_mistake_in_a_verbs_words_is_named_and_nothing_is_written(tmp_path, mo
 
 def test_a_request_for_help_runs_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["verb", "sft", "--help"])
-    assert launch.exit_with(None, "what it does") is None and capsys.readouterr().out == "what it does\n"
+    verb = SimpleNamespace(__name__="verb", __doc__="what it does")
+    assert launch.exit_with(verb) is None and capsys.readouterr().out == "what it does\n"
 
 
-def test_a_verb_that_is_interrupted_says_so_in_a_line(capsys):
+def test_a_verb_that_is_interrupted_says_so_in_a_line(monkeypatch, capsys):
     def interrupted(*words):
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
 
+    monkeypatch.setattr(sys, "argv", ["verb"])
     with pytest.raises(SystemExit, match="130"):
-        launch.exit_with(interrupted)
+        launch.exit_with(SimpleNamespace(__name__="verb", main=interrupted))
     assert "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["train_sft.py", "train_dpo.py", "plan", "run.sh"])
+def test_a_ctrl_c_during_the_imports_is_one_line(what, tmp_path):
+    """Sent by what stands in place of the first module that takes long; of run.sh, in place of Python."""
+    for module in ("torch", "yaml"):
+        text = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+        (tmp_path / f"{module}.py").write_text(text)
+    command = [sys.executable, "-m", "common.verbs", what] if what == "plan" else [sys.executable, what]
+    if what == "run.sh":
+        executable(tmp_path / "python3", '#!/bin/sh\nkill -INT $PPID; exec sleep 0.1\n')
+        command = ["bash", what, "setup"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    handle = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - `&` may have had it ignored
+    options = dict(capture_output=True, text=True, timeout=WAIT, preexec_fn=handle)
+    done = subprocess.run(command, cwd=launch.REPO, env=environment, **options)
+    assert done.returncode == 130 and not done.stdout
+    assert done.stderr.strip().startswith("stopped") and "\n" not in done.stderr.strip()
 
 
 MISTAKES = ["lerning_rate 1", "resume nowhere", "output_dir /proc/x", "eval_steps 3"]
@@ -389,7 +410,7 @@ MISTAKES = ["lerning_rate 1", "resume nowhere", "output_dir /proc/x", "eval_step
 
 @pytest.mark.parametrize("flag", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2_before_any_rank_is_started(flag, tmp_path):
-    command = [sys.executable, "-m", "common.verbs.launch", "dpo", *f"--output_dir {tmp_path} --{flag}".split()]
+    command = [sys.executable, "-m", "common.verbs", "launch", "dpo", *f"--output_dir {tmp_path} --{flag}".split()]
     done = subprocess.run(command, cwd=launch.REPO, capture_output=True, text=True, timeout=WAIT)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and flag.split()[0] in done.stderr

@@ -12,7 +12,6 @@ from statistics import mean, median
 
 from common.failures import UserError, as_user_error, print_line, shown
 from common.run.curves import draw, read_metrics
-from common.verbs.launch import exit_with
 
 USAGE = "write: bash run.sh compare OUT1 [OUT2 ...] [--picture FILE]"
 WINDOW = 10  # logged steps that a last value is the mean of
@@ -90,7 +89,3 @@ def table(title: str, columns: dict[str, dict[str, str]], only_differing: bool) 
     rows = [[title, *columns], *rows] if rows else [[title, *columns], ["nothing"]]
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(columns) + 1)]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)).rstrip() for row in rows)
-
-
-if __name__ == "__main__":
-    exit_with(main, __doc__)

@@ -20,7 +20,6 @@ from common.data.dataset import TokenDataset
 from common.data.report import data_table, preview, quality_report
 from common.data.sources import load_source, parse_source
 from common.failures import UserError, one_line, print_line
-from common.verbs.launch import exit_with
 from common.verbs.words import parsed
 
 
@@ -66,7 +65,3 @@ def _row(place: str, ds: TokenDataset, config: TrainConfig, template: ChatTempla
                 reasons = [f"not one of the {len(rows.indices):,} rows taken"] if kept else tokenize.counts["dropped"]
                 return f"{one_line(place)}: not trained: {', '.join(reasons)}"
     raise UserError(f"--row {place}: no such row; write FILE:ROW, as the samples' titles do")
-
-
-if __name__ == "__main__":
-    exit_with(main, __doc__)

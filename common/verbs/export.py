@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 from common.failures import UserError, print_line
-from common.verbs.launch import exit_with
 
 
 def main(*argv: str) -> int:
@@ -20,7 +19,3 @@ def main(*argv: str) -> int:
     checkpoint.export(Path(argv[0]), Path(argv[1]))
     print_line(f"{argv[1]} holds the model of {argv[0]}")
     return 0
-
-
-if __name__ == "__main__":
-    exit_with(main, __doc__)

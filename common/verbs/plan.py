@@ -13,7 +13,7 @@ import textwrap
 
 from common.config import DPOConfig, SFTConfig, parse_config
 from common.failures import UserError, print_line
-from common.verbs.launch import exit_with, visible_gpus
+from common.verbs.launch import visible_gpus
 from common.verbs.words import parsed
 
 GPUS = ("a100-80gb", "h100", "h200", "b200")
@@ -40,7 +40,3 @@ def main(*argv: str) -> int:
         line = f"warning: {line.removeprefix('warning: ')}"
         print_line(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
     return 0
-
-
-if __name__ == "__main__":
-    exit_with(main, __doc__)

@@ -14,7 +14,7 @@ from pathlib import Path
 from common.config import as_words
 from common.failures import UserError, print_line, progress
 from common.run.curves import read_metrics
-from common.verbs.launch import exit_with, on_request_to_stop, start_run, visible_gpus
+from common.verbs.launch import on_request_to_stop, start_run, visible_gpus
 
 # What may differ in another run of the same step.
 NOT_COMPARED = {"step_seconds", "tokens_per_second", "per_device_tps", "max_memory_gb", "mfu", "compiled_graphs"}
@@ -81,7 +81,3 @@ def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None, nu
     verdict = f"all {len(names)} values are the same, bit by bit: {', '.join(names)}"
     print_line(f"step {step}: {f'{len(different)} of {len(names)} values differ' if different else verdict}")
     return int(bool(different))
-
-
-if __name__ == "__main__":
-    exit_with(main, __doc__)
