@@ -118,7 +118,7 @@ def main() -> None:
     pairs = sorted({i for step in steps for i in schedule.samples(step)})
     # Log-probabilities of each pair's chosen and rejected under the reference; zeros for a loss that needs none.
     reference_table: np.ndarray = np.zeros((len(data), 2), np.float32)
-    cached_in = None
+    cached_in: dict = {}  # for the run's record
     if reference_folder is not None:  # it is gone before the policy loads
         model = load.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
         with inference_engine(model, ds_config) as engine:
@@ -152,7 +152,7 @@ def main() -> None:
     # ------------------------------------------------------------------ loop
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
     resolved |= {"evaluation": evaluation.record, "planned": planned}
-    record = record_of("DPO", config, identity, state, policy, ranks, **resolved, reference_cache=cached_in)
+    record = record_of("DPO", config, identity, state, policy, ranks, **resolved, **cached_in)
     metrics = open_output_dir(config, record, state, ranks)
     writer = checkpoint.Writer(engine, parameters, config, ranks, settings)
     meter = StepMeter(policy.lm, budget, len(data), ranks)

@@ -347,23 +347,22 @@ def test_too_many_or_no_gpus_is_refused(machine, num_gpus, words):
         launch.split_number(words)
 
 
-MISTAKES = {  # verb -> its words, and what the line names
-    "data": [("", "sft|dpo"), ("sfd", "sft|dpo"), ("sft --show x", "--show")],
+IN_WORDS = {  # verb -> its words, and what the line names
+    "data": [("", "sft|dpo"), ("sfd", "sft|dpo"), ("sft --show x", "--show"), ("sft --show", "--show")],
     "plan": [("", "sft|dpo"), ("sft --gpu h1000", "--gpu"), ("sft 0", "N is"), ("sft --mfu 40", "--mfu")],
-    "bench": [
-        ("", "sft|dpo"),
-        ("sft --shape huge", "--shape"),
-        ("sft --lengths long", "--lengths"),
-        ("sft 0", "N = 0"),
-    ],
-    "sanity": [("sfd", "sanity sft"), ("sft 0", "N = 0")],
+    "bench": [("", "sft|dpo"), ("sft --shape huge", "--shape"), ("sft 0", "N = 0"), ("sft --lr 1", "--learning_rate")],
+    "sanity": [("sfd", "sanity sft"), ("sft 0", "N = 0"), ("sft --lr 1", "--learning_rate")],
     "compare": [("", "compare OUT1"), ("--picture x.png", "compare OUT1"), ("one --what", "compare OUT1")],
+    "verify": [("", "verify OUT"), ("a b", "verify OUT"), ("a --step", "--step"), ("a --step x", "--step")],
+    "export": [("", "export CHECK"), ("a", "export CHECK"), ("a b c", "export CHECK"), ("a b", "checkpoint a")],
+    "push": [("", "push OUT"), ("--hub_private true", "push OUT"), ("nowhere", "nowhere")],
 }
+IN_WORDS["plan"] += [("sft --mfu 0", "--mfu"), ("sft --host_memory_gb -1", "--host_memory_gb"), ("sft --gpu", "--gpu")]
+IN_WORDS["verify"] += [("a --what", "verify OUT"), ("nowhere", "nowhere")]
+IN_WORDS["compare"] += [("one --picture", "--picture"), ("nowhere", "nowhere")]
 
 
-@pytest.mark.parametrize(
-    ("verb", "words", "named"), [(verb, *mistake) for verb in MISTAKES for mistake in MISTAKES[verb]]
-)
+@pytest.mark.parametrize(("verb", "words", "named"), [(verb, *case) for verb in IN_WORDS for case in IN_WORDS[verb]])
 def test_a_mistake_in_a_verbs_words_is_named_and_nothing_is_written(tmp_path, monkeypatch, verb, words, named):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(named)):
@@ -395,7 +394,7 @@ def test_a_ctrl_c_during_the_imports_is_one_line(what, tmp_path):
         (tmp_path / f"{module}.py").write_text(text)
     command = [sys.executable, "-m", "common.verbs", what] if what == "plan" else [sys.executable, what]
     if what == "run.sh":
-        executable(tmp_path / "python3", '#!/bin/sh\nkill -INT $PPID; exec sleep 0.1\n')
+        executable(tmp_path / "python3", "#!/bin/sh\nkill -INT $PPID; exec sleep 0.1\n")
         command = ["bash", what, "setup"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     handle = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - `&` may have had it ignored

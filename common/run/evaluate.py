@@ -118,10 +118,10 @@ class Evaluation:
 
     def read_reference(self, engine, weights: str, kernel: str, budget: int) -> None:
         """Log-probabilities of the held-out pairs under the reference, as reference_pass. Collective."""
-        if self.held_out is not None and isinstance(self.config, DPOConfig):
+        if self.held_out is not None and self.record is not None and isinstance(self.config, DPOConfig):
             data, needed = self.held_out, [*range(len(self.held_out))]
             passed = reference_pass(engine, data, needed, weights, self.config, kernel, budget, self.ranks)
-            self.reference_logps = passed[0]
+            self.reference_logps, self.record = passed[0], self.record | passed[1]
 
     def is_due(self, step: int) -> bool:
         """Whether there is an evaluation after `step` steps."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.config import DPOConfig, SFTConfig, parse_config
 from common.failures import print_line
 from common.verbs.launch import on_request_to_stop, split_number, start_run, visible_gpus
 from common.verbs.words import parsed
@@ -140,6 +141,7 @@ def main(*argv: str) -> int:
     own |= {"steps": {"type": int, "default": 10}, "lengths": {"choices": SAMPLES_PER_RANK, "default": "tulu"}}
     method, options, words = parsed("bench", argv, **own)
     num_ranks, passed = split_number(words)
+    parse_config(SFTConfig if method == "sft" else DPOConfig, passed)  # before anything is written
     steps, folder = max(1, options.steps) + WARMUP_STEPS, Path("output/bench")
     model, data, out = folder / options.shape, folder / f"{method}-{options.lengths}.jsonl", folder / f"run-{method}"
     samples = SAMPLES_PER_RANK[options.lengths][not on_gpu] * num_ranks

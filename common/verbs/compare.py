@@ -5,13 +5,13 @@
 OUT1, OUT2 ...: their output_dirs. A value that all runs share is left out. Nothing is written but the picture.
 """
 
-import argparse
 import json
 from pathlib import Path
 from statistics import mean, median
 
 from common.failures import UserError, as_user_error, print_line, shown
 from common.run.curves import draw, read_metrics
+from common.verbs.words import options
 
 USAGE = "write: bash run.sh compare OUT1 [OUT2 ...] [--picture FILE]"
 WINDOW = 10  # logged steps that a last value is the mean of
@@ -22,14 +22,10 @@ PLACES = ("output_dir", "cache_dir", "resume")  # flags that differ and tell not
 
 def main(*argv: str) -> int:
     """Returns the exit code. Raises UserError for a folder in which no run has taken a step."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("folders", nargs="*")
-    parser.add_argument("--picture", default="compare.png")
-    with as_user_error(USAGE, argparse.ArgumentError):
-        given, others = parser.parse_known_args(argv)
-    if others or not given.folders:
+    given, folders = options(USAGE, argv, picture={"default": "compare.png"})
+    if not folders or any(word.startswith("-") for word in folders):
         raise UserError(USAGE)
-    labels = labels_of(given.folders)
+    labels = labels_of(folders)
     configs, histories = {}, {}
     for label, folder in labels.items():
         with as_user_error(f"{folder}: is no output_dir of a run", OSError, ValueError):

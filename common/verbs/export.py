@@ -12,7 +12,7 @@ from common.failures import UserError, print_line
 def main(*argv: str) -> int:
     """Raises UserError."""
     if len(argv) != 2:
-        raise UserError("it is export CHECKPOINT OUT_DIR")
+        raise UserError("write: bash run.sh export CHECKPOINT OUT_DIR")
     os.environ["DS_ACCELERATOR"] = "cpu"
     from common.zero import checkpoint
 

@@ -26,8 +26,8 @@ def main(*argv: str) -> int:
     flags_of_plan |= {name: {"type": float} for name in ("host_memory_gb", "mfu")}
     method, own, flags = parsed("plan", argv, **flags_of_plan)
     num_gpus = int(flags.pop(0)) if flags and flags[0].isdecimal() else num_here or 8
-    if num_gpus < 1 or (own.mfu is not None and not 0 < own.mfu <= 1):
-        raise UserError("N is 1 or more, and --mfu is above 0 and at most 1")
+    if num_gpus < 1 or not 0 < (1 if own.mfu is None else own.mfu) <= 1 or (own.host_memory_gb or 0) < 0:
+        raise UserError("N is 1 or more, --mfu is above 0 and at most 1, --host_memory_gb is 0 or more")
     config = parse_config(SFTConfig if method == "sft" else DPOConfig, flags)
     print_line("importing torch, transformers and DeepSpeed")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for a GPU when it is imported
