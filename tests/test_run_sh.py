@@ -176,7 +176,7 @@ for _ in range(1200):
         os._exit(128 + asked[0] if how == "heed" else 0)
 """
 FAKE_CONFIG = """
-class SFTConfig: resume, output_dir = "auto", "."
+class SFTConfig: resume, output_dir, model_name_or_path = "auto", ".", "on/the/hub"
 DPOConfig = TrainConfig = SFTConfig
 def parse_config(cls): return cls
 """
@@ -186,7 +186,7 @@ def parse_config(cls): return cls
 def project(tmp_path):
     """A project that is set up, whose train_sft.py is FAKE_SCRIPT; nothing of it may be left running."""
     shutil.copy(launch.REPO / "run.sh", tmp_path)
-    for name in ("failures.py", "interrupts.py", "verbs/__main__.py", "verbs/launch.py"):
+    for name in ("failures.py", "files.py", "interrupts.py", "run/disk.py", "verbs/__main__.py", "verbs/launch.py"):
         text = (launch.REPO / "common" / name).read_text().replace("GRACE = 30.0", "GRACE = 4.0")
         text = text.replace("ANSWER = 10.0", "ANSWER = 0.5")
         executable(tmp_path / "common" / name, text)
@@ -404,12 +404,19 @@ def test_a_ctrl_c_during_the_imports_is_one_line(what, tmp_path):
     assert done.stderr.strip().startswith("stopped") and "\n" not in done.stderr.strip()
 
 
-MISTAKES = ["lerning_rate 1", "resume nowhere", "output_dir /proc/x", "eval_steps 3"]
+MISTAKES = ["lerning_rate 1", "resume nowhere", "output_dir /proc/x", "eval_steps 3", "model_name_or_path huge"]
 
 
 @pytest.mark.parametrize("flag", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2_before_any_rank_is_started(flag, tmp_path):
-    command = [sys.executable, "-m", "common.verbs", "launch", "dpo", *f"--output_dir {tmp_path} --{flag}".split()]
-    done = subprocess.run(command, cwd=launch.REPO, capture_output=True, text=True, timeout=WAIT)
+    """The last: a model that no disk here could hold."""
+    (tmp_path / "huge").mkdir()
+    (tmp_path / "huge" / "config.json").write_text("{}")
+    header = b'{"x": {"dtype": "F32", "shape": [1000000000, 1000000], "data_offsets": [0, 4]}}'
+    (tmp_path / "huge" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    command = [sys.executable, "-m", "common.verbs", "launch", "dpo", "--output_dir=out", *f"--{flag}".split()]
+    environment = os.environ | {"PYTHONPATH": str(launch.REPO)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=WAIT)
+    named = flag.split()[0] if "huge" not in flag else "--output_dir: 2,000,000.0 GB for 0 checkpoints and 1"
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and flag.split()[0] in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and named in done.stderr

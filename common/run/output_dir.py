@@ -24,7 +24,6 @@ from common.run.evaluate import has_stalled
 from common.run.forecast import beside
 from common.run.metrics import MetricsFile
 from common.run.trackers import Trackers
-from common.step.schedule import Schedule
 from common.zero import checkpoint
 from common.zero.checkpoint import RunState
 
@@ -199,14 +198,6 @@ def record_of(method: str, config: TrainConfig, identity: dict, state: RunState,
         "world_size": ranks.world_size,
         **more,
     }
-
-
-def num_on_disk(config: TrainConfig, schedule: Schedule) -> tuple[int, int]:
-    """(checkpoints, exported models) that are on disk at once, at most."""
-    num_written = schedule.last_step // schedule.save_every + schedule.keeps_end
-    most = config.keep_last_n_checkpoints + 1  # with the one that is being written
-    num_checkpoints = most + 1 if config.keep_best else min(most, num_written)
-    return num_checkpoints, 1 + num_checkpoints * config.export_at_checkpoints
 
 
 def open_output_dir(config: TrainConfig, record: dict, state: RunState, ranks: Ranks) -> MetricsFile:

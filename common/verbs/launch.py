@@ -20,6 +20,7 @@ from types import ModuleType
 from common.config import DPOConfig, SFTConfig, TrainConfig, parse_config
 from common.failures import UserError, as_user_error, explained, print_line, shown
 from common.interrupts import NOT_BEGUN
+from common.run import disk
 
 REPO = Path(__file__).resolve().parents[2]
 GRACE = 30.0  # seconds that the other ranks have to end by themselves once one has failed
@@ -117,11 +118,13 @@ def say(text: str) -> None:
 
 
 def require_folders(config: TrainConfig) -> None:
-    """Raises UserError for a checkpoint that is not there and a folder that cannot be made, before torch's import."""
+    """Raises UserError for a checkpoint that is not there, a folder that cannot be made and a disk that is too small
+    whatever the data, before torch's import."""
     if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
         raise UserError(f"--resume {config.resume}: neither auto, never nor a folder")
     with as_user_error(f"--output_dir {config.output_dir}: cannot be made", OSError):
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        disk.require_least(config)
 
 
 def main(method: str, *words: str) -> int:

@@ -81,18 +81,6 @@ class RunState:
 
 
 # ---------------------------------------------------------------------- writing
-def disk_space(numel: int, itemsize: int, output_dir: str, num_checkpoints: int, num_models: int) -> tuple[int, int]:
-    """(bytes needed, bytes free) where output_dir is, or will be, of a model of numel parameters of itemsize bytes.
-
-    What its checkpoints take already counts as free, for new ones replace them; what was set aside does not.
-    """
-    # 12 bytes: master weight and two moments in float32
-    needed = numel * (num_checkpoints * 12 + num_models * itemsize)
-    replaced = [file for folder in newest_first(output_dir) for file in folder.rglob("*") if file.is_file()]
-    there = next(folder for folder in (Path(output_dir), *Path(output_dir).absolute().parents) if folder.is_dir())
-    return needed, shutil.disk_usage(there).free + sum(file.stat().st_size for file in replaced)
-
-
 class Writer:
     """Writes a run's checkpoints beside its steps. Each rank has one; all but `vote` is collective.
 
