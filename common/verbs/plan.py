@@ -8,13 +8,12 @@ host. --mfu: in place of the one predicted. Of a model only config.json and the 
 holds yet is tokenized, or, of more than 2,000 rows, a draw of so many. Exits with 2 where the run would.
 """
 
-import os
 import textwrap
 
 from common.config import DPOConfig, SFTConfig, parse_config
 from common.failures import UserError, print_line
 from common.verbs.launch import visible_gpus
-from common.verbs.words import parsed
+from common.verbs.words import before_imports, parsed
 
 GPUS = ("a100-80gb", "h100", "h200", "b200")
 
@@ -29,8 +28,7 @@ def main(*argv: str) -> int:
     if num_gpus < 1 or not 0 < (1 if own.mfu is None else own.mfu) <= 1 or (own.host_memory_gb or 0) < 0:
         raise UserError("N is 1 or more, --mfu is above 0 and at most 1, --host_memory_gb is 0 or more")
     config = parse_config(SFTConfig if method == "sft" else DPOConfig, flags)
-    print_line("importing torch, transformers and DeepSpeed")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for a GPU when it is imported
+    before_imports()
     from common.run.plan_table import WIDTH, Machine, as_text, plan_table
 
     machine = Machine(num_gpus, own.gpu, own.host_memory_gb)

@@ -1,9 +1,12 @@
-"""The words of a verb's command line."""
+"""What verbs share: the words of their command lines, and what they say before they import what takes seconds."""
 
 import argparse
+import os
 from collections.abc import Sequence
 
-from common.failures import UserError
+from common.failures import UserError, print_line
+
+IMPORTING = "importing torch, transformers and DeepSpeed"
 
 
 def options(usage: str, argv: Sequence[str], **own: dict) -> tuple[argparse.Namespace, list[str]]:
@@ -23,3 +26,9 @@ def parsed(verb: str, argv: Sequence[str], **own: dict) -> tuple[str, argparse.N
     if argv[:1] not in (("sft",), ("dpo",)):
         raise UserError(usage)
     return argv[0], *options(usage, argv[1:], **own)
+
+
+def before_imports() -> None:
+    """Of a verb that needs no GPU, for which DeepSpeed would look when it is imported."""
+    print_line(IMPORTING)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -514,13 +514,20 @@ def _put(block: np.ndarray, at: int, ours: int, theirs: int, count: int, shard: 
         shard.write(kind, ours + first - theirs, torch.from_numpy(block[first - at : last - at]))
 
 
-def export(path: Path, output_dir: Path) -> None:
+def export_shown(path: Path, output_dir: Path) -> None:
+    """As export, with its progress."""
+    size = sum(file.stat().st_size for file in path.glob("*.master_*"))  # read once for digests, once to be written
+    with progress(f"exporting {path.name}", 2 * size // 2**20, "MiB read") as advance:
+        export(path, output_dir, lambda read: advance(read // 2**20))
+
+
+def export(path: Path, output_dir: Path, advance: Callable[[int], None] = lambda size: None) -> None:
     """Writes the model of a checkpoint, the very files of export_model after its step: master weights, rounded.
 
-    No more than one of its shards is in memory. Raises UserError for a checkpoint that is not whole, or if output_dir
-    holds anything but the beginning of this.
+    No more than one of its shards is in memory. advance: called with the bytes of what was read, in two passes. Raises
+    UserError for a checkpoint that is not whole, or if output_dir holds anything but the beginning of this.
     """
-    if found := fault(path, r"state\.json|settings/|\.master_"):
+    if found := fault(path, r"state\.json|settings/|\.master_", advance):
         raise UserError(f"checkpoint {path} is not whole: {found}")
     manifest = json.loads((path / "manifest.json").read_text())
     shards: dict[str, list] = {}  # parameter -> [(file, first byte, elements)] by rank
@@ -535,6 +542,7 @@ def export(path: Path, output_dir: Path) -> None:
                 values = np.fromfile(file, np.float32, min(BLOCK_BYTES, count - first), offset=start + 4 * first)
                 out[: len(values)].copy_(torch.from_numpy(values))
                 out = out[len(values) :]
+                advance(values.nbytes)
 
     export_parameters(path / "settings", output_dir, manifest["parameters"], fill)
 
@@ -545,6 +553,6 @@ def export_missing(output_dir: str) -> None:
         if not (path / "model" / "config.json").is_file() or (path / "model" / ".export").exists():
             print_line(f"writing {path}/model")
             try:
-                export(path, path / "model")
+                export_shown(path, path / "model")
             except UserError as e:  # it is damaged, and is none to continue from
                 print_line(f"warning: {e}")
