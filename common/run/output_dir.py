@@ -257,7 +257,9 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
     if metrics.last and "planned" in record:
         records = ranks.once(lambda: read_metrics(Path(config.output_dir) / "metrics.jsonl"))
         ranks.say(beside(record["planned"], records))
-    _end(config, f"done: {config.output_dir} holds the model after {state.step} steps", ranks)
+    exported = record.get("exported_step", state.step)  # --export_best may have another
+    of = "the model" if exported == state.step else f"the model of step {exported},"
+    _end(config, f"done: {config.output_dir} holds {of} after {state.step} steps", ranks)
 
 
 def _end(config: TrainConfig, line: str, ranks: Ranks) -> None:

@@ -67,7 +67,7 @@ def results_of(history: list[dict], run_config: dict) -> dict[str, str]:
     results["tokens"] = f"{history[-1]['total_tokens']:,}"
     for name in ("train_loss", "rewards/margin", "rewards/accuracy", "grad_norm"):
         if values := [row[name] for row in last if name in row]:
-            results[f"{name}, last {len(values)}"] = f"{mean(values):.4f}"
+            results[f"{name}, last {WINDOW}"] = f"{mean(values):.4f}"
     if evaluated := [row for row in history if "eval/loss" in row]:
         results["eval/loss, lowest"] = f"{min(row['eval/loss'] for row in evaluated):.4f}"
         results |= {name: f"{value:.4f}" for name, value in evaluated[-1].items() if name.startswith("eval/")}

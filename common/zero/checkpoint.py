@@ -409,8 +409,11 @@ def read_state(path: Path) -> RunState:
     return state
 
 
-def load(engine, parameters: Parameters, path: Path, state: RunState, resume: str, ranks: Ranks) -> None:
-    """Puts a checkpoint's master weights, moments and step into an engine of any world size. Collective.
+def load(
+    engine, parameters: Parameters, path: Path, state: RunState, resume: str, ranks: Ranks, what: str = "resuming"
+) -> None:
+    """Puts a checkpoint's master weights, moments and step into an engine of any world size. what: is said of it.
+    Collective.
 
     Verifying and loading are one pass. If a file turns out to be not as it was written, `--resume auto` passes this
     checkpoint over and sets everything again from the one before, whose counters `state` then gets.
@@ -430,7 +433,7 @@ def load(engine, parameters: Parameters, path: Path, state: RunState, resume: st
         path = _first_whole(output_dir, older, found, resume, ranks)
         _take_counters(state, path, first, ranks)
     residency.round_master_weights(engine)
-    ranks.say(f"resuming after step {state.step} from {path}")
+    ranks.say(f"{what} after step {state.step} from {path}")
 
 
 def _take_counters(state: RunState, path: Path, damaged: Path, ranks: Ranks) -> None:
