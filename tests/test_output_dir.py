@@ -260,7 +260,7 @@ def test_a_best_checkpoint_may_come_at_each_evaluation_whatever_the_interval(fol
     """Two old ones, the best and the one that is being written."""
     config = config_of(folder, keep_last_n_checkpoints=2, keep_best="eval/loss", eval_holdout="1", max_train_steps=9)
     schedule = Schedule(config, 10)
-    assert "for 4 checkpoints and 1 exported" in disk.need(config, 27, schedule)[0] and not schedule.warnings()
+    assert "for 4 checkpoints and 1 exported" in disk.need(config, 27, schedule) and not schedule.warnings()
 
 
 # What is certain of a run: its flags, and the checkpoints and models that its folder holds at least.

@@ -14,9 +14,13 @@ CHECKPOINT_BYTES = 12  # of a parameter: master weight and two moments, in float
 ITEMSIZES = {"bfloat16": 2, "float32": 4}
 
 
-def need(config: TrainConfig, numel: int, schedule) -> tuple[str, bool]:
-    """What the checkpoints and exported models of numel parameters take, and whether so much is free where the run's
-    folder is. What its checkpoints take counts as free, for new ones replace them; what was set aside does not."""
+SHORT = "; more is needed"
+
+
+def need(config: TrainConfig, numel: int, schedule) -> str:
+    """What the checkpoints and exported models of numel parameters take at once, and what is free where the run's
+    folder is; ends with SHORT where that is less. What the folder's checkpoints take counts as free, for new ones
+    replace them; what was set aside does not."""
     num_written = schedule.last_step // schedule.save_every + schedule.keeps_end
     most = config.keep_last_n_checkpoints + 1  # with the one that is being written
     num_checkpoints = most + 1 if config.keep_best else min(most, num_written)
@@ -27,13 +31,13 @@ def need(config: TrainConfig, numel: int, schedule) -> tuple[str, bool]:
     there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(there).free + replaced
     text = f"{needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and {num_models} exported models at once, "
-    return text + f"{free / 1e9:,.1f} GB free here at {folder}", needed <= free
+    return text + f"{free / 1e9:,.1f} GB free here at {folder}" + SHORT * (needed > free)
 
 
-def require(space: tuple[str, bool]) -> None:
-    """Raises UserError where it is not enough. space: of `need`."""
-    if not space[1]:
-        raise UserError(f"--output_dir: {space[0]}; free some, or lower --keep_last_n_checkpoints")
+def require(space: str) -> None:
+    """Raises UserError where it is short. space: of `need`."""
+    if space.endswith(SHORT):
+        raise UserError(f"--output_dir: {space}; free some, or lower --keep_last_n_checkpoints")
 
 
 def require_least(config: TrainConfig) -> None:

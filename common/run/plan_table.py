@@ -131,14 +131,13 @@ def plan_rows(
     plan: Plan,
     workload: Workload,
     schedule: Schedule,
-    evaluation: Evaluation,
+    evaluation,
     planned: dict,
-    ranks: Ranks,
-    space: tuple[str, bool],
-    spread: Spread = EXACT,
+    ranks,
+    spread=EXACT,
 ) -> dict[str, str]:
-    """What a run will do, before anything is loaded: values by their names. planned: its forecast; space: disk.need.
-    spread: of the data, where a part of it was read."""
+    """What a run will do, before anything is loaded: values by their names. planned: its forecast. spread: of the data,
+    where a part of it was read."""
     budget = plan.budget if ranks.device.type == "cuda" else workload.budget  # without a GPU nothing is chosen
     memory, layers, row, last = plan.memory, plan.shape.layers, max(budget, workload.longest), schedule.last_step
     unit = "pairs" if isinstance(config, DPOConfig) else "samples"
@@ -156,7 +155,7 @@ def plan_rows(
         "checkpoints": listed(schedule.save_every, last, schedule.keeps_end)
         + ", and after each evaluation that is the best so far" * (config.keep_best is not None),
         "evaluations": listed(evaluation.every, last, True) if evaluation.held_out is not None else "none",
-        "disk": space[0] + "; more is needed" * (not space[1]),
+        "disk": disk.need(config, plan.shape.numel, schedule),
         "memory of a rank": " + ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
         + f" = {sum(parts.values()) / 1e9:.1f} of {plan.card.free / 1e9:.1f} GB; optimizer state in host memory "
         f"{memory.host / 1e9:,.1f} GB, {memory.host * ranks.local_world_size / 1e9:,.1f} GB in each host",
@@ -179,9 +178,9 @@ def tell_plan(
     config: TrainConfig, plan: Plan, workload: Workload, schedule: Schedule, evaluation, planned: dict, ranks: Ranks
 ) -> None:
     """Says what plan_rows has of the run. Raises UserError where its disk is too small. Collective."""
-    space = ranks.once(lambda: disk.need(config, plan.shape.numel, schedule))
-    ranks.say(as_text(plan_rows(config, plan, workload, schedule, evaluation, planned, ranks, space)))
-    ranks.once(lambda: disk.require(space))
+    rows = plan_rows(config, plan, workload, schedule, evaluation, planned, ranks)
+    ranks.say(as_text(rows))
+    ranks.once(lambda: disk.require(rows["disk"]))
 
 
 def as_text(rows: dict[str, str]) -> str:
@@ -249,8 +248,7 @@ def plan_table(
     warnings += [*losses_of_sources(whole, LOSS), *([lost] if lost else [])]
     warnings += [line for line in ranks.said if line.startswith("warning")]
     warnings += trouble(config, folder, None if is_drawn else data.digest, template, schedule.last_step)
-    space = disk.need(config, plan.shape.numel, schedule)
-    rows = plan_rows(config, plan, workload, schedule, evaluation, planned, ranks, space, spread) | {"machine": called}
+    rows = plan_rows(config, plan, workload, schedule, evaluation, planned, ranks, spread) | {"machine": called}
     if held_out is not None:
         number = "some" if is_drawn else f"{len(held_out):,}"
         rows["pairs" if method == "dpo" else "samples"] += f"; {number} are held out"

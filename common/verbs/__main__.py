@@ -6,7 +6,7 @@ from importlib import import_module
 from common.interrupts import answer_interrupts
 
 if __name__ == "__main__":
-    answer_interrupts("stopped: the same command begins again")
+    answer_interrupts()
     from common.verbs.launch import exit_with
 
     exit_with(import_module(f"common.verbs.{sys.argv.pop(1)}"))

@@ -19,7 +19,6 @@ from types import ModuleType
 
 from common.config import DPOConfig, SFTConfig, TrainConfig, parse_config
 from common.failures import UserError, as_user_error, explained, print_line, shown
-from common.interrupts import NOT_BEGUN
 from common.run import disk
 
 REPO = Path(__file__).resolve().parents[2]
@@ -103,7 +102,7 @@ def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> i
             told_at = math.inf
             say(f"a rank ended with {exit_code} (137: often for the host's memory). The others have {GRACE:g} s")
     if {*codes} - {0} == {-signal.SIGTERM}:  # they had nothing to save yet
-        say(NOT_BEGUN)
+        say("stopped before training: what earlier runs saved stands, and the same command begins where they ended")
     return 130 if requests[:1] == [signal.SIGINT] and exit_code == 143 else exit_code
 
 
@@ -145,17 +144,12 @@ def main(method: str, *words: str) -> int:
 def exit_with(verb: ModuleType) -> None:
     """Ends a verb with its main's exit code; a mistake, or a full disk, becomes one line. --help prints what the verb's
     module says of itself, but for this one, whose main answers it."""
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     if verb.__name__ != __name__ and {"-h", "--help"} & {*sys.argv[1:]}:
         return print_line(str(verb.__doc__))
     try:
         code = verb.main(*sys.argv[1:])
         print_line("", end="")
         os._exit(code)  # taking torch down, where a verb has imported it, takes seconds
-    except KeyboardInterrupt:
-        print_line("stopped: the same command begins again", sys.stderr)
-        sys.exit(130)
     except Exception as e:
         if (known := explained(e)) is None:
             raise
