@@ -12,8 +12,6 @@ from common.files import weight_files
 
 CHECKPOINT_BYTES = 12  # of a parameter: master weight and two moments, in float32
 ITEMSIZES = {"bfloat16": 2, "float32": 4}
-
-
 SHORT = "; more is needed"
 
 
@@ -45,16 +43,14 @@ def require_least(config: TrainConfig) -> None:
     checkpoints there will be only by --max_train_steps or --keep_best. A head, which may be tied, does not count."""
     folder = Path(config.model_name_or_path)
     try:
-        is_text = "text_config" not in (folder / "config.json").read_text(
-            encoding="utf-8"
-        )  # else only a part is trained
+        settings = (folder / "config.json").read_text(encoding="utf-8")
         numel = sum(stored_numel(folder / name) for name in weight_files(folder))
     except (OSError, ValueError, KeyError):  # it is on the hub, or no model: the run finds that out
         return
     every, steps = config.checkpointing_steps, min(config.max_train_steps or 0, config.stop_after_steps or math.inf)
     least = SimpleNamespace(last_step=steps, save_every=every if isinstance(every, int) else steps + 1, keeps_end=0)
-    if is_text and not (Path(config.output_dir) / "run_config.json").exists():
-        require(need(config, numel, least))
+    if "text_config" not in settings and not (Path(config.output_dir) / "run_config.json").exists():
+        require(need(config, numel, least))  # of a model of other parts too only the text is trained
 
 
 def stored_numel(path: Path) -> int:
