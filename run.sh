@@ -5,6 +5,7 @@ set -euo pipefail
 caller=$PWD  # relative paths, the defaults' too, start here, as for `deepspeed train_sft.py`
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+trap 'printf "\rstopped: the same command begins again\n" >&2; exit 130' INT
 root=$PWD
 python=$root/.venv/bin/python
 flash_attn=('flash-attn-4[cu13]==4.0.0b36' nvidia-cutlass-dsl==4.8.1 quack-kernels==0.6.5 apache-tvm-ffi==0.1.15.post2)
@@ -82,7 +83,7 @@ install_flash_attn() {  # an optional addition: no failure of its stops anything
 verb() {  # verb NAME [...]: a module of common/verbs, in place of this process, from where the user stands
     setup
     cd "$caller"
-    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -P -m "common.verbs.$@"  # -P: no module of the user's
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -P -m common.verbs "$@"  # -P: no module of the user's
 }
 
 tests() {  # tests [pytest flags]

@@ -8,6 +8,11 @@ The reference is computed by the policy itself, before its first update, unless 
 pairs laid end to end, and no pair attends to another. With `share_prompt` a pair's prompt runs once for both answers.
 """
 
+if __name__ == "__main__":  # first, for the other imports take seconds
+    from common.interrupts import answer_interrupts
+
+    answer_interrupts()
+
 import gc
 import math
 from functools import partial
@@ -84,8 +89,7 @@ def main() -> None:
     # ------------------------------------------------------------------ schedule
     schedule = Schedule(config, len(data))  # samples and learning rate of each step; the run ends after last_step
     evaluation = Evaluation(data, held_out, config, schedule, ranks)
-    where = f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention"
-    ranks.say("\n".join([where, *schedule.warnings()]))
+    ranks.say("\n".join([f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention", *schedule.warnings()]))
 
     # ------------------------------------------------------------------ output folder
     # `claim` returns None for a finished run; for one that was cut short its state and the checkpoint to resume from;
@@ -94,11 +98,10 @@ def main() -> None:
     models |= {"ref_model_name_or_path": reference_folder} if reference_folder is not None else {}
     digests = {"dataset_mixer": data.digest, "chat_template": template.digest}
     identity = agreed_identity(config, digests, tokenizer_folder, models, kernel, ranks)
-    claimed = claim(config, identity, schedule.last_step, ranks)
-    if claimed is None:
+    if (claimed := claim(config, identity, schedule.last_step, ranks)) is None:
         return
     state, resume_from = claimed
-    # The small files of the export: what cannot be written is found now.
+    # The small files of the export: what cannot be written is found now. Where its tensors go is added further down.
     settings = ranks.once(lambda: export_settings(model_config, dtype, template, model_folder))
 
     # ------------------------------------------------------------------ memory plan
@@ -115,7 +118,7 @@ def main() -> None:
     pairs = sorted({i for step in steps for i in schedule.samples(step)})
     # Log-probabilities of each pair's chosen and rejected under the reference; zeros for a loss that needs none.
     reference_table: np.ndarray = np.zeros((len(data), 2), np.float32)
-    cached_in = None
+    cached_in: dict = {}  # for the run's record
     if reference_folder is not None:  # it is gone before the policy loads
         model = load.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
         with inference_engine(model, ds_config) as engine:
@@ -149,7 +152,7 @@ def main() -> None:
     # ------------------------------------------------------------------ loop
     resolved = {"num_steps": schedule.num_steps, "data": data.stats, "kernel": kernel, "base": base_of(model_folder)}
     resolved |= {"evaluation": evaluation.record, "planned": planned}
-    record = record_of("DPO", config, identity, state, policy, ranks, **resolved, reference_cache=cached_in)
+    record = record_of("DPO", config, identity, state, policy, ranks, **resolved, **cached_in)
     metrics = open_output_dir(config, record, state, ranks)
     writer = checkpoint.Writer(engine, parameters, config, ranks, settings)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
@@ -195,8 +198,7 @@ def main() -> None:
                 sums += micro_batch_sums
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
         sizes = [sum(row.num_tokens for row in micro_batches), sum(row.sum_squared_lengths for row in micro_batches)]
-        votes = writer.vote(), *stop_request.votes()
-        totals = ranks.sum([*sums.tolist(), router_losses.item(), *sizes, *votes])
+        totals = ranks.sum([*sums.tolist(), router_losses.item(), *sizes, writer.vote(), *stop_request.votes()])
         *all_sums, router_aux_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = totals
         writer.proceed(written)
         means = {name: value / len(samples) for name, value in zip(SUMMED, all_sums, strict=True)}
@@ -219,9 +221,9 @@ def main() -> None:
         computed["grad_norm"] = float(engine.get_global_grad_norm())  # before clipping
         computed |= {"router_aux_loss": router_aux_loss} if config.router_aux_loss_coef else {}
         step_record = meter.record(state, computed, int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
-        is_evaluated = evaluation.is_due(state.step)
-        if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
-            ranks.say(meter.line(step_record, schedule.last_step), is_live=state.step < schedule.last_step)
+        is_evaluated, is_last = evaluation.is_due(state.step), state.step == schedule.last_step
+        if is_evaluated or is_last or state.step % config.logging_steps == 0:
+            ranks.say(meter.line(step_record, schedule.last_step), is_live=not (is_evaluated or is_last))
             if is_evaluated:
                 step_record |= evaluation(engine, kernel, budget)
             metrics.append(step_record)

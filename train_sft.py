@@ -7,6 +7,11 @@ A step takes `global_batch_size` samples over all ranks. Each rank packs its sha
 sequence of whole samples laid end to end, and no sample attends to another.
 """
 
+if __name__ == "__main__":  # first, for the other imports take seconds
+    from common.interrupts import answer_interrupts
+
+    answer_interrupts()
+
 import gc
 import math
 
@@ -61,8 +66,7 @@ def main() -> None:
     # ------------------------------------------------------------------ schedule
     schedule = Schedule(config, len(data))  # samples and learning rate of each step; the run ends after last_step
     evaluation = Evaluation(data, held_out, config, schedule, ranks)
-    where = f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention"
-    ranks.say("\n".join([where, *schedule.warnings()]))
+    ranks.say("\n".join([f"{ranks.world_size} ranks on {ranks.device.type}, {kernel} attention", *schedule.warnings()]))
 
     # ------------------------------------------------------------------ output folder
     # `claim` returns None for a finished run; for one that was cut short its state and the checkpoint to resume from;
@@ -70,11 +74,10 @@ def main() -> None:
     models = {"model_name_or_path": model_folder}
     digests = {"dataset_mixer": data.digest, "chat_template": template.digest}
     identity = agreed_identity(config, digests, tokenizer_folder, models, kernel, ranks)
-    claimed = claim(config, identity, schedule.last_step, ranks)
-    if claimed is None:
+    if (claimed := claim(config, identity, schedule.last_step, ranks)) is None:
         return
     state, resume_from = claimed
-    # The small files of the export: what cannot be written is found now.
+    # The small files of the export: what cannot be written is found now. Where its tensors go is added further down.
     settings = ranks.once(lambda: export_settings(model_config, dtype, template, model_folder))
 
     # ------------------------------------------------------------------ memory plan
@@ -147,8 +150,7 @@ def main() -> None:
                 losses[m] = loss.detach()
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
         sizes = [sum(row.num_tokens for row in micro_batches), sum(row.sum_squared_lengths for row in micro_batches)]
-        votes = writer.vote(), *stop_request.votes()
-        sums = ranks.sum([losses.sum().item(), router_losses.item(), *sizes, *votes])
+        sums = ranks.sum([losses.sum().item(), router_losses.item(), *sizes, writer.vote(), *stop_request.votes()])
         nll, router_aux_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = sums
         writer.proceed(written)
         train_loss = nll / num_targets
@@ -167,9 +169,9 @@ def main() -> None:
         computed["grad_norm"] = float(engine.get_global_grad_norm())  # before clipping
         computed |= {"router_aux_loss": router_aux_loss} if config.router_aux_loss_coef else {}
         step_record = meter.record(state, computed, int(all_tokens), int(all_squared_lengths), num_targets, len(plan))
-        is_evaluated = evaluation.is_due(state.step)
-        if is_evaluated or state.step % config.logging_steps == 0 or state.step == schedule.last_step:
-            ranks.say(meter.line(step_record, schedule.last_step), is_live=state.step < schedule.last_step)
+        is_evaluated, is_last = evaluation.is_due(state.step), state.step == schedule.last_step
+        if is_evaluated or is_last or state.step % config.logging_steps == 0:
+            ranks.say(meter.line(step_record, schedule.last_step), is_live=not (is_evaluated or is_last))
             if is_evaluated:
                 step_record |= evaluation(engine, kernel, budget)
             metrics.append(step_record)

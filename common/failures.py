@@ -135,18 +135,13 @@ def log_libraries() -> None:
         logging.getLogger(name).addHandler(_ToLog(logging.WARNING))
 
 
-_has_live_line = False  # on the terminal, by this process
-
-
 def print_line(text: str, stream: TextIO | None = None, end: str = "\n", is_live: bool = False) -> None:
     """print, and to the log; once nobody can read the stream (None: stdout), as of a closed terminal or pipe, it goes
-    nowhere. is_live: on a terminal the next such line takes its place."""
-    global _has_live_line
+    nowhere. is_live: on a terminal the next line, of whatever process, takes its place."""
     _log(text)
     stream = stream or sys.stdout
     if stream.isatty():
-        is_kept, _has_live_line = _has_live_line and not is_live, is_live
-        text = f"\n{text}" if is_kept else f"\r\x1b[K{text}"  # also over another process's
+        text = f"\r\x1b[K{text}"
         text, end = (text[: shutil.get_terminal_size().columns + 3], "") if is_live else (text, end)
     try:
         print(text, file=stream, end=end, flush=True)

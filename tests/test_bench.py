@@ -17,7 +17,7 @@ from common.verbs import bench
 from common.verbs.bench import WARMUP_STEPS, generated_lengths
 
 ENVIRONMENT = os.environ | launch.CPU_ENVIRONMENT | {"PYTHONPATH": str(launch.REPO)}
-BENCH = [sys.executable, "-m", "common.verbs.bench"]
+BENCH = [sys.executable, "-m", "common.verbs", "bench"]
 
 
 def run_bench(folder, *words: str) -> subprocess.CompletedProcess:

@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 from common import files
 from common.config import SFTConfig
 from common.failures import UserError, explained
+from common.run import disk
 from common.zero import checkpoint, residency
 from common.zero.checkpoint import RunState
 from common.zero.host_state import Shard
@@ -489,4 +490,7 @@ def test_space_for_checkpoints_and_export_is_what_they_take_and_what_is_replaced
     shutil.copytree(folder, folder.with_name("damaged_step_00000012"))
     taken = sum(path.stat().st_size for path in folder.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=5))
-    assert checkpoint.disk_space(27, 2, str(output_dir), 4, 1) == ((4 * 12 + 2) * 27, 5 + taken)
+    config, schedule = SFTConfig(output_dir=str(output_dir)), SimpleNamespace(last_step=9, save_every=1, keeps_end=0)
+    for numel, is_enough in ((taken + 5) // 50, True), ((taken + 5) // 50 + 1, False):
+        said = disk.need(config, numel, schedule)
+        assert "4 checkpoints and 1 exported" in said and said.endswith(disk.SHORT) != is_enough

@@ -31,7 +31,7 @@ def test_what_differs_and_where_runs_stand_is_told_and_drawn(tmp_path, capsys):
     assert rows["state"] == ["not", "finished"] and rows["hours of logged steps"] == ["10.00", "4.50"]
     assert rows["eval/loss"] == [f"{1 + 20 / 7:.4f}", f"{1 + 5 / 7:.4f}"]
     assert rows["eval/loss, lowest"] == [f"{1 + 5 / 7:.4f}"] * 2
-    assert rows["train_loss, last 10"][0] == f"{1 + 15.5 / 7:.4f}"
+    assert rows["train_loss, last 10"] == [f"{1 + 15.5 / 7:.4f}", f"{1 + 5 / 7:.4f}"], "of the second all nine"
     assert (tmp_path / "both.png").stat().st_size > 10_000
 
 

@@ -94,7 +94,7 @@ def test_a_file_whose_name_is_no_utf_8_is_read_and_shown(tmp_path, flags):
     """In a process of its own, through the command line."""
     data = os.fsencode(tmp_path) + b"/x\xff.jsonl"
     Path(os.fsdecode(data)).write_text(json.dumps(chat("why?", "so.")))
-    command = [sys.executable, "-P", "-m", "common.verbs.data", "sft", *flags, "--dataset_mixer", data]
+    command = [sys.executable, "-P", "-m", "common.verbs", "data", "sft", *flags, "--dataset_mixer", data]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPO)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "x\\udcff.jsonl:1" in done.stdout and "[[so.<eos>]]" in done.stdout

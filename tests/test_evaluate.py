@@ -274,6 +274,7 @@ def test_the_best_checkpoint_stays_and_is_exported_if_asked_for(setting):
     assert best < 12 and checkpoints(run.output_dir) == [best, 12]
     record = read_run_config(str(run.output_dir))
     assert record["exported_step"] == best and record["result"]["steps"] == 12
+    assert "resuming" not in run.stdout and f"the model of step {best}, after 12 steps" in run.stdout
     short = setting.run("sft", **changes, stop_after_steps=best).succeeded()
     assert_same_weights(run.output_dir, short.output_dir)
 

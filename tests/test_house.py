@@ -33,7 +33,7 @@ def room_of(module: str) -> str:
     parts = module.split(".")
     if parts[0] != "common":
         return "script"
-    return {"stopping": "ranks"}.get(parts[1], parts[1])
+    return {"stopping": "ranks", "interrupts": "failures"}.get(parts[1], parts[1])
 
 
 def imports(path: Path) -> set[str]:

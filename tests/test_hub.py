@@ -279,7 +279,7 @@ def test_what_is_uploaded_names_files_of_this_machine_without_their_folders(path
 
 
 def push(hub: Hub, home: Path, folder: str | Path, *flags: str) -> subprocess.Popen:
-    words = [sys.executable, "-m", "common.verbs.push", str(folder), *flags]
+    words = [sys.executable, "-m", "common.verbs", "push", str(folder), *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": launch.REPO}
     return subprocess.Popen(words, env=loopback_hub.environment(hub, home), **pipes)
 

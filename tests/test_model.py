@@ -9,6 +9,8 @@ import json
 import logging.handlers
 import resource
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from unittest.mock import patch
@@ -30,6 +32,7 @@ from common import ranks as distributed
 from common.config import SFTConfig
 from common.data.chat_template import TULU, ChatTemplate, resolve_template
 from common.failures import UserError
+from common.files import write_file
 from common.model import export, packed
 from common.model import load as model
 from common.model.attention import SINKS, SOFT_CAP, WINDOWS, registered_name
@@ -37,6 +40,7 @@ from common.model.experts import GROUPED, experts_in
 from common.model.packed import PackedModel
 from common.run.metrics import flops_per_token
 from common.run.output_dir import _holds_model
+from common.zero import checkpoint
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import build_engine
 
@@ -246,6 +250,49 @@ def test_an_export_takes_less_host_memory_than_two_of_its_files(tmp_path):
     files = [path.stat().st_size for path in folder.glob("*.safetensors")]
     assert sum(files) > 3.5 * max(files)
     assert max(above) < 2 * max(files), (above, files)
+
+
+def checkpoint_of(folder: Path, path: Path) -> Path:
+    """What of a run's checkpoint an export reads, of one rank and the weights of a model's folder."""
+    lm, files = read(folder, model.load_config(folder)), {}
+    small = settings_of(lm, ChatTemplate("bar", TULU, model.load_tokenizer(folder)), folder)
+    (path / "settings").mkdir(parents=True)
+    for name, data in [("state.json", b"{}"), *((f"settings/{name}", data) for name, data in small.items())]:
+        files[name] = write_file(path / name, [data])
+    for i, (name, param) in enumerate(lm.named_parameters()):
+        file = f"rank_00000_of_00001.master_{i:03d}.safetensors"
+        files[file] = checkpoint._write_tensors(path / file, {f"master/{name}": param.detach().flatten()})
+    shapes = {name: [*param.shape] for name, param in lm.named_parameters()}
+    text = json.dumps({"world_size": 1, "files": files, "parameters": shapes})
+    (path / "COMPLETE").write_text(write_file(path / "manifest.json", [text.encode()])["digest"])
+    return path
+
+
+IN_A_CHILD = """
+import re, sys
+from pathlib import Path
+from common.verbs import export
+export.main(*sys.argv[1:3])  # of a small one: what it imports and keeps does not count
+status = lambda name: 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before, _ = status("VmRSS"), Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
+export.main(*sys.argv[3:5])
+print(status("VmHWM") - before)
+"""
+
+
+def test_export_of_a_checkpoint_takes_the_host_memory_of_one_of_its_files(tmp_path):
+    """`bash run.sh export`, read from disk: 1.5 of five files, with its buffers, which do not grow."""
+    sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 14}
+    paths = []
+    for name, changes in (("small", {}), ("large", sizes)):
+        folder = models.make_model(tmp_path / name, shard="100MB", **changes)
+        paths += [str(checkpoint_of(folder, tmp_path / f"{name}.checkpoint")), str(tmp_path / f"{name}.out")]
+    options = dict(cwd=launch.REPO, capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", IN_A_CHILD, *paths], **options)
+    files = [path.stat().st_size for path in Path(paths[-1]).glob("*.safetensors")]
+    assert len(files) > 4 and sum(files) > 3.5 * max(files)
+    above = int(done.stdout.split()[-1])
+    assert above < 1.5 * max(files), (above, files)
 
 
 # ------------------------------------------------------------------ weights that are refused

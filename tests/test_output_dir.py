@@ -1,5 +1,6 @@
 """Whose folder it is, where its run stands, and the record of its steps: pytest tests/test_output_dir.py"""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,11 +13,13 @@ from types import SimpleNamespace
 import launch
 import models
 import pytest
-from models import OneRank
+from models import OneRank, make_model
+from transformers import AutoModelForCausalLM
 
 from common import files
 from common.config import DPOConfig, SFTConfig, parse_config
 from common.failures import UserError, explained
+from common.run import disk
 from common.run import output_dir as run_record
 from common.run.agreement import run_identity
 from common.run.metrics import MetricsFile, read_metrics
@@ -257,7 +260,36 @@ def test_a_best_checkpoint_may_come_at_each_evaluation_whatever_the_interval(fol
     """Two old ones, the best and the one that is being written."""
     config = config_of(folder, keep_last_n_checkpoints=2, keep_best="eval/loss", eval_holdout="1", max_train_steps=9)
     schedule = Schedule(config, 10)
-    assert run_record.num_on_disk(config, schedule) == (4, 1) and not schedule.warnings()
+    assert "for 4 checkpoints and 1 exported" in disk.need(config, 27, schedule) and not schedule.warnings()
+
+
+# What is certain of a run: its flags, and the checkpoints and models that its folder holds at least.
+CERTAIN = [({}, 0, 1), ({"max_train_steps": 9, "checkpointing_steps": 2}, 4, 1), ({"keep_best": "eval/loss"}, 5, 1)]
+CERTAIN += [({"max_train_steps": 9, "checkpointing_steps": 4, "export_at_checkpoints": True}, 2, 3)]
+CERTAIN += [({"max_train_steps": 9, "checkpointing_steps": 2, "stop_after_steps": 4}, 2, 1)]
+
+
+@pytest.mark.parametrize("changes, checkpoints, models", [*CERTAIN, ({"checkpointing_steps": "epoch"}, 0, 1)])
+@pytest.mark.parametrize("shard", ["1GB", "10KB"])
+def test_what_is_certain_of_the_disk_is_asked_for_before_any_rank_starts(
+    folder, tmp_path, monkeypatch, changes, checkpoints, models, shard
+):
+    """To the byte, by the headers of the model's files; the head, which may be tied, counts later. A folder that holds
+    a run, a model with other parts and what is no model here are left to the run."""
+    model = make_model(tmp_path / "model", shard=shard)
+    weights = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    numel = sum(tensor.numel() for name, tensor in weights.items() if name != "lm_head.weight")
+    config = config_of(folder, model_name_or_path=str(model), **changes)
+    needed = numel * (12 * checkpoints + 2 * models)
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with pytest.raises(UserError, match="--output_dir") if free < needed else contextlib.nullcontext():
+            disk.require_least(config)
+    for name in ("no/model", make_model(tmp_path / "images", "gemma3")):
+        disk.require_least(dataclasses.replace(config, model_name_or_path=str(name)))
+    folder.mkdir()
+    (folder / "run_config.json").touch()
+    disk.require_least(config)
 
 
 def test_the_models_that_checkpoints_lack_since_a_crash_are_exported_by_the_next_run(folder, monkeypatch):

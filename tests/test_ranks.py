@@ -169,7 +169,7 @@ def check_that_nothing_listens_beyond_this_host(pid_of_launcher: int) -> None:
 def test_on_one_host_nothing_listens_beyond_it(tiny_llama, sft_data, tmp_path):
     """Under run.sh; under deepspeed: test_resume's test of the real launcher."""
     flags = launch.flags(tiny_llama, sft_data, tmp_path, max_train_steps=100_000)
-    command = [sys.executable, "-m", "common.verbs.launch", "sft", "2", *launch.argv(flags)]
+    command = [sys.executable, "-m", "common.verbs", "launch", "sft", "2", *launch.argv(flags)]
     environment = os.environ | launch.CPU_ENVIRONMENT | {"TMPDIR": str(tmp_path)}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with subprocess.Popen(command, cwd=launch.REPO, env=environment, **pipes) as started:

@@ -201,7 +201,7 @@ def test_a_damaged_part_is_not_used(cache):
         assert not list(spoilt.parent.glob(".*")), "what a kill left is swept up"
         assert {*parts(cache)} == whole and len(read) == len(whole)
         expected = {i for path in whole for i in read_part(path)[0].tolist()}
-        assert {i for pairs, _ in read for i in pairs.tolist()} == expected
+        assert {i for _, pairs, _ in read for i in pairs.tolist()} == expected
 
 
 def without_memory(*_) -> None:
@@ -236,7 +236,7 @@ def test_runs_that_fill_a_cache_at_once_keep_each_others_parts(tmp_path):
     for pairs in ([0, 1, 2], [2, 3], [0, 1, 4]):
         run_reference._write_part(tmp_path, np.array(pairs), np.ones((len(pairs), 2), np.float32))
     read = run_reference._read_parts(tmp_path, "")
-    assert {i for pairs, _ in read for i in pairs.tolist()} == {0, 1, 2, 3, 4}
+    assert {i for _, pairs, _ in read for i in pairs.tolist()} == {0, 1, 2, 3, 4}
 
 
 # ------------------------------------------------------------------ resume

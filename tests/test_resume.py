@@ -485,6 +485,26 @@ def test_export_and_verify_take_what_a_run_leaves(setting, method, capfd, monkey
         export.main(str(folder), str(setting.folder()))
 
 
+@pytest.mark.parametrize("whose", ["the run's", "its evaluation's"])
+def test_verify_says_that_reference_logps_are_gone_and_not_that_values_differ(setting, monkeypatch, whose):
+    """Computed again they would be others in their last bits: a step is compared only where they are the very ones."""
+    output_dir = setting.copy_of_whole("dpo")
+    record = read_run_config(str(output_dir))
+    folder, names = Path(record["reference_cache"]), record["reference_parts"]
+    assert sorted(i for name in names for i in load_file(folder / name)["pairs"].tolist()) == [*range(10)]
+    gone = {"reference_cache": str(folder), "reference_parts": [*names, "part_gone.safetensors"]}
+    record |= gone if whose == "the run's" else {"evaluation": gone}
+    (output_dir / "run_config.json").write_text(json.dumps(record))
+    logged = [row | ({"eval/loss": 0.5} if row["step"] > 4 else {}) for row in setting.whole("dpo").metrics]
+    models.write_jsonl(output_dir / "metrics.jsonl", logged)
+    ran = SimpleNamespace(stdout=[], wait=lambda: 7, send_signal=None)
+    monkeypatch.setattr(verify, "start_run", lambda words: ran)
+    with pytest.raises(UserError, match=r"--step 11: .*part_gone"):
+        verify.main(str(output_dir), "--step", "11")
+    if whose != "the run's":
+        assert verify.main(str(output_dir), "--step", "4") == 7, "a step without an evaluation needs none of its own"
+
+
 # ------------------------------------------------------------------ the same command, and others
 
 

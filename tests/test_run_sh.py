@@ -17,6 +17,7 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -146,9 +147,8 @@ def test_the_suite_has_its_cuda_tests_where_there_is_a_gpu(bare, flags, fail_at,
 
 
 def test_the_front_imports_nothing_that_takes_seconds():
-    code = (
-        "import sys; from common.verbs import bench, compare, sanity; print({'torch', 'transformers'} & {*sys.modules})"
-    )
+    verbs = "bench, compare, data, export, launch, plan, push, sanity, verify"
+    code = f"import sys; from common.verbs import {verbs}; print({{'torch', 'transformers'}} & {{*sys.modules}})"
     assert subprocess.run([sys.executable, "-c", code], cwd=launch.REPO, capture_output=True).stdout == b"set()\n"
 
 
@@ -175,7 +175,7 @@ for _ in range(1200):
         os._exit(128 + asked[0] if how == "heed" else 0)
 """
 FAKE_CONFIG = """
-class SFTConfig: resume, output_dir = "auto", "."
+class SFTConfig: resume, output_dir, model_name_or_path = "auto", ".", "on/the/hub"
 DPOConfig = TrainConfig = SFTConfig
 def parse_config(cls): return cls
 """
@@ -185,7 +185,7 @@ def parse_config(cls): return cls
 def project(tmp_path):
     """A project that is set up, whose train_sft.py is FAKE_SCRIPT; nothing of it may be left running."""
     shutil.copy(launch.REPO / "run.sh", tmp_path)
-    for name in ("failures.py", "verbs/launch.py"):
+    for name in ("failures.py", "files.py", "interrupts.py", "run/disk.py", "verbs/__main__.py", "verbs/launch.py"):
         text = (launch.REPO / "common" / name).read_text().replace("GRACE = 30.0", "GRACE = 4.0")
         text = text.replace("ANSWER = 10.0", "ANSWER = 0.5")
         executable(tmp_path / "common" / name, text)
@@ -346,23 +346,22 @@ def test_too_many_or_no_gpus_is_refused(machine, num_gpus, words):
         launch.split_number(words)
 
 
-MISTAKES = {  # verb -> its words, and what the line names
-    "data": [("", "sft|dpo"), ("sfd", "sft|dpo"), ("sft --show x", "--show")],
+IN_WORDS = {  # verb -> its words, and what the line names
+    "data": [("", "sft|dpo"), ("sfd", "sft|dpo"), ("sft --show x", "--show"), ("sft --show", "--show")],
     "plan": [("", "sft|dpo"), ("sft --gpu h1000", "--gpu"), ("sft 0", "N is"), ("sft --mfu 40", "--mfu")],
-    "bench": [
-        ("", "sft|dpo"),
-        ("sft --shape huge", "--shape"),
-        ("sft --lengths long", "--lengths"),
-        ("sft 0", "N = 0"),
-    ],
-    "sanity": [("sfd", "sanity sft"), ("sft 0", "N = 0")],
+    "bench": [("", "sft|dpo"), ("sft --shape huge", "--shape"), ("sft 0", "N = 0"), ("sft --lr 1", "--learning_rate")],
+    "sanity": [("sfd", "sanity sft"), ("sft 0", "N = 0"), ("sft --lr 1", "--learning_rate")],
     "compare": [("", "compare OUT1"), ("--picture x.png", "compare OUT1"), ("one --what", "compare OUT1")],
+    "verify": [("", "verify OUT"), ("a b", "verify OUT"), ("a --step", "--step"), ("a --step x", "--step")],
+    "export": [("", "export CHECK"), ("a", "export CHECK"), ("a b c", "export CHECK"), ("a b", "checkpoint a")],
+    "push": [("", "push OUT"), ("--hub_private true", "push OUT"), ("nowhere", "nowhere")],
 }
+IN_WORDS["plan"] += [("sft --mfu 0", "--mfu"), ("sft --host_memory_gb -1", "--host_memory_gb"), ("sft --gpu", "--gpu")]
+IN_WORDS["verify"] += [("a --what", "verify OUT"), ("nowhere", "nowhere")]
+IN_WORDS["compare"] += [("one --picture", "--picture"), ("nowhere", "nowhere")]
 
 
-@pytest.mark.parametrize(
-    ("verb", "words", "named"), [(verb, *mistake) for verb in MISTAKES for mistake in MISTAKES[verb]]
-)
+@pytest.mark.parametrize(("verb", "words", "named"), [(verb, *case) for verb in IN_WORDS for case in IN_WORDS[verb]])
 def test_a_mistake_in_a_verbs_words_is_named_and_nothing_is_written(tmp_path, monkeypatch, verb, words, named):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=re.escape(named)):
@@ -372,24 +371,42 @@ def test_a_mistake_in_a_verbs_words_is_named_and_nothing_is_written(tmp_path, mo
 
 def test_a_request_for_help_runs_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["verb", "sft", "--help"])
-    assert launch.exit_with(None, "what it does") is None and capsys.readouterr().out == "what it does\n"
+    verb = SimpleNamespace(__name__="verb", __doc__="what it does")
+    assert launch.exit_with(verb) is None and capsys.readouterr().out == "what it does\n"
 
 
-def test_a_verb_that_is_interrupted_says_so_in_a_line(capsys):
-    def interrupted(*words):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("module", ["torch", "yaml"])
+@pytest.mark.parametrize("what", ["train_sft.py", "train_dpo.py", "export", "plan sft", "run.sh"])
+def test_a_ctrl_c_before_anything_was_begun_is_one_line(what, module, tmp_path):
+    """Sent by what stands in place of a module that takes long; of run.sh, in place of Python."""
+    text = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+    (tmp_path / f"{module}.py").write_text(text)
+    command = [sys.executable, *([what] if "train" in what else f"-m common.verbs {what}".split())]
+    command += ["a", "b"] if what == "export" else []
+    if what == "run.sh":
+        executable(tmp_path / "python3", "#!/bin/sh\nkill -INT $PPID; exec sleep 0.1\n")
+        command = ["bash", what, "setup"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    handle = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - `&` may have had it ignored
+    options = dict(capture_output=True, text=True, timeout=WAIT, preexec_fn=handle)
+    done = subprocess.run(command, cwd=launch.REPO, env=environment, **options)
+    assert done.returncode == 130 and "Traceback" not in done.stdout
+    assert done.stderr.strip().startswith("stopped") and "\n" not in done.stderr.strip()
 
-    with pytest.raises(SystemExit, match="130"):
-        launch.exit_with(interrupted)
-    assert "stopped" in capsys.readouterr().err
 
-
-MISTAKES = ["lerning_rate 1", "resume nowhere", "output_dir /proc/x", "eval_steps 3"]
+MISTAKES = ["lerning_rate 1", "resume nowhere", "output_dir /proc/x", "eval_steps 3", "model_name_or_path huge"]
 
 
 @pytest.mark.parametrize("flag", MISTAKES)
 def test_a_mistake_is_one_line_and_exit_code_2_before_any_rank_is_started(flag, tmp_path):
-    command = [sys.executable, "-m", "common.verbs.launch", "dpo", *f"--output_dir {tmp_path} --{flag}".split()]
-    done = subprocess.run(command, cwd=launch.REPO, capture_output=True, text=True, timeout=WAIT)
+    """The last: a model that no disk here could hold."""
+    (tmp_path / "huge").mkdir()
+    (tmp_path / "huge" / "config.json").write_text("{}")
+    header = b'{"x": {"dtype": "F32", "shape": [1000000000, 1000000], "data_offsets": [0, 4]}}'
+    (tmp_path / "huge" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    command = [sys.executable, "-m", "common.verbs", "launch", "dpo", "--output_dir=out", *f"--{flag}".split()]
+    environment = os.environ | {"PYTHONPATH": str(launch.REPO)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=WAIT)
+    named = flag.split()[0] if "huge" not in flag else "--output_dir: 2,000,000.0 GB for 0 checkpoints and 1"
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and flag.split()[0] in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and named in done.stderr

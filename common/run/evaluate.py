@@ -118,10 +118,10 @@ class Evaluation:
 
     def read_reference(self, engine, weights: str, kernel: str, budget: int) -> None:
         """Log-probabilities of the held-out pairs under the reference, as reference_pass. Collective."""
-        if self.held_out is not None and isinstance(self.config, DPOConfig):
+        if self.held_out is not None and self.record is not None and isinstance(self.config, DPOConfig):
             data, needed = self.held_out, [*range(len(self.held_out))]
             passed = reference_pass(engine, data, needed, weights, self.config, kernel, budget, self.ranks)
-            self.reference_logps = passed[0]
+            self.reference_logps, self.record = passed[0], self.record | passed[1]
 
     def is_due(self, step: int) -> bool:
         """Whether there is an evaluation after `step` steps."""
@@ -178,8 +178,8 @@ class Evaluation:
         if not self.config.export_best or step is None:
             return None
         path = checkpoint.path_of(self.config.output_dir, step)
-        self.ranks.say(f"--export_best: the model will be that of step {step}")
-        checkpoint.load(engine, parameters, path, checkpoint.read_state(path), str(path), self.ranks)
+        what, state = "--export_best: the model is that", checkpoint.read_state(path)
+        checkpoint.load(engine, parameters, path, state, str(path), self.ranks, what)
         return step
 
     def says_stop(self, losses: list[float]) -> bool:
@@ -187,7 +187,7 @@ class Evaluation:
         patience = self.config.early_stopping_patience
         if stops := has_stalled(losses, patience):
             since = f"the last {patience} evaluations did not better eval/loss {min(losses):.4f}"
-            self.ranks.say(f"early stopping: {since}; the model is written as it is now")
+            self.ranks.say(f"early stopping: {since}")
         return stops
 
 

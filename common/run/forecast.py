@@ -3,10 +3,8 @@
 import math
 
 import numpy as np
-from transformers import PretrainedConfig
 
-from common.config import DPOConfig, TrainConfig
-from common.ranks import Ranks
+from common.config import DPOConfig
 from common.run.metrics import device_peak_flops, flops_per_token
 from common.step.losses import preference_loss
 from common.step.schedule import Schedule
@@ -24,20 +22,13 @@ def tokens_of(schedule: Schedule, lengths: np.ndarray) -> int:
 
 
 def forecast(
-    plan: Plan,
-    workload: Workload,
-    schedule: Schedule,
-    lengths: np.ndarray,
-    model_config: PretrainedConfig,
-    config: TrainConfig,
-    ranks: Ranks,
-    peak_flops: float | None = None,
-    mfu: float | None = None,
+    plan: Plan, workload: Workload, schedule: Schedule, lengths, model_config, config, ranks, peak_flops=None, mfu=None
 ) -> dict:
     """`tokens` of the run; where the peak of the device is known also `mfu`, `hours` of its steps, `reference_hours` of
     DPO's pass over its pairs if no cache has it, `memory_gb` of a rank, and `cost` at --gpu_hour_price.
 
-    peak_flops: FLOP/s of a rank's device, if it is not here. mfu: None for what the plan predicts.
+    lengths: int [samples or pairs]. peak_flops: FLOP/s of a rank's device, if it is not here. mfu: None for what the
+    plan predicts.
     """
     peak_flops = peak_flops or device_peak_flops(ranks.device)
     planned: dict[str, float] = {"tokens": tokens_of(schedule, lengths)}

@@ -24,7 +24,6 @@ from common.run.evaluate import has_stalled
 from common.run.forecast import beside
 from common.run.metrics import MetricsFile
 from common.run.trackers import Trackers
-from common.step.schedule import Schedule
 from common.zero import checkpoint
 from common.zero.checkpoint import RunState
 
@@ -200,14 +199,6 @@ def record_of(method: str, config: TrainConfig, identity: dict, state: RunState,
     }
 
 
-def num_on_disk(config: TrainConfig, schedule: Schedule) -> tuple[int, int]:
-    """(checkpoints, exported models) that are on disk at once, at most."""
-    num_written = schedule.last_step // schedule.save_every + schedule.keeps_end
-    most = config.keep_last_n_checkpoints + 1  # with the one that is being written
-    num_checkpoints = most + 1 if config.keep_best else min(most, num_written)
-    return num_checkpoints, 1 + num_checkpoints * config.export_at_checkpoints
-
-
 def open_output_dir(config: TrainConfig, record: dict, state: RunState, ranks: Ranks) -> MetricsFile:
     """Makes way for a run that begins after `state.step`, and writes its record, without a result. Collective."""
 
@@ -266,7 +257,9 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
     if metrics.last and "planned" in record:
         records = ranks.once(lambda: read_metrics(Path(config.output_dir) / "metrics.jsonl"))
         ranks.say(beside(record["planned"], records))
-    _end(config, f"done: {config.output_dir} holds the model after {state.step} steps", ranks)
+    exported = record.get("exported_step", state.step)  # --export_best may have another
+    of = "the model" if exported == state.step else f"the model of step {exported},"
+    _end(config, f"done: {config.output_dir} holds {of} after {state.step} steps", ranks)
 
 
 def _end(config: TrainConfig, line: str, ranks: Ranks) -> None:

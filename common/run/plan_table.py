@@ -22,15 +22,15 @@ from common.failures import UserError, one_line
 from common.files import weights_digest
 from common.model import load
 from common.ranks import Ranks
-from common.run import hub
+from common.run import disk, hub
 from common.run.agreement import run_identity
 from common.run.evaluate import Evaluation, largest, training_and_held_out
 from common.run.forecast import forecast
 from common.run.metrics import device_peak_flops, peak_flops_of
-from common.run.output_dir import num_on_disk, require_no_other_run
+from common.run.output_dir import require_no_other_run
 from common.step.packing import pair_lengths
 from common.step.schedule import Schedule
-from common.zero.checkpoint import RunState, disk_space
+from common.zero.checkpoint import RunState
 from common.zero.ds_config import deepspeed_config
 from common.zero.memory import choose_residency, measured, workload_of
 from common.zero.plan import Card, Plan, Workload
@@ -131,10 +131,10 @@ def plan_rows(
     plan: Plan,
     workload: Workload,
     schedule: Schedule,
-    evaluation: Evaluation,
+    evaluation,
     planned: dict,
-    ranks: Ranks,
-    spread: Spread = EXACT,
+    ranks,
+    spread=EXACT,
 ) -> dict[str, str]:
     """What a run will do, before anything is loaded: values by their names. planned: its forecast. spread: of the data,
     where a part of it was read."""
@@ -144,7 +144,6 @@ def plan_rows(
     parts = {"parameters": memory.parameters + memory.gathered, "gradients": memory.gradients}
     parts |= {"optimizer": memory.optimizer, "activations": memory.activations(row, layers - plan.recomputing)}
     warm_up = 0 if config.lr_scheduler_type == "constant" else int(schedule.num_steps * config.warmup_ratio)
-    sizes, is_enough = disk_of(config, plan, schedule)
     steps = ranged(last, 0.0 if config.max_train_steps else spread.samples)
     of_steps = f"{schedule.batch} {unit} a step, {schedule.steps_per_epoch:,} an epoch"
     rows = {"loss": f"{config.loss_type}, beta {config.beta:g}"} if isinstance(config, DPOConfig) else {}
@@ -156,7 +155,7 @@ def plan_rows(
         "checkpoints": listed(schedule.save_every, last, schedule.keeps_end)
         + ", and after each evaluation that is the best so far" * (config.keep_best is not None),
         "evaluations": listed(evaluation.every, last, True) if evaluation.held_out is not None else "none",
-        "disk": sizes + "; more is needed" * (not is_enough),
+        "disk": disk.need(config, plan.shape.numel, schedule),
         "memory of a rank": " + ".join(f"{size / 1e9:.1f} {name}" for name, size in parts.items())
         + f" = {sum(parts.values()) / 1e9:.1f} of {plan.card.free / 1e9:.1f} GB; optimizer state in host memory "
         f"{memory.host / 1e9:,.1f} GB, {memory.host * ranks.local_world_size / 1e9:,.1f} GB in each host",
@@ -175,22 +174,13 @@ def plan_rows(
     return rows
 
 
-def disk_of(config: TrainConfig, plan: Plan, schedule: Schedule) -> tuple[str, bool]:
-    """What the run's checkpoints and exported models take at once, and whether so much is free where its folder is."""
-    shape, (num_checkpoints, num_models) = plan.shape, num_on_disk(config, schedule)
-    needed, free = disk_space(shape.numel, shape.itemsize, config.output_dir, num_checkpoints, num_models)
-    text = f"{needed / 1e9:,.1f} GB for {num_checkpoints} checkpoints and {num_models} exported models at once, "
-    return text + f"{free / 1e9:,.1f} GB free here at {config.output_dir}", needed <= free
-
-
 def tell_plan(
     config: TrainConfig, plan: Plan, workload: Workload, schedule: Schedule, evaluation, planned: dict, ranks: Ranks
 ) -> None:
     """Says what plan_rows has of the run. Raises UserError where its disk is too small. Collective."""
-    ranks.say(as_text(plan_rows(config, plan, workload, schedule, evaluation, planned, ranks)))
-    sizes, is_enough = ranks.once(lambda: disk_of(config, plan, schedule))
-    if not is_enough:
-        raise UserError(f"--output_dir: {sizes}; free some, or lower --keep_last_n_checkpoints")
+    rows = plan_rows(config, plan, workload, schedule, evaluation, planned, ranks)
+    ranks.say(as_text(rows))
+    ranks.once(lambda: disk.require(rows["disk"]))
 
 
 def as_text(rows: dict[str, str]) -> str:

@@ -46,8 +46,10 @@ def reference_key(weights: str, data_digest: str, config: DPOConfig, kernel: str
 
 def reference_pass(
     engine, data, needed: list[int], weights: str, config: DPOConfig, kernel: str, budget: int, ranks: Ranks
-) -> tuple[np.ndarray, str]:
-    """Log-probabilities of the `needed` pairs under the engine's present weights, and the folder that caches them.
+) -> tuple[np.ndarray, dict]:
+    """Log-probabilities of the `needed` pairs under the engine's present weights, and for the run's record the folder
+    that caches them and its parts that hold them: of other parts the last bits may be others, for pairs that were
+    computed in other micro-batches.
 
     float32 [len(data), 2] in host memory, summed over each completion's scored tokens, chosen first; other pairs are
     NaN. The engine must hold the weights that `weights` is the digest of. Collective.
@@ -55,8 +57,10 @@ def reference_pass(
     folder = Path(config.cache_dir) / "reference"
     folder /= reference_key(weights, data.digest, config, kernel, ranks.device.type)
     logps: np.ndarray = np.full((len(data), 2), np.nan, np.float32)
-    for pairs, values in ranks.once(lambda: _read_parts(folder, config.cache_dir)):
+    used = []
+    for name, pairs, values in ranks.once(lambda: _read_parts(folder, config.cache_dir)):
         logps[pairs] = values
+        used += [name] if np.isin(pairs, needed).any() else []
     missing = sorted(i for i in set(needed) if np.isnan(logps[i]).any())
     num_cached = len(needed) - len(missing)
     ranks.say(f"reference log-probabilities: {num_cached:,} of {len(needed):,} pairs cached in {folder}")
@@ -65,12 +69,12 @@ def reference_pass(
             pairs, started = missing[start : start + PAIRS_PER_PART], time.perf_counter()
             logps[pairs] = compute_logps(engine, data, pairs, config, kernel, budget, ranks, "the reference pass")
             seconds = time.perf_counter() - started
-            ranks.once(lambda: _write_part(folder, np.array(pairs), logps[pairs]))
+            used.append(ranks.once(lambda: _write_part(folder, np.array(pairs), logps[pairs])))
             advance(len(pairs))
     if missing:  # the first part also compiles, so the last one's speed is told
         speed = pair_lengths(data.pair_lengths[pairs], config.share_prompt).sum() / seconds / ranks.world_size
         ranks.say(f"reference pass: {speed:,.0f} tokens/s a device (last {len(pairs)} pairs)")
-    return logps, str(folder)
+    return logps, {"reference_cache": str(folder), "reference_parts": used}
 
 
 def compute_logps(
@@ -105,8 +109,8 @@ def compute_logps(
     return result.cpu().numpy()
 
 
-def _read_parts(folder: Path, cache_dir: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(pairs, logps) of every part whose contents are as written; the others are deleted. Raises UserError."""
+def _read_parts(folder: Path, cache_dir: str) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """(name, pairs, logps) of every part whose contents are as written; the others are deleted. Raises UserError."""
     parts = []
     with as_user_error(f"--cache_dir {cache_dir} cannot be used", OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,8 +120,8 @@ def _read_parts(folder: Path, cache_dir: str) -> list[tuple[np.ndarray, np.ndarr
         for path in sorted(folder.glob("part_*.safetensors")):
             try:
                 with safe_open(path, framework="np") as file:
-                    part = file.get_tensor("pairs"), file.get_tensor("logps")
-                    is_whole = file.metadata()["digest"] == digest(part[0].tobytes() + part[1].tobytes())
+                    part = path.name, file.get_tensor("pairs"), file.get_tensor("logps")
+                    is_whole = file.metadata()["digest"] == digest(part[1].tobytes() + part[2].tobytes())
             except (FileNotFoundError, SafetensorError):
                 is_whole = False
             if is_whole:
@@ -127,7 +131,9 @@ def _read_parts(folder: Path, cache_dir: str) -> list[tuple[np.ndarray, np.ndarr
     return parts
 
 
-def _write_part(folder: Path, pairs: np.ndarray, values: np.ndarray) -> None:
+def _write_part(folder: Path, pairs: np.ndarray, values: np.ndarray) -> str:
+    """Its name."""
     contents = digest(pairs.tobytes() + values.tobytes())
     data = safetensors.numpy.save({"pairs": pairs, "logps": values}, {"digest": contents})
-    replace_file(folder / f"part_{contents[:16]}.safetensors", data)
+    replace_file(folder / (name := f"part_{contents[:16]}.safetensors"), data)
+    return name

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from common.config import DPOConfig, SFTConfig, parse_config
 from common.failures import print_line
-from common.verbs.launch import exit_with, on_request_to_stop, split_number, start_run, visible_gpus
+from common.verbs.launch import on_request_to_stop, split_number, start_run, visible_gpus
 from common.verbs.words import parsed
 
 SIZES = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
@@ -38,6 +39,7 @@ NUM_WORDS = 1000
 WARMUP_STEPS = 4
 CPU_SCALE = 8  # a CPU gets lengths divided by this
 SAMPLES_PER_RANK = {"tulu": (64, 16), "full": (10, 3)}  # of a step, on a GPU (about 42,000 tokens) and on a CPU
+__doc__ += f"\nShapes: {', '.join(SHAPES)}. Lengths: {', '.join(SAMPLES_PER_RANK)}."
 
 
 def write_model(shape: str, folder: Path, device: str = "cpu") -> None:
@@ -139,6 +141,7 @@ def main(*argv: str) -> int:
     own |= {"steps": {"type": int, "default": 10}, "lengths": {"choices": SAMPLES_PER_RANK, "default": "tulu"}}
     method, options, words = parsed("bench", argv, **own)
     num_ranks, passed = split_number(words)
+    parse_config(SFTConfig if method == "sft" else DPOConfig, passed)  # before anything is written
     steps, folder = max(1, options.steps) + WARMUP_STEPS, Path("output/bench")
     model, data, out = folder / options.shape, folder / f"{method}-{options.lengths}.jsonl", folder / f"run-{method}"
     samples = SAMPLES_PER_RANK[options.lengths][not on_gpu] * num_ranks
@@ -160,7 +163,3 @@ def main(*argv: str) -> int:
     for name, value in result.items():
         print_line(f"{name:40} {value:,.4g}" if isinstance(value, float) else f"{name:40} {value}")
     return int(result["recompiles"] > 0)
-
-
-if __name__ == "__main__":
-    exit_with(main, f"{__doc__}\nShapes: {', '.join(SHAPES)}. Lengths: {', '.join(SAMPLES_PER_RANK)}.")

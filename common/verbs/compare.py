@@ -5,14 +5,13 @@
 OUT1, OUT2 ...: their output_dirs. A value that all runs share is left out. Nothing is written but the picture.
 """
 
-import argparse
 import json
 from pathlib import Path
 from statistics import mean, median
 
 from common.failures import UserError, as_user_error, print_line, shown
 from common.run.curves import draw, read_metrics
-from common.verbs.launch import exit_with
+from common.verbs.words import options
 
 USAGE = "write: bash run.sh compare OUT1 [OUT2 ...] [--picture FILE]"
 WINDOW = 10  # logged steps that a last value is the mean of
@@ -23,14 +22,10 @@ PLACES = ("output_dir", "cache_dir", "resume")  # flags that differ and tell not
 
 def main(*argv: str) -> int:
     """Returns the exit code. Raises UserError for a folder in which no run has taken a step."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("folders", nargs="*")
-    parser.add_argument("--picture", default="compare.png")
-    with as_user_error(USAGE, argparse.ArgumentError):
-        given, others = parser.parse_known_args(argv)
-    if others or not given.folders:
+    given, folders = options(USAGE, argv, picture={"default": "compare.png"})
+    if not folders or any(word.startswith("-") for word in folders):
         raise UserError(USAGE)
-    labels = labels_of(given.folders)
+    labels = labels_of(folders)
     configs, histories = {}, {}
     for label, folder in labels.items():
         with as_user_error(f"{folder}: is no output_dir of a run", OSError, ValueError):
@@ -72,7 +67,7 @@ def results_of(history: list[dict], run_config: dict) -> dict[str, str]:
     results["tokens"] = f"{history[-1]['total_tokens']:,}"
     for name in ("train_loss", "rewards/margin", "rewards/accuracy", "grad_norm"):
         if values := [row[name] for row in last if name in row]:
-            results[f"{name}, last {len(values)}"] = f"{mean(values):.4f}"
+            results[f"{name}, last {WINDOW}"] = f"{mean(values):.4f}"
     if evaluated := [row for row in history if "eval/loss" in row]:
         results["eval/loss, lowest"] = f"{min(row['eval/loss'] for row in evaluated):.4f}"
         results |= {name: f"{value:.4f}" for name, value in evaluated[-1].items() if name.startswith("eval/")}
@@ -90,7 +85,3 @@ def table(title: str, columns: dict[str, dict[str, str]], only_differing: bool) 
     rows = [[title, *columns], *rows] if rows else [[title, *columns], ["nothing"]]
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(columns) + 1)]
     return "\n".join("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=False)).rstrip() for row in rows)
-
-
-if __name__ == "__main__":
-    exit_with(main, __doc__)

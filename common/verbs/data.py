@@ -8,20 +8,13 @@ not trained, why. Exits with 2 where a run would for its data.
 """
 
 import dataclasses
-import os
 from pathlib import Path
 
 import numpy as np
 
 from common.config import DPOConfig, SFTConfig, TrainConfig, parse_config
-from common.data.cache import block_tokenizer, prepare_tokens, too_much_dropped
-from common.data.chat_template import ChatTemplate, resolve_template
-from common.data.dataset import TokenDataset
-from common.data.report import data_table, preview, quality_report
-from common.data.sources import load_source, parse_source
 from common.failures import UserError, one_line, print_line
-from common.verbs.launch import exit_with
-from common.verbs.words import parsed
+from common.verbs.words import before_imports, parsed
 
 
 def main(*argv: str) -> int:
@@ -29,7 +22,11 @@ def main(*argv: str) -> int:
     own: dict = {"show": {"type": int, "default": 5}, "row": {"nargs": "+", "default": []}}
     method, given, flags = parsed("data", argv, **own)
     config = parse_config(SFTConfig if method == "sft" else DPOConfig, flags)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # common.model imports DeepSpeed, which looks for a GPU
+    before_imports()
+    from common.data.cache import prepare_tokens, too_much_dropped
+    from common.data.chat_template import resolve_template
+    from common.data.dataset import TokenDataset
+    from common.data.report import data_table, preview, quality_report
     from common.model import load
 
     folder = load.find_model(config.model_name_or_path, config.model_revision, load.TOKENIZER_FILES)
@@ -51,8 +48,12 @@ def main(*argv: str) -> int:
     return 0
 
 
-def _row(place: str, ds: TokenDataset, config: TrainConfig, template: ChatTemplate) -> str:
-    """What became of the row `file:row`. Raises UserError if there is none."""
+def _row(place: str, ds, config: TrainConfig, template) -> str:
+    """What became of the row `file:row` of a TokenDataset. Raises UserError if there is none."""
+    from common.data.cache import block_tokenizer
+    from common.data.report import preview
+    from common.data.sources import load_source, parse_source
+
     name, _, number = place.rpartition(":")
     if number.isdecimal():
         if samples := ds.samples_of(place):
@@ -66,7 +67,3 @@ def _row(place: str, ds: TokenDataset, config: TrainConfig, template: ChatTempla
                 reasons = [f"not one of the {len(rows.indices):,} rows taken"] if kept else tokenize.counts["dropped"]
                 return f"{one_line(place)}: not trained: {', '.join(reasons)}"
     raise UserError(f"--row {place}: no such row; write FILE:ROW, as the samples' titles do")
-
-
-if __name__ == "__main__":
-    exit_with(main, __doc__)

@@ -3,24 +3,19 @@
 CHECKPOINT is a folder like output/sft/checkpoints/step_00000500.
 """
 
-import os
 from pathlib import Path
 
 from common.failures import UserError, print_line
-from common.verbs.launch import exit_with
+from common.verbs.words import before_imports
 
 
 def main(*argv: str) -> int:
     """Raises UserError."""
     if len(argv) != 2:
-        raise UserError("it is export CHECKPOINT OUT_DIR")
-    os.environ["DS_ACCELERATOR"] = "cpu"
+        raise UserError("write: bash run.sh export CHECKPOINT OUT_DIR")
+    before_imports()
     from common.zero import checkpoint
 
-    checkpoint.export(Path(argv[0]), Path(argv[1]))
+    checkpoint.export_shown(Path(argv[0]), Path(argv[1]))
     print_line(f"{argv[1]} holds the model of {argv[0]}")
     return 0
-
-
-if __name__ == "__main__":
-    exit_with(main, __doc__)

@@ -124,7 +124,7 @@ def _dpo_checks(history: list[dict], run_config: dict) -> list[Check]:
             passed = False
         checks.append(Check("DPO starts at ln 2", "0.6931 at step 1, but for rounding", seen, passed))
     if loss.needs_reference:
-        path = str(run_config["reference_cache"])
+        path = str(run_config.get("reference_cache"))
         checks.append(Check("reference cached", "reference log-probabilities on disk", path, Path(path).exists()))
     accuracy, margin = (mean(row[f"rewards/{name}"] for row in history[-WINDOW:]) for name in ("accuracy", "margin"))
     return [

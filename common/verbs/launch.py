@@ -15,9 +15,11 @@ from collections.abc import Callable
 from importlib.metadata import version
 from itertools import takewhile
 from pathlib import Path
+from types import ModuleType
 
 from common.config import DPOConfig, SFTConfig, TrainConfig, parse_config
 from common.failures import UserError, as_user_error, explained, print_line, shown
+from common.run import disk
 
 REPO = Path(__file__).resolve().parents[2]
 GRACE = 30.0  # seconds that the other ranks have to end by themselves once one has failed
@@ -57,7 +59,7 @@ def start(command: list[str], **options) -> subprocess.Popen:
 def start_run(words: list[str]) -> subprocess.Popen:
     """Starts `bash run.sh WORDS`, with WORDS = sft|dpo [N] [flags]; stdout gives the text of stdout and stderr."""
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
-    return start([sys.executable, "-P", "-m", "common.verbs.launch", *words], **pipe)
+    return start([sys.executable, "-P", "-m", "common.verbs", "launch", *words], **pipe)
 
 
 def on_request_to_stop(answer: Callable[[int], object]) -> None:
@@ -115,11 +117,13 @@ def say(text: str) -> None:
 
 
 def require_folders(config: TrainConfig) -> None:
-    """Raises UserError for a checkpoint that is not there and a folder that cannot be made, before torch's import."""
+    """Raises UserError for a checkpoint that is not there, a folder that cannot be made and a disk that is too small
+    whatever the data, before torch's import."""
     if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
         raise UserError(f"--resume {config.resume}: neither auto, never nor a folder")
     with as_user_error(f"--output_dir {config.output_dir}: cannot be made", OSError):
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        disk.require_least(config)
 
 
 def main(method: str, *words: str) -> int:
@@ -137,24 +141,17 @@ def main(method: str, *words: str) -> int:
     return launch([sys.executable, "-u", str(REPO / f"train_{method}.py"), *flags], environment, num_ranks)
 
 
-def exit_with(main: Callable[..., int], doc: str | None = None) -> None:
-    """Ends a verb with main's exit code; a mistake, or a full disk, becomes one line. doc: what --help prints in place
-    of that; None: main answers it."""
-    if doc and {"-h", "--help"} & {*sys.argv[1:]}:
-        return print_line(doc)
+def exit_with(verb: ModuleType) -> None:
+    """Ends a verb with its main's exit code; a mistake, or a full disk, becomes one line. --help prints what the verb's
+    module says of itself, but for this one, whose main answers it."""
+    if verb.__name__ != __name__ and {"-h", "--help"} & {*sys.argv[1:]}:
+        return print_line(str(verb.__doc__))
     try:
-        code = main(*sys.argv[1:])
+        code = verb.main(*sys.argv[1:])
         print_line("", end="")
         os._exit(code)  # taking torch down, where a verb has imported it, takes seconds
-    except KeyboardInterrupt:
-        print_line("stopped: the same command begins again", sys.stderr)
-        sys.exit(130)
     except Exception as e:
         if (known := explained(e)) is None:
             raise
         print_line(f"error: {shown(str(known))}", sys.stderr)
         sys.exit(known.EXIT_CODE)
-
-
-if __name__ == "__main__":
-    exit_with(main)

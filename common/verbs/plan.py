@@ -8,13 +8,12 @@ host. --mfu: in place of the one predicted. Of a model only config.json and the 
 holds yet is tokenized, or, of more than 2,000 rows, a draw of so many. Exits with 2 where the run would.
 """
 
-import os
 import textwrap
 
 from common.config import DPOConfig, SFTConfig, parse_config
 from common.failures import UserError, print_line
-from common.verbs.launch import exit_with, visible_gpus
-from common.verbs.words import parsed
+from common.verbs.launch import visible_gpus
+from common.verbs.words import before_imports, parsed
 
 GPUS = ("a100-80gb", "h100", "h200", "b200")
 
@@ -26,11 +25,10 @@ def main(*argv: str) -> int:
     flags_of_plan |= {name: {"type": float} for name in ("host_memory_gb", "mfu")}
     method, own, flags = parsed("plan", argv, **flags_of_plan)
     num_gpus = int(flags.pop(0)) if flags and flags[0].isdecimal() else num_here or 8
-    if num_gpus < 1 or (own.mfu is not None and not 0 < own.mfu <= 1):
-        raise UserError("N is 1 or more, and --mfu is above 0 and at most 1")
+    if num_gpus < 1 or not 0 < (1 if own.mfu is None else own.mfu) <= 1 or (own.host_memory_gb or 0) < 0:
+        raise UserError("N is 1 or more, --mfu is above 0 and at most 1, --host_memory_gb is 0 or more")
     config = parse_config(SFTConfig if method == "sft" else DPOConfig, flags)
-    print_line("importing torch, transformers and DeepSpeed")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for a GPU when it is imported
+    before_imports()
     from common.run.plan_table import WIDTH, Machine, as_text, plan_table
 
     machine = Machine(num_gpus, own.gpu, own.host_memory_gb)
@@ -40,7 +38,3 @@ def main(*argv: str) -> int:
         line = f"warning: {line.removeprefix('warning: ')}"
         print_line(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
     return 0
-
-
-if __name__ == "__main__":
-    exit_with(main, __doc__)

@@ -8,7 +8,6 @@ A flag that is not given is as in the run.
 from common.config import TrainConfig, as_words, parse_config
 from common.failures import UserError, print_line
 from common.run import hub
-from common.verbs.launch import exit_with
 
 
 def main(folder: str = "", *flags: str) -> int:
@@ -18,7 +17,3 @@ def main(folder: str = "", *flags: str) -> int:
     words = as_words({name: saved[name] for name in hub.FLAGS if name in saved})
     print_line(f"uploaded: {hub.upload(parse_config(TrainConfig, [*words, *flags, '--output_dir', folder]))}")
     return 0
-
-
-if __name__ == "__main__":
-    exit_with(main, __doc__)

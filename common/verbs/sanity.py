@@ -15,9 +15,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from common.config import DPOConfig, SFTConfig, parse_config
 from common.failures import UserError, one_line, print_line
 from common.verbs.judge import ADVICE, Check, format_table, judge_answers, judge_run
-from common.verbs.launch import exit_with, on_request_to_stop, split_number, start_run, visible_gpus
+from common.verbs.launch import on_request_to_stop, split_number, start_run, visible_gpus
 from common.verbs.sanity_data import Question, read_answer, read_held_out, write_data, write_model
 
 SEED = 42
@@ -79,6 +80,7 @@ def sanity_of_recipe(method: str, words: list[str]) -> int:
     """100 steps of the real recipe, the full run's schedule, a folder of its own; returns the exit code."""
     started = time.perf_counter()
     num_ranks, flags = split_number(words, default=1)
+    parse_config(SFTConfig if method == "sft" else DPOConfig, flags)  # before anything is wiped
     output_dir = Path(f"output/sanity-{method}")
     shutil.rmtree(output_dir, ignore_errors=True)
     output_dir.mkdir(parents=True)
@@ -164,7 +166,3 @@ def conclude(verdict: dict[str, list[Check]], path: Path, seconds: float, exit_c
     outcome = f"{num_failed} of {len(records)} checks FAILED" if num_failed else "every check passed"
     print_line(f"\n{outcome} in {seconds:.0f} s; see {path}")
     return exit_code if exit_code in (130, 143) else int(num_failed > 0)
-
-
-if __name__ == "__main__":
-    exit_with(main, __doc__)

@@ -5,7 +5,6 @@ Compares the digests of every checkpoint. With --step K also runs step K again, 
 bit. Relative paths of the run's flags start where you stand. Exits 0 if all is as it was, 1 if something is not.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -15,8 +14,10 @@ from common.config import as_words
 from common.failures import UserError, print_line, progress
 from common.files import held, remove_dead
 from common.run.curves import read_metrics
-from common.verbs.launch import exit_with, on_request_to_stop, start_run, visible_gpus
+from common.verbs.launch import on_request_to_stop, start_run, visible_gpus
+from common.verbs.words import IMPORTING, options
 
+USAGE = "write: bash run.sh verify OUTPUT_DIR [--step K]"
 # What may differ in another run of the same step.
 NOT_COMPARED = {"step_seconds", "tokens_per_second", "per_device_tps", "max_memory_gb", "mfu", "compiled_graphs"}
 # Of the run that is repeated; the rest of its flags stay. Names that are no flags are left out.
@@ -26,19 +27,22 @@ CHANGED |= {"push_to_hub": False, "report_to": "none", "keep_best": None, "expor
 
 def main(*argv: str) -> int:
     """Returns the exit code. Raises UserError."""
-    parser = argparse.ArgumentParser(usage="bash run.sh verify OUTPUT_DIR [--step K]")
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--step", type=int)
-    given = parser.parse_args(argv)
+    given, words = options(USAGE, argv, step={"type": int})
+    if len(words) != 1 or words[0].startswith("-"):
+        raise UserError(USAGE)
+    output_dir = Path(words[0])
+    print_line(IMPORTING)
     if not visible_gpus():
         os.environ["DS_ACCELERATOR"] = "cpu"
     from common.run.output_dir import read_run_config
     from common.zero import checkpoint
 
-    record = read_run_config(str(given.output_dir))
+    record = read_run_config(str(output_dir))
     if not record:
-        raise UserError(f"{given.output_dir}: there is no run_config.json, as a run writes it")
-    checkpoints, num_damaged = checkpoint.newest_first(str(given.output_dir)), 0
+        raise UserError(f"{output_dir}: there is no run_config.json, as a run writes it")
+    checkpoints, num_damaged = checkpoint.newest_first(str(output_dir)), 0
+    if not checkpoints:
+        print_line(f"{output_dir}: it holds no checkpoint")
     for path in checkpoints:
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         with progress(f"reading {path.name}", size // 10**6, "MB") as advance:
@@ -47,15 +51,20 @@ def main(*argv: str) -> int:
         num_damaged += found is not None
     if given.step is None or num_damaged:
         return int(num_damaged > 0)
-    logged = {entry["step"]: entry for entry in read_metrics(given.output_dir / "metrics.jsonl")}
+    logged = {entry["step"]: entry for entry in read_metrics(output_dir / "metrics.jsonl")}
     if given.step not in logged:
-        raise UserError(f"--step {given.step}: {given.output_dir}/metrics.jsonl has no record of that step")
+        raise UserError(f"--step {given.step}: {output_dir}/metrics.jsonl has no record of that step")
+    for cache in (record, (record.get("evaluation") or {}) if "eval/loss" in logged[given.step] else {}):
+        parts = [Path(cache["reference_cache"]) / name for name in cache.get("reference_parts", ())]
+        if gone := [part for part in parts if not part.is_file()]:
+            why = "computed again, in other micro-batches, they may differ in their last bits, and the step with them"
+            raise UserError(f"--step {given.step}: the run's reference log-probabilities are gone ({gone[0]}): {why}")
     before = next((path for path in checkpoints if checkpoint.step_of(path) < given.step), None)
     steps = range(checkpoint.step_of(before) + 1 if before else 1, given.step + 1)
     num_ranks = {round(logged[k]["tokens_per_second"] / logged[k]["per_device_tps"]) for k in steps if k in logged}
     if len(num_ranks) > 1:
         raise UserError(f"--step {given.step}: steps {steps[0]} to {steps[-1]} ran on {sorted(num_ranks)} ranks")
-    return repeat(given.output_dir, record, logged[given.step], before, *num_ranks)
+    return repeat(output_dir, record, logged[given.step], before, *num_ranks)
 
 
 def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None, num_ranks: int) -> int:
@@ -83,7 +92,3 @@ def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None, nu
     verdict = f"all {len(names)} values are the same, bit by bit: {', '.join(names)}"
     print_line(f"step {step}: {f'{len(different)} of {len(names)} values differ' if different else verdict}")
     return int(bool(different))
-
-
-if __name__ == "__main__":
-    exit_with(main, __doc__)

@@ -1,18 +1,34 @@
-"""The command line of a verb that also takes a script's flags: `VERB sft|dpo [N] [the verb's flags] [the script's]`."""
+"""What verbs share: the words of their command lines, and what they say before they import what takes seconds."""
 
 import argparse
+import os
 from collections.abc import Sequence
 
-from common.failures import UserError, as_user_error
+from common.failures import UserError, print_line
+
+IMPORTING = "importing torch, transformers and DeepSpeed"
+
+
+def options(usage: str, argv: Sequence[str], **own: dict) -> tuple[argparse.Namespace, list[str]]:
+    """(the verb's own flags; every other word). own: what argparse knows of each. Raises UserError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, nature in own.items():
+        parser.add_argument(f"--{name}", **nature)
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as e:
+        raise UserError(f"{usage}: {e}") from None
 
 
 def parsed(verb: str, argv: Sequence[str], **own: dict) -> tuple[str, argparse.Namespace, list[str]]:
-    """(sft or dpo; the verb's own flags; every other word). own: what argparse knows of each. Raises UserError."""
+    """As options, of a verb that also takes a script's flags: sft or dpo comes first."""
+    usage = f"write: bash run.sh {verb} sft|dpo [N] [flags]"
     if argv[:1] not in (("sft",), ("dpo",)):
-        raise UserError(f"write: bash run.sh {verb} sft|dpo [N] [flags]")
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name, options in own.items():
-        parser.add_argument(f"--{name}", **options)
-    with as_user_error(verb, argparse.ArgumentError):
-        given, others = parser.parse_known_args(argv[1:])
-    return argv[0], given, others
+        raise UserError(usage)
+    return argv[0], *options(usage, argv[1:], **own)
+
+
+def before_imports() -> None:
+    """Of a verb that needs no GPU, for which DeepSpeed would look when it is imported."""
+    print_line(IMPORTING)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")

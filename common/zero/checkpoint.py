@@ -81,18 +81,6 @@ class RunState:
 
 
 # ---------------------------------------------------------------------- writing
-def disk_space(numel: int, itemsize: int, output_dir: str, num_checkpoints: int, num_models: int) -> tuple[int, int]:
-    """(bytes needed, bytes free) where output_dir is, or will be, of a model of numel parameters of itemsize bytes.
-
-    What its checkpoints take already counts as free, for new ones replace them; what was set aside does not.
-    """
-    # 12 bytes: master weight and two moments in float32
-    needed = numel * (num_checkpoints * 12 + num_models * itemsize)
-    replaced = [file for folder in newest_first(output_dir) for file in folder.rglob("*") if file.is_file()]
-    there = next(folder for folder in (Path(output_dir), *Path(output_dir).absolute().parents) if folder.is_dir())
-    return needed, shutil.disk_usage(there).free + sum(file.stat().st_size for file in replaced)
-
-
 class Writer:
     """Writes a run's checkpoints beside its steps. Each rank has one; all but `vote` is collective.
 
@@ -430,8 +418,11 @@ def read_state(path: Path) -> RunState:
     return state
 
 
-def load(engine, parameters: Parameters, path: Path, state: RunState, resume: str, ranks: Ranks) -> None:
-    """Puts a checkpoint's master weights, moments and step into an engine of any world size. Collective.
+def load(
+    engine, parameters: Parameters, path: Path, state: RunState, resume: str, ranks: Ranks, what: str = "resuming"
+) -> None:
+    """Puts a checkpoint's master weights, moments and step into an engine of any world size. what: is said of it.
+    Collective.
 
     Verifying and loading are one pass. If a file turns out to be not as it was written, `--resume auto` passes this
     checkpoint over and sets everything again from the one before, whose counters `state` then gets.
@@ -451,7 +442,7 @@ def load(engine, parameters: Parameters, path: Path, state: RunState, resume: st
         path = _first_whole(output_dir, older, found, resume, ranks)
         _take_counters(state, path, first, ranks)
     residency.round_master_weights(engine)
-    ranks.say(f"resuming after step {state.step} from {path}")
+    ranks.say(f"{what} after step {state.step} from {path}")
 
 
 def _take_counters(state: RunState, path: Path, damaged: Path, ranks: Ranks) -> None:
@@ -535,13 +526,20 @@ def _put(block: np.ndarray, at: int, ours: int, theirs: int, count: int, shard: 
         shard.write(kind, ours + first - theirs, torch.from_numpy(block[first - at : last - at]))
 
 
-def export(path: Path, output_dir: Path) -> None:
+def export_shown(path: Path, output_dir: Path) -> None:
+    """As export, with its progress."""
+    size = sum(file.stat().st_size for file in path.glob("*.master_*"))  # read once for digests, once to be written
+    with progress(f"exporting {path.name}", 2 * size // 2**20, "MiB read") as advance:
+        export(path, output_dir, lambda read: advance(read // 2**20))
+
+
+def export(path: Path, output_dir: Path, advance: Callable[[int], None] = lambda size: None) -> None:
     """Writes the model of a checkpoint, the very files of export_model after its step: master weights, rounded.
 
-    No more than one of its shards is in memory. Raises UserError for a checkpoint that is not whole, or if output_dir
-    holds anything but the beginning of this.
+    No more than one of its shards is in memory. advance: called with the bytes of what was read, in two passes. Raises
+    UserError for a checkpoint that is not whole, or if output_dir holds anything but the beginning of this.
     """
-    if found := fault(path, r"state\.json|settings/|\.master_"):
+    if found := fault(path, r"state\.json|settings/|\.master_", advance):
         raise UserError(f"checkpoint {path} is not whole: {found}")
     manifest = json.loads((path / "manifest.json").read_text())
     shards: dict[str, list] = {}  # parameter -> [(file, first byte, elements)] by rank
@@ -556,6 +554,7 @@ def export(path: Path, output_dir: Path) -> None:
                 values = np.fromfile(file, np.float32, min(BLOCK_BYTES, count - first), offset=start + 4 * first)
                 out[: len(values)].copy_(torch.from_numpy(values))
                 out = out[len(values) :]
+                advance(values.nbytes)
 
     export_parameters(path / "settings", output_dir, manifest["parameters"], fill)
 
@@ -566,6 +565,6 @@ def export_missing(output_dir: str) -> None:
         if not (path / "model" / "config.json").is_file() or (path / "model" / ".export").exists():
             print_line(f"writing {path}/model")
             try:
-                export(path, path / "model")
+                export_shown(path, path / "model")
             except UserError as e:  # it is damaged, and is none to continue from
                 print_line(f"warning: {e}")
