@@ -31,12 +31,9 @@ def plan_step(lengths: list[int], num_ranks: int, budget: int) -> list[list[list
     budget = max(budget, *lengths)
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     num_micro_batches = -(-sum(lengths) // (num_ranks * budget))
-    while True:
-        bins = _longest_first(order, lengths, num_ranks * num_micro_batches)
-        if bins[0][0] <= budget:
-            break
+    while (bins := _longest_first(order, lengths, num_ranks * num_micro_batches))[0][0] > budget:
         num_micro_batches += 1
-    return [[bins[m * num_ranks + rank][1] for m in range(num_micro_batches)] for rank in range(num_ranks)]
+    return [[members for _, members in bins[rank::num_ranks]] for rank in range(num_ranks)]
 
 
 def one_ahead(prepared: Callable[[int], Any], steps: range) -> Iterator[tuple[int, Any]]:
