@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from common.data.tokens import PreferencePair, SFTSample
-from common.model.attention import registered_name
+from common.model.attention import attention_kwargs, registered_name
 from common.model.logprobs import sequence_logps
 from common.model.packed import PackedModel, model_inputs
 from common.step.packing import one_ahead, pack, pair_documents, pair_lengths, plan_step, sft_documents
@@ -65,6 +65,9 @@ def test_an_empty_micro_batch_has_no_target_and_gradients_of_zero():
     row = pack([])
     assert (len(row.input_ids), len(row.target_rows), row.sequence_targets) == (2, 0, [])
     assert (row.num_tokens, row.sum_squared_lengths) == (0, 0)
+    for share in (False, True):  # as the rank's other rows, so that it is compiled as they are
+        keys = attention_kwargs(pack([], share), "varlen", CPU)["packed_key_index"]
+        assert (keys is not None) == share
     sizes = {"vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "head_dim": 8}
     config = models.make_config("gemma3n_text", **models.WINDOWS, **sizes, num_kv_shared_layers=0)
     lm = models.drawn(AutoModelForCausalLM.from_config(config, attn_implementation=registered_name("sdpa")))

@@ -144,6 +144,15 @@ def test_what_a_template_prints_is_all_the_special_tokens_there_are():
     assert sample.input_ids.tolist().count(bos) == 1 and sample.input_ids[0] == bos
 
 
+def test_a_tokenizer_that_pads_and_truncates_by_itself_is_asked_to_do_neither():
+    tokenizer = tiny_tokenizer.tiny_tokenizer()
+    tokenizer.backend_tokenizer.enable_padding()
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    encodings = encoded(Encoder(tokenizer, 100), ["why", "It is so."])
+    assert [encoding.ids for encoding in encodings] == [ids_of("why"), ids_of("It is so.")]
+    assert tokenizer.backend_tokenizer.padding and tokenizer.backend_tokenizer.truncation["max_length"] == 2
+
+
 def test_offsets_are_those_of_the_bare_tokenizer():
     """A post-processor that trims white space off them would hide that a token begins in the header."""
     spaced = (
