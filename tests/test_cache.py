@@ -301,13 +301,13 @@ def test_tokens_are_trained_where_their_labels_say_so(tmp_path_factory, ids, tra
     pad = {"input_ids": [0], "attention_mask": [0], "labels": [-100]}
     row = {name: pad[name] * before + column + pad[name] * after for name, column in columns.items()}
     folder = tmp_path_factory.mktemp("ids")
-    ds = TokenDataset(prepare(write(folder / "x.jsonl", [{"text": "so."}, row]), folder))
-    targets = {i for i in range(1, min(64, len(ids))) if not trained or trained[i]}
+    ds = TokenDataset(prepare(write(folder / "x.jsonl", [{"text": "so."}, row]), folder, max_seq_length=9))
+    targets = {i for i in range(1, min(9, len(ids))) if not trained or trained[i]}
     assert len(ds) == 1 + bool(targets)
     if targets:
-        assert ds[1].input_ids.tolist() == ids[:64]
+        assert ds[1].input_ids.tolist() == ids[:9]
         assert {i for start, end in ds[1].trained_spans for i in range(start, end)} == targets
-        assert ds.stats["largest_token_id"] == max(*ds[0].input_ids, *ids[:64])
+        assert ds.stats["largest_token_id"] == max(*ds[0].input_ids, *ids[:9])
 
 
 @pytest.mark.parametrize(
