@@ -267,9 +267,8 @@ def test_json_lines_in_a_json_file_and_blank_lines_keep_their_line_numbers(tmp_p
         ("few.jsonl", b"{}\n" * 50, "=1%", "none"),
         ("few.jsonl", b"{}\n", "=0", "none"),
         ("few.jsonl", b"{}\n", "=2", "more"),
-        ("wide.jsonl", "{}\n{}".encode("utf-16"), "", "UTF-16"),
-        ("wide.json", "[{}]".encode("utf-16-le"), "", "UTF-16"),
-        ("wide.csv", "text\na".encode("utf-32"), "", "UTF-16"),
+        ("wide.json", "{}\n{}".encode("utf-16"), "", "JSON"),
+        ("wide.csv", "text\na".encode("utf-16"), "", "utf-8"),
         ("one.json", b'{"data": [{"messages": []}]}', "", "array of rows"),
         ("one.json", b'{\n"messages": []\n}', "", "array of rows"),
         ("cut.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-3], "", "Truncated"),
@@ -300,7 +299,10 @@ def test_a_file_that_never_ends_is_refused_by_name(endless_file):
         load_source(parse_source(endless_file))
 
 
-@pytest.mark.parametrize("raw", [b'{"messages": [', b"[1, 2]", b"\xff\xfe{}", b"null", b"[" * 100_000, ["x"]])
+UTF_16 = b"\0" + "{}\n".encode("utf-16-le")  # any line but a file's first
+
+
+@pytest.mark.parametrize("raw", [UTF_16, b'{"messages": [', b"[1, 2]", b"\xff\xfe{}", b"null", b"[" * 100_000, ["x"]])
 def test_a_row_that_is_not_an_object_is_refused(raw):
     with pytest.raises(UserError, match="JSON"):
         decode_row(raw)
