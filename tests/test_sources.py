@@ -84,6 +84,7 @@ def test_subset_is_the_reference_runs():
 
 @given(st.integers(1, 10**6), st.integers(1, 10_000))
 @example(100, 2900)  # 100 * 0.29 is 28.999999999999996
+@example(3000, 230)  # 3000 * 2.3 / 100 is 68.99999999999999
 def test_subset_size_is_exact_and_rows_are_distinct(num_rows, hundredths):
     amount = f"{hundredths / 100:g}%"
     size = num_rows * Fraction(amount[:-1]) / 100
@@ -250,6 +251,15 @@ def test_a_null_that_json_itself_holds_is_kept(tmp_path_factory, values):
     assert decoded(load_source(parse_source(str(write(folder, "jsonl", rows))))) == rows
     Dataset.from_list(rows, features=Features({"messages": List(Json())})).to_parquet(folder / "rows.parquet")
     assert decoded(load_source(parse_source(f"{folder}/rows.parquet"))) == rows
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"), [("csv", "text\nso.\n"), ("json", '{"text": "so."}\n'), ("jsonl", '{"text": "so."}')]
+)
+def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path, suffix, text):
+    """As Excel writes it: the first column would be of another name."""
+    (tmp_path / f"rows.{suffix}").write_text(text, encoding="utf-8-sig")
+    assert decoded(load_source(parse_source(f"{tmp_path}/rows.{suffix}"))) == [{"text": "so."}]
 
 
 def test_json_lines_in_a_json_file_and_blank_lines_keep_their_line_numbers(tmp_path):
