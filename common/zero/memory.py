@@ -126,11 +126,8 @@ def _does_not_fit(plan: Plan, planned: Callable, config: TrainConfig, workload: 
     parts = plan.parts(max(plan.budget, workload.longest))
     changes = []
     for num_ranks in range(ranks.world_size + 1, 65):
-        share = ranks.world_size / num_ranks
-        steps = tuple((tokens * share, longest) for tokens, longest in workload.steps)
-        fewer = workload._replace(tokens_per_rank=workload.tokens_per_rank * share, steps=steps)
         on_host = card._replace(host_free=card.host_free * per_host / min(num_ranks, max(8, per_host)))
-        if planned(on_host, fewer, num_ranks).cost < np.inf:
+        if planned(on_host, num_ranks=num_ranks).cost < np.inf:
             changes.append(f"{num_ranks} GPUs")
             break
     with_host = planned(card._replace(host_free=np.inf))
