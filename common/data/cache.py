@@ -257,9 +257,11 @@ class BlockTokenizer:
         for index, texts, sample_of in rendered:
             encoded = [next(encodings) for _ in texts]
             with self._in_row(rows.place(index)):
-                for unusable in (encoding for encoding in encoded if isinstance(encoding, Dropped)):
-                    raise unusable
-                is_truncated = any(encoding.overflowing for encoding in encoded)
+                is_truncated = False
+                for encoding in encoded:
+                    if isinstance(encoding, Dropped):
+                        raise encoding
+                    is_truncated |= bool(encoding.overflowing)
                 ids, marks, num_targets = flattened(sample_of(*encoded))
                 position = first_file + int(rows.file[index]), int(rows.numbers[index])
                 yield ids, marks, (len(ids), len(marks), num_targets, is_truncated, *position)
