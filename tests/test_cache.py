@@ -14,12 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import jinja2
 import launch
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import tiny_tokenizer
+import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import write_jsonl as write
@@ -27,6 +30,7 @@ from tokenizers import processors
 
 from common.config import SFTConfig
 from common.data import cache as token_cache
+from common.data import chat_template, conversations, dataset, sources
 from common.data import tokens as tokenization
 from common.data.cache import BlockTokenizer, TokenDataset, cache_key, prepare_tokens
 from common.data.chat_template import TULU, ChatTemplate, resolve_template
@@ -138,6 +142,19 @@ def test_a_dpo_cache_holds_every_kept_pair_in_order(tmp_path, monkeypatch):
         assert ds.num_targets[i] == lengths[1] - pair.chosen_start + lengths[2] - pair.rejected_start
 
 
+def test_a_pair_of_which_either_side_is_cut_is_truncated(tmp_path):
+    sides = [[message("user", "why?"), message("assistant", answer)] for answer in ("so.", "so." * 99, "no.")]
+    pairs = [{"chosen": sides[a], "rejected": sides[b]} for a, b in ((0, 1), (1, 0), (0, 2))]
+    ds = TokenDataset(prepare(write(tmp_path / "x.jsonl", pairs), tmp_path, kind="dpo"))
+    assert ds.is_truncated.tolist() == [True, True, False] and ds.stats["truncated"] == 2
+
+
+def test_a_sample_knows_its_file_where_a_source_is_of_several(tmp_path):
+    files = [write(tmp_path / f"{name}.jsonl", ROWS[:1]) for name in ("a0", "a1", "b")]
+    ds = TokenDataset(prepare([f"{tmp_path}/a*.jsonl", str(files[2])], tmp_path))
+    assert [ds.source_of(i) for i in range(3)] == [f"{file}:1" for file in files] and ds.source.tolist() == [0, 0, 1]
+
+
 def test_samples_are_read_only_views_of_the_file(tmp_path):
     ds = TokenDataset(prepare(write(tmp_path / "x.jsonl", ROWS), tmp_path))
     array = ds[3].input_ids
@@ -245,14 +262,19 @@ def test_a_source_that_loses_more_than_a_tenth_of_its_rows_stops_a_run(tmp_path,
     assert [source["rows_dropped"] for source in ds.stats["sources"]] == [1, num_odd] and len(ds) == 440 - num_odd
 
 
+def with_bos(tokenizer):
+    """One that begins a text with its BOS."""
+    bos = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = bos
+    return tokenizer
+
+
 @settings(deadline=None, max_examples=60)
 @given(text=st.text(st.sampled_from("ab c\n"), min_size=1, max_size=90), has_eos=st.booleans(), adds_bos=st.booleans())
 def test_a_text_is_trained_whole_up_to_an_eos(tmp_path_factory, text, has_eos, adds_bos):
     """Begun as the tokenizer begins a text."""
     tokenizer = tiny_tokenizer.tiny_tokenizer()
-    if adds_bos:
-        bos = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
-        tokenizer.backend_tokenizer.post_processor = bos
+    tokenizer = with_bos(tokenizer) if adds_bos else tokenizer
     folder = tmp_path_factory.mktemp("text")
     data = write(folder / "x.jsonl", [{"text": text + "<eos>" * has_eos}, {"text": "so."}])
     ds = TokenDataset(prepare(data, folder, template=resolve_template("tulu", tokenizer)))
@@ -279,19 +301,19 @@ def test_tokens_are_trained_where_their_labels_say_so(tmp_path_factory, ids, tra
     pad = {"input_ids": [0], "attention_mask": [0], "labels": [-100]}
     row = {name: pad[name] * before + column + pad[name] * after for name, column in columns.items()}
     folder = tmp_path_factory.mktemp("ids")
-    ds = TokenDataset(prepare(write(folder / "x.jsonl", [{"text": "so."}, row]), folder))
-    targets = {i for i in range(1, min(64, len(ids))) if not trained or trained[i]}
+    ds = TokenDataset(prepare(write(folder / "x.jsonl", [{"text": "so."}, row]), folder, max_seq_length=9))
+    targets = {i for i in range(1, min(9, len(ids))) if not trained or trained[i]}
     assert len(ds) == 1 + bool(targets)
     if targets:
-        assert ds[1].input_ids.tolist() == ids[:64]
+        assert ds[1].input_ids.tolist() == ids[:9]
         assert {i for start, end in ds[1].trained_spans for i in range(start, end)} == targets
-        assert ds.stats["largest_token_id"] == max(*ds[0].input_ids, *ids[:64])
+        assert ds.stats["largest_token_id"] == max(*ds[0].input_ids, *ids[:9])
 
 
 @pytest.mark.parametrize(
     "row",
     [
-        {"input_ids": [1, 2, 10**6]},
+        {"input_ids": [1, 2, len(TOKENIZER)]},
         {"input_ids": [1, -2, 3]},
         {"input_ids": [1, 2.5]},
         {"input_ids": [1, "2"]},
@@ -362,11 +384,18 @@ def test_all_that_tokens_depend_on_changes_the_key_and_using_the_tokenizer_does_
     keys.append(key_of(data, template=ChatTemplate("tulu", TULU + "{# #}", TOKENIZER)))
     TOKENIZER(["a", "b c d e f"], truncation=True, max_length=2)
     assert TOKENIZER.backend_tokenizer.truncation is not None and key_of(data) == keys[0]
-    edited = tmp_path / "tokens.py"
-    edited.write_bytes(Path(tokenization.__file__).read_bytes() + b"#")
-    monkeypatch.setattr(tokenization, "__file__", str(edited))
-    keys.append(key_of(data))
-    assert len(set(keys)) == len(keys)
+    keys.append(key_of(data, template=ChatTemplate("tulu", TULU, with_bos(tiny_tokenizer.tiny_tokenizer()))))
+    for module in (token_cache, sources, conversations, chat_template, tokenization, dataset):
+        edited = tmp_path / "edited.py"
+        edited.write_bytes(Path(module.__file__).read_bytes() + b"#")
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__file__", str(edited))
+            keys.append(key_of(data))
+    for library in (np, jinja2, tokenizers, transformers):
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "__version__", "0")
+            keys.append(key_of(data))
+    assert len(set(keys)) == len(keys) and key_of(data) == keys[0]
 
 
 def test_the_digest_is_of_what_is_trained_on_and_not_of_where_it_lies(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from test_metrics import history
 
 from common.failures import UserError
-from common.verbs.compare import labels_of, main
+from common.verbs.compare import labels_of, main, settings_of, table
 
 
 def run_folder(path, finished: bool = True, num_steps: int = 20, **config):
@@ -51,6 +51,15 @@ def test_what_is_no_run_is_refused_by_name(tmp_path, name):
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     folders = [tmp_path / "a" / "sft", tmp_path / "b" / "sft", tmp_path / "dpo"]
     assert [*labels_of([*map(str, folders), str(folders[0])])] == [str(folders[0]), str(folders[1]), "dpo"]
+
+
+def test_columns_stand_under_the_runs_names_and_a_flag_is_told_once():
+    lines = table("t", {"x": {"a": "1", "b": "2222"}, "yyyyy": {"a": "1", "c": "3"}}, True).splitlines()
+    assert [line.split() for line in lines] == [["t", "x", "yyyyy"], ["b", "2222", "-"], ["c", "-", "3"]]
+    assert [lines[0].index("yyyyy"), lines[0].index("x")] == [lines[1].index("-"), lines[2].index("-")]
+    record = {"config": {"seed": 1}, "device": {"name": "x"}, "identity": {"seed": 1, "template": "y"}}
+    assert {"seed": "1", "device.name": "x", "identity.template": "y"}.items() <= settings_of(record).items()
+    assert "identity.seed" not in settings_of(record)
 
 
 def test_it_answers_without_importing_torch(tmp_path):

@@ -108,6 +108,22 @@ def test_compiled_arithmetic_is_the_same_and_sees_a_chunk_at_a_time(monkeypatch,
     torch.testing.assert_close(results[0], results[1], rtol=2e-6, atol=2e-6)
 
 
+def test_gradients_of_a_bfloat16_projection_are_summed_over_chunks_in_float32(monkeypatch):
+    """400 chunks of a row, each of which adds some 1 to one row of each gradient: bfloat16 stays at 256."""
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", VOCAB)
+    linear, hidden, targets = projection(True, torch.bfloat16), torch.full((400, HIDDEN), 0.5), torch.zeros(400).long()
+    LogProbHead(linear)(hidden.bfloat16(), targets).sum().backward()
+    _, _, weight, bias = by_definition(linear, hidden, targets, torch.ones(400))
+    for seen, wanted in ((linear.weight.grad, weight), (linear.bias.grad, bias)):
+        assert (seen.double() - wanted).norm() <= 0.01 * wanted.norm()
+
+
+def test_a_compiled_chunk_of_bfloat16_is_indexed_with_32_bits():
+    head = LogProbHead(nn.Linear(1, 2**17, bias=False, dtype=torch.bfloat16, device="meta"))
+    head.compile_arithmetic()
+    assert 2**31 - 2**18 < head.chunk_rows * 2**17 < 2**31
+
+
 def test_kept_logits_are_used_once(monkeypatch):
     """The backward pass writes over them: a second one would be wrong without a word."""
     hidden = torch.randn(3, HIDDEN, requires_grad=True)
@@ -148,4 +164,5 @@ def test_head_without_targets_is_the_projection_and_keeps_its_names():
 def test_sequence_logps_sums_each_sequence():
     logps = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
     assert sequence_logps(logps, [2, 1, 2]).tolist() == [3.0, 4.0, 24.0]
-    assert sequence_logps(logps[:0], []).shape == (0,)
+    empty = sequence_logps(logps[:0].requires_grad_(), [])
+    assert empty.shape == (0,) and empty.requires_grad, "an empty micro-batch has a backward pass, too"

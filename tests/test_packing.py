@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from common.data.tokens import PreferencePair, SFTSample
-from common.model.attention import registered_name
+from common.model.attention import attention_kwargs, registered_name
 from common.model.logprobs import sequence_logps
 from common.model.packed import PackedModel, model_inputs
 from common.step.packing import one_ahead, pack, pair_documents, pair_lengths, plan_step, sft_documents
@@ -28,19 +28,22 @@ CPU = torch.device("cpu")
 @st.composite
 def steps(draw):
     lengths = draw(st.lists(st.integers(1, 300), min_size=1, max_size=60))
-    return lengths, draw(st.integers(1, 9)), max(lengths) + draw(st.integers(0, 400))
+    return lengths, draw(st.integers(1, 9)), max(1, max(lengths) + draw(st.integers(-100, 400)))
 
 
 @given(steps())
+@example(([2, 2, 1], 1, 4))  # one token more than the budget
 @settings(max_examples=300, deadline=None)
 def test_every_sample_has_one_place_within_the_budget_in_few_micro_batches_and_ranks_are_alike(step):
     lengths, num_ranks, budget = step
     plan = plan_step(lengths, num_ranks, budget)
+    budget = max(budget, *lengths)
     assert [len(rank) for rank in plan] == [len(plan[0])] * num_ranks, "an unequal number hangs the collectives"
-    micro_batches = [members for rank in plan for members in rank]
+    micro_batches = [members for m_th in zip(*plan, strict=True) for members in m_th]
     assert sorted(i for members in micro_batches for i in members) == list(range(len(lengths)))
     tokens = [sum(lengths[i] for i in members) for members in micro_batches]
     assert max(tokens) <= budget
+    assert tokens == sorted(tokens, reverse=True), "the fullest come first, and the ranks' m-th are alike"
     assert max(tokens) - min(tokens) <= max(lengths), "tokens are not spread evenly"
     enough = -(-sum(lengths) // (budget - max(lengths) + 1))  # any greedy filling closes a bin above budget - longest
     assert -(-sum(lengths) // (num_ranks * budget)) <= len(plan[0]) <= max(1, -(-enough // num_ranks))
@@ -62,6 +65,9 @@ def test_an_empty_micro_batch_has_no_target_and_gradients_of_zero():
     row = pack([])
     assert (len(row.input_ids), len(row.target_rows), row.sequence_targets) == (2, 0, [])
     assert (row.num_tokens, row.sum_squared_lengths) == (0, 0)
+    for share in (False, True):  # as the rank's other rows, so that it is compiled as they are
+        keys = attention_kwargs(pack([], share), "varlen", CPU)["packed_key_index"]
+        assert (keys is not None) == share
     sizes = {"vocab_size_per_layer_input": 320, "hidden_size_per_layer_input": 8, "laurel_rank": 4, "head_dim": 8}
     config = models.make_config("gemma3n_text", **models.WINDOWS, **sizes, num_kv_shared_layers=0)
     lm = models.drawn(AutoModelForCausalLM.from_config(config, attn_implementation=registered_name("sdpa")))
@@ -91,6 +97,9 @@ def test_targets_of_a_pair_are_the_scored_tokens_of_both_completions(share):
     row = pack([pair_documents(pair, share)])
     assert (row.target_ids.tolist(), row.sequence_targets) == ([4, 5, 7, 8], [2, 2])
     assert row.num_tokens == len(row.input_ids) == pair_lengths(np.array([[3, 2, 3]]), share)[0] == (8 if share else 11)
+    assert row.sum_squared_lengths == (8**2 - 2 * 2 * 3 if share else 5**2 + 6**2), (
+        "what a query does not see is no work"
+    )
     tokens = [1, 2, 3, 4, 5, 6, 7, 8] if share else [1, 2, 3, 4, 5, 1, 2, 3, 6, 7, 8]
     assert row.input_ids.tolist() == tokens
     assert row.position_ids.tolist() == ([0, 1, 2, 3, 4, 3, 4, 5] if share else [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5])

@@ -6,6 +6,7 @@ pytest tests/test_plan_verb.py
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import launch
 import models
@@ -22,7 +23,7 @@ from common.run.forecast import beside, tokens_of
 from common.run.plan_table import CARDS, WIDTH, Machine
 from common.step.schedule import Schedule
 from common.verbs.plan import main
-from common.zero.plan import estimated, shard_groups
+from common.zero.plan import Plan, estimated, shard_groups
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,16 @@ def test_what_is_wrong_is_warned_of(changes, named, no_weights, sft_data, tmp_pa
     _, text = table(capsys, "sft", 1, *launch.argv(flags | changes))
     warned = [line for line in re.sub(r"\n  ", " ", text).splitlines() if line.startswith("warning")]
     assert (named in " ".join(warned)) if named else warned == []
+
+
+@pytest.mark.parametrize(("free", "is_enough"), [(38, True), (37, False)])
+def test_a_disk_that_holds_all_exactly_is_enough(monkeypatch, free, is_enough):
+    """Three checkpoints of 12 bytes a parameter at once and a model of 2."""
+    shape = test_memory.SHAPE_8B._replace(sizes=[1])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    config = SFTConfig(max_train_steps=12, checkpointing_steps=3, keep_last_n_checkpoints=2)
+    plan = Plan(0.0, 0, 0, test_memory.ON_2, shape, test_memory.CARD)
+    assert plan_table.disk_of(config, plan, Schedule(config, 10))[1] == is_enough
 
 
 def test_more_than_eight_gpus_are_several_hosts():

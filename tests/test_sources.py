@@ -84,6 +84,7 @@ def test_subset_is_the_reference_runs():
 
 @given(st.integers(1, 10**6), st.integers(1, 10_000))
 @example(100, 2900)  # 100 * 0.29 is 28.999999999999996
+@example(3000, 230)  # 3000 * 2.3 / 100 is 68.99999999999999
 def test_subset_size_is_exact_and_rows_are_distinct(num_rows, hundredths):
     amount = f"{hundredths / 100:g}%"
     size = num_rows * Fraction(amount[:-1]) / 100
@@ -252,6 +253,15 @@ def test_a_null_that_json_itself_holds_is_kept(tmp_path_factory, values):
     assert decoded(load_source(parse_source(f"{folder}/rows.parquet"))) == rows
 
 
+@pytest.mark.parametrize(
+    ("suffix", "text"), [("csv", "text\nso.\n"), ("json", '{"text": "so."}\n'), ("jsonl", '{"text": "so."}')]
+)
+def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path, suffix, text):
+    """As Excel writes it: the first column would be of another name."""
+    (tmp_path / f"rows.{suffix}").write_text(text, encoding="utf-8-sig")
+    assert decoded(load_source(parse_source(f"{tmp_path}/rows.{suffix}"))) == [{"text": "so."}]
+
+
 def test_json_lines_in_a_json_file_and_blank_lines_keep_their_line_numbers(tmp_path):
     file = tmp_path / "rows.json"
     file.write_bytes(b'{"messages": 1}\n\n  \r\n{"messages": 2}\r\n{"messages": 3}')
@@ -267,9 +277,8 @@ def test_json_lines_in_a_json_file_and_blank_lines_keep_their_line_numbers(tmp_p
         ("few.jsonl", b"{}\n" * 50, "=1%", "none"),
         ("few.jsonl", b"{}\n", "=0", "none"),
         ("few.jsonl", b"{}\n", "=2", "more"),
-        ("wide.jsonl", "{}\n{}".encode("utf-16"), "", "UTF-16"),
-        ("wide.json", "[{}]".encode("utf-16-le"), "", "UTF-16"),
-        ("wide.csv", "text\na".encode("utf-32"), "", "UTF-16"),
+        ("wide.json", "{}\n{}".encode("utf-16"), "", "JSON"),
+        ("wide.csv", "text\na".encode("utf-16"), "", "utf-8"),
         ("one.json", b'{"data": [{"messages": []}]}', "", "array of rows"),
         ("one.json", b'{\n"messages": []\n}', "", "array of rows"),
         ("cut.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-3], "", "Truncated"),
@@ -300,7 +309,10 @@ def test_a_file_that_never_ends_is_refused_by_name(endless_file):
         load_source(parse_source(endless_file))
 
 
-@pytest.mark.parametrize("raw", [b'{"messages": [', b"[1, 2]", b"\xff\xfe{}", b"null", b"[" * 100_000, ["x"]])
+UTF_16 = b"\0" + "{}\n".encode("utf-16-le")  # any line but a file's first
+
+
+@pytest.mark.parametrize("raw", [UTF_16, b'{"messages": [', b"[1, 2]", b"\xff\xfe{}", b"null", b"[" * 100_000, ["x"]])
 def test_a_row_that_is_not_an_object_is_refused(raw):
     with pytest.raises(UserError, match="JSON"):
         decode_row(raw)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_tokenizer import ANSWER, OTHER, USER
 from tokenizers import processors
 
-from common.data.chat_template import resolve_template
+from common.data.chat_template import ChatTemplate, resolve_template
 from common.data.conversations import Dropped, preference_example, sft_example
 from common.data.tokens import Encoder, preference_pair, render_pair, sft_sample
 
@@ -144,6 +144,15 @@ def test_what_a_template_prints_is_all_the_special_tokens_there_are():
     assert sample.input_ids.tolist().count(bos) == 1 and sample.input_ids[0] == bos
 
 
+def test_a_tokenizer_that_pads_and_truncates_by_itself_is_asked_to_do_neither():
+    tokenizer = tiny_tokenizer.tiny_tokenizer()
+    tokenizer.backend_tokenizer.enable_padding()
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    encodings = encoded(Encoder(tokenizer, 100), ["why", "It is so."])
+    assert [encoding.ids for encoding in encodings] == [ids_of("why"), ids_of("It is so.")]
+    assert tokenizer.backend_tokenizer.padding and tokenizer.backend_tokenizer.truncation["max_length"] == 2
+
+
 def test_offsets_are_those_of_the_bare_tokenizer():
     """A post-processor that trims white space off them would hide that a token begins in the header."""
     spaced = (
@@ -222,6 +231,13 @@ def test_both_sides_of_a_pair_are_whole_and_scored_from_the_completion_on(turns,
         assert all(end <= header_end for _, end in offsets[: len(pair.prompt_ids)])
 
 
+def test_what_a_template_prints_after_a_completion_is_not_scored():
+    ended = "{% for m in messages %}{{ '<' + m.role + '>' + m.content + eos_token + '\n' }}{% endfor %}"
+    ended += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    pair = pair_of([USER, ANSWER], [USER, OTHER], ChatTemplate("ended", ended, TOKENIZER))
+    assert pair.chosen_ids[-1] == pair.rejected_ids[-1] == TOKENIZER.eos_token_id
+
+
 LONG, A_LOT = {**USER, "content": "why " * 50}, "so " * 50
 
 
@@ -233,6 +249,7 @@ LONG, A_LOT = {**USER, "content": "why " * 50}, "so " * 50
         ([USER], [USER], "does not end with the assistant"),
         ([], [], "does not end with the assistant"),
         ([LONG, ANSWER], [LONG, OTHER], "prompt fills"),
+        ([USER, ANSWER], [LONG, OTHER], "prompts of chosen and rejected differ"),
         ([USER, {**ANSWER, "content": A_LOT + "A"}], [USER, {**ANSWER, "content": A_LOT + "B"}], "equal within"),
         ([USER, {**ANSWER, "content": "\ud800"}], [USER, OTHER], "not valid Unicode"),
         ([], None, "no assistant message"),

@@ -25,7 +25,6 @@ FOR_EVERY_FORM = ("system", "tools", "chat_template_kwargs")
 WEIGHTS = ("weight", "train", "training")  # what a message says of whether it is trained
 NOT_TRAINED, EMPTY = "assistant turn not to be trained, or of a prompt", "empty assistant turn, not trained"
 OF_OTHERS = "a weight of a message that is not the assistant's, not trained"
-NO_CALLS: tuple = (None, [], {}, "")
 
 
 class Dropped(Exception):
@@ -177,7 +176,7 @@ def _conversation(messages: list[dict], row: dict, variables: dict) -> tuple[Con
             raise Dropped("a column `system` beside another system message")
         messages, trained = [{"role": "system", "content": system}, *messages], [False, *trained]
     tools = _parsed(row.get("tools") or None, "`tools`")
-    if tools not in NO_CALLS:
+    if tools:
         tools = [_parsed(tool, "`tools`") for tool in (tools if isinstance(tools, list) else [tools])]
         tools = [_checked(tool, dict, "each of `tools`") for tool in tools]
     if row.get("chat_template_kwargs"):
@@ -201,7 +200,7 @@ def _messages(row: dict, column: str, role: str | None = None) -> list[dict]:
         speaker = _checked(message.get("role"), str, f"the role of {place}")
         message["role"] = ROLES.get(speaker.strip().lower(), speaker)
         calls = _parsed(message.pop("tool_calls", None) or None, f"the tool_calls of {place}")
-        if calls not in NO_CALLS:
+        if calls:
             calls = _checked(calls, list, f"the tool_calls of {place}")
             message["tool_calls"] = [_checked(call, dict, f"each of the tool_calls of {place}") for call in calls]
         if speaker == "function_call":

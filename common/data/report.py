@@ -10,7 +10,6 @@ from common.failures import one_line, shown
 from common.files import digest
 
 MOST_CHARACTERS = 2000  # of a piece of a sample that is shown
-MOST_TURNS = 20  # of a sample
 BARS = 10
 
 
@@ -23,11 +22,10 @@ def preview(ds: TokenDataset, index: int, tokenizer) -> str:
 
     def marked(ids, spans) -> str:
         pieces, done = [], 0
-        for start, end in spans[:MOST_TURNS]:
+        for start, end in spans:
             pieces += [text(ids[done:start]), mark.format(text(ids[start:end]))]
             done = end
-        rest = f"\n[{len(spans) - MOST_TURNS:,} more turns]" if len(spans) > MOST_TURNS else text(ids[done:])
-        return "".join([*pieces, rest])
+        return "".join([*pieces, text(ids[done:])])
 
     sample, title = ds[index], f"sample {index} ({one_line(ds.source_of(index))})"
     if isinstance(sample, SFTSample):

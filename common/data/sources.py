@@ -29,7 +29,6 @@ LOCAL_FILE = re.compile(r"\.(?P<kind>jsonl|json|csv|parquet|arrow)(\.(?P<packed>
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*(/[\w.+-]+)?)?")
 TAIL = re.compile(r"(?:@(?P<revision>[^:=]+))?(?::(?P<split>[^=]+))?(?:=(?P<amount>.*))?")
 CODECS = {"gz": "gzip", "zst": "zstd"}  # as pyarrow calls them
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -209,8 +208,6 @@ def _open_file(name: str, content: bytes) -> tuple:
 
         packed = pyarrow.BufferReader(content)
         content = pyarrow.CompressedInputStream(packed, CODECS[kind["packed"]]).read()
-    if kind["kind"] in TEXTS and (content.startswith(UTF_16) or b"\0" in content[:4]):
-        raise ValueError("its text is UTF-16 or UTF-32; save it as UTF-8")
     return READERS[kind["kind"]](content)
 
 
@@ -269,8 +266,7 @@ def _open_arrow(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
     return _arrow_rows(Dataset(opened(pyarrow.BufferReader(content)).read_all()))
 
 
-TEXTS = {"jsonl": _open_lines, "json": _open_json, "csv": _open_csv}
-READERS = {**TEXTS, "parquet": _open_parquet, "arrow": _open_arrow}
+READERS = {"jsonl": _open_lines, "json": _open_json, "csv": _open_csv, "parquet": _open_parquet, "arrow": _open_arrow}
 
 
 # ------------------------------------------------------------- hub

@@ -76,9 +76,8 @@ class Encoder:
 def render_pair(chosen: Conversation, rejected: Conversation, template: ChatTemplate) -> tuple[str, str, str, list]:
     """-> (prompt, chosen's completion, rejected's, notes). Prompts that the template renders alike are the same. Raises
     Dropped."""
-    (prompt, completion, notes), (other_prompt, other, other_notes) = (
-        _render_side(conversation, template) for conversation in (chosen, rejected)
-    )
+    prompt, completion, notes = _render_side(chosen, template)
+    other_prompt, other, other_notes = _render_side(rejected, template)
     if prompt != other_prompt:
         raise Dropped("the prompts of chosen and rejected differ")
     if completion == other:
@@ -150,8 +149,7 @@ def _first_target(encoding: Encoding, char: int) -> int:
     """The first token from position 1 on that begins at this character or after it; len(encoding) or more if none."""
     if len(encoding) == 0 or char >= _chars(encoding, len(encoding) - 1)[1]:
         return max(1, len(encoding))
-    while (token := encoding.char_to_token(char)) is None:  # a character that the tokenizer leaves out
-        char += 1
+    token = encoding.char_to_token(char) or 0  # None of a character that the tokenizer leaves out
     while token < len(encoding) and _chars(encoding, token)[0] < char:
         token += 1
     return max(1, token)

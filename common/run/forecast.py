@@ -43,9 +43,7 @@ def forecast(
     if isinstance(config, DPOConfig) and preference_loss(config).needs_reference:
         num_pairs = min(schedule.num_samples, schedule.last_step * schedule.batch)
         planned["reference_hours"] = float(lengths.mean()) * num_pairs / tokens_per_hour / 3  # a forward pass alone
-    largest, keeping = max(plan.budget, workload.longest), plan.shape.layers - plan.recomputing
-    activations = plan.memory.activations(largest, keeping)
-    planned["memory_gb"] = (plan.memory.fixed + activations) / 1e9
+    planned["memory_gb"] = sum(plan.parts(max(plan.budget, workload.longest)).values()) / 1e9
     if config.gpu_hour_price is not None:
         hours = planned["hours"] + planned.get("reference_hours", 0.0)
         planned["cost"] = hours * ranks.world_size * config.gpu_hour_price

@@ -141,8 +141,7 @@ def plan_rows(
     budget = plan.budget if ranks.device.type == "cuda" else workload.budget  # without a GPU nothing is chosen
     memory, layers, row, last = plan.memory, plan.shape.layers, max(budget, workload.longest), schedule.last_step
     unit = "pairs" if isinstance(config, DPOConfig) else "samples"
-    parts = {"parameters": memory.parameters + memory.gathered, "gradients": memory.gradients}
-    parts |= {"optimizer": memory.optimizer, "activations": memory.activations(row, layers - plan.recomputing)}
+    parts = plan.parts(row)
     warm_up = 0 if config.lr_scheduler_type == "constant" else int(schedule.num_steps * config.warmup_ratio)
     steps = ranged(last, 0.0 if config.max_train_steps else spread.samples)
     of_steps = f"{schedule.batch} {unit} a step, {schedule.steps_per_epoch:,} an epoch"

@@ -44,35 +44,34 @@ def simpo(chosen_logp: torch.Tensor, rejected_logp: torch.Tensor, config: DPOCon
 class PreferenceLoss:
     """function(chosen, rejected, config): float32 [P], [P] -> losses float32 [P].
 
-    first_step_tolerance: of a loss that is ln 2 for a policy that equals its reference: further than this from it,
-    step 1 stops the run (None: not checked).
+    is_logistic: it allows label smoothing, and is ln 2 for a policy that equals its reference.
     """
 
     function: Callable[[torch.Tensor, torch.Tensor, DPOConfig], torch.Tensor]
     needs_reference: bool
     averages_over_length: bool
-    allows_label_smoothing: bool
-    first_step_tolerance: float | None
+    is_logistic: bool
 
 
 LOSSES = {
-    "sigmoid": PreferenceLoss(logistic, True, False, True, 0.01),
-    "dpo_norm": PreferenceLoss(logistic, True, True, True, 0.01),
-    "ipo": PreferenceLoss(ipo, True, True, False, None),
-    "simpo": PreferenceLoss(simpo, False, True, False, None),
+    "sigmoid": PreferenceLoss(logistic, needs_reference=True, averages_over_length=False, is_logistic=True),
+    "dpo_norm": PreferenceLoss(logistic, needs_reference=True, averages_over_length=True, is_logistic=True),
+    "ipo": PreferenceLoss(ipo, needs_reference=True, averages_over_length=True, is_logistic=False),
+    "simpo": PreferenceLoss(simpo, needs_reference=False, averages_over_length=True, is_logistic=False),
 }
 
 
 def preference_loss(config: DPOConfig) -> PreferenceLoss:
     """The loss that the config names. Raises UserError for a setting that the loss does not define."""
     loss = LOSSES[config.loss_type]
-    if config.label_smoothing and not loss.allows_label_smoothing:
+    if config.label_smoothing and not loss.is_logistic:
         raise UserError(f"--label_smoothing {config.label_smoothing}: {config.loss_type} has none; set it to 0")
     if config.ref_model_name_or_path and not loss.needs_reference:
         raise UserError(f"--ref_model_name_or_path: {config.loss_type} has no reference model; leave it out")
     return loss
 
 
+FIRST_STEP_TOLERANCE = 0.01  # of a logistic loss at step 1, which is further than this from ln 2 only by a fault
 BFLOAT16_ROUNDING = 2e-4  # error of a log-probability x over |x| between two ways to pack it; 6e-5 to 3e-4 were seen
 
 # What preference_loss_and_sums adds up over a step's pairs; divided by their number, the fields of metrics.jsonl.
@@ -109,9 +108,9 @@ def check_first_step(train_loss: float, means: dict[str, float], loss: Preferenc
     means: of the step's pairs, by the names of SUMMED. In bfloat16 the rounding of a pair's two log-probabilities is
     allowed as well: a loss whose slope is 1/2 carries over half of beta times it.
     """
-    if loss.first_step_tolerance is None:
+    if not loss.is_logistic:
         return
-    expected, tolerance = math.log(2), loss.first_step_tolerance
+    expected, tolerance = math.log(2), FIRST_STEP_TOLERANCE
     if config.dtype == "bfloat16":
         logps = abs(means["logps/chosen"]) + abs(means["logps/rejected"])
         tolerance += config.beta / 2 * BFLOAT16_ROUNDING * logps

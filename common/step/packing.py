@@ -10,7 +10,6 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,12 +30,9 @@ def plan_step(lengths: list[int], num_ranks: int, budget: int) -> list[list[list
     budget = max(budget, *lengths)
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     num_micro_batches = -(-sum(lengths) // (num_ranks * budget))
-    while True:
-        bins = _longest_first(order, lengths, num_ranks * num_micro_batches)
-        if bins[0][0] <= budget:
-            break
+    while (bins := _longest_first(order, lengths, num_ranks * num_micro_batches))[0][0] > budget:
         num_micro_batches += 1
-    return [[bins[m * num_ranks + rank][1] for m in range(num_micro_batches)] for rank in range(num_ranks)]
+    return [[members for _, members in bins[rank::num_ranks]] for rank in range(num_ranks)]
 
 
 def one_ahead(prepared: Callable[[int], Any], steps: range) -> Iterator[tuple[int, Any]]:
@@ -123,6 +119,10 @@ class MicroBatch:
     target_ids int64 [N], sequence after sequence; sequence_targets: how many belong to each sequence, in the order in
     which the samples (and within a pair: chosen, rejected) were given; shares_prompts: whether the run's documents end
     in branches, though this row may hold none; sum_squared_lengths: twice the causal attention area, in the large.
+
+    segments: (queries, keys) of each, int64 places in the row: tokens that are computed together, and what they see. A
+    document is one; one with branches is two, stem and chosen together, and rejected, which sees the stem and itself.
+    Queries end where their keys do; those of all segments follow one another as in the row.
     """
 
     input_ids: np.ndarray
@@ -135,22 +135,7 @@ class MicroBatch:
     num_tokens: int
     sum_squared_lengths: int
     shares_prompts: bool
-
-    @cached_property
-    def segments(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(queries, keys) of each segment, int64 places in the row: tokens that are computed together, what they see.
-
-        A segment is a document, or a document's stem and chosen branch, or its rejected branch alone, whose keys are
-        the stem's and its own. Queries end where their keys do; those of all segments follow one another as in the row.
-        """
-        found = []
-        ends = np.flatnonzero(np.diff(self.document))  # the documents follow one another
-        for positions in np.split(np.arange(len(self.document)), ends + 1):
-            is_rejected, is_chosen = (self.branch[positions] == branch for branch in (REJECTED, CHOSEN))
-            for is_query, is_key in ((~is_rejected, ~is_rejected), (is_rejected, ~is_chosen)):
-                if is_query.any():
-                    found.append((positions[is_query], positions[is_key]))
-        return found
+    segments: list[tuple[np.ndarray, np.ndarray]]
 
 
 def pack(samples: list[list[Document]], share_prompt: bool = False) -> MicroBatch:
@@ -167,6 +152,11 @@ def pack(samples: list[list[Document]], share_prompt: bool = False) -> MicroBatc
     # What the branches do not see of each other is left out.
     squared_lengths = [n**2 - 2 * chosen * rejected for n, (_, chosen, rejected) in zip(lengths, parts, strict=True)]
 
+    segments = []
+    for start, (stem, chosen, rejected) in zip(starts, parts, strict=True):
+        first, rest = np.split(np.arange(start, start + stem + chosen + rejected), [stem + chosen])
+        segments += [(first, first)] + [(rest, np.concatenate([first[:stem], rest]))] * (rejected > 0)
+
     def joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
         return np.concatenate([*arrays]).astype(np.int64)
 
@@ -181,4 +171,5 @@ def pack(samples: list[list[Document]], share_prompt: bool = False) -> MicroBatc
         num_tokens=sum(lengths) if samples else 0,
         sum_squared_lengths=sum(squared_lengths) if samples else 0,
         shares_prompts=share_prompt,
+        segments=segments,
     )

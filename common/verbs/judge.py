@@ -113,10 +113,9 @@ def _dpo_checks(history: list[dict], run_config: dict) -> list[Check]:
     config, step_1 = DPOConfig(**run_config["config"]), history[0]
     loss = LOSSES[config.loss_type]
     window, first, last, seen = _both_ends(history)
-    is_logistic = loss.first_step_tolerance is not None
-    expected, limit = ("ln 2 = 0.6931", math.log(2)) if is_logistic else ("the first", first)
+    expected, limit = ("ln 2 = 0.6931", math.log(2)) if loss.is_logistic else ("the first", first)
     checks = [Check("DPO loss falls", f"last {window} steps below {expected}", seen, last < limit)]
-    if is_logistic and not config.ref_model_name_or_path:  # a loss against another model starts elsewhere
+    if loss.is_logistic and not config.ref_model_name_or_path:  # a loss against another model starts elsewhere
         passed, seen = step_1["step"] == 1, f"{step_1['train_loss']:.4f} at step {step_1['step']}"
         try:  # the same check that the run itself made, which allows for the rounding of its dtype
             check_first_step(step_1["train_loss"], step_1, loss, config)

@@ -9,17 +9,6 @@ from common.config import TrainConfig
 from common.failures import UserError, as_user_error, named_file
 from common.files import unique_names
 
-OWNERS = {  # a flag -> DeepSpeed's keys for what it says
-    "--global_batch_size": "train_batch_size gradient_accumulation_steps",
-    "--max_tokens_per_micro_batch": "train_micro_batch_size_per_gpu",
-    "--optimizer and the adam flags": "optimizer",
-    "--lr_scheduler_type": "scheduler",
-    "--max_grad_norm": "gradient_clipping",
-    "--dtype": "bf16 fp16 amp torch_autocast",
-    "nothing: gradients are always summed in float32": "data_types communication_data_type",
-    "nothing: gradients are exact sums": "gradient_predivide_factor prescale_gradients",
-}
-OWNED_BY_FLAGS = {key: flag for flag, keys in OWNERS.items() for key in keys.split()}
 # Keys of zero_optimization, by their beginnings after an optional `stage3_`, that would change the numbers, lay out
 # shards in another way than checkpoints are written for, or choose other leaf modules than the decoder layers
 # (common/zero/engine.py), whose gradients common/zero/residency.py would then miss.
@@ -54,11 +43,9 @@ def deepspeed_config(config: TrainConfig) -> dict:
     zero = placement.get("zero_optimization") if isinstance(placement, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") != 3:
         raise wrong("needs a `zero_optimization` object whose `stage` is 3")
-    for key in placement:
-        if key in OWNED_BY_FLAGS:
-            raise wrong(f"sets `{key}`, which belongs to {OWNED_BY_FLAGS[key]}; remove it")
-        if key not in PLACEMENT_KEYS:
-            raise wrong(f"unknown key `{key}`; known: {', '.join(sorted(PLACEMENT_KEYS))}")
+    if others := placement.keys() - PLACEMENT_KEYS:
+        known = ", ".join(sorted(PLACEMENT_KEYS))
+        raise wrong(f"`{min(others)}` is no key of placement; what is learned is the flags'; remove it; known: {known}")
     if refused := [key for key in zero if key.removeprefix("stage3_").startswith(REFUSED)]:
         raise wrong(f"`zero_optimization.{refused[0]}` is not supported; remove it")
     if '"auto"' in text:  # in place of which DeepSpeed takes its own default

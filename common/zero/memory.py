@@ -96,11 +96,9 @@ def choose_residency(
     is_here = card is None
     card, zero = card or _card(ranks), DeepSpeedZeroConfig(**ds_config["zero_optimization"])
 
-    def planned(
-        card: Card = card, workload: Workload = workload, world_size: int = ranks.world_size, headroom=HEADROOM
-    ):
+    def planned(card: Card = card, work: Workload = workload, num_ranks: int = ranks.world_size, headroom=HEADROOM):
         given = given_layers(config, shape.layers)
-        return plan_run(shape, card, workload, world_size, zero, allowed, share, given, headroom)
+        return plan_run(shape, card, work, num_ranks, zero, allowed, share, given, headroom)
 
     plan = planned()
     if is_gpu and plan.cost == np.inf and planned(headroom=0).cost == np.inf:
@@ -113,37 +111,24 @@ def choose_residency(
 
 def _between_hosts(plan: Plan, workload: Workload, num_hosts: int, way: str) -> list[str]:
     """What of a step crosses the network, and warnings of links that would take more than a tenth of it."""
-    num_bytes, step = plan.bytes_between_hosts(workload, num_hosts), plan.step_seconds()
-    lines = [f"{num_hosts} hosts: in each step {num_bytes / 1e9:,.1f} GB go into each host and out of it, by {way}"]
-    for gigabits in LINKS:
-        seconds = num_bytes * 8 / (gigabits * 1e9)
-        if seconds > step / 10:
-            told = f"{seconds:,.1f} s of each step, which takes {step:,.1f} s without"
-            lines.append(
-                f"warning: a link of {gigabits} Gb/s would take up to {told}; a larger --global_batch_size helps"
-            )
+    gigabytes, step = plan.bytes_between_hosts(workload, num_hosts) / 1e9, plan.step_seconds()
+    lines = [f"{num_hosts} hosts: in each step {gigabytes:,.1f} GB go into each host and out of it, by {way}"]
+    for link in LINKS:
+        if (seconds := gigabytes * 8 / link) > step / 10:
+            told = f"up to {seconds:,.1f} s of each step, which takes {step:,.1f} s without"
+            lines.append(f"warning: a link of {link} Gb/s would take {told}; a larger --global_batch_size helps")
     return lines if num_hosts > 1 else []
 
 
 def _does_not_fit(plan: Plan, planned: Callable, config: TrainConfig, workload: Workload, ranks: Ranks) -> str:
     """What is needed, what is free, and the smallest changes with which it would fit."""
     memory, card, per_host = plan.memory, plan.card, ranks.local_world_size
-    tokens = max(plan.budget, workload.longest)
-    activations = memory.activations(tokens, plan.shape.layers - plan.recomputing)
-    parts = {
-        "parameters": memory.parameters + memory.gathered,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        f"activations of {tokens:,} tokens": activations,
-    }
+    parts = plan.parts(max(plan.budget, workload.longest))
     changes = []
-    for world_size in range(ranks.world_size + 1, 65):
-        share = ranks.world_size / world_size
-        steps = tuple((tokens * share, longest) for tokens, longest in workload.steps)
-        fewer = workload._replace(tokens_per_rank=workload.tokens_per_rank * share, steps=steps)
-        on_host = card._replace(host_free=card.host_free * per_host / min(world_size, max(8, per_host)))
-        if planned(on_host, fewer, world_size).cost < np.inf:
-            changes.append(f"{world_size} GPUs")
+    for num_ranks in range(ranks.world_size + 1, 65):
+        on_host = card._replace(host_free=card.host_free * per_host / min(num_ranks, max(8, per_host)))
+        if planned(on_host, num_ranks=num_ranks).cost < np.inf:
+            changes.append(f"{num_ranks} GPUs")
             break
     with_host = planned(card._replace(host_free=np.inf))
     if with_host.cost < np.inf:
@@ -153,7 +138,7 @@ def _does_not_fit(plan: Plan, planned: Callable, config: TrainConfig, workload: 
         longest = max(1, workload.longest * sixteenths // 16)
         steps = tuple((of_rank, min(longest, tokens)) for of_rank, tokens in workload.steps)
         shorter = workload._replace(longest=longest, budget=min(workload.budget, longest), steps=steps)
-        if planned(workload=shorter).cost < np.inf:
+        if planned(work=shorter).cost < np.inf:
             changes.append(f"--max_seq_length {max(1, config.max_seq_length * sixteenths // 16)}")
             break
     return (
@@ -248,26 +233,19 @@ def choose_micro_batch(
             recomputing = estimate.recomputing(max(budget, workload.longest), room, layers)
             if recomputing:  # short rows may keep all: that is compiled now, and not in the middle of the run
                 activations_of(LEAST_TRIED, estimate.recomputing(LEAST_TRIED, room, layers))
-            _recompute_by_tokens(policy, lambda tokens: estimate.recomputing(tokens, room, layers))
+
+            def recompute_by_tokens(module, args, row: dict) -> None:
+                module.checkpoint_activations(estimate.recomputing(row["input_ids"].shape[1], room, layers))
+
+            policy.register_forward_pre_hook(recompute_by_tokens, with_kwargs=True)  # before each forward pass
     policy.checkpoint_activations(recomputing)
     largest = max(budget, workload.longest)
-    predicted = estimate.activations(largest, layers - recomputing)
+    predicted = estimate.fixed + estimate.activations(largest, layers - recomputing)
     ranks.say(
-        f"memory plan, GB on each rank: {(estimate.parameters + estimate.gathered) / 1e9:.1f} parameters, "
-        f"{estimate.gradients / 1e9:.1f} gradients, {estimate.optimizer / 1e9:.1f} optimizer, "
-        f"{predicted / 1e9:.1f} activations; {(estimate.fixed + predicted) / 1e9:.1f} by the model's shape, {how}; "
-        f"micro-batches of {budget:,} tokens, {recomputing} of {layers} layers recomputed in one of {largest:,}"
+        f"micro-batches of {budget:,} tokens, {recomputing} of {layers} layers recomputed in one of {largest:,}; "
+        f"GB on each rank: {predicted / 1e9:.1f} by the model's shape, {how}"
     )
     return budget
-
-
-def _recompute_by_tokens(policy, needed: Callable[[int], int]) -> None:
-    """Before each forward pass: as many layers recompute as a row of its tokens needs."""
-
-    def set_layers(module, args, row: dict) -> None:
-        module.checkpoint_activations(needed(row["input_ids"].shape[1]))
-
-    policy.register_forward_pre_hook(set_layers, with_kwargs=True)
 
 
 def confirmed(

@@ -113,23 +113,24 @@ class Plan(NamedTuple):
     def residency(self) -> str:
         return self.memory.residency
 
+    def parts(self, tokens: int) -> dict[str, float]:
+        """Bytes on the device by what they hold; tokens: of the largest micro-batch."""
+        memory, keeping = self.memory, self.shape.layers - self.recomputing
+        held = {"parameters": memory.parameters + memory.gathered, "gradients": memory.gradients}
+        return held | {"optimizer": memory.optimizer, "activations": memory.activations(tokens, keeping)}
+
     def step_seconds(self) -> float:
         return self.cost * seconds_per_token(self.shape, self.card)
 
     def bytes_between_hosts(self, workload: Workload, num_hosts: int) -> float:
         """That cross a host's link each way in a step: of all weights, whenever they are gathered, what the other hosts
         hold, and of all gradients, whenever they are reduced, what the others update. No collective needs less."""
-        micro_batches = np.ceil(
-            workload.tokens_per_rank / max(self.budget, min(longest for _, longest in workload.steps))
-        )
+        row = max(self.budget, min(longest for _, longest in workload.steps))
+        micro_batches = np.ceil(workload.tokens_per_rank / row)
         gathers = 1 if self.residency == "all" else 2 * micro_batches
         reductions = micro_batches if self.residency == "nothing" else 1
         of_element = self.shape.itemsize * gathers + 4 * reductions
         return self.shape.numel * of_element * (1 - 1 / num_hosts)
-
-    def mfu(self, workload: Workload, peak_flops: float) -> float:
-        """6 FLOPs for each token and parameter that it meets, without attention and recomputation, of a card's peak."""
-        return 6 * self.shape.num_met * workload.tokens_per_rank / self.step_seconds() / peak_flops
 
 
 def shard_groups(shape: Shape, world_size: int, zero: DeepSpeedZeroConfig) -> list[int]:
@@ -156,9 +157,9 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
     if "offload_param" in offload_devices(zero):
         parameters = 0
     gradients = 4 * (state + 2 * zero.reduce_bucket_size if residency == "nothing" else shape.numel)
-    others = (
-        0.0 if residency == "nothing" else 4 * shape.layer_numel * (1 - 1 / world_size)
-    )  # a layer's, of other ranks
+    of_others = (
+        4 * shape.layer_numel * (1 - 1 / world_size) if residency != "nothing" else 0.0
+    )  # of a layer's gradients
     of_layer = (shape.layer_numel - shape.unmet / shape.layers) / shape.hidden / 2 + 5 * shape.hidden
     of_layer *= 1 if shape.is_compiled else EAGER_ACTIVATIONS
     of_layer += 2 * shape.chosen * shape.hidden
@@ -172,7 +173,7 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
         4 * sum(carried),
         shape.itemsize * (shape.vocab + 8 * shape.hidden),
         shape.itemsize * of_layer,
-        lent=shape.layers * (others // chunk) * chunk,
+        lent=shape.layers * (of_others // chunk) * chunk,
     )
 
 
