@@ -352,6 +352,42 @@ def test_weights_that_are_not_whole_or_not_the_configs_are_refused_by_name(tmp_p
     assert capfd.readouterr().err == "", "a report besides the one line"
 
 
+def test_weights_in_four_bits_are_read_as_what_they_stand_for_and_exported_so(tmp_path):
+    """MXFP4, as gpt-oss's experts are stored: pairs of numbers of four bits, and an exponent for each 32 of them."""
+    folder = models.make_model(tmp_path / "model", "gpt_oss", hidden_size=64, intermediate_size=32)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values, generator = torch.cat([values, -values]), torch.Generator().manual_seed(0)
+    stored, expected = load_file(folder / "model.safetensors"), {}
+    packed = {name for name in stored if name.endswith("_proj")}
+    for name in packed:
+        num_experts, inputs, outputs = stored.pop(name).shape
+        shape = (num_experts, outputs, inputs // 32)
+        codes = torch.randint(0, 16, (*shape, 32), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(121, 126, shape, generator=generator, dtype=torch.uint8)
+        stored |= {f"{name}_blocks": codes[..., ::2] | codes[..., 1::2] << 4, f"{name}_scales": scales}
+        numbers = values[codes.long()] * 2.0 ** (scales.float() - 127)[..., None]
+        expected[name] = numbers.flatten(2).transpose(1, 2)
+    files = {name: f"model-0000{1 + ('layers.0.' in name)}-of-00002.safetensors" for name in stored}
+    for file in {*files.values()}:
+        save_file({name: stored[name] for name in stored if files[name] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / export.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    config = model.load_config(str(folder))
+    model.check_supported(config, 60, 1)
+    lm = read(folder, config)
+    for name, param in lm.named_parameters():
+        assert torch.equal(param, expected[name] if name in packed else stored[name]), name
+    template = ChatTemplate("tulu", TULU, model.load_tokenizer(str(folder)))
+    exported = settings_of(lm, template, str(folder))
+    assert "quantization_config" not in json.loads(exported["config.json"])
+    places = json.loads(exported[export.INDEX])["weight_map"]
+    assert len(packed) == 4 and all(places[name] == files[f"{name}_blocks"] for name in packed)
+    assert {*places} == {*dict(lm.named_parameters())}
+
+
 def test_what_is_left_over_but_harmless_is_read_and_so_are_files_in_a_folder_of_their_own(tmp_path):
     folder = models.make_model(tmp_path / "model", tie_word_embeddings=True)
     file = folder / "model.safetensors"

@@ -175,7 +175,7 @@ def _by_segments(kernel: str, compute: Callable) -> Callable:
         padded = [-(-x.shape[-1] // multiple) * multiple for x in (query, key, value)]
         if (kernel, padded, query.shape[1]) != ("flash_attention_4", [192, 192, 128], key.shape[1]):
             padded = [max(padded)] * 3
-        tensors = (x[0].transpose(0, 1) for x in (query, key, value))
+        tensors = [x[0].transpose(0, 1) for x in (query, key, value)]
         tensors = [nn.functional.pad(x, (0, n - x.shape[-1])) for x, n in zip(tensors, padded, strict=True)]
         if (index := kwargs["packed_key_index"]) is not None:
             tensors[1:] = (x[index] for x in tensors[1:])
@@ -219,15 +219,15 @@ class _VarlenWithSinks(torch.autograd.Function):
             *tensors, offsets_q, offsets_k, *ctx.numbers, False, **ctx.options
         )
         with_sinks = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])  # [H, T]
-        out = out * (lse - with_sinks).exp().T[..., None].to(out.dtype)
-        ctx.save_for_backward(*tensors, out, with_sinks, offsets_q, offsets_k, rng_state, unused, sinks)
+        out = (out * (lse - with_sinks).exp().T[..., None]).to(out.dtype)
+        ctx.save_for_backward(sinks, *tensors, out, with_sinks, offsets_q, offsets_k, rng_state, unused)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        *saved, rng_state, unused, sinks = ctx.saved_tensors
-        grad, out, lse = grad.contiguous(), *saved[3:5]
-        grads = torch.ops.aten._flash_attention_backward(grad, *saved, *ctx.numbers, rng_state, unused, **ctx.options)
+        sinks, query, key, value, out, lse, offsets_q, offsets_k, rng_state, unused = ctx.saved_tensors
+        saved = grad.contiguous(), query, key, value, out, lse, offsets_q, offsets_k
+        grads = torch.ops.aten._flash_attention_backward(*saved, *ctx.numbers, rng_state, unused, **ctx.options)
         taken = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1).T  # [H, T]
         of_sinks = -((sinks.to(lse.dtype)[:, None] - lse).exp() * taken).sum(1).to(sinks.dtype)
         return *grads, of_sinks, None, None, None, None, None

@@ -1,5 +1,6 @@
 """A causal LM under ZeRO-3: found, checked, read, and handed out to the ranks as shards."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
+    Mxfp4Config,
     PretrainedConfig,
     PreTrainedTokenizerFast,
 )
@@ -102,9 +104,12 @@ def warnings(template: ChatTemplate, config: PretrainedConfig, longest: int) -> 
 
 
 def load_config(folder: str) -> PretrainedConfig:
-    """The model's config. Raises UserError for one that cannot be read, or whose generation_config.json cannot be."""
+    """The model's config. Raises UserError for one that cannot be read, or whose generation_config.json cannot be.
+    Of weights in MXFP4 (gpt-oss) nothing is said: they are loaded as what they stand for, and so exported."""
     with as_user_error(f"model {folder}: config.json cannot be read"):
         config = AutoConfig.from_pretrained(folder, **NO_CODE)
+        if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "mxfp4":
+            del config.quantization_config
     generation_config(folder, config, [])  # now, not when the model is written
     return config
 
@@ -190,7 +195,7 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
         (chunk, f"has attention chunks of {chunk} tokens"),
         *_refused_numbers(values),
         (values.get("alibi") or values.get("position_embedding_type") == "alibi", "has ALiBi position biases"),
-        (getattr(config, "quantization_config", None), "has quantized weights"),
+        (getattr(config, "quantization_config", None), "has quantized weights (take a copy in bfloat16)"),
         (longest > original, f"changes its RoPE above {original} tokens"),
         (is_beyond, f"has {positions} positions, the longest sample {longest} tokens"),
     ]
@@ -308,7 +313,14 @@ def _from_folder(folder: str, config: PretrainedConfig, options: dict, expected:
     options = options | {"ignore_mismatched_sizes": True, "output_loading_info": True, "use_safetensors": True}
     with as_user_error(f"model {folder}: its weights cannot be used"):
         file_of = _files_of_tensors(Path(folder))
+        if blocks := [name for name in file_of if name.endswith("_blocks")]:  # of MXFP4
+            config = copy.deepcopy(config)
+            config.quantization_config = {"quant_method": "mxfp4"}
+            options["quantization_config"] = Mxfp4Config(dequantize=True)
+            file_of |= {name.removesuffix("_blocks"): file_of[name] for name in blocks}
         model, report = auto_class(config).from_pretrained(folder, config=config, **options)
+        if blocks:  # else transformers would give them those names again
+            model._weight_conversions = None
         if wrong := [f"{what} {sorted(map(str, names))[:3]}" for what, names in report.items() if names]:
             raise ValueError(f"they do not fit config.json: {'; '.join(wrong)}")
         untied = {name for name, _ in model.named_parameters()} - {name for name, _ in expected.named_parameters()}
