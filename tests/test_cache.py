@@ -286,6 +286,13 @@ def test_a_text_is_trained_whole_up_to_an_eos(tmp_path_factory, text, has_eos, a
         assert has_eos == (len(ds) == 2)
 
 
+def test_a_text_that_begins_with_its_bos_gets_no_second(tmp_path):
+    template = resolve_template("tulu", with_bos(tiny_tokenizer.tiny_tokenizer()))
+    data = write(tmp_path / "x.jsonl", [{"text": "<bos>why"}, {"text": "why"}])
+    one, other = TokenDataset(prepare(data, tmp_path, template=template))
+    assert one.input_ids.tolist() == other.input_ids.tolist()
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     ids=st.lists(st.integers(0, 9), min_size=2, max_size=80),
