@@ -496,6 +496,18 @@ def test_data_that_cannot_be_used_is_named_and_leaves_nothing(tmp_path, kind, ro
     assert not (tmp_path / "cache").exists() or left_in(tmp_path / "cache") == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    ['{"data": [{"text": "so."}]}', '{\n"text": "so."\n}', '"so."', "[[1]]", "\ufeff{}\n", '{"text": "so."}\n{"text'],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
+def test_json_that_is_neither_an_array_of_rows_nor_a_row_a_line_is_named(tmp_path, text, encoding):
+    (tmp_path / "x.json").write_text(text, encoding)
+    with pytest.raises(UserError, match=r"x\.json") as error:
+        prepare(tmp_path / "x.json", tmp_path / "cache", allow_dropped=False)
+    assert "\n" not in str(error.value)
+
+
 def test_the_rows_that_are_trained_on_are_those_whose_digest_is_recorded(tmp_path, monkeypatch):
     """Whatever happens to the file meanwhile."""
     for suffix in (".jsonl", ".parquet"):
