@@ -286,6 +286,13 @@ def test_a_text_is_trained_whole_up_to_an_eos(tmp_path_factory, text, has_eos, a
         assert has_eos == (len(ds) == 2)
 
 
+def test_a_text_that_begins_with_its_bos_gets_no_second(tmp_path):
+    template = resolve_template("tulu", with_bos(tiny_tokenizer.tiny_tokenizer()))
+    data = write(tmp_path / "x.jsonl", [{"text": "<bos>why"}, {"text": "why"}])
+    one, other = TokenDataset(prepare(data, tmp_path, template=template))
+    assert one.input_ids.tolist() == other.input_ids.tolist()
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     ids=st.lists(st.integers(0, 9), min_size=2, max_size=80),
@@ -487,6 +494,18 @@ def test_data_that_cannot_be_used_is_named_and_leaves_nothing(tmp_path, kind, ro
         prepare(data, tmp_path / "cache", kind=kind)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "cache").exists() or left_in(tmp_path / "cache") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"data": [{"text": "so."}]}', '{\n"text": "so."\n}', '"so."', "[[1]]", "\ufeff{}\n", '{"text": "so."}\n{"text'],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
+def test_json_that_is_neither_an_array_of_rows_nor_a_row_a_line_is_named(tmp_path, text, encoding):
+    (tmp_path / "x.json").write_text(text, encoding)
+    with pytest.raises(UserError, match=r"x\.json") as error:
+        prepare(tmp_path / "x.json", tmp_path / "cache", allow_dropped=False)
+    assert "\n" not in str(error.value)
 
 
 def test_the_rows_that_are_trained_on_are_those_whose_digest_is_recorded(tmp_path, monkeypatch):

@@ -220,18 +220,9 @@ def _open_lines(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
 
 
 def _open_json(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
-    """A JSON array of objects; a .json file of JSON lines is read as such."""
-    try:
-        rows = json.loads(content)
-    except ValueError:
-        if content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] != b"{":
-            raise
-        return _open_lines(content)  # more than one object
-    if isinstance(rows, dict) and {*rows} & {*COLUMNS} and b"\n" not in content.strip():
-        return _open_lines(content)
-    if not isinstance(rows, list):
-        raise ValueError(f"must hold an array of rows, or a row a line; it holds {str(rows)[:60]!r}")
-    return _listed(rows)
+    """A JSON array of objects; else JSON lines."""
+    is_array = content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+    return _listed(json.loads(content)) if is_array else _open_lines(content)
 
 
 def _open_csv(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:

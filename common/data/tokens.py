@@ -116,11 +116,11 @@ def sample_of_ids(encoder: Encoder, input_ids: list, labels: list | None, attent
 
 
 def sft_sample(encoding: Encoding, char_spans: list[tuple[int, int]]) -> SFTSample:
-    """char_spans: the [start, end) characters of the encoded text that are trained. Raises Dropped."""
+    """char_spans: the [start, end) characters of the encoded text that are trained; one or more. Raises Dropped."""
     spans = [(_first_target(encoding, start), _first_target(encoding, end)) for start, end in char_spans]
     spans = [(start, end) for start, end in spans if start < end]
     if not spans:
-        raise Dropped("no target token within max_seq_length" if char_spans else "no assistant message")
+        raise Dropped("no target token within max_seq_length")
     return SFTSample(np.array(encoding.ids, np.int32), np.array(spans, np.int32))
 
 

@@ -8,6 +8,7 @@ activations really need, until those of the chosen sizes fit. Their gradients ar
 import os
 import resource
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -96,10 +97,8 @@ def choose_residency(
     is_here = card is None
     card, zero = card or _card(ranks), DeepSpeedZeroConfig(**ds_config["zero_optimization"])
 
-    def planned(card: Card = card, work: Workload = workload, num_ranks: int = ranks.world_size, headroom=HEADROOM):
-        given = given_layers(config, shape.layers)
-        return plan_run(shape, card, work, num_ranks, zero, allowed, share, given, headroom)
-
+    run = {"card": card, "workload": workload, "world_size": ranks.world_size, "zero": zero, "residencies": allowed}
+    planned = partial(plan_run, shape, **run, share=share, given=given_layers(config, shape.layers))
     plan = planned()
     if is_gpu and plan.cost == np.inf and planned(headroom=0).cost == np.inf:
         raise UserError(_does_not_fit(plan, planned, config, workload, ranks))
@@ -127,10 +126,10 @@ def _does_not_fit(plan: Plan, planned: Callable, config: TrainConfig, workload: 
     changes = []
     for num_ranks in range(ranks.world_size + 1, 65):
         on_host = card._replace(host_free=card.host_free * per_host / min(num_ranks, max(8, per_host)))
-        if planned(on_host, num_ranks=num_ranks).cost < np.inf:
+        if planned(card=on_host, world_size=num_ranks).cost < np.inf:
             changes.append(f"{num_ranks} GPUs")
             break
-    with_host = planned(card._replace(host_free=np.inf))
+    with_host = planned(card=card._replace(host_free=np.inf))
     if with_host.cost < np.inf:
         needed = (with_host.memory.host + HOST_RESERVE) * per_host
         changes.append(f"{needed / 1e9:.0f} GB of host memory free for the {per_host} ranks of this host")
@@ -138,7 +137,7 @@ def _does_not_fit(plan: Plan, planned: Callable, config: TrainConfig, workload: 
         longest = max(1, workload.longest * sixteenths // 16)
         steps = tuple((of_rank, min(longest, tokens)) for of_rank, tokens in workload.steps)
         shorter = workload._replace(longest=longest, budget=min(workload.budget, longest), steps=steps)
-        if planned(work=shorter).cost < np.inf:
+        if planned(workload=shorter).cost < np.inf:
             changes.append(f"--max_seq_length {max(1, config.max_seq_length * sixteenths // 16)}")
             break
     return (
