@@ -65,7 +65,7 @@ class StepMeter:
         self.paced_from: tuple[int, float] | None = None
 
     def line(self, record: dict, last_step: int) -> str:
-        """A step for a person; a narrow terminal shows the beginning. The time left is that of the steps to come at this
+        """A step for a person; narrow terminals show its beginning. The time left is that of the steps to come at this
         process's pace so far, without the first one, which also compiles, and with what comes between steps."""
         step, now = record["step"], time.monotonic()
         since, began = self.paced_from = self.paced_from or (step, now)
