@@ -83,8 +83,8 @@ def test_a_graph_compiled_after_warm_up_fails_the_benchmark(monkeypatch, tmp_pat
 
 
 def test_a_run_that_fails_fails_the_benchmark_with_its_exit_code(tmp_path):
-    done = run_bench(tmp_path, "sft", "1", "--steps", "2", "--learning_rte", "1e-3")
-    assert done.returncode == 2 and "--learning_rte" in done.stdout
+    done = run_bench(tmp_path, "sft", "1", "--steps", "2", "--ds_config", "nowhere.json")
+    assert done.returncode == 2 and "nowhere.json" in done.stdout
     assert not list((tmp_path / "output" / "bench").glob("*.json"))
 
 

@@ -111,6 +111,7 @@ def test_the_time_left_is_that_of_the_steps_to_come_at_the_pace_after_the_first(
     assert re.findall(r"elapsed (\S+)", " ".join(lines)) == ["0:06:40", "0:06:50", "0:07:10"]
     assert re.findall(r"left (\S+)", " ".join(lines)) == ["2:44:40", "2:44:20"]
     assert all("epoch 0.50" in line and "71.5 GB" in line for line in lines)
+    assert all("loss 1.0000" in line[:80] and "10 tokens/s" in line[:80] for line in lines), "in a narrow terminal too"
 
 
 def test_on_a_terminal_what_comes_next_takes_the_place_of_a_live_step_and_other_lines_stand(monkeypatch, tmp_path):

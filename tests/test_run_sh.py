@@ -296,6 +296,20 @@ def test_ranks_whose_launcher_is_killed_save_and_end(project):
         wait_for(lambda rank=rank: notes(project, rank)[1:] == ["SIGTERM", "saved"], f"checkpoint of rank {rank}")
 
 
+def test_the_guides_script_for_slurm_waits_for_the_checkpoint_and_asks_to_be_started_again(project):
+    """Slurm's signal reaches the script alone."""
+    guide = (launch.REPO / "docs" / "guide.md").read_text()
+    script = re.search(r"#!/bin/bash\n#SBATCH --nodes=1 .*?exit \S+\n", guide, re.DOTALL)[0]
+    executable(project / "job.sh", script.replace("sft --output_dir /shared/sft --cache_dir /shared/cache", "sft heed"))
+    executable(project / "bin" / "scontrol", '#!/bin/sh\necho "$@" >scontrol\n')
+    environment = os.environ | {"PATH": f"{project}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    process = subprocess.Popen(["bash", "job.sh"], cwd=project, env=environment, stdout=subprocess.DEVNULL)
+    wait_for(lambda: len(pids_of(project)) == 2, "ranks")
+    process.terminate()
+    assert process.wait(WAIT) == 143 and (project / "scontrol").read_text() == "requeue 77\n"
+    assert [notes(project, rank)[1:] for rank in (0, 1)] == [["SIGTERM", "saved"]] * 2
+
+
 @pytest.mark.parametrize(("how", "exit_code"), [("hang", 3), ("heed", 137)])
 def test_a_rank_that_goes_on_when_another_has_failed_is_killed_and_the_first_exit_code_stands(project, how, exit_code):
     process = start(project, how, "3")

@@ -16,7 +16,7 @@ from common.verbs.judge import Check
 from common.verbs.sanity_data import Question, read_held_out, write_data, write_model
 
 
-@pytest.mark.parametrize("words", [["sft"], ["sft", "8", "--lr=1"], ["dpo", "--stop-after-steps=20"]])
+@pytest.mark.parametrize("words", [["sft"], ["sft", "8", "--seed=1"], ["dpo", "--stop-after-steps=20"]])
 def test_the_recipe_runs_100_steps_unless_told_otherwise_in_a_folder_that_is_wiped(monkeypatch, tmp_path, words):
     commands, output = [], f"output/sanity-{words[0]}"
     monkeypatch.setattr(sanity, "train", lambda words, log: (commands.append(words), (3, ""))[1])

@@ -65,19 +65,19 @@ class StepMeter:
         self.paced_from: tuple[int, float] | None = None
 
     def line(self, record: dict, last_step: int) -> str:
-        """A step for a person. The time left is that of the steps to come at this process's pace so far, without the
-        first one, which also compiles, and with what comes between steps."""
+        """A step for a person; narrow terminals show its beginning. The time left is that of the steps to come at this
+        process's pace so far, without the first one, which also compiles, and with what comes between steps."""
         step, now = record["step"], time.monotonic()
         since, began = self.paced_from = self.paced_from or (step, now)
         shown = f"step {step}/{last_step}"
         shown += f"  left {_clock((now - began) / (step - since) * (last_step - step))}" if step > since else ""
-        shown += f"  epoch {record['epoch']:.2f}  loss {record['train_loss']:.4f}"
+        shown += f"  loss {record['train_loss']:.4f}"
         if "rewards/accuracy" in record:
             shown += f"  accuracy {record['rewards/accuracy']:.3f}  margin {record['rewards/margin']:.4f}"
-        shown += f"  grad_norm {record['grad_norm']:.3f}  lr {record['learning_rate']:.2e}"
-        shown += f"  {record['tokens_per_second']:,.0f} tokens/s"
+        shown += f"  grad_norm {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
         shown += f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
-        return f"{shown}  {record['max_memory_gb']:.1f} GB  elapsed {_clock(now - self.began)}"
+        shown += f"  {record['max_memory_gb']:.1f} GB  lr {record['learning_rate']:.2e}  epoch {record['epoch']:.2f}"
+        return f"{shown}  elapsed {_clock(now - self.began)}"
 
     def start(self) -> None:
         """Called when the wait for a step's micro-batches begins."""

@@ -6,7 +6,6 @@ bit. Relative paths of the run's flags start where you stand. Exits 0 if all is 
 """
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from common.failures import UserError, print_line, progress
 from common.files import held, remove_dead
 from common.run.curves import read_metrics
 from common.verbs.launch import on_request_to_stop, start_run, visible_gpus
-from common.verbs.words import IMPORTING, options
+from common.verbs.words import before_imports, options
 
 USAGE = "write: bash run.sh verify OUTPUT_DIR [--step K]"
 # What may differ in another run of the same step.
@@ -31,9 +30,7 @@ def main(*argv: str) -> int:
     if len(words) != 1 or words[0].startswith("-"):
         raise UserError(USAGE)
     output_dir = Path(words[0])
-    print_line(IMPORTING)
-    if not visible_gpus():
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    before_imports(needs_gpu=bool(visible_gpus()))
     from common.run.output_dir import read_run_config
     from common.zero import checkpoint
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from common.failures import UserError, print_line
 
-IMPORTING = "importing torch, transformers and DeepSpeed"
-
 
 def options(usage: str, argv: Sequence[str], **own: dict) -> tuple[argparse.Namespace, list[str]]:
     """(the verb's own flags; every other word). own: what argparse knows of each. Raises UserError."""
@@ -28,7 +26,8 @@ def parsed(verb: str, argv: Sequence[str], **own: dict) -> tuple[str, argparse.N
     return argv[0], *options(usage, argv[1:], **own)
 
 
-def before_imports() -> None:
-    """Of a verb that needs no GPU, for which DeepSpeed would look when it is imported."""
-    print_line(IMPORTING)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+def before_imports(needs_gpu: bool = False) -> None:
+    """needs_gpu: else DeepSpeed, which looks for one when it is imported, is told not to."""
+    print_line("importing torch, transformers and DeepSpeed")
+    if not needs_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
