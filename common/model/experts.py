@@ -12,7 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from common.failures import UserError
 from common.model.summing import grouped_product, summing_lookup
-from common.step.packing import CHOSEN, REJECTED, STEM, MicroBatch
+from common.step.packing import MicroBatch
 
 GROUPED = "plaintune_grouped"  # name of grouped_experts among transformers' implementations
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # in a config
@@ -85,12 +85,10 @@ def sequence_weights(micro_batch: MicroBatch) -> np.ndarray:
 
     A sequence is a document; a document with branches is two, each the stem and one branch. Q is 0 without samples.
     """
-    rows = []
-    for document in range(micro_batch.document.max() + 1 if micro_batch.num_tokens else 0):
-        branch = np.where(micro_batch.document == document, micro_batch.branch, -1)
-        sides = (CHOSEN, REJECTED) if branch.max() > STEM else (STEM,)
-        rows += [(branch == STEM) | (branch == side) for side in sides]
-    is_member = np.array(rows, np.float32).reshape(len(rows), len(micro_batch.document))
+    segments = micro_batch.segments if micro_batch.num_tokens else []
+    is_member = np.zeros((len(segments), len(micro_batch.input_ids)), np.float32)
+    for row, (_, keys) in zip(is_member, segments, strict=True):
+        row[keys] = 1
     return is_member / is_member.sum(1, keepdims=True)
 
 
