@@ -86,7 +86,7 @@ def sequence_weights(micro_batch: MicroBatch) -> np.ndarray:
     A sequence is a document; a document with branches is two, each the stem and one branch. Q is 0 without samples.
     """
     segments = micro_batch.segments if micro_batch.num_tokens else []
-    is_member = np.zeros((len(segments), len(micro_batch.input_ids)), np.float32)
+    is_member: np.ndarray = np.zeros((len(segments), len(micro_batch.input_ids)), np.float32)
     for row, (_, keys) in zip(is_member, segments, strict=True):
         row[keys] = 1
     return is_member / is_member.sum(1, keepdims=True)
