@@ -55,15 +55,16 @@ def held(folder: Path) -> TextIO:
     """Makes a folder, if need be, and a file in it, which is locked: until all that this gave are closed, or their
     processes have ended in whatever way, remove_dead leaves the folder alone."""
     folder.mkdir(exist_ok=True)
-    file = open(folder / "alive", "a")
-    fcntl.flock(file, fcntl.LOCK_SH)
+    file = open(folder / "alive", "a+")
+    with suppress(OSError):  # where there are no locks nothing is removed
+        fcntl.flock(file, fcntl.LOCK_SH)
     return file
 
 
 def remove_dead(folders: Iterable[Path]) -> None:
     """Removes those of which no process needs `held` any more."""
     for folder in folders:
-        with suppress(OSError), open(folder / "alive") as file:
+        with suppress(OSError), open(folder / "alive", "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
 

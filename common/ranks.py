@@ -248,8 +248,8 @@ def _find_store(world_size: int, is_one_host: bool, timeout: timedelta) -> dist.
     if is_one_host:
         return _file_store(world_size, "ranks")
     with as_user_error("the ranks of several hosts meet at MASTER_ADDR and MASTER_PORT of rank 0's", ValueError):
-        # A store of one rank, for one of more waits for all of them, and does not say which have not come.
-        return next(dist.rendezvous("env://", int(os.environ["RANK"]), 1, timeout=timeout))[0]
+        # Of one rank: a store of more waits for all, and does not say which have not come. torch tries it twice.
+        return next(dist.rendezvous("env://", int(os.environ["RANK"]), 1, timeout=timeout / 2))[0]
 
 
 def _file_store(num_ranks: int, purpose: str) -> dist.Store:

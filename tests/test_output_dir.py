@@ -305,6 +305,14 @@ def test_the_models_that_checkpoints_lack_since_a_crash_are_exported_by_the_next
     assert written == [torn]
 
 
+def test_what_a_killed_verify_has_left_goes_and_what_a_living_one_needs_stays(folder):
+    folder.mkdir()
+    files.held(folder / ".verify_dead").close()
+    with files.held(folder / ".verify_living"):
+        open_output_dir(config_of(folder), {}, RunState(), OneRank())
+        assert [path.name for path in folder.glob(".verify_*")] == [".verify_living"]
+
+
 # ------------------------------------------------------------------ metrics.jsonl
 
 
