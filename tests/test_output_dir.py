@@ -285,7 +285,9 @@ def test_what_is_certain_of_the_disk_is_asked_for_before_any_rank_starts(
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         with pytest.raises(UserError, match="--output_dir") if free < needed else contextlib.nullcontext():
             disk.require_least(config)
-    for name in ("no/model", make_model(tmp_path / "images", "gemma3")):
+    pointer = make_model(tmp_path / "pointer")
+    (pointer / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")  # was not fetched
+    for name in ("no/model", pointer, make_model(tmp_path / "images", "gemma3")):
         disk.require_least(dataclasses.replace(config, model_name_or_path=str(name)))
     folder.mkdir()
     (folder / "run_config.json").touch()

@@ -305,6 +305,7 @@ class Carrier:
             self.used_up.popleft()
 
     def wait_until_written(self) -> None:
-        """Until host memory holds what the last update made: before anybody reads it."""
+        """Until host memory holds what the last update made, for who reads it; and frees what it was written from."""
         if self.outward is not None:
             self.outward.synchronize()
+        self.used_up.clear()

@@ -56,6 +56,7 @@ from common.model.experts import experts_in
 from common.model.summing import SummingEmbedding, SummingLinear
 from common.zero.host_state import (
     ALIGNED,
+    CHUNK_ELEMENTS,
     Buffer,
     Carrier,
     HostMemory,
@@ -82,7 +83,9 @@ def require_known_deepspeed() -> None:
 def weights_are_finite(engine) -> bool:
     """Whether this rank's shards of the model's weights are, after the last update."""
     engine.module.finish_gathering()
-    return all(bool(shard.isfinite().all()) for group in engine.optimizer.fp16_partitioned_groups for shard in group)
+    engine.updater.carrier.wait_until_written()  # and so leaves memory for what is computed here
+    shards = [shard for group in engine.optimizer.fp16_partitioned_groups for shard in group]
+    return all(bool(piece.isfinite().all()) for shard in shards for piece in shard.split(CHUNK_ELEMENTS))
 
 
 def set_step(engine, step: int) -> None:
