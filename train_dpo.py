@@ -102,16 +102,16 @@ def main() -> None:
         return
     state, resume_from = claimed
     # The small files of the export: what cannot be written is found now. Where its tensors go is added further down.
-    settings = ranks.once(lambda: export_settings(model_config, dtype, template, model_folder))
+    export_files = ranks.once(lambda: export_settings(model_config, dtype, template, model_folder))
 
     # ------------------------------------------------------------------ memory plan
     # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A run resumed on as
     # many ranks keeps its micro-batch size and its way to sum gradients, unless a flag or the ds_config says otherwise.
     workload = memory.workload_of(config, lengths, data.source_of(int(lengths.argmax())), state, ranks)
-    # estimate: bytes on a rank; planned: tokens, and where the device's peak is known hours, MFU, memory and cost.
-    ds_config, estimate = memory.choose_residency(ds_config, config, model_config, workload, ranks)
-    planned = forecast(estimate, workload, schedule, lengths, model_config, config, ranks)
-    tell_plan(config, estimate, workload, schedule, evaluation, planned, ranks)  # refuses too small a disk
+    # memory_plan: where things live, bytes on a rank; planned: tokens, and with a known peak of the device hours and cost.
+    ds_config, memory_plan = memory.choose_residency(ds_config, config, model_config, workload, ranks)
+    planned = forecast(memory_plan, workload, schedule, lengths, model_config, config, ranks)
+    tell_plan(config, memory_plan, workload, schedule, evaluation, planned, ranks)  # refuses too small a disk
 
     # ------------------------------------------------------------------ reference, if it is a model of its own
     steps = range(min(schedule.last_step, schedule.steps_per_epoch))  # later epochs take the same pairs
@@ -122,24 +122,24 @@ def main() -> None:
     if reference_folder is not None:  # it is gone before the policy loads
         model = load.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
         with inference_engine(model, ds_config) as engine:
-            digest, size = identity["ref_model_name_or_path (contents)"], workload.budget
-            reference_table, cached_in = reference_pass(engine, data, pairs, digest, config, kernel, size, ranks)
-            evaluation.read_reference(engine, digest, kernel, size)
+            digest, row_tokens = identity["ref_model_name_or_path (contents)"], workload.budget
+            reference_table, cached_in = reference_pass(engine, data, pairs, digest, config, kernel, row_tokens, ranks)
+            evaluation.read_reference(engine, digest, kernel, row_tokens)
         del model, engine
 
     # ------------------------------------------------------------------ model and engine
     ranks.say(f"loading {model_folder}")
-    host = memory.reserve_host_memory(estimate, ranks)  # for optimizer state that the device does not hold
+    host = memory.reserve_host_memory(memory_plan, ranks)  # for optimizer state that the device does not hold
     policy = load.load_partitioned(model_folder, model_config, dtype, kernel, ds_config, ranks)
-    settings |= ranks.once(lambda: stored_layout(policy.lm))
+    export_files |= ranks.once(lambda: stored_layout(policy.lm))
     engine = build_engine(policy, config, ds_config, host)
     verify_packed_model(engine, kernel, ranks)
     if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):
         policy.compile_layers()
     # Dry runs on made-up pairs, of which it also follows how many layers recompute their activations.
     made_up = partial(memory.made_up_pair, share_prompt=config.share_prompt)
-    budget = memory.choose_micro_batch(engine, config, estimate, kernel, workload, made_up, ranks)  # tokens
-    state.micro_batch_budget, state.residency, state.world_size = budget, estimate.residency, ranks.world_size
+    budget = memory.choose_micro_batch(engine, config, memory_plan, kernel, workload, made_up, ranks)  # tokens
+    state.micro_batch_budget, state.residency, state.world_size = budget, memory_plan.residency, ranks.world_size
     parameters = dict(policy.lm.named_parameters())  # lm: transformers' model
     # No weight has been updated, and no checkpoint loaded yet: here the policy still is the starting model.
     if preference.needs_reference and reference_folder is None:
@@ -154,7 +154,7 @@ def main() -> None:
     resolved |= {"evaluation": evaluation.record, "planned": planned}
     record = record_of("DPO", config, identity, state, policy, ranks, **resolved, **cached_in)
     metrics = open_output_dir(config, record, state, ranks)
-    writer = checkpoint.Writer(engine, parameters, config, ranks, settings)
+    writer = checkpoint.Writer(engine, parameters, config, ranks, export_files)
     meter = StepMeter(policy.lm, budget, len(data), ranks)
     stop_request = StopRequest(ranks)
 
@@ -180,9 +180,9 @@ def main() -> None:
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=ranks.device)
         router_losses = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as size:
+        with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as in_hand:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
-                size.tokens = micro_batch.num_tokens
+                in_hand.tokens = micro_batch.num_tokens  # told if memory runs out
                 inputs = model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
                 token_logps, imbalance = engine(**inputs)  # of the scored tokens; of routers, 0 unless asked for
                 policy_logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(-1, 2)  # chosen, rejected
@@ -191,7 +191,7 @@ def main() -> None:
                 loss, micro_batch_sums = preference_loss_and_sums(policy_logps, reference_logps, num_scored, config)
                 router_loss = config.router_aux_loss_coef * imbalance / (2 * len(samples))  # its share of the step's
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-                # DeepSpeed averages gradients over ranks.
+                # DeepSpeed averages gradients over ranks: times world_size, they are summed.
                 engine.backward(loss * ranks.world_size / len(samples) + router_loss * ranks.world_size)
                 router_losses += router_loss.detach()
                 losses[m] = loss.detach()
@@ -227,7 +227,7 @@ def main() -> None:
             if is_evaluated:
                 step_record |= evaluation(engine, kernel, budget)
             metrics.append(step_record)
-        is_kept = is_evaluated and evaluation.keeps(state.step, step_record["eval/loss"])
+        is_kept = is_evaluated and evaluation.notes_best(state.step, step_record["eval/loss"])
 
         stop_signal = stop_request.agreed(terminate, interrupt, ranks)
         if stop_signal or is_kept or schedule.saves(state.step):
@@ -246,7 +246,7 @@ def main() -> None:
     metrics.flush_to_disk()
     record["exported_step"] = evaluation.load_best(engine, parameters) or state.step
     require_finite_weights(engine, state.step, ranks)
-    export_model(policy, config.output_dir, settings, ranks)
+    export_model(policy, config.output_dir, export_files, ranks)
     finish(config, record, state, metrics, data_table(data), ranks)
 
 

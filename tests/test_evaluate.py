@@ -286,13 +286,13 @@ def test_the_best_is_compared_with_what_is_kept_and_of_the_same_held_out_data(tm
     evaluation = object.__new__(evaluate.Evaluation)
     evaluation.config, evaluation.ranks, evaluation.held_out = config, OneRank(), SimpleNamespace(digest="one")
     losses = [3.0, math.nan, 2.0, 2.5]
-    assert [evaluation.keeps(i, loss) for i, loss in enumerate(losses)] == [True, False, True, False]
+    assert [evaluation.notes_best(i, loss) for i, loss in enumerate(losses)] == [True, False, True, False]
     checkpoint.clear_after(str(tmp_path), 1, "auto")  # as the one of step 2 is set aside
-    assert evaluation.keeps(3, 2.5)
+    assert evaluation.notes_best(3, 2.5)
     evaluation.held_out = SimpleNamespace(digest="another")
-    assert evaluation.keeps(4, 9.0) and not evaluation.keeps(5, 9.5)
+    assert evaluation.notes_best(4, 9.0) and not evaluation.notes_best(5, 9.5)
     checkpoint.clear_after(str(tmp_path), 5, "auto")  # as the one of step 4 was deleted
-    assert evaluation.keeps(6, 9.5)
+    assert evaluation.notes_best(6, 9.5)
     (tmp_path / "checkpoints" / "kept.json").write_text("")
     with pytest.raises(UserError, match=r"kept\.json"):
         checkpoint.clear_after(str(tmp_path), 6, "auto")

@@ -158,7 +158,7 @@ class Evaluation:
         means = dict(zip(SUMMED, (sums / len(members)).tolist(), strict=True))
         return {"loss": means["train_loss"]} | {name: means[f"rewards/{name}"] for name in ("accuracy", "margin")}
 
-    def keeps(self, step: int, loss: float) -> bool:
+    def notes_best(self, step: int, loss: float) -> bool:
         """Whether --keep_best keeps the checkpoint of `step`, after which `loss` was found. Collective. What it has to
         better is the kept one's: a lower loss may be of other held-out data, or of a checkpoint that is gone."""
         entry = {"step": step, "loss": loss, "held_out": self.held_out and self.held_out.digest}
