@@ -84,7 +84,7 @@ def main() -> None:
     # Residency: which of gradients and weights a rank keeps whole during a step, beside its shard. A run resumed on as
     # many ranks keeps its micro-batch size and its way to sum gradients, unless a flag or the ds_config says otherwise.
     workload = memory.workload_of(config, data.lengths, data.source_of(int(data.lengths.argmax())), state, ranks)
-    # memory_plan: where things live, bytes on a rank; planned: tokens, and with a known peak of the device hours and cost.
+    # memory_plan: what lives where; planned: tokens, and where the device's peak is known hours, memory, MFU and cost.
     ds_config, memory_plan = memory.choose_residency(ds_config, config, model_config, workload, ranks)
     planned = forecast(memory_plan, workload, schedule, data.lengths, model_config, config, ranks)
     tell_plan(config, memory_plan, workload, schedule, evaluation, planned, ranks)  # refuses too small a disk
