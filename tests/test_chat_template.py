@@ -475,6 +475,8 @@ ENDLESS = [
 # A single step of Python, which nothing could end.
 LARGE = [
     "{{ 9 ** (9 ** 9) }}",
+    "{{ 1|round(10 ** 9, 'ceil') }}",
+    "{{ 10|round(-(10 ** 9)) }}",
     "{% set ns = namespace(x=9) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "{{ ('f' * 10 ** 8)|int(base=16) % ('e' * 10 ** 7)|int(base=16) }}",
 ]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jinja2.filters import FILTERS, do_round
 from jinja2.sandbox import SandboxedEnvironment
 
 RENDER_SECONDS, RENDER_BYTES = 20.0, 2 * 2**30  # of one conversation, once
@@ -24,7 +25,15 @@ def _binary(environment: SandboxedEnvironment, context, sign: str, left, right):
     return environment.binop_table[sign](left, right)
 
 
+def _round(value, precision=0, method="common"):
+    """jinja2's filter, which computes ten to the power of the precision."""
+    if abs(precision) * 4 > LARGEST_NUMBER:
+        raise TimeoutError
+    return do_round(value, precision, method)
+
+
 SandboxedEnvironment.intercepted_binops, SandboxedEnvironment.call_binop = frozenset(["*", "**", "//", "%"]), _binary
+FILTERS["round"] = _round
 _rendering: dict[int, float] = {}  # thread -> when it has to be done
 _lock = threading.Lock()
 LIMITS = resource.getrlimit(resource.RLIMIT_AS)  # of this process's memory
