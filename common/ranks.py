@@ -209,6 +209,11 @@ _joined: Ranks | None = None  # the group that this process is in
 _held: list[TextIO] = []  # as long as this process lives
 
 
+def _local_world_size() -> int:
+    """How many ranks this host's launcher has started: torchrun's name for it, or DeepSpeed's."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def is_first_to_tell(text: str) -> bool:
     """Whether no other rank has told this: what several ranks find out is told once. Before they have joined, once on
     each host."""
@@ -216,9 +221,9 @@ def is_first_to_tell(text: str) -> bool:
 
     def is_first() -> bool:
         try:
-            store = _joined.store if _joined else _file_store(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "told")
+            store = _joined.store if _joined else _file_store(_local_world_size(), "told")
             return store.add(f"told {digest(text.encode())}", 1) == 1
-        except (dist.DistError, UserError):  # the store has gone with rank 0, or there is no place for one
+        except (dist.DistError, UserError, OSError):  # the store has gone with rank 0, or there is no place for one
             return is_first_here
 
     return in_time(is_first, is_first_here)
@@ -316,7 +321,7 @@ def start(timeout_minutes: float) -> Ranks:
     if "RANK" not in os.environ:
         os.environ |= _of_srun() or dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     rank, world_size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    local_world_size = _local_world_size()
     is_one_host = local_world_size == world_size
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if is_one_host else ():
         os.environ.setdefault(name, "lo")  # nothing listens beyond the host, no name is looked up

@@ -30,7 +30,7 @@ from tokenizers import processors
 
 from common.config import SFTConfig
 from common.data import cache as token_cache
-from common.data import chat_template, conversations, dataset, sources
+from common.data import chat_template, conversations, dataset, limits, sources
 from common.data import tokens as tokenization
 from common.data.cache import BlockTokenizer, TokenDataset, cache_key, prepare_tokens
 from common.data.chat_template import TULU, ChatTemplate, resolve_template
@@ -392,7 +392,7 @@ def test_all_that_tokens_depend_on_changes_the_key_and_using_the_tokenizer_does_
     TOKENIZER(["a", "b c d e f"], truncation=True, max_length=2)
     assert TOKENIZER.backend_tokenizer.truncation is not None and key_of(data) == keys[0]
     keys.append(key_of(data, template=ChatTemplate("tulu", TULU, with_bos(tiny_tokenizer.tiny_tokenizer()))))
-    for module in (token_cache, sources, conversations, chat_template, tokenization, dataset):
+    for module in (token_cache, sources, conversations, chat_template, limits, tokenization, dataset):
         edited = tmp_path / "edited.py"
         edited.write_bytes(Path(module.__file__).read_bytes() + b"#")
         with monkeypatch.context() as patch:

@@ -8,6 +8,7 @@ import pytest
 import tiny_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tiny_tokenizer import ANSWER, USER
 
 from common.data import limits
@@ -480,6 +481,12 @@ LARGE = [
     "{% set ns = namespace(x=9) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "{{ ('f' * 10 ** 8)|int(base=16) % ('e' * 10 ** 7)|int(base=16) }}",
 ]
+
+
+def test_what_is_bounded_computes_as_before():
+    env = ImmutableSandboxedEnvironment()
+    text = "{{ 1 ** 5000 }} {{ 2 ** 9 % 7 }} {{ 3.75|round(1, 'floor') }} {{ 3.7|round(none) }} {{ 'ab' * 2 }}"
+    assert env.from_string(text).render() == "1 1 3.7 4 abab"
 
 
 @pytest.mark.parametrize("jinja", [*ENDLESS, *LARGE, "{% for i in range(10 ** 12) %}{% endfor %}"])

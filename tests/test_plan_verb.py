@@ -153,6 +153,8 @@ def test_a_disk_that_holds_all_exactly_is_enough(monkeypatch, free, is_enough):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     config = SFTConfig(max_train_steps=12, checkpointing_steps=3, keep_last_n_checkpoints=2)
     assert disk.need(config, 1, Schedule(config, 10)).endswith(disk.SHORT) != is_enough
+    config = SFTConfig(max_train_steps=3, checkpointing_steps=3, keep_best="eval/loss")  # no more than one a step
+    assert disk.need(config, 1, Schedule(config, 10)).endswith(disk.SHORT) != is_enough
 
 
 def test_more_than_eight_gpus_are_several_hosts():

@@ -83,8 +83,10 @@ def test_an_error_of_one_rank_ends_all_and_is_told_once(name, how, culprit):
     assert said in done.stderr
 
 
-def fails_before_it_joins(logs: str, culprits: list[int], error: Exception) -> None:
-    """In a rank's process; ranks other than the culprits end well."""
+def fails_before_it_joins(logs: str, culprits: list[int], error: Exception, is_deepspeeds: bool) -> None:
+    """In a rank's process; ranks other than the culprits end well. is_deepspeeds: so is the launcher's environment."""
+    if is_deepspeeds:
+        os.environ["LOCAL_SIZE"] = os.environ.pop("LOCAL_WORLD_SIZE")
 
     def main() -> None:
         if int(os.environ["RANK"]) in culprits:
@@ -94,11 +96,11 @@ def fails_before_it_joins(logs: str, culprits: list[int], error: Exception) -> N
 
 
 @pytest.mark.parametrize("name", ERRORS)
-@pytest.mark.parametrize("culprits", [[1], [0, 1, 2]])
-def test_an_error_before_the_ranks_have_joined_is_told_once_whichever_rank_has_it(name, culprits):
+@pytest.mark.parametrize(("culprits", "is_deepspeeds"), [([1], False), ([0, 1, 2], False), ([0, 1, 2], True)])
+def test_an_error_before_the_ranks_have_joined_is_told_once_whichever_rank_has_it(name, culprits, is_deepspeeds):
     """As of a rank that has no GPU of its own; or a mistake, which all of them find."""
     error, code, said = ERRORS[name]
-    done = launch.Run(fails_before_it_joins, 3, (culprits, error)).wait(30)
+    done = launch.Run(fails_before_it_joins, 3, (culprits, error, is_deepspeeds)).wait(30)
     assert done.exit_codes == [code * (rank in culprits) for rank in range(3)]
     assert done.stderr.count("error: ") == (code > 1) and done.stderr.count("Traceback") == (code == 1)
     assert said in done.stderr

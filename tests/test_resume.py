@@ -726,7 +726,7 @@ until [ -e "$2/run/checkpoints/step_00000003/COMPLETE" ]; do sleep 0.01; done &&
 head -c $(( $(df --output=avail --block-size=1 "$2" | tail -n 1) - 100000 )) /dev/zero > "$2/filler" &
 "${@:4}"; echo "code $?"
 kill $!; rm "$2/filler"
-"$3" -m common.verbs.verify "$2/run"; echo "code $?"
+"$3" -m common.verbs verify "$2/run"; echo "code $?"
 "${@:4}"; echo "code $?"
 """
 

@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers
 import transformers
 
-from common.data import chat_template, conversations, dataset, sources, tokens
+from common.data import chat_template, conversations, dataset, limits, sources, tokens
 from common.data.chat_template import REASONING_KEYS, ChatTemplate
 from common.data.conversations import Conversation, Dropped, preference_example, sft_example
 from common.data.dataset import FILES, TokenDataset, flattened
@@ -112,7 +112,7 @@ def block_tokenizer(kind: str, config, template: ChatTemplate) -> "BlockTokenize
 def cache_key(tokenize: "BlockTokenizer", all_rows: list[Rows]) -> str:
     """Digest, in hex, of all that the tokens and their rows' names depend on."""
     special_tokens = tokenize.template.tokenizer.special_tokens_map
-    modules = (sources, conversations, chat_template, tokens, dataset)
+    modules = (sources, conversations, chat_template, limits, tokens, dataset)
     code = [__file__, *(str(module.__file__) for module in modules)]
     parts = {
         "kind": tokenize.kind,

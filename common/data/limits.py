@@ -19,7 +19,7 @@ def _binary(environment: SandboxedEnvironment, context, sign: str, left, right):
     """What a template computes with an operator; a TimeoutError for whole numbers so large that this single step, which
     nothing ends, might take forever."""
     if isinstance(left, int) and isinstance(right, int):
-        bits = left.bit_length() * right if sign == "**" else left.bit_length() + right.bit_length()
+        bits = (left.bit_length() - 1) * right if sign == "**" else left.bit_length() + right.bit_length()
         if bits > LARGEST_NUMBER:
             raise TimeoutError
     return environment.binop_table[sign](left, right)
@@ -27,7 +27,7 @@ def _binary(environment: SandboxedEnvironment, context, sign: str, left, right):
 
 def _round(value, precision=0, method="common"):
     """jinja2's filter, which computes ten to the power of the precision."""
-    if abs(precision) * 4 > LARGEST_NUMBER:
+    if isinstance(precision, int) and abs(precision) * 4 > LARGEST_NUMBER:
         raise TimeoutError
     return do_round(value, precision, method)
 

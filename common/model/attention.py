@@ -48,8 +48,11 @@ def _why_not(kernel: str, on_gpu: bool, needs: Collection[str]) -> str | None:
         return f"does not compute this model's {' and '.join(missing)}"
     if kernel != "sdpa" and not on_gpu:
         return "needs a CUDA device and bfloat16"
-    if kernel == "flash_attention_4" and torch.cuda.get_device_capability()[0] not in (9, 10):
+    generation = torch.cuda.get_device_capability()[0] if kernel == "flash_attention_4" else None
+    if generation not in (None, 9, 10):
         return "needs a Hopper or Blackwell GPU"
+    if generation == 10 and needs:  # some it refuses there, and none was seen there
+        return f"was seen to compute {' and '.join(needs)} on Hopper GPUs alone"
     try:
         importlib.import_module(module)
     except Exception as e:  # whatever a package raises whose driver or CUDA does not fit
@@ -171,10 +174,10 @@ def _by_segments(kernel: str, compute: Callable) -> Callable:
         window, softcap, sinks = _taken(module, kernel, kwargs.get("packed_cu_seqlens_q"), dropout, kwargs)
         # Of one width, as kernels ask for; zeros change neither scores nor the rest. Flash-attn-4's gradients of heads
         # of 8 were seen to be wrong: it gets widths that were seen to be right, DeepSeek's 192 and 128 among them.
-        multiple = 64 if kernel == "flash_attention_4" else 8
-        padded = [-(-x.shape[-1] // multiple) * multiple for x in (query, key, value)]
-        if (kernel, padded, query.shape[1]) != ("flash_attention_4", [192, 192, 128], key.shape[1]):
-            padded = [max(padded)] * 3
+        padded = [-(-max(widths) // 8) * 8] * 3
+        if kernel == "flash_attention_4":
+            is_deepseeks = widths == (192, 128) and query.shape[1] == key.shape[1]
+            padded = [192, 192, 128] if is_deepseeks else [next(w for w in (64, 128, 256) if w >= max(widths))] * 3
         tensors = [x[0].transpose(0, 1) for x in (query, key, value)]
         tensors = [nn.functional.pad(x, (0, n - x.shape[-1])) for x, n in zip(tensors, padded, strict=True)]
         if (index := kwargs["packed_key_index"]) is not None:

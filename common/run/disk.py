@@ -22,7 +22,7 @@ def need(config: TrainConfig, numel: int, schedule) -> str:
     replace them; what was set aside does not."""
     num_written = schedule.last_step // schedule.save_every + schedule.keeps_end
     most = config.keep_last_n_checkpoints + 1  # with the one that is being written
-    num_checkpoints = most + 1 if config.keep_best else min(most, num_written)
+    num_checkpoints = min(most + 1, schedule.last_step) if config.keep_best else min(most, num_written)
     num_models = 1 + num_checkpoints * config.export_at_checkpoints
     needed = numel * (num_checkpoints * CHECKPOINT_BYTES + num_models * ITEMSIZES[config.dtype])
     folder = Path(config.output_dir)

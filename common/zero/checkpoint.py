@@ -529,8 +529,8 @@ def _put(block: np.ndarray, at: int, ours: int, theirs: int, count: int, shard: 
 def export_shown(path: Path, output_dir: Path) -> None:
     """As export, with its progress."""
     size = sum(file.stat().st_size for file in path.glob("*.master_*"))  # read once for digests, once to be written
-    with progress(f"exporting {path.name}", 2 * size // 2**20, "MiB read") as advance:
-        export(path, output_dir, lambda read: advance(read // 2**20))
+    with progress(f"exporting {path.name}", 2 * size, "bytes read") as advance:
+        export(path, output_dir, advance)
 
 
 def export(path: Path, output_dir: Path, advance: Callable[[int], None] = lambda size: None) -> None:
