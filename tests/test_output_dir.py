@@ -264,7 +264,8 @@ def test_a_best_checkpoint_may_come_at_each_evaluation_whatever_the_interval(fol
 
 
 # What is certain of a run: its flags, and the checkpoints and models that its folder holds at least.
-CERTAIN = [({}, 0, 1), ({"max_train_steps": 9, "checkpointing_steps": 2}, 4, 1), ({"keep_best": "eval/loss"}, 5, 1)]
+CERTAIN = [({}, 0, 1), ({"max_train_steps": 9, "checkpointing_steps": 2}, 4, 1), ({"keep_best": "eval/loss"}, 0, 1)]
+CERTAIN += [({"max_train_steps": steps, "keep_best": "eval/loss"}, n, 1) for steps, n in ((9, 5), (2, 2))]
 CERTAIN += [({"max_train_steps": 9, "checkpointing_steps": 4, "export_at_checkpoints": True}, 2, 3)]
 CERTAIN += [({"max_train_steps": 9, "checkpointing_steps": 2, "stop_after_steps": 4}, 2, 1)]
 

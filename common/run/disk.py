@@ -41,7 +41,7 @@ def require(space: str) -> None:
 
 def require_least(config: TrainConfig) -> None:
     """As require, of a new run from a model in a folder here, for what is certain before data is read: how many
-    checkpoints there will be only by --max_train_steps or --keep_best. A head, which may be tied, does not count."""
+    checkpoints there will be only by --max_train_steps. A head, which may be tied, does not count."""
     folder = Path(config.model_name_or_path)
     try:
         settings = (folder / "config.json").read_text(encoding="utf-8")
