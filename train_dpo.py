@@ -138,8 +138,10 @@ def main() -> None:
         policy.compile_layers()
     # Dry runs on made-up pairs, of which it also follows how many layers recompute their activations.
     made_up = partial(memory.made_up_pair, share_prompt=config.share_prompt)
-    budget = memory.choose_micro_batch(engine, config, memory_plan, kernel, workload, made_up, ranks)  # tokens
-    state.micro_batch_budget, state.residency, state.world_size = budget, memory_plan.residency, ranks.world_size
+    # Tokens that a micro-batch may hold, and a step's first one, beside which the optimizer's state is on its way.
+    budget, opening = memory.choose_micro_batch(engine, config, memory_plan, kernel, workload, made_up, ranks)
+    state.micro_batch_budget, state.opening_budget = budget, opening
+    state.residency, state.world_size = memory_plan.residency, ranks.world_size
     parameters = dict(policy.lm.named_parameters())  # lm: transformers' model
     # No weight has been updated, and no checkpoint loaded yet: here the policy still is the starting model.
     if preference.needs_reference and reference_folder is None:
@@ -155,14 +157,14 @@ def main() -> None:
     record = record_of("DPO", config, identity, state, policy, ranks, **resolved, **cached_in)
     metrics = open_output_dir(config, record, state, ranks)
     writer = checkpoint.Writer(engine, parameters, config, ranks, export_files)
-    meter = StepMeter(policy.lm, budget, len(data), ranks)
+    meter = StepMeter(policy.lm, budget, opening, len(data), ranks)
     stop_request = StopRequest(ranks)
 
     def prepared(step: int) -> tuple[list[int], list[list[int]], list[MicroBatch]]:
         """The step's samples, and this rank's micro-batches: the samples in each, and packed."""
         samples = schedule.samples(step)
         # Every rank gets as many micro-batches as the others: ZeRO-3 gathers weights in each of them, on all ranks.
-        positions = plan_step(lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
+        positions = plan_step(lengths[samples].tolist(), ranks.world_size, budget, opening)[ranks.rank]
         plan = [[samples[i] for i in members] for members in positions]
         pairs_of = [[pair_documents(data[i], config.share_prompt) for i in members] for members in plan]
         return samples, plan, [pack(documents, config.share_prompt) for documents in pairs_of]

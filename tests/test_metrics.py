@@ -102,7 +102,7 @@ def test_the_time_left_is_that_of_the_steps_to_come_at_the_pace_after_the_first(
     config = SimpleNamespace(get_text_config=lambda: None)
     lm = SimpleNamespace(config=config, named_parameters=list)
     lm.get_input_embeddings = lm.get_output_embeddings = lambda: embedding
-    meter, lines = metrics.StepMeter(lm, 1, 1, OneRank()), []
+    meter, lines = metrics.StepMeter(lm, 1, 1, 1, OneRank()), []
     record = {"epoch": 0.5, "train_loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-5, "tokens_per_second": 10.0}
     record["max_memory_gb"] = 71.5
     for step, seconds in ((11, 400.0), (12, 410.0), (14, 430.0)):  # it was resumed after step 10

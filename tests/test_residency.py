@@ -24,7 +24,7 @@ from common.model import load as model
 from common.model import packed
 from common.model.summing import SummingEmbedding, SummingLinear, add_product
 from common.step.packing import pack, sft_documents
-from common.zero import checkpoint, host_state
+from common.zero import checkpoint, host_state, opening
 from common.zero import residency as kept
 from common.zero.ds_config import RESIDENCY, deepspeed_config
 from common.zero.engine import build_engine
@@ -37,6 +37,7 @@ CASES = {
     "norms of heads": ("qwen3", {"head_dim": 16}),
     "scalars": ("apertus", {}),  # parameters of one element: some ranks hold padding alone
 }
+DEEP = {"num_hidden_layers": 6}
 WITH_A_GATE = [case for case in CASES if case != "scalars"]  # in its MLP
 STATE_IN_HOST = [(0.0, "float32"), (0.4, "bfloat16")]  # (share of the state on the device, dtype)
 SAMPLES = [[3, 5, 8, 13, 21, 34], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8], [4, 6], [9, 9, 8, 200, 300]]
@@ -200,12 +201,19 @@ def backward_passes(engine, ranks: distributed.Ranks):
 
 
 def run_micro_batches(
-    folder: str, residency: str, functional: bool = False, in_a_row: bool = False, share: float = 1.0, dtype="float32"
+    folder: str,
+    residency: str,
+    functional: bool = False,
+    in_a_row: bool = False,
+    share: float = 1.0,
+    dtype="float32",
+    opens: bool = False,
 ) -> list[dict]:
     """Two steps of PLANS. For each: {name: this rank's part of the gradient} before it, the norm, and every
     parameter, whole, after it; in_a_row: only after the last, so that nothing waits for what a step began. functional:
     a layer uses the weight of one of its modules, and of another as well as the module itself; and no hook is called
-    for embedding and head, whose weights get no gradient from autograd, as torch may have it."""
+    for embedding and head, whose weights get no gradient from autograd, as torch may have it. opens: the second step's
+    first micro-batch keeps activations in gradient sums."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN, so that whoever reads it is found out
     ranks = group()
@@ -213,6 +221,8 @@ def run_micro_batches(
     policy, engine = make_engine(folder, residency, ranks, share, dtype)
     assert (not engine.updater.carrier.by_group) == (share == 1.0)
     engine.updater.carrier.memory_limit = 10**9 if ranks.device.type == "cuda" else None
+    if opens:
+        opening.LEAST_BYTES, engine.whole_gradients.opens = 64, True
     if functional:
         mlp = policy.decoder_layers()[0].mlp
         mlp.forward = lambda x: nn.functional.linear(
@@ -229,8 +239,11 @@ def run_micro_batches(
     names = {param: name for name, param in parameters.items()}
     seen = []
     for step in range(2):
-        for _ in backward_passes(engine, ranks):
+        for m, _ in enumerate(backward_passes(engine, ranks)):
             assert all(param.grad is None for param in parameters.values())
+            if opens and m == 0:
+                assert (engine.whole_gradients.opening.kept_bytes > 0) == (step > 0)
+                assert not any(sums.is_used for sums in engine.whole_gradients.of_layer.values())
         zero = engine.optimizer
         parts = {
             names[param]: part.cpu().clone().flatten()
@@ -273,7 +286,8 @@ def padding(engine, policy, ranks: distributed.Ranks) -> list[float]:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
     root, odd = tmp_path_factory.mktemp("models"), {"intermediate_size": 49}  # so that parts are padded
-    return {case: str(models.make_model(root / case, name, **odd | more)) for case, (name, more) in CASES.items()}
+    cases = CASES | {"deep": ("llama", DEEP)}
+    return {case: str(models.make_model(root / case, name, **odd | more)) for case, (name, more) in cases.items()}
 
 
 @pytest.fixture(scope="module")
@@ -289,6 +303,8 @@ def seen(folders):
             places = [*STATE_IN_HOST, *((1.0, dtype) for _, dtype in STATE_IN_HOST)]
             calls |= {(how, *at): (run, llama, how, False, True, *at) for how in RESIDENCY for at in places}
             calls |= {(case, share): (late, folders[case], share) for case in CASES for share in (0.0, 1.0)}
+            deep = run, folders["deep"], "all", False, True
+            calls |= {("deep", *at, opens): (*deep, *at, opens) for at in STATE_IN_HOST for opens in (False, True)}
         ran = launch.on_ranks(in_turn, num_ranks, [*calls.values()])
         return dict(zip(calls, zip(*ran, strict=True), strict=True))
 
@@ -363,6 +379,13 @@ def test_a_backward_pass_waits_until_the_last_steps_sums_are_zeros(folders, seen
 def test_state_in_host_memory_is_updated_to_the_same_bits(folders, seen, residency, num_ranks, share, dtype):
     of_all = seen(num_ranks)
     check_host_state(folders["llama"], of_all[residency, share, dtype], of_all[residency, 1.0, dtype], dtype)
+
+
+@pytest.mark.parametrize(("share", "dtype"), STATE_IN_HOST)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_activations_in_gradient_sums_change_no_bit(folders, seen, num_ranks, share, dtype):
+    of_all = seen(num_ranks)
+    check_host_state(folders["deep"], of_all["deep", share, dtype, True], of_all["deep", share, dtype, False], dtype)
 
 
 def check_host_state(folder, seen: list, expected: list, dtype: str) -> None:

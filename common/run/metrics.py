@@ -54,12 +54,13 @@ def flops_per_token(num_parameters: int, config: PretrainedConfig, length: float
 class StepMeter:
     """The fields of metrics.jsonl that SFT and DPO share."""
 
-    def __init__(self, lm: nn.Module, budget: int, num_samples: int, ranks: Ranks):
+    def __init__(self, lm: nn.Module, budget: int, opening: int, num_samples: int, ranks: Ranks):
         config = lm.config.get_text_config()
         embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
         counted = ((name, p) for name, p in lm.named_parameters() if p is not embedding or p is head)
         self.num_parameters = round(sum(p.ds_numel * part_met(config, name) for name, p in counted))
         self.config, self.budget, self.num_samples, self.ranks = config, budget, num_samples, ranks
+        self.opening = opening
         self.peak_flops = device_peak_flops(ranks.device)
         self.began = time.monotonic()
         self.paced_from: tuple[int, float] | None = None
@@ -99,7 +100,7 @@ class StepMeter:
             "per_device_tps": tokens / seconds / world_size,
             "max_memory_gb": memory_gb(self.ranks.device),
             "micro_batches": rows,
-            "packing_efficiency": tokens / (rows * world_size * self.budget),
+            "packing_efficiency": tokens / (world_size * (self.opening + (rows - 1) * self.budget)),
         }
         if compiled := torch._dynamo.utils.counters["stats"]["unique_graphs"]:
             record["compiled_graphs"] = compiled  # since the start: growth after warm-up is lost time

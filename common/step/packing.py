@@ -19,18 +19,22 @@ from common.data.tokens import PreferencePair, SFTSample
 STEM, CHOSEN, REJECTED = 0, 1, 2  # branch of a token; an ordinary sample is all stem
 
 
-def plan_step(lengths: list[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
-    """Lays samples of `lengths` tokens into micro-batches of at most `budget` tokens, or as many as the longest has.
+def plan_step(lengths: list[int], num_ranks: int, budget: int, opening: int = 0) -> list[list[list[int]]]:
+    """Lays samples of `lengths` tokens into micro-batches of at most `budget` tokens, the first of each rank of at most
+    `opening`, if that is more; longer samples take as much as they need, in the ranks' first ones if those suffice.
 
     Returns plan[rank][micro_batch] = positions in `lengths`. Every rank gets the same number of micro-batches (some may
-    be empty), the fewest for which longest-first assignment to the least loaded micro-batch fits the budget; that rule
-    also spreads the tokens evenly (Graham 1969, LPT). The fullest micro-batches come first, so that too little memory
-    shows at once, and the ranks' m-th micro-batches are alike in size, so that ranks do not wait for one another.
+    be empty), the fewest for which longest-first assignment to the least loaded micro-batch fits, where the first ones
+    count as loaded with as many tokens less as they may hold more; that rule also spreads the tokens evenly (Graham
+    1969, LPT). After the first the fullest come first, so that too little memory shows at once, and the ranks' m-th
+    micro-batches are alike in size, so that ranks do not wait for one another.
     """
-    budget = max(budget, *lengths)
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    num_micro_batches = -(-sum(lengths) // (num_ranks * budget))
-    while (bins := _longest_first(order, lengths, num_ranks * num_micro_batches))[0][0] > budget:
+    longest, longest_of_others = (max([0, *(lengths[i] for i in order[skipped:][:1])]) for skipped in (0, num_ranks))
+    budget = max(budget, longest_of_others)
+    more = max(0, opening - budget, longest - budget)
+    num_micro_batches = max(1, -(-(sum(lengths) - num_ranks * more) // (num_ranks * budget)))
+    while max(bins := _longest_first(order, lengths, num_ranks, num_micro_batches, more))[0] > budget:
         num_micro_batches += 1
     return [[members for _, members in bins[rank::num_ranks]] for rank in range(num_ranks)]
 
@@ -45,15 +49,20 @@ def one_ahead(prepared: Callable[[int], Any], steps: range) -> Iterator[tuple[in
             yield step, value
 
 
-def _longest_first(order: list[int], lengths: list[int], num_bins: int) -> list[tuple[int, list[int]]]:
-    """[(tokens, members)] of each bin, fullest first."""
-    heap = [(0, b) for b in range(num_bins)]
-    members: list[list[int]] = [[] for _ in range(num_bins)]
+def _longest_first(
+    order: list[int], lengths: list[int], num_ranks: int, num_micro_batches: int, more: int
+) -> list[tuple[int, list[int]]]:
+    """[(tokens, members)] of each bin: those that may hold `more` tokens, of which they are counted as empty, then the
+    others, each fullest first."""
+    heap = [(-more * (b < num_ranks), b) for b in range(num_ranks * num_micro_batches)]
+    members: list[list[int]] = [[] for _ in heap]
+    heapq.heapify(heap)
     for i in order:
         tokens, b = heapq.heappop(heap)
         members[b].append(i)
         heapq.heappush(heap, (tokens + lengths[i], b))
-    return [(tokens, members[b]) for tokens, b in sorted(heap, key=lambda bin: (-bin[0], bin[1]))]
+    in_order = sorted(heap, key=lambda bin: (more > 0 and bin[1] >= num_ranks, -bin[0], bin[1]))
+    return [(tokens, members[b]) for tokens, b in in_order]
 
 
 @dataclass

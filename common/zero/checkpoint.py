@@ -66,6 +66,7 @@ class RunState:
     target_tokens: int = 0  # tokens trained on
     num_records: int = 0  # in metrics.jsonl
     micro_batch_budget: int = 0  # tokens that a micro-batch may hold
+    opening_budget: int = 0  # and that a step's first one may, if more
     world_size: int = 0
     residency: str = ""  # what stayed whole during a step, which says how gradients are summed
     held_out: str = ""  # digest of the data of evaluations, "" for none

@@ -39,8 +39,9 @@ def build_engine(model: PackedModel, config: TrainConfig, ds_config: dict, host:
     engine.updater = residency.Update(engine, model, stays_whole != "nothing", stays_whole == "all")
     if stays_whole == "all":  # first: its wholes replace shards before sums take memory
         residency.ResidentParameters(engine, model, engine.updater)
+    engine.whole_gradients = None
     if stays_whole != "nothing":
-        residency.WholeGradients(engine, model, engine.updater)
+        engine.whole_gradients = residency.WholeGradients(engine, model, engine.updater)
     return engine
 
 

@@ -184,13 +184,14 @@ def pieces_of(sizes: list[int], most: int) -> Iterator[list[tuple[int, int, int]
         yield pieces
 
 
-@dataclass
+@dataclass(eq=False)
 class Buffer:
-    """A chunk's place on the device, float32 [words]. uses: how many more chunks it takes."""
+    """A chunk's place on the device, float32 [words]. uses: how many more chunks it takes. needed: how soon who lent it
+    needs it again, the sooner the higher; 0 if nobody did."""
 
     memory: torch.Tensor
     uses: float = float("inf")
-    is_lent: bool = False
+    needed: int = 0
     usable: "torch.cuda.Event | None" = None  # once what used the memory before is done
     arrived: "torch.cuda.Event | None" = None
     updated: "torch.cuda.Event | None" = None
@@ -214,6 +215,7 @@ class Carrier:
         self.waiting: deque[Chunk] = deque()  # of this step, not yet on their way
         self.brought: deque[tuple[Buffer, Chunk]] = deque()
         self.idle: deque[Buffer] = deque()
+        self.in_use: list[Buffer] = []  # of the ring and what is lent: those that take more chunks of this step
         self.used_up: deque[Buffer] = deque()  # given up in the next forward pass, once written back
 
     def add(self, group: int, state: tuple[torch.Tensor, ...], sizes: list[int]) -> None:
@@ -231,13 +233,26 @@ class Carrier:
         """Once all groups are there."""
         for _ in range(min(RING_BUFFERS, len(self.waiting))):
             self.idle.append(Buffer(torch.empty(self.words, device=self.device)))
+        self.in_use = list(self.idle)
 
-    def lend(self, memory: torch.Tensor) -> list[Buffer]:
-        """Buffers in memory, float32 [n], until the step ends; it may be used again once each of them is usable."""
+    def lend(self, memory: torch.Tensor, needed: int) -> list[Buffer]:
+        """Buffers in memory, float32 [n], until the step ends; it may be used again once each of them is usable, which
+        those with the highest `needed` are first."""
         pieces = memory.split(self.words) if self.words else ()
-        lent = [Buffer(piece, is_lent=True, usable=self._mark()) for piece in pieces if len(piece) == self.words]
+        lent = [Buffer(piece, needed=needed, usable=self._mark()) for piece in pieces if len(piece) == self.words]
         self.idle.extend(lent)
+        self.in_use.extend(lent)
         return lent
+
+    def _take_idle(self) -> Buffer | None:
+        """The next buffer, if any is idle. One that is lent takes no more chunks once those that are needed later are
+        enough for all that wait."""
+        while self.idle:
+            buffer = self.idle.popleft()
+            if not buffer.needed or sum(b.needed < buffer.needed for b in self.in_use) < len(self.waiting):
+                return buffer
+            self.in_use.remove(buffer)
+        return None
 
     def _mark(self) -> "torch.cuda.Event | None":
         """What the current stream has been given to do until now."""
@@ -252,11 +267,13 @@ class Carrier:
 
     def bring(self, in_free_memory: bool = False) -> None:
         """Starts to bring the step's next chunks: as many as there are idle buffers; in_free_memory: as have room."""
-        while self.waiting and (self.idle or (in_free_memory and self._has_room())):
-            if self.idle:
-                buffer = self.idle.popleft()
-            else:  # the current stream has given up this memory, or will have
+        while self.waiting:
+            buffer = self._take_idle()
+            if buffer is None and in_free_memory and self._has_room():
+                # The current stream has given up this memory, or will have.
                 buffer = Buffer(torch.empty(self.words, device=self.device), FREE_MEMORY_USES, usable=self._mark())
+            if buffer is None:
+                break
             chunk = self.waiting.popleft()
             with torch.cuda.stream(self.inward):
                 if buffer.usable is not None:
@@ -292,7 +309,8 @@ class Carrier:
             self.inward.wait_stream(self.outward)
         self.idle.extend(buffer for buffer, _ in self.brought)
         self.used_up.extend(buffer for buffer in self.idle if buffer.uses < float("inf"))
-        self.idle = deque(buffer for buffer in self.idle if buffer.uses == float("inf") and not buffer.is_lent)
+        self.idle = deque(buffer for buffer in self.idle if buffer.uses == float("inf") and not buffer.needed)
+        self.in_use = list(self.idle)
         self.brought.clear()
         self.waiting = deque(chunk for chunks in self.by_group.values() for chunk in chunks)
 

@@ -26,7 +26,19 @@ from common.zero.checkpoint import RunState
 from common.zero.ds_config import RESIDENCY
 from common.zero.engine import out_of_memory_explained
 from common.zero.host_state import HostMemory, available_host_memory
-from common.zero.plan import HEADROOM, HOST_RESERVE, LEAST_TRIED, Card, Plan, Shape, Workload, choose, plan_run
+from common.zero.plan import (
+    HEADROOM,
+    HOST_RESERVE,
+    LEAST_TRIED,
+    Card,
+    Choice,
+    Memory,
+    Plan,
+    Shape,
+    Workload,
+    choose,
+    plan_run,
+)
 from common.zero.residency import require_known_deepspeed
 
 MOST_DRY_RUNS = 8
@@ -40,11 +52,11 @@ def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state
 
     Raises UserError for a given budget that does not hold the longest one.
     """
-    longest, budget, residency = int(lengths.max()), 0, ""
+    longest, budget, opening, residency = int(lengths.max()), 0, 0, ""
     if state.world_size == ranks.world_size:  # at another number of ranks nothing keeps a resume bitwise
-        budget, residency = state.micro_batch_budget, state.residency
+        budget, opening, residency = state.micro_batch_budget, state.opening_budget, state.residency
     if not isinstance(config.max_tokens_per_micro_batch, str):  # auto
-        budget = config.max_tokens_per_micro_batch
+        budget = opening = config.max_tokens_per_micro_batch
         if budget < longest:
             raise UserError(f"--max_tokens_per_micro_batch {budget} is less than the {longest} tokens of {longest_at}")
     default = max(longest, 16384 if ranks.device.type == "cuda" else 4096)
@@ -52,7 +64,7 @@ def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state
     drawn = np.random.RandomState(0).choice(lengths, (STEPS_DRAWN, batch))
     steps = tuple((float(step.sum()) / ranks.world_size, int(step.max())) for step in drawn)
     tokens_per_rank = float(lengths.mean()) * batch / ranks.world_size
-    return Workload(longest, tokens_per_rank, budget or default, budget > 0, residency, steps)
+    return Workload(longest, tokens_per_rank, budget or default, budget > 0, residency, steps, opening)
 
 
 def given_layers(config: TrainConfig, num_layers: int) -> int | None:
@@ -136,7 +148,7 @@ def _does_not_fit(plan: Plan, planned: Callable, config: TrainConfig, workload: 
     for sixteenths in range(15, 0, -1):
         longest = max(1, workload.longest * sixteenths // 16)
         steps = tuple((of_rank, min(longest, tokens)) for of_rank, tokens in workload.steps)
-        shorter = workload._replace(longest=longest, budget=min(workload.budget, longest), steps=steps)
+        shorter = workload._replace(longest=longest, budget=min(workload.budget, longest), steps=steps, opening=0)
         if planned(workload=shorter).cost < np.inf:
             changes.append(f"--max_seq_length {max(1, config.max_seq_length * sixteenths // 16)}")
             break
@@ -199,14 +211,16 @@ def reserve_host_memory(plan: Plan, ranks: Ranks) -> HostMemory:
 # ------------------------------------------------------------------ dry runs
 def choose_micro_batch(
     engine, config: TrainConfig, plan: Plan, kernel: str, workload: Workload, made_up: Callable, ranks: Ranks
-) -> int:
-    """Sets the layers that recompute, says the plan and returns the micro-batch's tokens. Collective.
+) -> tuple[int, int]:
+    """Sets the layers that recompute, says the plan and returns how many tokens a micro-batch may hold, and a step's
+    first one. Collective.
 
     By dry runs on a GPU, if the flags leave anything open; on a CPU `auto` recomputes nothing. From then on each
     micro-batch has as many layers recompute as its own tokens need. plan: of choose_residency. made_up:
     made_up_conversation or made_up_pair, whichever the run trains.
     """
     policy, device, budget, estimate = engine.module, ranks.device, workload.budget, plan.memory
+    opening, sums = max(budget, workload.opening), engine.whole_gradients
     layers = len(policy.decoder_layers())
     given = given_layers(config, layers)
     recomputing, how = given or 0, "nothing measured"
@@ -222,7 +236,17 @@ def choose_micro_batch(
             policy.checkpoint_activations(recomputing)
             return _dry_run(engine, config, kernel, tokens, workload.longest, made_up, ranks) - held
 
-        budget, room, activations = confirmed(plan, usable - held, workload, given, activations_of)
+        def opening_activations_of(tokens: int) -> float:
+            sums.opening.is_open = True
+            return activations_of(tokens, given or 0)
+
+        choice, room, activations = confirmed(plan, usable - held, workload, given, activations_of)
+        budget, opening = choice.budget, choice.opening
+        if estimate.opening and opening > budget and not workload.is_settled:
+            opening, seen = confirmed_opening(
+                choice, estimate, usable - held, layers - (given or 0), opening_activations_of
+            )
+            activations = max(activations, seen)
         how = f"{(held + activations) / 1e9:.1f} seen of {usable / 1e9:.1f} usable"
         # Less what a layer's backward pass takes, about twice what it keeps. Beyond `usable` torch gives memory back to
         # the device and takes it again, and waits for every copy that is under way.
@@ -234,24 +258,45 @@ def choose_micro_batch(
                 activations_of(LEAST_TRIED, estimate.recomputing(LEAST_TRIED, room, layers))
 
             def recompute_by_tokens(module, args, row: dict) -> None:
-                module.checkpoint_activations(estimate.recomputing(row["input_ids"].shape[1], room, layers))
+                is_opening = estimate.opening > 0 and sums.opening.is_open
+                tokens = row["input_ids"].shape[1]
+                module.checkpoint_activations(estimate.recomputing(tokens, room, layers, is_opening))
 
             policy.register_forward_pre_hook(recompute_by_tokens, with_kwargs=True)  # before each forward pass
     policy.checkpoint_activations(recomputing)
+    if estimate.opening and opening > budget:
+        sums.opens = sums.opening.is_open = True
     largest = max(budget, workload.longest)
     predicted = estimate.fixed + estimate.activations(largest, layers - recomputing)
     ranks.say(
         f"micro-batches of {budget:,} tokens, {recomputing} of {layers} layers recomputed in one of {largest:,}; "
-        f"GB on each rank: {predicted / 1e9:.1f} by the model's shape, {how}"
+        + f"a step's first of {opening:,}; " * (opening > budget)
+        + f"GB on each rank: {predicted / 1e9:.1f} by the model's shape, {how}"
     )
-    return budget
+    return budget, opening
+
+
+def confirmed_opening(
+    choice: Choice, memory: Memory, room: float, keeping: int, activations_of: Callable[[int], float]
+) -> tuple[int, float]:
+    """(tokens of a step's first micro-batch, bytes of its activations) once it was seen to fit `room`; or those of the
+    others, and 0. activations_of(tokens) runs one and gives its bytes; the first run is half of the way up.
+    """
+    opening, middle = choice.opening, (choice.budget + choice.opening) // 2
+    surprise = activations_of(middle) - memory.opening_activations(middle, keeping)
+    opening -= int(max(0.0, 2 * surprise) / memory.activations(1, keeping))
+    while opening > choice.budget + LEAST_TRIED:
+        if (seen := activations_of(opening)) <= room:
+            return opening, seen
+        opening -= LEAST_TRIED
+    return choice.budget, 0.0
 
 
 def confirmed(
     plan: Plan, room: float, workload: Workload, given: int | None, activations_of: Callable
-) -> tuple[int, float, float]:
-    """(tokens of a micro-batch, room in bytes of the estimate, bytes of activations) once that and the largest
-    micro-batch were seen to fit `room`.
+) -> tuple[Choice, float, float]:
+    """(micro-batches, room in bytes of the estimate, bytes of activations) once a usual and the largest were seen to fit
+    `room`.
 
     activations_of(tokens, recomputing) runs one and gives its bytes. The first run should take at most a quarter of the
     room and a later one at most twice what has been seen, so that a surprise shows before memory runs out. If nothing
@@ -262,13 +307,13 @@ def confirmed(
     used, has_compiled = 1 / 8, False  # the largest part of the room that was seen in use
     seen: dict[tuple[int, int], float] = {}  # of what fits, or is the smallest choice
 
-    def wanted() -> tuple[int, list[tuple[int, int]]]:
-        _, budget, _ = choose(memory, estimated_room, plan.shape, plan.card, workload, given)
-        sizes = sorted({budget, max(budget, workload.longest)})
+    def wanted() -> tuple[Choice, list[tuple[int, int]]]:
+        choice = choose(memory, estimated_room, plan.shape, plan.card, workload, given)
+        sizes = sorted({choice.budget, max(choice.budget, workload.longest)})
         layers_of = [memory.recomputing(n, estimated_room, layers) if given is None else given for n in sizes]
-        return budget, list(zip(sizes, layers_of, strict=True))
+        return choice, list(zip(sizes, layers_of, strict=True))
 
-    budget, targets = wanted()
+    choice, targets = wanted()
     for _ in range(MOST_DRY_RUNS):
         unseen = [target for target in targets if target not in seen]
         if not unseen:
@@ -285,10 +330,10 @@ def confirmed(
             continue
         used = max(used, bytes_seen / room)
         estimated_room = min(2 * estimated_room, size * per_token * room / max(1.0, bytes_seen))
-        budget, targets = wanted()
+        choice, targets = wanted()
         if size == tokens and (size, recomputing) in targets:
             seen[size, recomputing] = bytes_seen
-    return budget, estimated_room, max(seen.get(target, 0.0) for target in targets)
+    return choice, estimated_room, max(seen.get(target, 0.0) for target in targets)
 
 
 def made_up_conversation(ids: np.ndarray) -> list[Document]:

@@ -14,6 +14,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from common.zero import host_state
 from common.zero.ds_config import offload_devices
+from common.zero.opening import LAYERS_BETWEEN
 from common.zero.residency import group_sizes
 
 LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
@@ -26,6 +27,7 @@ BETWEEN_HOSTS = 8  # times as much, where the ranks' links leave the host: some 
 EAGER_ACTIVATIONS = 2.8  # times a compiled layer's
 SPEED = 0.75  # a step's, of that of a large matrix product alone
 SHARES_TRIED = 16
+OPENING_USED = 0.9  # of the memory that gradient sums lend to activations
 ALIKE = 0.01  # a part of the cost, which is not known better than that
 
 
@@ -38,6 +40,7 @@ class Workload(NamedTuple):
     is_settled: bool  # by the flag or by the checkpoint that the run continues; else the plan decides
     residency: str  # of the run that wrote that checkpoint; "" for none
     steps: tuple[tuple[float, int], ...]  # tokens of a rank, and of the longest sample: of steps, equally likely
+    opening: int = 0  # tokens that a step's first micro-batch may hold, if more and settled
 
 
 class Card(NamedTuple):
@@ -85,6 +88,7 @@ class Memory(NamedTuple):
     per_token: float  # D
     per_token_and_layer: float  # A
     lent: float = 0.0  # of the gradients, to the optimizer's state, once they are reduced
+    opening: float = 0.0  # of the gradients, to activations of a step's first micro-batch (common/zero/opening.py)
 
     @property
     def fixed(self) -> float:  # B
@@ -93,18 +97,37 @@ class Memory(NamedTuple):
     def activations(self, tokens: int, keeping: int) -> float:
         return tokens * (self.per_token + self.per_token_and_layer * keeping)
 
-    def recomputing(self, tokens: float, room: float, layers: int) -> int:
+    def opening_activations(self, tokens: int, keeping: int) -> float:
+        """Of a step's first micro-batch, beside what gradient sums hold of them."""
+        return self.activations(tokens, keeping) - min(self.opening, tokens * self.per_token_and_layer * keeping)
+
+    def recomputing(self, tokens: float, room: float, layers: int, is_opening: bool = False) -> int:
         """The fewest layers that must recompute for the activations to fit `room` bytes."""
-        can_keep = int(max(0.0, (room / tokens - self.per_token) / self.per_token_and_layer))
-        return layers - min(layers, can_keep)
+        room_of_layers = room - tokens * self.per_token + (self.opening if is_opening else 0.0)
+        can_keep = int(max(0.0, room_of_layers / tokens / self.per_token_and_layer))
+        return layers - (min(layers, can_keep) if tokens * self.per_token <= room else 0)
+
+    def largest_opening(self, room: float, keeping: int) -> int:
+        """Tokens that fit in a step's first micro-batch."""
+        return int(min(room / self.per_token, (room + self.opening) / self.activations(1, keeping)))
+
+
+class Choice(NamedTuple):
+    """Micro-batches. cost: a rank's step, in tokens; infinite if nothing fits."""
+
+    cost: float
+    budget: int  # tokens
+    recomputing: int  # layers, in the largest micro-batch
+    opening: int  # tokens of a step's first one
 
 
 class Plan(NamedTuple):
-    """Where a run's state lies, and its micro-batches. cost: a rank's step, in tokens; infinite if nothing fits."""
+    """Where a run's state lies, and its micro-batches (see Choice)."""
 
     cost: float
     budget: int
-    recomputing: int  # layers, in the largest micro-batch
+    recomputing: int
+    opening: int
     memory: Memory
     shape: Shape
     card: Card
@@ -126,7 +149,7 @@ class Plan(NamedTuple):
         """That cross a host's link each way in a step: of all weights, whenever they are gathered, what the other hosts
         hold, and of all gradients, whenever they are reduced, what the others update. No collective needs less."""
         row = max(self.budget, min(longest for _, longest in workload.steps))
-        micro_batches = np.ceil(workload.tokens_per_rank / row)
+        micro_batches = 1 + np.ceil(max(0.0, workload.tokens_per_rank - max(self.opening, row)) / row)
         gathers = 1 if self.residency == "all" else 2 * micro_batches
         reductions = micro_batches if self.residency == "nothing" else 1
         of_element = self.shape.itemsize * gathers + 4 * reductions
@@ -157,9 +180,10 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
     if "offload_param" in offload_devices(zero):
         parameters = 0
     gradients = 4 * (state + 2 * zero.reduce_bucket_size if residency == "nothing" else shape.numel)
-    of_others = (
-        4 * shape.layer_numel * (1 - 1 / world_size) if residency != "nothing" else 0.0
-    )  # of a layer's gradients
+    of_layers_sums = 4 * shape.layer_numel if residency != "nothing" else 0
+    lending = shape.layers - shape.layers // 2  # layers
+    lent = of_layers_sums * (1 - 1 / world_size) // chunk * chunk
+    opening = max(0, shape.layers - LAYERS_BETWEEN) * of_layers_sums - max(0, lending - LAYERS_BETWEEN) * lent
     of_layer = (shape.layer_numel - shape.unmet / shape.layers) / shape.hidden / 2 + 5 * shape.hidden
     of_layer *= 1 if shape.is_compiled else EAGER_ACTIVATIONS
     of_layer += 2 * shape.chosen * shape.hidden
@@ -173,7 +197,8 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
         4 * sum(carried),
         shape.itemsize * (shape.vocab + 8 * shape.hidden),
         shape.itemsize * of_layer,
-        lent=shape.layers * (of_others // chunk) * chunk,
+        lent=lending * lent,
+        opening=OPENING_USED * opening if residency == "all" and carried else 0.0,
     )
 
 
@@ -181,26 +206,28 @@ def seconds_per_token(shape: Shape, card: Card) -> float:
     return 6 * shape.num_met / (SPEED * card.flops)
 
 
-def exposed_update(memory: Memory, room: float, shape: Shape, card: Card, tokens: float) -> float:
-    """Seconds of an update for which nothing else runs; tokens: of a micro-batch, room: bytes for its activations.
+def exposed_update(memory: Memory, room: float, shape: Shape, card: Card, first: float, last: float) -> float:
+    """Seconds of an update for which nothing else runs; first, last: tokens of a step's micro-batches, room: bytes for
+    activations.
 
     State is brought into what gradients lend, on one rank into what activations give up, in the last backward pass;
     where weights are kept whole the next forward pass begins beside the rest.
     """
-    seconds = tokens * seconds_per_token(shape, card)
-    hidden = seconds / 3 if memory.residency == "all" else 0.0
+    of_token = seconds_per_token(shape, card)
+    hidden = first * of_token / 3 if memory.residency == "all" else 0.0
     if memory.residency != "nothing":
-        hidden += min(seconds * 2 / 3, (memory.lent or max(0.0, room)) / card.host_link)
+        hidden += min(last * of_token * 2 / 3, (memory.lent or max(0.0, room)) / card.host_link)
     return max(0.0, memory.host / card.host_link - hidden)
 
 
 def choose(
     memory: Memory, room: float, shape: Shape, card: Card, workload: Workload, given: int | None = None
-) -> tuple[float, int, int]:
-    """(cost, tokens of a micro-batch, layers of the largest that recompute) of the least cost that fits `room` bytes.
+) -> Choice:
+    """The micro-batches of the least cost that fit `room` bytes.
 
-    A settled budget is the only size allowed. given: the layers that recompute, None for as few as must. If nothing
-    fits, the cost is infinite, the size the smallest, and every (or the given) layer recomputed.
+    Those of a settled budget are the only ones allowed. given: the layers that recompute, None for as few as must. If
+    nothing fits, the cost is infinite, the size the smallest, and every (or the given) layer recomputed. A step's first
+    micro-batch is as large as fits with no layer (or the given ones) recomputing, where that is more than the others.
     """
     tokens_per_rank, layers = workload.tokens_per_rank, shape.layers
     least = max(LEAST_TRIED, min(longest for _, longest in workload.steps) // LEAST_TRIED * LEAST_TRIED)
@@ -208,21 +235,26 @@ def choose(
     of_micro_batch: float = MICRO_BATCH_TOKENS[memory.residency] * (BETWEEN_HOSTS if card.spans_hosts else 1)
     of_micro_batch *= shape.numel / shape.num_met  # it grows with all parameters, a token's time with those it meets
 
-    def layers_of(tokens: float) -> int:
-        return memory.recomputing(tokens, room, layers) if given is None else given
+    def layers_of(tokens: float, is_opening: bool = False) -> int:
+        return memory.recomputing(tokens, room, layers, is_opening) if given is None else given
 
-    def of_step(budget: int, tokens_of_step: float) -> float:
-        micro_batches = np.ceil(tokens_of_step / budget)
-        tokens = tokens_of_step / micro_batches
-        update = exposed_update(memory, room, shape, card, tokens) / seconds_per_token(shape, card)
-        return tokens_of_step * (1 + layers_of(tokens) / layers / 3) + micro_batches * of_micro_batch + update
+    def of_step(budget: int, opening: int, of_rank: float, longest: int) -> float:
+        more = max(0, opening - budget, longest - budget)  # tokens, of the first than of the others
+        others = np.ceil(max(0.0, of_rank - budget - more) / budget)
+        last = (of_rank - more) / (1 + others) if others else of_rank
+        first = of_rank - others * last
+        update = exposed_update(memory, room, shape, card, first, last) / seconds_per_token(shape, card)
+        recomputed = first * layers_of(first, memory.opening > 0) + others * last * layers_of(last)
+        return of_rank + recomputed / layers / 3 + (1 + others) * of_micro_batch + update
 
-    def candidate(budget: int) -> tuple[float, int, int]:
+    def candidate(budget: int) -> Choice:
         tokens = max(budget, workload.longest)
-        recomputing, cost = layers_of(tokens), np.inf
+        recomputing, cost, opening = layers_of(tokens), np.inf, max(budget, workload.opening)
+        if memory.opening and not workload.is_settled:
+            opening = max(budget, min(int(tokens_per_rank), memory.largest_opening(room, layers - (given or 0))))
         if memory.activations(tokens, layers - recomputing) <= room:
-            cost = float(np.mean([of_step(max(budget, longest), of_rank) for of_rank, longest in workload.steps]))
-        return cost, budget, recomputing
+            cost = float(np.mean([of_step(budget, opening, *step) for step in workload.steps]))
+        return Choice(cost, budget, recomputing, opening)
 
     budgets = [workload.budget] if workload.is_settled else range(least, largest + 1, LEAST_TRIED)
     return min(map(candidate, budgets))
@@ -251,10 +283,10 @@ def plan_run(
         for tried in shares[:: max(1, len(shares) // SHARES_TRIED)] + shares[-1:]:
             memory = estimated(shape, world_size, residency, tried, zero)
             room = card.free * (1 - headroom) - memory.fixed
-            cost, budget, recomputing = choose(memory, room, shape, card, workload, given)
+            choice = choose(memory, room, shape, card, workload, given)
             if memory.host and memory.host + HOST_RESERVE > card.host_free:
-                cost = np.inf
-            plans.append(Plan(cost, budget, recomputing, memory, shape, card))
+                choice = choice._replace(cost=np.inf)
+            plans.append(Plan(*choice, memory, shape, card))
 
     least = min(plan.cost for plan in plans)
     if least == np.inf:

@@ -67,6 +67,7 @@ from common.zero.host_state import (
     take_apart,
     words,
 )
+from common.zero.opening import LAYERS_BETWEEN, Opening
 
 DEEPSPEED = "0.19.8"
 
@@ -311,15 +312,18 @@ class Sums:
     params: list[nn.Parameter]
     num_lent: int = 0  # elements at the beginning of memory that hold chunks of the optimizer's state
     lent: list[Buffer] = field(default_factory=list)
+    updated: "torch.cuda.Event | None" = None  # once an update has read them
+    is_used: bool = False  # may hold activations, and is zeroed after the backward passes that need these
     zeroed: "torch.cuda.Event | None" = None
 
 
 class WholeGradients:
     """Takes over an engine's gradients: what its backward passes leave, and what its step reads.
 
-    What no update needs any more of a layer's sums takes state from host memory: other ranks' shards once they are
-    reduced, and all of it once the layer is updated. Sums are zeroed while the next forward pass runs, and those of a
-    layer before its next backward pass.
+    What other ranks own of the sums of the model's second half takes state from host memory once it is reduced. What is
+    left takes activations of the next step's first micro-batch (common/zero/opening.py), if `opens` is set. Sums are
+    zeroed while the next forward pass runs; those that hold activations then beside the backward pass, before their
+    layer's.
     policy: the engine's common.model.PackedModel, before its layers are compiled. update: the engine's.
     """
 
@@ -338,6 +342,8 @@ class WholeGradients:
                 self.of_layer[module] = sums
             else:
                 self.others.append(sums)
+        self.layers, self.opens = list(layers), False
+        self.opening = Opening(policy, layers, self._lend_to_activations)
         self.unseen = set(self.sums)  # in this step's last backward pass
         self.ready: list[nn.Parameter] = []  # not yet on their way to their owners
         self.reducing: list[tuple[list, list[nn.Parameter]]] = []  # what to wait for, of which parameters
@@ -365,7 +371,7 @@ class WholeGradients:
         self.last_in: list[list[Sums]] = [[] for _ in self.zero.fp16_groups]
         for sums in self.of_layer.values():
             self.last_in[max(group_of[param] for param in sums.params)].append(sums)
-        update.when_updated = self._lend_updated
+        update.when_updated = self._note_updated
 
     def _make_sums(self, params: list[nn.Parameter], device: torch.device) -> Sums:
         numels = [self.world_size * param.ds_tensor.numel() for param in params]
@@ -418,33 +424,39 @@ class WholeGradients:
                 work.wait()
             self.shards |= {param: self.sums[param][self.rank] for param in params}
         if self.world_size > 1 and self.carrier.waiting:
-            for sums in self.of_layer.values():
+            for index in range(len(self.layers) // 2, len(self.layers)):
+                sums = self.of_layer[self.layers[index]]
                 if not sums.num_lent and all(param in self.shards for param in sums.params):
-                    self._lend_others(sums)
+                    self._lend_to_state(sums, index)
             self.carrier.bring()
 
-    def _lend_others(self, sums: Sums) -> None:
+    def _lend_to_state(self, sums: Sums, index: int) -> None:
         """Moves a layer's shards of this rank to the end of its sums, and lends the rest, which were other ranks'."""
         end = len(sums.memory)
         for param in reversed(sums.params):  # none is moved onto what another one still has to leave
             shard = self.shards[param]
             end -= len(shard)
             self.shards[param] = sums.memory[end : end + len(shard)].copy_(shard.clone())
-        self._lend(sums, end)
+        sums.lent = self.carrier.lend(sums.memory[:end], needed=1 + index)
+        sums.num_lent = sum(buffer.memory.numel() for buffer in sums.lent)
 
-    def _lend_updated(self, group: int) -> None:
-        """Once a group is updated: lends all of the layers whose last parameter is in it."""
+    def _lend_to_activations(self, index: int) -> torch.Tensor:
+        """What neither the last update nor state from host memory needs of a layer's sums."""
+        sums = self.of_layer[self.layers[index]]
+        if sums.updated is not None:
+            sums.updated.wait()
+        if sums.zeroed is not None:
+            sums.zeroed.wait()
+        sums.is_used = True
+        return sums.memory[sums.num_lent :]
+
+    def _note_updated(self, group: int) -> None:
         for sums in self.last_in[group]:
-            self._lend(sums, len(sums.memory))
-
-    def _lend(self, sums: Sums, end: int) -> None:
-        """Lends what is not lent yet of the first `end` elements, in buffers."""
-        lent = self.carrier.lend(sums.memory[sums.num_lent : end])
-        sums.num_lent += sum(buffer.memory.numel() for buffer in lent)
-        sums.lent += lent
+            sums.updated = None if self.beside is None else torch.cuda.current_stream().record_event()
 
     @torch.no_grad()
     def _end_backward(self) -> None:
+        self.opening.is_open = False
         if not self.zero.is_gradient_accumulation_boundary():
             return
         self.ready += [param for param in self.sums if param in self.unseen]
@@ -459,21 +471,32 @@ class WholeGradients:
 
     def _step(self, *arguments, **options) -> None:
         self.take_step(*arguments, **options)
-        self.unseen, self.shards = set(self.sums), {}
+        self.unseen, self.shards, self.opening.is_open = set(self.sums), {}, self.opens
+        for layer in self.layers[: -LAYERS_BETWEEN if self.opens else 0]:
+            self.of_layer[layer].is_used = True
+        in_order = [*self.others, *reversed(self.of_layer.values())]  # as the next backward pass comes to them
+        self._zero([sums for sums in in_order if not sums.is_used])
+
+    def _zero(self, all_sums: list[Sums]) -> None:
+        """Begins to zero them, once what the current stream and the optimizer's state have in them is done with."""
         if self.beside is not None:
             self.beside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.beside):  # none: where it is
-            for sums in [*self.others, *reversed(self.of_layer.values())]:  # as the next backward pass comes to them
+            for sums in all_sums:
                 for buffer in sums.lent:
                     if buffer.usable is not None:
                         buffer.usable.wait()
                 torch._foreach_zero_([sums.memory])
-                sums.lent, sums.num_lent = [], 0
+                sums.lent, sums.num_lent, sums.is_used = [], 0, False
                 sums.zeroed = None if self.beside is None else self.beside.record_event()
 
     def _wait_for_zeros(self, layer: nn.Module | None = None, _=None) -> None:
         """Before a layer's backward pass, which adds to its sums; without one: after a forward pass, which matrix
         products fill and which hides it, for the sums outside of layers."""
+        if layer is not None and layer is not self.layers[0]:
+            below = self.of_layer[self.layers[self.layers.index(layer) - 1]]
+            if below.is_used:  # by layers whose backward passes are over
+                self._zero([below])
         for sums in self.others if layer is None else [self.of_layer[layer]]:
             if sums.zeroed is not None:
                 sums.zeroed.wait()
