@@ -332,6 +332,9 @@ def start(timeout_minutes: float) -> Ranks:
         device, backend = torch.device("cuda", local_rank), "nccl"
         with as_user_error(f"rank {rank} has no GPU of its own: start no more ranks than there are GPUs"):
             torch.cuda.set_device(device)
+        # Not CUDA's default stream, which was seen to wait until the update's had caught up.
+        torch.cuda.set_stream(stream := torch.cuda.Stream(device))
+        deepspeed.accelerator.get_accelerator().default_stream = lambda device_index=None: stream  # DeepSpeed's too
     else:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))

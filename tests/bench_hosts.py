@@ -33,7 +33,7 @@ def table() -> None:
     settings = json.loads((Path(__file__).parents[1] / "ds_configs/zero3.json").read_text())["zero_optimization"]
     shape, zero = shape_of(config, SFTConfig(), True), DeepSpeedZeroConfig(**settings)
     mean = bench.generated_lengths(10_000, 660, 4096, np.random.default_rng(0)).mean()
-    workload = Workload(4096, mean * PER_RANK, 16384, False, "", ((mean * PER_RANK, 4096),))
+    workload = Workload(4096, mean * PER_RANK, 16384, False, "", ((mean * PER_RANK, 4096, 4096),))
     print("| hosts | whole | GB each way | s of a step | s at 100, 400, 3,200 Gb/s | tokens a step for 95% at these |")
     for hosts in (2, 4, 8, 16):
         plan = plan_run(shape, CARD, workload, hosts * PER_HOST, zero, RESIDENCY)

@@ -245,11 +245,31 @@ def test_state_in_host_memory_is_updated_to_the_same_bits(tmp_path, num_ranks, s
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs")
     folder = str(models.make_model(tmp_path, "llama", intermediate_size=49))
-    runs = [
-        (test_residency.run_micro_batches, num_ranks, folder, stays_whole, False, True, n, dtype) for n in (0.4, 1.0)
-    ]
-    seen, expected = (launch.on_ranks(*run, on_gpu=True) for run in runs)
+    run = test_residency.run_micro_batches, num_ranks, folder, stays_whole, False, True
+    seen, expected = (launch.on_ranks(*run, share, dtype, on_gpu=True) for share in (0.4, 1.0))
     test_residency.check_host_state(folder, seen, expected, dtype)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_activations_in_gradient_sums_change_no_bit(tmp_path, num_ranks):
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs")
+    folder = str(models.make_model(tmp_path, "llama", intermediate_size=49, **test_residency.DEEP))
+    run = test_residency.run_micro_batches, num_ranks, folder, "all", False, True, 0.4, "bfloat16"
+    seen, expected = (launch.on_ranks(*run, opens, on_gpu=True) for opens in (True, False))
+    test_residency.check_host_state(folder, seen, expected, "bfloat16")
+
+
+def test_compiled_states_are_taken_apart_and_put_together_to_the_same_bits():
+    torch.manual_seed(0)
+    master = torch.randn(100_003, device="cuda")
+    weight, seen = master.bfloat16(), []
+    for in_one in (lambda function: function, host_state.compiled):
+        lost, second = torch.empty(len(master), dtype=torch.int16, device="cuda"), torch.rand_like(master)
+        in_one(host_state.take_apart)(master, weight, lost, second)
+        seen.append((lost, second.signbit()))
+        assert torch.equal(in_one(host_state.put_together)(weight, lost, second), master)
+    assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
 
 
 @pytest.mark.parametrize("lends", [False, True])

@@ -19,8 +19,8 @@ from common.model.load import parameter_sizes
 from common.step.packing import pack
 from common.zero import memory
 from common.zero.checkpoint import RunState
-from common.zero.memory import shape_of, workload_of
-from common.zero.plan import Card, Memory, Plan, Workload, choose, estimated
+from common.zero.memory import confirmed_opening, shape_of, workload_of
+from common.zero.plan import SPEED, Card, Memory, Plan, Workload, choose, estimated
 
 GB = 1e9
 NUMEL, LAYER_NUMEL = 8_030_261_248, 218_112_000
@@ -28,7 +28,9 @@ SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 3
 LLAMA_8B = models.make_config(**SIZES, num_key_value_heads=8, vocab_size=128256)
 ZERO = {"stage": 3, "reduce_bucket_size": 2 * 10**8, "stage3_prefetch_bucket_size": 2 * 10**8, "sub_group_size": 10**8}
 ON_2 = Memory("nothing", 1.0, 8 * GB, 2 * GB, 18 * GB, 6 * NUMEL, 0, per_token=0.6e6, per_token_and_layer=1e5)
-ANY = Workload(4096, tokens_per_rank=42_000, budget=16384, is_settled=False, residency="", steps=((42_000, 4096),))
+ANY = Workload(
+    4096, tokens_per_rank=42_000, budget=16384, is_settled=False, residency="", steps=((42_000, 4096, 4096),)
+)
 SHAPE_8B = shape_of(LLAMA_8B, SFTConfig(), True)
 CARD = Card(83.5 * GB, 120 * GB, host_link=45 * GB, flops=760e12)  # an 80 GB one
 
@@ -45,12 +47,12 @@ def choose_8b(room: float, workload: Workload, given: int | None = None) -> tupl
 
 
 def test_what_is_recomputed_and_how_large_micro_batches_are_follows_from_the_room():
-    _, budget, recomputing = choose_8b(400 * GB, ANY)
+    _, budget, recomputing, _ = choose_8b(400 * GB, ANY)
     assert recomputing == 0 and 42_000 / budget <= 2
-    _, budget, _ = choose_8b(34 * GB, ANY)  # smaller micro-batches come before recomputation
+    _, budget, *_ = choose_8b(34 * GB, ANY)  # smaller micro-batches come before recomputation
     usual = 42_000 / -(-42_000 // budget)
     assert budget < 16384 and ON_2.recomputing(usual, 34 * GB, 32) <= 3
-    _, budget, recomputing = choose_8b(34 * GB, ANY._replace(is_settled=True))
+    _, budget, recomputing, _ = choose_8b(34 * GB, ANY._replace(is_settled=True))
     assert budget == 16384 and 0 < recomputing < 32
     assert ON_2.activations(budget, 32 - recomputing) <= 34 * GB < ON_2.activations(budget, 33 - recomputing)
 
@@ -59,7 +61,9 @@ def test_what_is_recomputed_and_how_large_micro_batches_are_follows_from_the_roo
 @pytest.mark.parametrize("longest", [500, 4096, 9000])
 @pytest.mark.parametrize("given", [None, 0, 10, 32])
 def test_what_is_chosen_fits_and_so_does_the_longest_sample(room, longest, given):
-    cost, budget, recomputing = choose_8b(room * GB, ANY._replace(longest=longest, steps=((42_000, longest),)), given)
+    cost, budget, recomputing, _ = choose_8b(
+        room * GB, ANY._replace(longest=longest, steps=((42_000, longest, longest),)), given
+    )
     largest = max(budget, longest)
     assert recomputing == (recomputing if given is None else given)
     if cost < np.inf:
@@ -73,15 +77,49 @@ def test_what_is_chosen_fits_and_so_does_the_longest_sample(room, longest, given
 
 def test_a_long_sample_that_few_steps_hold_does_not_slow_the_others():
     """One of 16,384 tokens beside samples of at most 4,096: the others' micro-batches are as without it."""
-    _, without, _ = choose_8b(34 * GB, ANY)
-    rare = ANY._replace(longest=16384, steps=((42_000, 4096),) * 7 + ((42_000, 16384),))
-    cost, budget, recomputing = choose_8b(34 * GB, rare)
-    assert budget == without and ON_2.activations(16384, 32 - recomputing) <= 34 * GB
-    every = choose_8b(34 * GB, rare._replace(steps=((42_000, 16384),)))
+    without = choose_8b(34 * GB, ANY)
+    rare = ANY._replace(longest=16384, steps=((42_000, 4096, 4096),) * 7 + ((42_000, 16384, 4096),))
+    cost, budget, recomputing, _ = choose_8b(34 * GB, rare)
+    assert cost < 1.01 * without.cost and budget < 1.2 * without.budget
+    assert ON_2.activations(16384, 32 - recomputing) <= 34 * GB
+    every = choose_8b(34 * GB, rare._replace(steps=((42_000, 16384, 16384),)))
     assert cost < every[0]
 
 
+def test_a_steps_first_micro_batch_is_larger_where_state_comes_from_host_memory():
+    memory = estimate_8b("all", share=0.3)
+    keeps = 10 * GB
+    assert memory.opening > 0 == estimate_8b("gradients", share=0.3).opening == estimate_8b("all").opening
+    _, budget, _, opening = choose(memory, keeps, SHAPE_8B, CARD, ANY)
+    assert memory.opening_activations(opening, 32) <= keeps < memory.opening_activations(opening + 10, 32)
+    assert opening > 2 * budget and memory.recomputing(opening, keeps, 32, is_opening=True) == 0
+    slow = CARD._replace(host_link=1e7)  # whatever it hides, the state takes longer
+    assert choose(memory, keeps, SHAPE_8B, slow, ANY).cost > choose(memory, keeps, SHAPE_8B, CARD, ANY).cost
+    settled = ANY._replace(is_settled=True, budget=2048, opening=5000)
+    assert choose(memory, keeps, SHAPE_8B, CARD, settled)[1:] == (2048, memory.recomputing(4096, keeps, 32), 5000)
+    assert choose(memory, keeps, SHAPE_8B, CARD, settled._replace(opening=2048)).opening == 2048, "as the flag says"
+
+
 # ------------------------------------------------------------------ dry runs
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.2, 1.6, 30.0])
+def test_a_steps_first_micro_batch_was_seen_to_fit(factor):
+    """It takes `factor` times the estimate."""
+    memory, room, runs = estimate_8b("all", share=0.3), 10 * GB, []
+
+    def activations_of(tokens: int) -> float:
+        runs.append(tokens)
+        return factor * memory.opening_activations(tokens, 32)
+
+    choice = choose(memory, room, SHAPE_8B, CARD, ANY)
+    opening, seen = confirmed_opening(choice, memory, room, 32, activations_of)
+    assert runs[0] == (choice.budget + choice.opening) // 2
+    if factor > 2:
+        assert (opening, seen) == (choice.budget, 0.0)
+    else:
+        assert runs[-1] == opening > choice.budget and seen == activations_of(opening) <= room
+    assert factor > 1 or opening == choice.opening
 
 
 def settled(
@@ -108,10 +146,13 @@ def settled(
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated)
     fractions: list[float] = []  # torch leaves something to NCCL
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: fractions.append(part))
-    plan = Plan(0.0, 0, 0, estimate, shape_of(shape, SFTConfig(), True), CARD)
+    plan = Plan(0.0, 0, 0, 0, estimate, shape_of(shape, SFTConfig(), True), CARD)
     arguments = SFTConfig(**flags), plan, "varlen", workload, memory.made_up_conversation, ranks
-    engine = SimpleNamespace(module=policy, updater=SimpleNamespace(carrier=SimpleNamespace()))
-    budget = memory.choose_micro_batch(engine, *arguments)
+    sums = SimpleNamespace(opens=False, opening=SimpleNamespace(is_open=False))
+    carrier = SimpleNamespace(carrier=SimpleNamespace())
+    engine = SimpleNamespace(module=policy, updater=carrier, whole_gradients=sums)
+    budget, opening = memory.choose_micro_batch(engine, *arguments)
+    assert sums.opens == (opening > budget and estimate.opening > 0)
     room = 0.94 * total - allocated - estimate.gathered
     assert all(0.94 < fraction < 0.99 for fraction in fractions) and bool(fractions) == bool(runs)
 
@@ -133,7 +174,7 @@ def settled(
 def test_what_is_seen_corrects_the_choice_before_memory_runs_out(monkeypatch, factor, flags, is_settled):
     """Micro-batches that take `factor` times the estimate, and 1 GB more while the first one compiles, on a device that
     holds 6 GB besides."""
-    num_runs, workload = 0, Workload(832, 45_000, 16384, is_settled, "", ((45_000, 800), (45_000, 832)))
+    num_runs, workload = 0, Workload(832, 45_000, 16384, is_settled, "", ((45_000, 800, 800), (45_000, 832, 832)))
 
     def real(tokens: int, keeping: int) -> float:
         nonlocal num_runs
@@ -147,9 +188,9 @@ def test_what_is_seen_corrects_the_choice_before_memory_runs_out(monkeypatch, fa
         return
     given = {"full": 32, 5: 5}.get(flags.get("gradient_checkpointing"))
     expected = choose_8b(seen.room / factor, workload, given)
-    assert (seen.budget, seen.layers) == expected[1:]
+    assert (seen.budget, seen.layers) == expected[1:3]
     last = seen.runs[-1 - (given is None and seen.layers > 0)]  # after it, one of the shortest row is compiled
-    assert last == expected[1:]
+    assert last == expected[1:3]
     assert f"micro-batches of {seen.budget:,} tokens, {seen.layers} of 32 layers recomputed" in seen.said
     assert len(seen.runs) <= 7
     for tokens in (2, 1024, seen.budget // 2, seen.budget):
@@ -308,7 +349,11 @@ def test_state_lies_in_host_memory_where_the_device_has_better_uses_or_where_it_
     [
         ([83], {"host": 40}, ("GPUs", "host memory")),
         ([40], {}, ("GPUs",)),
-        ([83] * 2, {"workload": ANY._replace(longest=300_000, steps=((42_000, 300_000),))}, ("--max_seq_length",)),
+        (
+            [83] * 2,
+            {"workload": ANY._replace(longest=300_000, steps=((42_000, 300_000, 4096),))},
+            ("--max_seq_length",),
+        ),
         ([140], {"own": {"optimizer_state": 1.0}}, ("2 GPUs",)),
     ],
 )
@@ -347,9 +392,15 @@ def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
     state = RunState(micro_batch_budget=700, world_size=4, residency="nothing")
     of_4, of_2 = (seen(100, num_ranks, state) for num_ranks in (4, 2))
     assert of_4 == Workload(100, 8 * (160 / 3) / 4, 700, True, "nothing", of_4.steps)
-    assert of_2 == Workload(100, 8 * (160 / 3) / 2, 4096, False, "", tuple((2 * n, most) for n, most in of_4.steps))
-    assert all(8 * 10 <= 4 * of_rank <= 8 * 100 and longest in (10, 50, 100) for of_rank, longest in of_4.steps)
-    assert np.mean([of_rank for of_rank, _ in of_4.steps]) == pytest.approx(8 * (160 / 3) / 4, rel=0.2)
+    assert of_2[:5] == (100, 8 * (160 / 3) / 2, 4096, False, "")
+    for (of_rank, longest, of_others), (twice, *longer) in zip(of_4.steps, of_2.steps, strict=True):
+        assert 8 * 10 <= 4 * of_rank <= 8 * 100 and longest in (10, 50, 100) and of_others <= longest
+        assert twice == 2 * of_rank and longer[0] == longest and longer[1] >= of_others
+    assert np.mean([of_rank for of_rank, *_ in of_4.steps]) == pytest.approx(8 * (160 / 3) / 4, rel=0.2)
+    assert seen(100, 2, state, global_batch_size=2).steps[0][2] == 0, "each in a rank's first micro-batch"
+    state.opening_budget = 900
+    openings = [seen(100, 4, state, **flags).opening for flags in ({}, {"max_tokens_per_micro_batch": 300})]
+    assert openings == [900, 300] and seen(100, 2, state).opening == 0
     assert seen(900, 4, state)[2:4] == (700, True)  # --share_prompt false: longer pairs
     assert seen(100, 4, state, max_tokens_per_micro_batch=300)[2:5] == (300, True, "nothing")
     assert seen(100, 4, RunState())[2:5] == (4096, False, "")
@@ -363,11 +414,11 @@ def test_a_resume_keeps_its_budget_at_the_same_number_of_ranks():
 )
 def test_what_crosses_the_network_is_what_the_other_hosts_hold(residency, gathers, reductions):
     """Weights in bfloat16 before each pass or once a step, gradients in float32, in 3 micro-batches, of 4 hosts."""
-    plan = Plan(1.25 * 42_000, 16384, 0, ON_2._replace(residency=residency), SHAPE_8B, CARD._replace(flops=6e15))
+    plan = Plan(1.25 * 42_000, 16384, 0, 16384, ON_2._replace(residency=residency), SHAPE_8B, CARD._replace(flops=6e15))
     crossing = plan.bytes_between_hosts(ANY, 4)
     assert crossing == pytest.approx(NUMEL * (2 * gathers + 4 * reductions) * 3 / 4)
     lines = memory._between_hosts(plan, ANY, 4, "eth0")
-    step = 1.25 * 42_000 * 6 * NUMEL / (0.75 * 6e15)
+    step = 1.25 * 42_000 * 6 * NUMEL / (SPEED * 6e15)
     assert f"4 hosts: in each step {crossing / 1e9:,.1f} GB" in lines[0] and lines[0].endswith("by eth0")
     assert [("25 Gb/s" in line, "100 Gb/s" in line) for line in lines[1:]] == [(True, False), (False, True)]
     assert f"up to {crossing / 12.5e9:,.1f} s of each step, which takes {step:,.1f} s" in lines[2]

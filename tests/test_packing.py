@@ -36,8 +36,8 @@ def steps(draw):
 @settings(max_examples=300, deadline=None)
 def test_every_sample_has_one_place_within_the_budget_in_few_micro_batches_and_ranks_are_alike(step):
     lengths, num_ranks, budget = step
-    plan = plan_step(lengths, num_ranks, budget)
     budget = max(budget, *lengths)
+    plan = plan_step(lengths, num_ranks, budget)
     assert [len(rank) for rank in plan] == [len(plan[0])] * num_ranks, "an unequal number hangs the collectives"
     micro_batches = [members for m_th in zip(*plan, strict=True) for members in m_th]
     assert sorted(i for members in micro_batches for i in members) == list(range(len(lengths)))
@@ -47,6 +47,28 @@ def test_every_sample_has_one_place_within_the_budget_in_few_micro_batches_and_r
     assert max(tokens) - min(tokens) <= max(lengths), "tokens are not spread evenly"
     enough = -(-sum(lengths) // (budget - max(lengths) + 1))  # any greedy filling closes a bin above budget - longest
     assert -(-sum(lengths) // (num_ranks * budget)) <= len(plan[0]) <= max(1, -(-enough // num_ranks))
+
+
+@given(steps(), st.integers(0, 2000))
+@settings(max_examples=300, deadline=None)
+def test_the_first_micro_batch_of_a_rank_may_be_larger_and_holds_the_longest(step, opening):
+    lengths, num_ranks, budget = step
+    plan = plan_step(lengths, num_ranks, budget, opening)
+    assert [len(rank) for rank in plan] == [len(plan[0])] * num_ranks, "an unequal number hangs the collectives"
+    assert sorted(i for rank in plan for members in rank for i in members) == list(range(len(lengths)))
+    longest = sorted(lengths, reverse=True)
+    budget = max([budget, *longest[num_ranks : num_ranks + 1]])
+    tokens = [[sum(lengths[i] for i in members) for members in rank] for rank in plan]
+    assert max(rank[0] for rank in tokens) <= max(opening, budget, longest[0])
+    assert all(of_row <= budget for rank in tokens for of_row in rank[1:])
+    assert len(plan[0]) <= len(plan_step(lengths, num_ranks, budget)[0]), "room that is not used"
+
+
+def test_one_long_sample_leaves_the_other_micro_batches_as_they_were():
+    lengths = [16384] + [660] * 127
+    rows = [[sum(lengths[i] for i in row) for row in rank] for rank in plan_step(lengths, 2, 4096)]
+    assert rows[0][0] == 16384 and max(of_row for rank in rows for of_row in rank[1:]) <= 4096
+    assert rows[1][0] == pytest.approx(16384, rel=0.1), "a rank waits for the other one"
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(2, 3))

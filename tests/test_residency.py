@@ -388,6 +388,26 @@ def test_activations_in_gradient_sums_change_no_bit(folders, seen, num_ranks, sh
     check_host_state(folders["deep"], of_all["deep", share, dtype, True], of_all["deep", share, dtype, False], dtype)
 
 
+def test_what_is_needed_first_is_given_back_first():
+    """Chunks through a ring of 8 and three layers' 4 buffers each, the last layer's needed first: once few chunks are
+    left they go where nobody waits, and what is written last lies in the ring and in the first layer's buffers."""
+    carrier, num_chunks = host_state.Carrier(torch.device("cpu")), 61
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(host_state, "CHUNK_ELEMENTS", 64)
+        carrier.add(0, tuple(torch.zeros(64 * num_chunks) for _ in range(3)), [64 * num_chunks])
+    carrier.make_ring()
+    for layer in (3, 2, 1):
+        assert len(carrier.lend(torch.empty(4 * carrier.words), needed=layer)) == 4
+    carrier.bring()
+    used, chunks = [], carrier.carry(0)  # when the buffer of each chunk is needed
+    for _ in range(num_chunks):
+        used.append(carrier.brought[0][0].needed)
+        next(chunks)
+    assert used[:20] == [0] * 8 + [3] * 4 + [2] * 4 + [1] * 4 == used[20:40], "all are used while many chunks wait"
+    last = [max(i for i, needed in enumerate(used) if needed == layer) for layer in (3, 2, 1, 0)]
+    assert last == sorted(last) and num_chunks - last[0] > 8 + 4
+
+
 def check_host_state(folder, seen: list, expected: list, dtype: str) -> None:
     """expected: of a run that differs in nothing but that all its state lies on the device."""
     if dtype == "float32":

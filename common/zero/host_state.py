@@ -11,9 +11,10 @@ before it is updated and the one before that is written back. On a CPU the same 
 
 import mmap
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -54,6 +55,12 @@ def put_together(weight: torch.Tensor, lost: torch.Tensor, exp_avg_sq: torch.Ten
     bits = (weight.view(torch.int16).int() << 16) + lost + (exp_avg_sq.signbit().int() << 16)
     exp_avg_sq.abs_()
     return bits.view(torch.float32)
+
+
+@cache
+def compiled(function: Callable) -> Callable:
+    """One kernel in place of ten: else the host, which may be 1,024 of them ahead, waits until the update is done."""
+    return torch.compile(function, dynamic=True)
 
 
 @dataclass

@@ -62,7 +62,9 @@ def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state
     default = max(longest, 16384 if ranks.device.type == "cuda" else 4096)
     batch = min(config.global_batch_size, len(lengths))
     drawn = np.random.RandomState(0).choice(lengths, (STEPS_DRAWN, batch))
-    steps = tuple((float(step.sum()) / ranks.world_size, int(step.max())) for step in drawn)
+    others = np.sort(drawn)[:, : max(0, batch - ranks.world_size)].max(1, initial=0)
+    of_ranks = drawn.sum(1) / ranks.world_size
+    steps = tuple((float(a), int(b), int(c)) for a, b, c in zip(of_ranks, drawn.max(1), others, strict=True))
     tokens_per_rank = float(lengths.mean()) * batch / ranks.world_size
     return Workload(longest, tokens_per_rank, budget or default, budget > 0, residency, steps, opening)
 
@@ -147,7 +149,7 @@ def _does_not_fit(plan: Plan, planned: Callable, config: TrainConfig, workload: 
         changes.append(f"{needed / 1e9:.0f} GB of host memory free for the {per_host} ranks of this host")
     for sixteenths in range(15, 0, -1):
         longest = max(1, workload.longest * sixteenths // 16)
-        steps = tuple((of_rank, min(longest, tokens)) for of_rank, tokens in workload.steps)
+        steps = tuple((of_rank, min(longest, a), min(longest, b)) for of_rank, a, b in workload.steps)
         shorter = workload._replace(longest=longest, budget=min(workload.budget, longest), steps=steps, opening=0)
         if planned(workload=shorter).cost < np.inf:
             changes.append(f"--max_seq_length {max(1, config.max_seq_length * sixteenths // 16)}")
@@ -168,14 +170,18 @@ def _card(ranks: Ranks) -> Card:
         # A share of half of the host's memory, so that a run is placed alike every time.
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / ranks.local_world_size
         return Card(min(ranks.gather(lambda: free)), np.inf, 1e10, 1e11)
-    torch.distributed.barrier()  # the ranks of a host share its memory's bandwidth: they measure at the same time
-    seen = ranks.gather(lambda: measured(ranks.device, ranks.local_world_size))
+    seen = ranks.gather(lambda: measured(ranks.device, ranks.local_world_size, torch.distributed.barrier))
     free, host_free, link, flops = (min(values) for values in zip(*seen, strict=True))
     return Card(free, host_free, link, flops, ranks.world_size > ranks.local_world_size)
 
 
-def measured(device: torch.device, local_world_size: int) -> tuple[float, float, float, float]:
-    """Bytes free on the device and in host memory, bytes a second each way between them, FLOP/s of a product."""
+def measured(
+    device: torch.device, local_world_size: int, together: Callable = lambda: None
+) -> tuple[float, float, float, float]:
+    """Bytes free on the device and in host memory, bytes a second each way between them, FLOP/s of a product.
+
+    together: called before either is timed, for ranks share the memory of a host.
+    """
     free = torch.cuda.mem_get_info(device)[0]
     host = [torch.zeros(2**28, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     there = [torch.zeros(2**28, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -188,17 +194,19 @@ def measured(device: torch.device, local_world_size: int) -> tuple[float, float,
             host[1].copy_(there[1], non_blocking=True)
         torch.cuda.current_stream(device).wait_stream(back)
 
-    def seconds(work: Callable[[], object]) -> float:
+    def seconds(work: Callable[[], object], times: int) -> float:
         work()
+        torch.cuda.synchronize(device)
+        together()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
-        for _ in range(5):
+        for _ in range(times):
             work()
         events[1].record()
         events[1].synchronize()
-        return events[0].elapsed_time(events[1]) / 5e3
+        return events[0].elapsed_time(events[1]) / 1e3 / times
 
-    link, flops = 2**28 / seconds(copy), 2 * 8192**3 / seconds(lambda: square @ square)
+    link, flops = 2**28 / seconds(copy, 40), 2 * 8192**3 / seconds(lambda: square @ square, 5)
     return free, available_host_memory() / local_world_size, link, flops
 
 
@@ -295,8 +303,8 @@ def confirmed_opening(
 def confirmed(
     plan: Plan, room: float, workload: Workload, given: int | None, activations_of: Callable
 ) -> tuple[Choice, float, float]:
-    """(micro-batches, room in bytes of the estimate, bytes of activations) once a usual and the largest were seen to fit
-    `room`.
+    """(micro-batches, room in bytes of the estimate, bytes of activations) once a usual and the largest one were seen
+    to fit `room`.
 
     activations_of(tokens, recomputing) runs one and gives its bytes. The first run should take at most a quarter of the
     room and a later one at most twice what has been seen, so that a surprise shows before memory runs out. If nothing

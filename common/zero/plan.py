@@ -21,11 +21,12 @@ LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
 LEAST_TRIED = 1024  # tokens
 HEADROOM = 0.06  # of the device's memory is left free
 HOST_RESERVE = 4e9  # bytes of host memory for each rank's process, beside the optimizer's state
-# What one more micro-batch costs, in tokens' time. Measured for 8B on two H200; both grow with the parameters.
-MICRO_BATCH_TOKENS = {"nothing": 1300, "gradients": 550, "all": 150}
+# What one more micro-batch costs, in tokens' time: weights are read, and sums read and written, once more. Measured for
+# 8B on two H200 in rows of 3,000 to 19,000 tokens; both grow with the parameters.
+MICRO_BATCH_TOKENS = {"nothing": 1550, "gradients": 800, "all": 400}
 BETWEEN_HOSTS = 8  # times as much, where the ranks' links leave the host: some 50 in place of 400 GB/s
 EAGER_ACTIVATIONS = 2.8  # times a compiled layer's
-SPEED = 0.75  # a step's, of that of a large matrix product alone
+SPEED = 0.8  # a step's, of that of a large matrix product alone
 SHARES_TRIED = 16
 OPENING_USED = 0.9  # of the memory that gradient sums lend to activations
 ALIKE = 0.01  # a part of the cost, which is not known better than that
@@ -39,7 +40,8 @@ class Workload(NamedTuple):
     budget: int  # tokens that a micro-batch may hold, unless one of the step's samples has more
     is_settled: bool  # by the flag or by the checkpoint that the run continues; else the plan decides
     residency: str  # of the run that wrote that checkpoint; "" for none
-    steps: tuple[tuple[float, int], ...]  # tokens of a rank, and of the longest sample: of steps, equally likely
+    # Of steps, equally likely: tokens of a rank; of the longest sample, and of the longest beside one for each rank.
+    steps: tuple[tuple[float, int, int], ...]
     opening: int = 0  # tokens that a step's first micro-batch may hold, if more and settled
 
 
@@ -148,7 +150,7 @@ class Plan(NamedTuple):
     def bytes_between_hosts(self, workload: Workload, num_hosts: int) -> float:
         """That cross a host's link each way in a step: of all weights, whenever they are gathered, what the other hosts
         hold, and of all gradients, whenever they are reduced, what the others update. No collective needs less."""
-        row = max(self.budget, min(longest for _, longest in workload.steps))
+        row = max(self.budget, min(longest for _, longest, _ in workload.steps))
         micro_batches = 1 + np.ceil(max(0.0, workload.tokens_per_rank - max(self.opening, row)) / row)
         gathers = 1 if self.residency == "all" else 2 * micro_batches
         reductions = micro_batches if self.residency == "nothing" else 1
@@ -230,7 +232,7 @@ def choose(
     micro-batch is as large as fits with no layer (or the given ones) recomputing, where that is more than the others.
     """
     tokens_per_rank, layers = workload.tokens_per_rank, shape.layers
-    least = max(LEAST_TRIED, min(longest for _, longest in workload.steps) // LEAST_TRIED * LEAST_TRIED)
+    least = max(LEAST_TRIED, min(longest for _, longest, _ in workload.steps) // LEAST_TRIED * LEAST_TRIED)
     largest = max(least, min(LARGEST_BUDGET, int(1.25 * tokens_per_rank)))
     of_micro_batch: float = MICRO_BATCH_TOKENS[memory.residency] * (BETWEEN_HOSTS if card.spans_hosts else 1)
     of_micro_batch *= shape.numel / shape.num_met  # it grows with all parameters, a token's time with those it meets
@@ -238,7 +240,8 @@ def choose(
     def layers_of(tokens: float, is_opening: bool = False) -> int:
         return memory.recomputing(tokens, room, layers, is_opening) if given is None else given
 
-    def of_step(budget: int, opening: int, of_rank: float, longest: int) -> float:
+    def of_step(budget: int, opening: int, of_rank: float, longest: int, longest_of_others: int) -> float:
+        budget = max(budget, longest_of_others)
         more = max(0, opening - budget, longest - budget)  # tokens, of the first than of the others
         others = np.ceil(max(0.0, of_rank - budget - more) / budget)
         last = (of_rank - more) / (1 + others) if others else of_rank

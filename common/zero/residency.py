@@ -61,6 +61,7 @@ from common.zero.host_state import (
     Carrier,
     HostMemory,
     Shard,
+    compiled,
     num_on_device,
     pieces_of,
     put_together,
@@ -207,7 +208,7 @@ class Update:
     """
 
     def __init__(self, engine, policy: nn.Module, keeps_gradients: bool, keeps_weights: bool):
-        self.zero, self.divisor = engine.optimizer, 1.0
+        self.zero, self.policy, self.divisor = engine.optimizer, policy, 1.0
         self.keeps_gradients, self.keeps_weights = keeps_gradients, keeps_weights
         self.carrier = Carrier(engine.device)
         self.when_updated: Callable[[int], None] = lambda group: None
@@ -273,6 +274,7 @@ class Update:
         options = zero.optimizer.param_groups[zero.sub_group_to_group_id[group]]
         step = zero.optimizer.state[flat]["step"].add_(1)
         gradients, shards = self._gradients(group), self._shards(group)
+        in_one = compiled if self.policy.is_compiled else lambda function: function
         chunks: Iterable[tuple[list[tuple[int, int, int]], tuple[torch.Tensor, ...]]]
         if group in self.carrier.by_group:
             chunks = ((chunk.pieces, on_device) for chunk, on_device in self.carrier.carry(group))
@@ -283,13 +285,13 @@ class Update:
             sizes = [end - start for _, start, end in pieces]
             rounded = [shards[i][start:end] for i, start, end in pieces]
             is_whole = kept.dtype == torch.float32
-            master = kept if is_whole else put_together(torch.cat(rounded).to(kept.device), kept, exp_avg_sq)
+            master = kept if is_whole else in_one(put_together)(torch.cat(rounded).to(kept.device), kept, exp_avg_sq)
             parts = [gradients[i][start:end] for i, start, end in pieces]
             weights, exp_avgs, exp_avg_sqs = (list(x.split(sizes)) for x in (master, exp_avg, exp_avg_sq))
             update_group(weights, parts, exp_avgs, exp_avg_sqs, step, self.divisor, options)
             torch._foreach_copy_(rounded, weights)
             if not is_whole:
-                take_apart(master, torch.cat(rounded).to(kept.device), kept, exp_avg_sq)
+                in_one(take_apart)(master, torch.cat(rounded).to(kept.device), kept, exp_avg_sq)
         self.when_updated(group)
 
 
