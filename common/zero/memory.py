@@ -292,7 +292,8 @@ def confirmed_opening(
     """
     opening, middle = choice.opening, (choice.budget + choice.opening) // 2
     surprise = activations_of(middle) - memory.opening_activations(middle, keeping)
-    opening -= int(max(0.0, 2 * surprise) / memory.activations(1, keeping))
+    surprise *= opening / middle
+    opening -= int(max(0.0, surprise) / memory.activations(1, keeping))
     while opening > choice.budget + LEAST_TRIED:
         if (seen := activations_of(opening)) <= room:
             return opening, seen
