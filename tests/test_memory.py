@@ -124,6 +124,52 @@ def test_a_steps_first_micro_batch_was_seen_to_fit(factor):
     assert factor > 1 or opening == choice.opening
 
 
+def settled(
+    monkeypatch, real, total, shape=LLAMA_8B, estimate=ON_2, allocated=None, device="cuda", workload=ANY, **flags
+):
+    """choose_micro_batch() on devices of `total` bytes, its dry runs played by real(tokens, keeping layers) -> bytes of
+    activations. -> its budget; the layers that recompute at last; (tokens, recomputing) of each dry run; what was said;
+    bytes that may be used for activations."""
+    runs, said, recomputed, layers = [], [], [], shape.num_hidden_layers
+    at_rest = estimate.fixed - estimate.gathered
+    allocated = at_rest if allocated is None else allocated
+
+    def dry_run(engine, config, kernel, tokens, longest, made_up, ranks):
+        runs.append((tokens, recomputed[-1]))
+        return allocated + estimate.gathered + real(tokens, layers - recomputed[-1])
+
+    policy = SimpleNamespace(decoder_layers=lambda: [None] * layers, checkpoint_activations=recomputed.append)
+    policy.register_forward_pre_hook = lambda hook, with_kwargs: hooks.append(hook)
+    hooks: list = []
+    ranks = SimpleNamespace(device=torch.device(device), say=said.append, gather=lambda work: [work()])
+    monkeypatch.setattr(memory, "_dry_run", dry_run)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - allocated, total))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: allocated)
+    fractions: list[float] = []  # torch leaves something to NCCL
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: fractions.append(part))
+    plan = Plan(0.0, 0, 0, 0, estimate, shape_of(shape, SFTConfig(), True), CARD)
+    arguments = SFTConfig(**flags), plan, "varlen", workload, memory.made_up_conversation, ranks
+    sums = SimpleNamespace(opens=False, opening=SimpleNamespace(is_open=False))
+    carrier = SimpleNamespace(carrier=SimpleNamespace())
+    engine = SimpleNamespace(module=policy, updater=carrier, whole_gradients=sums)
+    budget, opening = memory.choose_micro_batch(engine, *arguments)
+    assert sums.opens == (opening > budget and estimate.opening > 0)
+    room = 0.94 * total - allocated - estimate.gathered
+    assert all(0.94 < fraction < 0.99 for fraction in fractions) and bool(fractions) == bool(runs)
+
+    def layers_of(tokens: int) -> int:
+        """How many recompute in a micro-batch of the run."""
+        for hook in hooks:
+            hook(policy, (), {"input_ids": np.zeros((1, tokens))})
+        return recomputed[-1]
+
+    largest = recomputed[-1]
+    return SimpleNamespace(
+        budget=budget, layers=largest, layers_of=layers_of, runs=runs, said=said[-1], room=room, engine=engine
+    )
+
+
 @pytest.mark.parametrize("factor", [0.7, 0.95, 1.0, 1.1, 1.5, 3.0])
 @pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": "full"}, {"gradient_checkpointing": 5}])
 @pytest.mark.parametrize("is_settled", [False, True])

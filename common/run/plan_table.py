@@ -145,6 +145,7 @@ def plan_rows(
     warm_up = 0 if config.lr_scheduler_type == "constant" else int(schedule.num_steps * config.warmup_ratio)
     steps = ranged(last, 0.0 if config.max_train_steps else spread.samples)
     of_steps = f"{schedule.batch} {unit} a step, {schedule.steps_per_epoch:,} an epoch"
+    first = f" and a step's first of {plan.opening:,}" if plan.opening > budget else ""
     rows = {"loss": f"{config.loss_type}, beta {config.beta:g}"} if isinstance(config, DPOConfig) else {}
     rows |= {
         unit: ranged(schedule.num_samples, spread.samples, spread.num_rows),
@@ -159,7 +160,8 @@ def plan_rows(
         + f" = {sum(parts.values()) / 1e9:.1f} of {plan.card.free / 1e9:.1f} GB; optimizer state in host memory "
         f"{memory.host / 1e9:,.1f} GB, {memory.host * ranks.local_world_size / 1e9:,.1f} GB in each host",
         "the planner's choice": f"residency {memory.residency}, {memory.share:.0%} of the optimizer's state on the "
-        f"device, micro-batches of {budget:,} tokens; {plan.recomputing} of {layers} layers recomputed at {row:,}",
+        f"device, micro-batches of {budget:,} tokens{first}; {plan.recomputing} of {layers} layers recomputed at "
+        f"{row:,}",
     }
     if "hours" in planned:
         hours, speed = planned["hours"], planned["tokens"] / planned["hours"] / 3600
