@@ -330,7 +330,7 @@ def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb
 
 
 def test_a_cards_figures_are_measured(monkeypatch):
-    free, host, link, flops = memory.measured(torch.device("cuda", 0), 1)
+    free, host, link, flops = memory.measuring(torch.device("cuda", 0), 1)()
     assert 1e9 < free < 3e11 and host > 1e9 and 1e9 < link < 1e12 and 1e13 < flops < 1e16
 
 

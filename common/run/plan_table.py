@@ -32,7 +32,7 @@ from common.step.packing import pair_lengths
 from common.step.schedule import Schedule
 from common.zero.checkpoint import RunState
 from common.zero.ds_config import deepspeed_config
-from common.zero.memory import choose_residency, measured, workload_of
+from common.zero.memory import choose_residency, measuring, workload_of
 from common.zero.plan import Card, Plan, Workload
 
 WIDTH, NAMES = 100, 20  # columns: of the table, and of its names
@@ -67,7 +67,7 @@ class Machine(NamedTuple):
         spans_hosts = self.num_gpus > self.per_host
         if self.gpu is None:
             device = torch.device("cuda", 0)
-            free, host, link, flops = measured(device, self.per_host)
+            free, host, link, flops = measuring(device, self.per_host)()
             peak, name, source = device_peak_flops(device), torch.cuda.get_device_name(device), "measured here"
         else:
             (free, link, flops), host = CARDS[self.gpu], HOST_GB_PER_GPU * 1e9

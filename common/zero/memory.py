@@ -170,18 +170,17 @@ def _card(ranks: Ranks) -> Card:
         # A share of half of the host's memory, so that a run is placed alike every time.
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / ranks.local_world_size
         return Card(min(ranks.gather(lambda: free)), np.inf, 1e10, 1e11)
-    seen = ranks.gather(lambda: measured(ranks.device, ranks.local_world_size, torch.distributed.barrier))
+    torch.distributed.barrier()  # for which NCCL takes memory that is not free any more
+    ready: list[Callable] = []
+    ranks.gather(lambda: ready.append(measuring(ranks.device, ranks.local_world_size)))
+    seen = ranks.gather(lambda: ready[0]())
     free, host_free, link, flops = (min(values) for values in zip(*seen, strict=True))
     return Card(free, host_free, link, flops, ranks.world_size > ranks.local_world_size)
 
 
-def measured(
-    device: torch.device, local_world_size: int, together: Callable = lambda: None
-) -> tuple[float, float, float, float]:
-    """Bytes free on the device and in host memory, bytes a second each way between them, FLOP/s of a product.
-
-    together: called before either is timed, for ranks share the memory of a host.
-    """
+def measuring(device: torch.device, local_world_size: int) -> Callable[[], tuple[float, float, float, float]]:
+    """Takes memory, and gives what measures: bytes free on the device (before) and in host memory, bytes a second each
+    way between them, FLOP/s of a product. Ranks that share a host's memory measure at the same time."""
     free = torch.cuda.mem_get_info(device)[0]
     host = [torch.zeros(2**28, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     there = [torch.zeros(2**28, dtype=torch.uint8, device=device) for _ in range(2)]
@@ -195,9 +194,6 @@ def measured(
         torch.cuda.current_stream(device).wait_stream(back)
 
     def seconds(work: Callable[[], object], times: int) -> float:
-        work()
-        torch.cuda.synchronize(device)
-        together()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
         for _ in range(times):
@@ -206,8 +202,14 @@ def measured(
         events[1].synchronize()
         return events[0].elapsed_time(events[1]) / 1e3 / times
 
-    link, flops = 2**28 / seconds(copy, 40), 2 * 8192**3 / seconds(lambda: square @ square, 5)
-    return free, available_host_memory() / local_world_size, link, flops
+    def measure() -> tuple[float, float, float, float]:
+        link, flops = 2**28 / seconds(copy, 40), 2 * 8192**3 / seconds(lambda: torch.mm(square, square), 5)
+        return free, available_host_memory() / local_world_size, link, flops
+
+    copy()
+    torch.mm(square, square)
+    torch.cuda.synchronize(device)
+    return measure
 
 
 def reserve_host_memory(plan: Plan, ranks: Ranks) -> HostMemory:
