@@ -20,10 +20,10 @@ import models
 sys.path.insert(0, str(launch.REPO))
 from transformers import AutoTokenizer
 
+from common.config import SFTConfig
 from common.data.cache import BLOCK_ROWS, BlockTokenizer
 from common.data.chat_template import resolve_template
 from common.data.sources import load_source, parse_source
-from common.data.tokens import Encoder
 
 ROUNDS = 5
 
@@ -42,7 +42,8 @@ def generated_rows(num_rows: int) -> list[dict]:
 
 def main(folder: str = str(launch.REPO.parent / "shared/tokenizers/llama3"), num_rows: str = "2000") -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    template, encoder = resolve_template("tulu", tokenizer), Encoder(tokenizer, 1_000_000)  # nothing is cut off
+    template, config = resolve_template("tulu", tokenizer), SFTConfig(max_seq_length=1_000_000)  # nothing is cut off
+    encoder = BlockTokenizer("sft", config, template).encoder
     conversations = generated_rows(int(num_rows))
     texts = [template.apply(row["messages"]) for row in conversations]
     blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, len(texts), BLOCK_ROWS)]
@@ -53,7 +54,7 @@ def main(folder: str = str(launch.REPO.parent / "shared/tokenizers/llama3"), num
         return sum(len(encoding) for block in blocks for encoding in encoder.encode(texts[block]))
 
     def ours() -> int:
-        tokenize = BlockTokenizer("sft", template, encoder)
+        tokenize = BlockTokenizer("sft", config, template)
         return sum(len(ids) for block in blocks for ids, *_ in tokenize(rows, rows.indices[block]))
 
     seconds: dict = {bare: [], ours: []}

@@ -360,7 +360,7 @@ def test_a_row_that_is_taken_twice_is_trained_twice(tmp_path):
 
 # --- what changes its key
 def key_of(data, max_seq_length=64, kind="sft", template=TEMPLATE) -> str:
-    tokenize = BlockTokenizer(kind, template, Encoder(template.tokenizer, max_seq_length))
+    tokenize = BlockTokenizer(kind, SFTConfig(max_seq_length=max_seq_length), template)
     return cache_key(tokenize, [load_source(parse_source(str(data)))])
 
 
