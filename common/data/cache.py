@@ -289,8 +289,9 @@ class BlockTokenizer:
             for key in message.keys() - {"role", "content"} - self._keys_read:
                 if message[key] is not None:
                     self.count("ignored", f"key {key!r} of messages", place)
-        for name in conversation.variables.keys() - self._variables_read:
-            self.count("ignored", f"{name!r} of chat_template_kwargs", place)
+        for name in conversation.variables:
+            if name not in self._variables_read:
+                self.count("ignored", f"{name!r} of chat_template_kwargs", place)
 
     @contextmanager
     def _in_row(self, place: str) -> Iterator[None]:

@@ -76,24 +76,22 @@ class Encoder:
 def render_pair(chosen: Conversation, rejected: Conversation, template: ChatTemplate) -> tuple[str, str, str, list]:
     """-> (prompt, chosen's completion, rejected's, notes). Prompts that the template renders alike are the same. Raises
     Dropped."""
-    prompt, completion, notes = _render_side(chosen, template)
-    other_prompt, other, other_notes = _render_side(rejected, template)
-    if prompt != other_prompt:
+    prompts, completions, all_notes = [], [], []
+    for conversation in (chosen, rejected):
+        text, spans, notes = template.render(conversation, only_last=True)
+        if not spans:
+            raise Dropped(notes[0].partition(": ")[0] if notes else "the template does not show a completion")
+        start, end = spans[0]
+        prompts.append(text[:start])
+        completions.append(text[start:end])
+        all_notes += notes
+    if prompts[0] != prompts[1]:
         raise Dropped("the prompts of chosen and rejected differ")
-    if completion == other:
+    if completions[0] == completions[1]:
         raise Dropped("equal completions")
-    letters = ["".join(text.split()) for text in (completion, other)]
-    is_spacing = ["chosen and rejected differ in white space only"] * (letters[0] == letters[1])
-    return prompt, completion, other, [*dict.fromkeys(notes + other_notes), *is_spacing]
-
-
-def _render_side(conversation: Conversation, template: ChatTemplate) -> tuple[str, str, list[str]]:
-    """-> (prompt, completion, notes)."""
-    text, spans, notes = template.render(conversation, only_last=True)
-    if not spans:
-        raise Dropped(notes[0].partition(": ")[0] if notes else "the template does not show a completion")
-    start, end = spans[0]
-    return text[:start], text[start:end], notes
+    if "".join(completions[0].split()) == "".join(completions[1].split()):
+        all_notes.append("chosen and rejected differ in white space only")
+    return prompts[0], completions[0], completions[1], [*dict.fromkeys(all_notes)]
 
 
 def sample_of_ids(encoder: Encoder, input_ids: list, labels: list | None, attention_mask: list | None) -> SFTSample:
@@ -116,23 +114,23 @@ def sample_of_ids(encoder: Encoder, input_ids: list, labels: list | None, attent
 
 
 def sft_sample(encoding: Encoding, char_spans: list[tuple[int, int]]) -> SFTSample:
-    """char_spans: the [start, end) characters of the encoded text that are trained; one or more. Raises Dropped."""
-    spans = [(_first_target(encoding, start), _first_target(encoding, end)) for start, end in char_spans]
-    spans = [(start, end) for start, end in spans if start < end]
-    if not spans:
+    """char_spans: the [start, end) characters of the encoded text that are trained. Raises Dropped."""
+    spans = _first_targets(encoding, char_spans).reshape(-1, 2)
+    spans = spans[spans[:, 0] < spans[:, 1]]
+    if len(spans) == 0:
         raise Dropped("no target token within max_seq_length")
-    return SFTSample(np.array(encoding.ids, np.int32), np.array(spans, np.int32))
+    return SFTSample(np.array(encoding.ids, np.int32), spans)
 
 
 def preference_pair(chosen: Encoding, rejected: Encoding, prompt_chars: int) -> PreferencePair:
     """chosen, rejected: of the prompt's prompt_chars characters and a completion. Raises Dropped."""
     sides, prompt_lengths, scored_from = [], [], []
     for encoding in (chosen, rejected):
-        first = _first_target(encoding, prompt_chars)
+        first = int(_first_targets(encoding, prompt_chars))
         if first >= len(encoding):
             raise Dropped("prompt fills max_seq_length")
         # The token before it may be the header's last and the content's first in one: not the prompt's alone.
-        is_merged = _chars(encoding, first - 1)[1] > prompt_chars
+        is_merged = encoding.offsets[first - 1][1] > prompt_chars
         sides.append(np.array(encoding.ids, np.int32))
         prompt_lengths.append(first - is_merged)
         scored_from.append(first)
@@ -145,18 +143,8 @@ def preference_pair(chosen: Encoding, rejected: Encoding, prompt_chars: int) -> 
     return PreferencePair(sides[0][:shared], sides[0][shared:], sides[1][shared:], *starts)
 
 
-def _first_target(encoding: Encoding, char: int) -> int:
-    """The first token from position 1 on that begins at this character or after it; len(encoding) or more if none."""
-    if len(encoding) == 0 or char >= _chars(encoding, len(encoding) - 1)[1]:
-        return max(1, len(encoding))
-    token = encoding.char_to_token(char) or 0  # None of a character that the tokenizer leaves out
-    while token < len(encoding) and _chars(encoding, token)[0] < char:
-        token += 1
-    return max(1, token)
-
-
-def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
-    """[start, end) characters of a token."""
-    chars = encoding.token_to_chars(token)
-    assert chars is not None  # of one text, without special tokens added, every token has some
-    return chars
+def _first_targets(encoding: Encoding, chars) -> np.ndarray:
+    """int32, of each character: the first token from position 1 on that begins there or after it; len(encoding) or more
+    if none does."""
+    starts = [start for start, _ in encoding.offsets]
+    return np.maximum(1, np.searchsorted(starts, chars)).astype(np.int32)
