@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny_tokenizer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tiny_tokenizer import ANSWER, USER
@@ -140,6 +140,7 @@ def test_what_closes_an_answer_ends_generation_where_it_is_one_token(templates, 
 @pytest.mark.parametrize("name", REFERENCES)
 @settings(deadline=None, max_examples=50)
 @given(messages=conversations())
+@example([{"role": "system", "content": ""}, {"role": "assistant", "content": "<think></think>\n"}])
 def test_trained_text_is_every_assistant_content_and_what_closes_it(templates, name, messages):
     if name == "MISTRAL":
         for i, message in enumerate(messages):
