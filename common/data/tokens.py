@@ -6,6 +6,7 @@ nothing predicts it. Samples and pairs are made so here, and whoever reads them 
 """
 
 import copy
+from bisect import bisect_left
 from typing import NamedTuple
 
 import numpy as np
@@ -115,22 +116,22 @@ def sample_of_ids(encoder: Encoder, input_ids: list, labels: list | None, attent
 
 def sft_sample(encoding: Encoding, char_spans: list[tuple[int, int]]) -> SFTSample:
     """char_spans: the [start, end) characters of the encoded text that are trained. Raises Dropped."""
-    spans = _first_targets(encoding, char_spans).reshape(-1, 2)
-    spans = spans[spans[:, 0] < spans[:, 1]]
-    if len(spans) == 0:
+    spans = [(_first_target(encoding, start), _first_target(encoding, end)) for start, end in char_spans]
+    spans = [(start, end) for start, end in spans if start < end]
+    if not spans:
         raise Dropped("no target token within max_seq_length")
-    return SFTSample(np.array(encoding.ids, np.int32), spans)
+    return SFTSample(np.array(encoding.ids, np.int32), np.array(spans, np.int32))
 
 
 def preference_pair(chosen: Encoding, rejected: Encoding, prompt_chars: int) -> PreferencePair:
     """chosen, rejected: of the prompt's prompt_chars characters and a completion. Raises Dropped."""
     sides, prompt_lengths, scored_from = [], [], []
     for encoding in (chosen, rejected):
-        first = int(_first_targets(encoding, prompt_chars))
+        first = _first_target(encoding, prompt_chars)
         if first >= len(encoding):
             raise Dropped("prompt fills max_seq_length")
         # The token before it may be the header's last and the content's first in one: not the prompt's alone.
-        is_merged = encoding.offsets[first - 1][1] > prompt_chars
+        is_merged = _chars(encoding, first - 1)[1] > prompt_chars
         sides.append(np.array(encoding.ids, np.int32))
         prompt_lengths.append(first - is_merged)
         scored_from.append(first)
@@ -143,8 +144,13 @@ def preference_pair(chosen: Encoding, rejected: Encoding, prompt_chars: int) -> 
     return PreferencePair(sides[0][:shared], sides[0][shared:], sides[1][shared:], *starts)
 
 
-def _first_targets(encoding: Encoding, chars) -> np.ndarray:
-    """int32, of each character: the first token from position 1 on that begins there or after it; len(encoding) or more
-    if none does."""
-    starts = [start for start, _ in encoding.offsets]
-    return np.maximum(1, np.searchsorted(starts, chars)).astype(np.int32)
+def _first_target(encoding: Encoding, char: int) -> int:
+    """The first token from position 1 on that begins at this character or after it; len(encoding) or more if none."""
+    return max(1, bisect_left(range(len(encoding)), char, key=lambda token: _chars(encoding, token)[0]))
+
+
+def _chars(encoding: Encoding, token: int) -> tuple[int, int]:
+    """[start, end) characters of a token."""
+    chars = encoding.token_to_chars(token)
+    assert chars is not None  # of one text, without special tokens added, every token has some
+    return chars
