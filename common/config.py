@@ -28,9 +28,8 @@ def _field(default, help, choices=(), least=-math.inf, most=math.inf, below=math
     identifies: whether a run with another value is another run; "contents": whether a digest of what it names does.
     is_path: a leading ~ is the home folder.
     """
-    nature = {"help": help, "choices": choices, "least": least, "most": most, "below": below}
-    nature |= {"identifies": identifies, "is_path": is_path}
-    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=nature)
+    nature = {"help": help, "choices": choices, "least": least, "most": most, "below": below, "identifies": identifies}
+    return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=nature | {"is_path": is_path})
 
 
 LENGTHS = ("num_train_epochs", "max_train_steps")  # of a run
@@ -201,7 +200,7 @@ def parse_config(cls: type, argv: list[str] | None = None):
     argv: the command line without the program's name (None: sys.argv).
     Raises UserError for anything that is not a setting or not a value of it. `--help` prints and exits 0.
     """
-    argv = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]", description=cls.__doc__, add_help=False, allow_abbrev=False, exit_on_error=False
     )
@@ -219,11 +218,14 @@ def parse_config(cls: type, argv: list[str] | None = None):
         raise SystemExit(0)
 
     parser.set_defaults(beta=None)
-    given = _parsed(parser, argv, {*defaults, "config", "local_rank"})
+    known = {*defaults, "config", "local_rank"}
+    given = _parsed(parser, argv, known)
     if given.config is not None:
-        words = _yaml_words(given.config)
+        with as_user_error(f"--config {given.config}: must hold `name: value` lines"):
+            settings = yaml.load(named_file(given.config).read_text(encoding="utf-8"), _AsWritten)
+            words = as_words(settings or {})
         _parsed(parser, words, {*defaults}, source=f"{given.config}: ")
-        given = _parsed(parser, [*words, *argv], {*defaults, "config", "local_rank"})
+        given = _parsed(parser, [*words, *argv], known)
     for name in {*given.report_to} - {"none"}:
         with as_user_error(f"--report_to {name} needs its package ({sys.executable} -m pip install {name})"):
             importlib.metadata.version(name)
@@ -239,24 +241,18 @@ def parse_config(cls: type, argv: list[str] | None = None):
     return cls(**{name: getattr(given, name) for name in defaults})
 
 
-def _underscored(word: str) -> str:
-    """--some-flag as --some_flag; a value is left as it is."""
-    flag, equals, value = word.partition("=")
-    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
-
-
 def _parsed(parser, words: list[str], known: set[str], source: str = "") -> argparse.Namespace:
     """The values in words, else the defaults. known: the names allowed; source: how the text of an error begins."""
-    flags = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
     names = {name: flag for flag, others in OTHER_NAMES.items() for name in others.split()}
-    advice = {}
-    for flag in flags:
+    unknown = []
+    for flag in dict.fromkeys(word[2:].partition("=")[0] for word in words if word.startswith("--")):
         if flag in names:
-            advice[flag] = f"here it is {names[flag]}"
+            unknown.append(f"unknown flag --{flag}: here it is {names[flag]}")
         elif flag not in known:
-            advice[flag] = f"did you mean --{(difflib.get_close_matches(flag, known, 1, 0.5) or ['help'])[0]}?"
-    if advice:
-        raise UserError(source + "; ".join(f"unknown flag --{flag}: {text}" for flag, text in advice.items()))
+            nearest = difflib.get_close_matches(flag, known, 1, 0.5) or ["help"]
+            unknown.append(f"unknown flag --{flag}: did you mean --{nearest[0]}?")
+    if unknown:
+        raise UserError(source + "; ".join(unknown))
     try:
         given, unknown = parser.parse_known_args(words)
     except argparse.ArgumentError as e:
@@ -280,12 +276,6 @@ class _AsWritten(yaml.BaseLoader):
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise yaml.YAMLError(f"`{twice[0]}` comes twice")
         return super().construct_mapping(node, deep)
-
-
-def _yaml_words(path: str) -> list[str]:
-    """A file's settings as words of a command line."""
-    with as_user_error(f"--config {path}: must hold `name: value` lines"):
-        return as_words(yaml.load(named_file(path).read_text(encoding="utf-8"), _AsWritten) or {})
 
 
 def _reader(field: dataclasses.Field) -> tuple:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +71,11 @@ def prepare(data, cache, kind="sft", template=TEMPLATE, **flags) -> str:
     return prepare_tokens(kind, SFTConfig(dataset_mixer=mixer, cache_dir=str(cache), **flags), template)
 
 
+def dataset_of(folder: Path, rows: list, **more) -> TokenDataset:
+    """Of rows in folder/x.jsonl, with the cache beside it."""
+    return TokenDataset(prepare(write(folder / "x.jsonl", rows), folder, **more))
+
+
 def conversation(messages) -> Conversation:
     return Conversation(messages, [message["role"] == "assistant" for message in messages])
 
@@ -125,7 +131,7 @@ def test_a_dpo_cache_holds_every_kept_pair_in_order(tmp_path, monkeypatch):
     rows = [*PAIRS]
     rows[3] = {"prompt": "why?", "chosen": "so.", "rejected": "so."}
     rows[5] = {"prompt": "\ud800", "chosen": "so.", "rejected": "no."}
-    ds = TokenDataset(prepare(write(tmp_path / "pairs.jsonl", rows), tmp_path, kind="dpo"))
+    ds = dataset_of(tmp_path, rows, kind="dpo")
     kept = [i for i in range(40) if i not in (3, 5)]
     assert len(ds) == 38 and ds.kind == "dpo"
     assert ds.stats["dropped"] == {"equal completions": 1, "text is not valid Unicode": 1}
@@ -145,7 +151,7 @@ def test_a_dpo_cache_holds_every_kept_pair_in_order(tmp_path, monkeypatch):
 def test_a_pair_of_which_either_side_is_cut_is_truncated(tmp_path):
     sides = [[message("user", "why?"), message("assistant", answer)] for answer in ("so.", "so." * 99, "no.")]
     pairs = [{"chosen": sides[a], "rejected": sides[b]} for a, b in ((0, 1), (1, 0), (0, 2))]
-    ds = TokenDataset(prepare(write(tmp_path / "x.jsonl", pairs), tmp_path, kind="dpo"))
+    ds = dataset_of(tmp_path, pairs, kind="dpo")
     assert ds.is_truncated.tolist() == [True, True, False] and ds.stats["truncated"] == 2
 
 
@@ -156,7 +162,7 @@ def test_a_sample_knows_its_file_where_a_source_is_of_several(tmp_path):
 
 
 def test_samples_are_read_only_views_of_the_file(tmp_path):
-    ds = TokenDataset(prepare(write(tmp_path / "x.jsonl", ROWS), tmp_path))
+    ds = dataset_of(tmp_path, ROWS)
     array = ds[3].input_ids
     assert not array.flags.writeable
     while isinstance(array, np.ndarray) and not isinstance(array, np.memmap):
@@ -185,7 +191,7 @@ def test_what_a_template_leaves_out_or_changes_is_warned_of(tmp_path, said, jinj
         ds = TokenDataset(prepare(data, tmp_path, template=ChatTemplate("odd", jinja, TOKENIZER)))
     assert len([line for line in said if line.startswith("warning") and warned in line]) == times
     assert ds.stats["unrendered_roles"] == ({} if jinja == ENDLESS else {"tool": 18})
-    assert ("'tool'" in data_table(ds)) == (jinja != ENDLESS)
+    assert ("\n  tool " in data_table(ds)) == (jinja != ENDLESS)
 
 
 def test_preview_and_table_show_what_is_trained(tmp_path, monkeypatch):
@@ -197,7 +203,7 @@ def test_preview_and_table_show_what_is_trained(tmp_path, monkeypatch):
     counted = ["rows read +2", "kept +1", "dropped +1", "no assistant message +1; first .*x.jsonl:2"]
     for line in (*counted, f"tokens +{ds.lengths[0]}", f"target tokens +{ds.num_targets[0]}", "sha256 [0-9a-f]{64}"):
         assert re.search(line + "$", table, re.MULTILINE), (line, table)
-    shown = preview(TokenDataset(prepare(write(tmp_path / "p.jsonl", [PAIRS[1]]), tmp_path, "dpo")), 0, TOKENIZER)
+    shown = preview(dataset_of(tmp_path, [PAIRS[1]], kind="dpo"), 0, TOKENIZER)
     assert shown.endswith("<|assistant\n--- chosen:\n|>\n[[so 1.so 1.<eos>]]\n--- rejected:\n|>\n\n\n[[no.<eos>]]")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert "\033[32mso 0.<eos>\033[0m" in preview(ds, 0, TOKENIZER)
@@ -270,27 +276,22 @@ def with_bos(tokenizer):
 
 
 @settings(deadline=None, max_examples=60)
-@given(text=st.text(st.sampled_from("ab c\n"), min_size=1, max_size=90), has_eos=st.booleans(), adds_bos=st.booleans())
-def test_a_text_is_trained_whole_up_to_an_eos(tmp_path_factory, text, has_eos, adds_bos):
-    """Begun as the tokenizer begins a text."""
+@given(text=st.text(st.sampled_from("ab c\n"), min_size=1, max_size=90), ends=st.tuples(*[st.booleans()] * 3))
+def test_a_text_is_trained_whole_up_to_an_eos(tmp_path_factory, text, ends):
+    """Begun as the tokenizer begins a text; the BOS and EOS that it holds itself are not put there again."""
+    has_eos, adds_bos, has_bos = ends
     tokenizer = tiny_tokenizer.tiny_tokenizer()
     tokenizer = with_bos(tokenizer) if adds_bos else tokenizer
     folder = tmp_path_factory.mktemp("text")
-    data = write(folder / "x.jsonl", [{"text": text + "<eos>" * has_eos}, {"text": "so."}])
-    ds = TokenDataset(prepare(data, folder, template=resolve_template("tulu", tokenizer)))
+    begun = "<bos>" * (adds_bos and has_bos) + text
+    rows = [{"text": begun + "<eos>" * has_eos}, {"text": "so."}]
+    ds = dataset_of(folder, rows, template=resolve_template("tulu", tokenizer))
     if text.strip():
         expected = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         assert ds[0].input_ids.tolist() == expected[:64]
         assert ds[0].trained_spans.tolist() == [[1, len(expected[:64])]]
     else:
-        assert has_eos == (len(ds) == 2)
-
-
-def test_a_text_that_begins_with_its_bos_gets_no_second(tmp_path):
-    template = resolve_template("tulu", with_bos(tiny_tokenizer.tiny_tokenizer()))
-    data = write(tmp_path / "x.jsonl", [{"text": "<bos>why"}, {"text": "why"}])
-    one, other = TokenDataset(prepare(data, tmp_path, template=template))
-    assert one.input_ids.tolist() == other.input_ids.tolist()
+        assert (has_eos or begun != text) == (len(ds) == 2)
 
 
 @settings(deadline=None, max_examples=60)
@@ -307,8 +308,7 @@ def test_tokens_are_trained_where_their_labels_say_so(tmp_path_factory, ids, tra
         columns["labels"] = [token if is_trained else -100 for token, is_trained in zip(ids, trained, strict=False)]
     pad = {"input_ids": [0], "attention_mask": [0], "labels": [-100]}
     row = {name: pad[name] * before + column + pad[name] * after for name, column in columns.items()}
-    folder = tmp_path_factory.mktemp("ids")
-    ds = TokenDataset(prepare(write(folder / "x.jsonl", [{"text": "so."}, row]), folder, max_seq_length=9))
+    ds = dataset_of(tmp_path_factory.mktemp("ids"), [{"text": "so."}, row], max_seq_length=9)
     targets = {i for i in range(1, min(9, len(ids))) if not trained or trained[i]}
     assert len(ds) == 1 + bool(targets)
     if targets:
@@ -334,7 +334,7 @@ def test_tokens_are_trained_where_their_labels_say_so(tmp_path_factory, ids, tra
     ],
 )
 def test_tokens_that_cannot_be_used_are_dropped(tmp_path, row):
-    ds = TokenDataset(prepare(write(tmp_path / "x.jsonl", [{"text": "so."}, row]), tmp_path))
+    ds = dataset_of(tmp_path, [{"text": "so."}, row])
     assert len(ds) == 1 and sum(ds.stats["dropped"].values()) == 1
 
 
@@ -360,22 +360,27 @@ def test_a_row_that_is_taken_twice_is_trained_twice(tmp_path):
 
 # --- what changes its key
 def key_of(data, max_seq_length=64, kind="sft", template=TEMPLATE) -> str:
-    tokenize = BlockTokenizer(kind, template, Encoder(template.tokenizer, max_seq_length))
+    tokenize = BlockTokenizer(kind, SFTConfig(max_seq_length=max_seq_length), template)
     return cache_key(tokenize, [load_source(parse_source(str(data)))])
+
+
+@contextmanager
+def one_bit_changed(file: Path, position: int, bit: int):
+    original = file.read_bytes()
+    changed = bytearray(original)
+    changed[position % len(changed)] ^= 1 << bit
+    file.write_bytes(changed)
+    yield original, changed
+    file.write_bytes(original)
 
 
 @settings(deadline=None, max_examples=30)
 @given(position=st.integers(0, 10**6), bit=st.integers(0, 7))
 def test_one_bit_of_a_row_changes_the_key(tmp_path_factory, position, bit):
     data = write(tmp_path_factory.mktemp("key") / "x.jsonl", ROWS[:3])
-    before, original = key_of(data), data.read_bytes()
-    content = bytearray(original)
-    content[position % len(content)] ^= 1 << bit
-    data.write_bytes(content)
-    try:
+    before = key_of(data)
+    with one_bit_changed(data, position, bit):
         assert key_of(data) != before
-    finally:
-        data.write_bytes(original)
     assert key_of(data) == before
 
 
@@ -427,28 +432,17 @@ def contents(path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in Path(path).iterdir()}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bits")
-    return Path(prepare(write(folder / "x.jsonl", ROWS[:5]), folder))
-
-
 @settings(deadline=None, max_examples=60)
-@given(data=st.data())
-def test_a_cache_with_one_changed_bit_is_never_used(finished, data):
-    file = finished / data.draw(st.sampled_from(sorted(contents(finished))))
-    original = file.read_bytes()
-    position, bit = data.draw(st.integers(0, len(original) - 1)), data.draw(st.integers(0, 7))
-    changed = bytearray(original)
-    changed[position] ^= 1 << bit
-    file.write_bytes(changed)
-    try:
-        TokenDataset(finished)
-        assert file.name == "manifest.json" and json.loads(changed) == json.loads(original)  # white space
-    except UserError as error:
-        assert str(finished) in str(error)
-    finally:
-        file.write_bytes(original)
+@given(name=st.sampled_from([*dataset.FILES, "manifest.json"]), position=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_a_cache_with_one_changed_bit_is_never_used(tmp_path_factory, name, position, bit):
+    folder = tmp_path_factory.mktemp("bits")
+    finished = dataset_of(folder, ROWS[:5]).folder
+    with one_bit_changed(finished / name, position, bit) as (original, changed):
+        try:
+            TokenDataset(finished)
+            assert name == "manifest.json" and json.loads(changed) == json.loads(original)  # white space
+        except UserError as error:
+            assert str(finished) in str(error)
     TokenDataset(finished)
 
 

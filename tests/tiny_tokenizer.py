@@ -52,24 +52,6 @@ LLAMA3 = """\
 # As the first Llama 3 had it: the generation prompt ends every text.
 PROMPTING = LLAMA3.replace("{%- if add_generation_prompt %}", "").removesuffix("{%- endif %}")
 
-# Reasoning is dropped from all turns but those after the last user message, and an empty one is written into the last.
-QWEN3 = """\
-{%- set last = namespace(user=-1) %}
-{%- for message in messages %}
-{%- if message.role == 'user' %}{%- set last.user = loop.index0 %}{%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-{%- if message.role == 'assistant' %}
-{%- set answer = message.content.split('</think>')[-1].lstrip('\\n') %}
-{{- '<|im_start|>assistant\\n' }}
-{%- if loop.index0 > last.user and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
-{{- answer + '<|im_end|>\\n' }}
-{%- else %}
-{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
-
 # No generation prompt: the answer follows the question's end.
 MISTRAL = """\
 {{- bos_token }}

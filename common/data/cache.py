@@ -9,7 +9,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ import transformers
 
 from common.data import chat_template, conversations, dataset, limits, sources, tokens
 from common.data.chat_template import REASONING_KEYS, ChatTemplate
-from common.data.conversations import Conversation, Dropped, preference_example, sft_example
+from common.data.conversations import Conversation, Dropped, json_of, preference_example, sft_example
 from common.data.dataset import FILES, TokenDataset, flattened
 from common.data.report import data_table
 from common.data.sources import Rows, decode_row, load_source, parse_source
@@ -43,7 +43,7 @@ def prepare_tokens(kind: str, config, template: ChatTemplate, most_rows: int | N
     be used, and leaves nothing of it in cache_dir; and, once it is built, if more than a tenth of a source is dropped.
     """
     all_rows = [load_source(parse_source(text)) for text in config.dataset_mixer]
-    tokenize = block_tokenizer(kind, config, template)
+    tokenize = BlockTokenizer(kind, config, template)
     root = Path(config.cache_dir) / "tokens"
     final = root / f"{kind}-{cache_key(tokenize, all_rows)}"
     if most_rows and sum(len(rows.indices) for rows in all_rows) > most_rows and not _finished(final):
@@ -88,25 +88,15 @@ def drawn_rows(all_rows: list[Rows], number: int) -> list[Rows]:
 def too_much_dropped(ds: TokenDataset) -> str | None:
     """What to say if more than a tenth of a source's rows is dropped."""
     for source in ds.stats["sources"]:
-        if source["rows_dropped"] * 10 > source["rows_used"]:
-            lost = f"{source['rows_dropped']:,} of {source['rows_used']:,} rows are dropped, more than a tenth"
-            reasons = _reasons(source["dropped"])
-            return f"{source['asked_for']}: {lost} ({reasons}); --allow_dropped true trains on the rest"
+        number, of = source["rows_dropped"], source["rows_used"]
+        if number * 10 > of:
+            lost = f"{number:,} of {of:,} rows are dropped, more than a tenth ({_listed(source['dropped'])})"
+            return f"{source['asked_for']}: {lost}; --allow_dropped true trains on the rest"
     return None
 
 
-def _reasons(dropped: dict[str, int]) -> str:
+def _listed(dropped: dict[str, int]) -> str:
     return ", ".join(f"{count:,} x {one_line(reason)}" for reason, count in dropped.items())
-
-
-def block_tokenizer(kind: str, config, template: ChatTemplate) -> "BlockTokenizer":
-    """The run's. Raises UserError for chat_template_kwargs that are no JSON object."""
-    asked = config.chat_template_kwargs or "{}"
-    with as_user_error(f"--chat_template_kwargs {asked!r}: must be a JSON object", ValueError, RecursionError):
-        variables = json.loads(asked)
-        if not isinstance(variables, dict):
-            raise ValueError(f"it is a {type(variables).__name__}")
-    return BlockTokenizer(kind, template, Encoder(template.tokenizer, config.max_seq_length), variables)
 
 
 def cache_key(tokenize: "BlockTokenizer", all_rows: list[Rows]) -> str:
@@ -128,10 +118,9 @@ def cache_key(tokenize: "BlockTokenizer", all_rows: list[Rows]) -> str:
 
 
 def _finished(folder: Path) -> TokenDataset | None:
-    try:
+    with suppress(UserError):
         return TokenDataset(folder)
-    except UserError:
-        return None
+    return None
 
 
 def _build(tokenize: "BlockTokenizer", all_rows: list[Rows], final: Path) -> None:
@@ -140,8 +129,7 @@ def _build(tokenize: "BlockTokenizer", all_rows: list[Rows], final: Path) -> Non
     shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed, or it would hold the lock
     folder.mkdir()
     try:
-        dropped = _write_files(tokenize, all_rows, folder)
-        stats = _stats(tokenize, all_rows, folder, dropped)
+        stats = _write_files(tokenize, all_rows, folder)
         digests = {name: file_digest(folder / name) for name in FILES}
         manifest = {"kind": tokenize.kind, "stats": stats, "files": digests}
         (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": json_digest(manifest)}, indent=1))
@@ -152,45 +140,38 @@ def _build(tokenize: "BlockTokenizer", all_rows: list[Rows], final: Path) -> Non
     print_line(f"data: {stats['kept']:,} of {stats['rows_read']:,} rows kept, tokenized in {final}")
 
 
-def _write_files(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path) -> list[Counter]:
-    """Tokenizes all rows into FILES; of each source, its dropped rows by reason. Raises UserError if no row is left."""
-    dropped = []
+def _write_files(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path) -> dict:
+    """Tokenizes all rows into FILES; what data_table shows and run_config.json records. Raises UserError if no row is
+    left."""
+    by_source: list[dict] = []
+    names: list[str] = []
     num_rows = sum(len(rows.indices) for rows in all_rows)
     with ExitStack() as stack:
         stack.enter_context(naming(folder))
         files = [stack.enter_context(open(folder / name, "wb")) for name in FILES]
         advance = stack.enter_context(progress("tokenizing", num_rows, "rows"))
-        num_files = 0
         for rows in all_rows:
             before = tokenize.counts["dropped"].copy()
             for start in range(0, len(rows.indices), BLOCK_ROWS):
                 block = rows.indices[start : start + BLOCK_ROWS]
-                for sample in tokenize(rows, block, num_files):
+                for sample in tokenize(rows, block, len(names)):
                     for file, values, dtype in zip(files, sample, FILES.values(), strict=True):
                         file.write(np.array(values, dtype).tobytes())
                 advance(len(block))
-            num_files += len(rows.files)
-            dropped.append(tokenize.counts["dropped"] - before)
-    if (folder / "samples.bin").stat().st_size == 0:
-        sources = ", ".join(rows.source.text for rows in all_rows)
-        raise UserError(f"{sources}: no row is left to train on ({_reasons(tokenize.counts['dropped'])})")
-    return dropped
-
-
-def _stats(tokenize: "BlockTokenizer", all_rows: list[Rows], folder: Path, dropped: list[Counter]) -> dict:
-    """What data_table shows and run_config.json records."""
+            names += rows.files
+            dropped = tokenize.counts["dropped"] - before
+            by_source.append({**rows.identity, "rows_dropped": dropped.total(), "dropped": dict(dropped.most_common())})
+            for column in rows.unread:
+                tokenize.count("ignored", f"column {column!r}", rows.source.path, len(rows.indices))
     samples = np.fromfile(folder / "samples.bin", FILES["samples.bin"])
+    if len(samples) == 0:
+        asked_for = ", ".join(rows.source.text for rows in all_rows)
+        raise UserError(f"{asked_for}: no row is left to train on ({_listed(tokenize.counts['dropped'])})")
     percentiles = {f"p{q}": int(np.percentile(samples["length"], q)) for q in (5, 50, 95)}
-    for rows in all_rows:
-        for column in rows.unread:
-            tokenize.count("ignored", f"column {column!r}", rows.source.path, len(rows.indices))
     return {
-        "sources": [
-            {**rows.identity, "rows_dropped": reasons.total(), "dropped": dict(reasons.most_common())}
-            for rows, reasons in zip(all_rows, dropped, strict=True)
-        ],
-        "files": [name for rows in all_rows for name in rows.files],
-        "rows_read": sum(len(rows.indices) for rows in all_rows),
+        "sources": by_source,
+        "files": names,
+        "rows_read": num_rows,
         "kept": len(samples),
         "truncated": int(samples["truncated"].sum()),
         **{name: dict(counter.most_common()) for name, counter in tokenize.counts.items()},
@@ -230,8 +211,12 @@ class BlockTokenizer:
     variables: what the template sees beside the messages; a row's own chat_template_kwargs come before them.
     """
 
-    def __init__(self, kind: str, template: ChatTemplate, encoder: Encoder, variables: dict | None = None):
-        self.kind, self.template, self.encoder, self.variables = kind, template, encoder, variables or {}
+    def __init__(self, kind: str, config, template: ChatTemplate):
+        """Raises UserError for chat_template_kwargs that are no JSON object."""
+        self.kind, self.template = kind, template
+        self.encoder = Encoder(template.tokenizer, config.max_seq_length)
+        with as_user_error("--chat_template_kwargs", Dropped):
+            self.variables = json_of(config.chat_template_kwargs or {}, dict, "the text")
         self.counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTED}
         self.places: dict[str, dict[str, str]] = {name: {} for name in COUNTED}
         self._keys_read, self._variables_read = _names_read(template.jinja)
@@ -301,8 +286,8 @@ class BlockTokenizer:
         for message in conversation.messages:
             if not self.template.shows_role(message["role"]):
                 self.count("unrendered_roles", message["role"], place)
-            for key in message.keys() - {"role", "content"}:
-                if message[key] is not None and key not in self._keys_read:
+            for key in message.keys() - {"role", "content"} - self._keys_read:
+                if message[key] is not None:
                     self.count("ignored", f"key {key!r} of messages", place)
         for name in conversation.variables:
             if name not in self._variables_read:

@@ -15,9 +15,10 @@ import copy
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from inspect import signature
-from itertools import pairwise, takewhile, zip_longest
+from itertools import accumulate, count, dropwhile, groupby, islice, takewhile
 from typing import Any, NamedTuple
 
 import jinja2
@@ -85,14 +86,12 @@ class ChatTemplate:
         """Raises UserError if it does not compile, cannot render a question and an answer, or hides the answer."""
         self.name, self.jinja, self.tokenizer = name, jinja, tokenizer
         self.digest = hashlib.sha256(jinja.encode()).hexdigest()
-        special = "|".join(map(re.escape, sorted(tokenizer.added_tokens_encoder, reverse=True)))
-        self.special = re.compile(rf"\s*({special or '$^'})")
-        self.piece = re.compile(rf"{special or '$^'}|.", re.DOTALL)
-        self.rests: dict[tuple, Any] = {}  # of _Layout
+        special = "|".join(map(re.escape, sorted(tokenizer.added_tokens_encoder, reverse=True))) or "$^"
+        self.special, self.piece = re.compile(rf"\s*({special})"), re.compile(rf"{special}|.", re.DOTALL)
         self._no_variables = {*signature(tokenizer.apply_chat_template).parameters, "messages"} - {"documents"}
         self._shows_role: dict[str, bool] = {"user": True, "assistant": True}
         self._frames: dict[str, Frame] = {}
-        self._printed: dict[tuple, list[str]] = {}  # of _plain_spans
+        self.known: dict[tuple, Any] = {}  # of _Layout: what regions of other turns were
         with as_user_error(f"chat template {name!r} for a question and an answer", Dropped):
             self.closing = self.frame({}).closing
             self._shows_tools = self.attempt([QUESTION], tools=[TOOL]) != self.attempt([QUESTION])
@@ -130,81 +129,50 @@ class ChatTemplate:
         messages = [self._with_arguments(message) for message in conversation.messages]
         text = self.attempt(messages, **options)
         if text is None:  # many templates add to a content that is not there
-            messages = [m if m.get("content") is not None else {**m, "content": ""} for m in messages]
+            messages = [{**message, "content": message.get("content") or ""} for message in messages]
             text = self.apply(messages, **options)
+        layout = _Layout(self, messages, text, options, self.frame(conversation.variables))
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         asked_for = [i for i in (turns[-1:] if only_last else turns) if conversation.trained[i]]
-        frame = self.frame(conversation.variables, bool(conversation.tools))
-        if not conversation.tools and (plain := self._plain_spans(messages, text, conversation.variables, frame)):
-            return Rendered(text, [plain[i] for i in asked_for], [])
-        layout = _Layout(self, messages, text, options, frame)
-        spans = [span for i in asked_for for span in layout.spans(i)]
+        spans = [layout.span(i) for i in asked_for if layout.is_shown(i)]
         if conversation.tools and not self._shows_tools:
             layout.notes.append("tools that the template does not show")
         return Rendered(text, spans, layout.notes)
 
-    def _plain_spans(self, messages: list[dict], text: str, variables: dict, frame: Frame) -> dict:
-        """{assistant message: its span} of messages of a role and a content alone, each order of which is rendered with
-        marks once. {} where what is printed around contents depends on more than the roles: then _Layout tells."""
-        if not (frame.prompt and frame.closing) or any(len(m) != 2 or not m.get("content") for m in messages):
-            return {}
-        roles = tuple(message["role"] for message in messages)
-        key = roles, json.dumps(variables, sort_keys=True, default=str)
-        if key not in self._printed:
-            marked = [{"role": role, "content": f"{BEGIN}{i}{STOP}"} for i, role in enumerate(roles)]
-            if len(self._printed) > 1000:
-                self._printed.clear()
-            self._printed[key] = MARK.split(self.attempt(marked, **variables) or "")
-        printed, spans, position = self._printed[key], {}, 0
-        numbers = [*map(int, printed[2::3])]
-        contents = [messages[i]["content"] for i in numbers]
-        if "".join(part for pair in zip_longest(printed[::3], contents, fillvalue="") for part in pair) != text:
-            return {}
-        for i, before, content, after in zip(numbers, printed[::3], contents, printed[3::3], strict=False):
-            start = position + len(before)
-            position = start + len(content)
-            if roles[i] == "assistant":
-                if not before.endswith(frame.prompt) or not after.startswith(frame.closing):
-                    return {}
-                spans[i] = start, position + len(frame.closing)
-        return spans if len(spans) == roles.count("assistant") else {}
-
-    def frame(self, variables: dict, has_tools: bool = False) -> Frame:
+    def frame(self, variables: dict) -> Frame:
         """What is printed around an answer, with these variables of the template. Raises Dropped."""
-        if has_tools:
-            with suppress(Dropped):
-                return self.frame({**variables, "tools": [TOOL]})
         key = json.dumps(variables, sort_keys=True, default=str)
         if key not in self._frames:
-            eos, answered = self.tokenizer.eos_token, self.apply([QUESTION, MARKED_ANSWER], **variables)
-            asked, prompted = self.apply([QUESTION], **variables), self.apply([QUESTION], True, **variables)
-            within = self.attempt([QUESTION, MARKED_ANSWER, QUESTION, ANSWER], **variables) or answered
-            if answered.count(MARKER) != 1:
-                raise Dropped("it does not show the assistant's content exactly once")
-            (header, tail), (header_within, _, after) = answered.split(MARKER), within.partition(MARKER)
-            if not prompted.startswith(asked):
-                asked = asked.removesuffix(eos)  # of templates that end every text with it
-            closing = tail.rstrip()
-            before_eos = closing.removesuffix(eos).rstrip()
-            if before_eos and after.startswith(before_eos) and not after.startswith(closing):
-                closing = before_eos
-            opening, opening_within = asked.rpartition("question")[0], after.partition("question")[0]
-            users = self.shared(opening, opening_within, -1)
-            between = opening_within.removesuffix(users).rstrip()
-            is_header = prompted == asked and header.rstrip() != asked.rstrip()
-            prompt = prompted[len(asked) :] if prompted.startswith(asked) and not is_header else None
-            ending = self.shared(asked.removesuffix(eos), tail, -1).strip()  # of a text without and with an answer
-            if prompted == asked and not after.startswith(closing) and ending:
-                is_clear = header == asked and between and tail.startswith(between)
-                if not is_clear or self.special.sub("", opening.removesuffix(users)).strip():
-                    raise Dropped("it ends every text with a generation prompt, and what closes an answer is not clear")
-                closing, prompt = between, tail[len(between) :]
-            headers = tuple(h.removeprefix(asked) for h in (header_within, header) if h.startswith(asked))
-            if len(self._frames) > 1000:  # variables that differ in each row
-                self._frames.clear()
-            closing_within = closing or (between if self.special.fullmatch(between) else "")
-            self._frames[key] = Frame(prompt, headers, closing, tail[len(closing) :], closing_within)
+            self._frames[key] = self._frame(variables)
         return self._frames[key]
+
+    def _frame(self, variables: dict) -> Frame:
+        eos, answered = self.tokenizer.eos_token, self.apply([QUESTION, MARKED_ANSWER], **variables)
+        asked, prompted = self.apply([QUESTION], **variables), self.apply([QUESTION], True, **variables)
+        within = self.attempt([QUESTION, MARKED_ANSWER, QUESTION, ANSWER], **variables) or answered
+        if answered.count(MARKER) != 1:
+            raise Dropped("it does not show the assistant's content exactly once")
+        (header, tail), (header_within, _, after) = answered.split(MARKER), within.partition(MARKER)
+        if not prompted.startswith(asked):
+            asked = asked.removesuffix(eos)  # of templates that end every text with it
+        closing = tail.rstrip()
+        before_eos = closing.removesuffix(eos).rstrip()
+        if before_eos and after.startswith(before_eos) and not after.startswith(closing):
+            closing = before_eos
+        opening, opening_within = asked.rpartition("question")[0], after.partition("question")[0]
+        users = self.shared(opening, opening_within, -1)
+        between = opening_within.removesuffix(users).rstrip()
+        is_header = prompted == asked and header.rstrip() != asked.rstrip()
+        prompt = prompted[len(asked) :] if prompted.startswith(asked) and not is_header else None
+        ending = self.shared(asked.removesuffix(eos), tail, -1).strip()  # of a text without and with an answer
+        if prompted == asked and not after.startswith(closing) and ending:
+            is_clear = header == asked and between and tail.startswith(between)
+            if not is_clear or self.special.sub("", opening.removesuffix(users)).strip():
+                raise Dropped("it ends every text with a generation prompt, and what closes an answer is not clear")
+            closing, prompt = between, tail[len(between) :]
+        headers = [h.removeprefix(asked) for h in (header_within, header) if h.startswith(asked)]
+        closing_within = closing or (between if self.special.fullmatch(between) else "")
+        return Frame(prompt, tuple(h for h in headers if h.strip()), closing, tail[len(closing) :], closing_within)
 
     def shared(self, text: str, other: str, step: int = 1) -> str:
         """What both begin with (step -1: end with), in whole special tokens and other characters."""
@@ -257,26 +225,25 @@ class ChatTemplate:
         return self._shows_role[role]
 
 
-def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
+def _marked(message: dict, numbers: Iterator[int], has_blank: bool) -> tuple[dict, dict[int, str]]:
     """A copy with marks around its content, reasoning, and the names and arguments of its calls, inside the white space
-    that templates strip. An assistant's are numbered, and their kinds appended to `kinds`; others have number 0.
+    that templates strip; and the number of each of an assistant's, with its kind. Others have number 0.
     has_blank: whether a blank content has marks too, where there are no calls."""
-    calls, is_assistant = message.get("tool_calls"), message["role"] == "assistant"
+    calls, is_assistant, kinds = message.get("tool_calls"), message["role"] == "assistant", {}
 
     def put(text: str, kind: str, even_blank: bool = False) -> str:
         content, before = text.strip(), text[: len(text) - len(text.lstrip())]
         if not content and not even_blank:
             return text
-        number = len(kinds) if is_assistant else 0
-        kinds.extend([kind] * is_assistant)
-        marks = f"{BEGIN}{number:06}{STOP}", f"{END}{number:06}{STOP}"
-        return f"{before}{marks[0]}{content}{marks[1]}{text[len(before) + len(content) :]}"
+        number = next(numbers) if is_assistant else 0
+        kinds[number] = kind
+        begin, end = f"{BEGIN}{number:06}{STOP}", f"{END}{number:06}{STOP}"
+        return f"{before}{begin}{content}{end}{text[len(before) + len(content) :]}"
 
     def in_calls(value, is_shown: bool = False):
         if isinstance(value, dict):
             keys = {key: put(key, "call") if is_shown else key for key in sorted(value, key=str.lower)}  # as dictsort
-            items = ((key, in_calls(item, is_shown or key in ("name", "arguments"))) for key, item in value.items())
-            return {keys[key]: item for key, item in items}
+            return {keys[key]: in_calls(value[key], is_shown or key in ("name", "arguments")) for key in value}
         if isinstance(value, list):
             return [in_calls(item, is_shown) for item in value]
         return put(value, "call") if is_shown and isinstance(value, str) else value
@@ -292,158 +259,151 @@ def _marked(message: dict, kinds: list[str], has_blank: bool) -> dict:
         thought = put(thought, "reasoning", has_blank and is_blank)
         answer = put(answer, "content" if answer.strip() else "blank", has_blank and not calls)
         marked["content"] = f"{before}{opening}{thought}{closing}{answer}"
-    return {**marked, "tool_calls": in_calls(calls)} if calls else marked
+    return {**marked, "tool_calls": in_calls(calls)} if calls else marked, kinds if is_assistant else {}
 
 
-def _without_marks(marked: str) -> tuple[str, list[tuple[int, int, bool]]]:
-    """The text without marks, and of each: where in it, its number, whether it is a BEGIN."""
+def _split(marked: str) -> tuple[list[str], list[tuple[int, bool]]]:
+    """The n + 1 texts before, between and behind n marks; and of each mark its number, and whether it is a BEGIN."""
     for escaped, sign in ESCAPED.items():
         marked = marked.replace(escaped, sign)
-    pieces, marks, position = MARK.split(marked), [], 0
-    for piece, sign, number in zip(pieces[::3], pieces[1::3], pieces[2::3], strict=False):
-        position += len(piece)
-        marks.append((position, int(number), sign == BEGIN))
-    return "".join(pieces[::3]), marks
+    pieces = MARK.split(marked)
+    return pieces[::3], [(int(n), sign == BEGIN) for sign, n in zip(pieces[1::3], pieces[2::3], strict=True)]
 
 
 class _Layout:
-    """Where the turns of one conversation lie in its text. notes: Rendered's."""
+    """Where the turns of one conversation lie in its text. notes: Rendered's.
+
+    marked: its messages, with marks.  kinds: of each, those of its marks by their numbers.  regions, marks: _split's of
+    the whole.  first: where each mark is met first.  runs: of each message, by its place, the marks from its first one
+    to where one of another message comes.  apart: messages that are shown behind that, too.
+    """
 
     def __init__(self, template: ChatTemplate, messages: list[dict], text: str, options: dict, frame: Frame):
-        self.template, self.text, self.options, self.frame = template, text, options, frame
+        self.template, self.options, self.frame = template, options, frame
         self.notes: list[str] = []
-        self.failed: set[tuple] = set()
-        self.headers = [header for header in (frame.prompt, *frame.headers) if header and header.strip()]
+        self.failed: set[tuple] = set()  # of _offset
         for every in (True, False):  # else what the assistant's messages show, where they are not blank
-            kinds, owners, self.marked = ["other"], [-1], []
-            for i, message in enumerate(messages):
-                is_marked = every or message["role"] == "assistant"
-                self.marked.append(_marked(message, kinds, every) if is_marked else message)
-                owners += [i] * (len(kinds) - len(owners))
-            unmarked, self.marks = _without_marks(template.attempt(self.marked, **options) or "")
-            if unmarked == text:
+            numbers = count(1)
+            marked = [_marked(m, numbers, every) if every or m["role"] == "assistant" else (m, {}) for m in messages]
+            self.marked, self.kinds = [m for m, _ in marked], [kinds for _, kinds in marked]
+            self.regions, self.marks = _split(template.attempt(self.marked, **options) or "")
+            if "".join(self.regions) == text:
                 break
         else:
             raise Dropped("where the messages lie in the template's text cannot be told")
-        self.kinds = kinds
-        self.leaves: dict[int, list[int]] = {}  # message -> numbers of its marks
-        for leaf, i in enumerate(owners):
-            self.leaves.setdefault(i, []).append(leaf)
-        self.runs: dict[int, tuple[int, int]] = {}  # message -> its first and last mark, before what is shown again
-        self.met: set[tuple[int, bool]] = set()
-        self.apart: set[int] = set()  # messages that are shown in several places
-        self.reach: dict[int, int] = {}  # message -> the last mark with none of another message before it
-        for k, (_, leaf, is_begin) in enumerate(self.marks):
-            is_new = (leaf, is_begin) not in self.met
-            self.met.add((leaf, is_begin))
-            first, last = self.runs.setdefault(owners[leaf], (k, k))
-            if self.reach.get(owners[leaf], k) >= k - 1:
-                self.reach[owners[leaf]] = k
-                self.runs[owners[leaf]] = first, k if is_new else last
-            elif is_new:
-                self.apart.add(owners[leaf])
+        self.starts = [0, *accumulate(map(len, self.regions))]
+        self.first = {mark: k for k, mark in reversed([*enumerate(self.marks)])}
+        message_of = {number: i for i, kinds in enumerate(self.kinds) for number in kinds}
+        self.runs: dict[int, list[int]] = {}
+        self.apart: set[int] = set()
+        for i, run in groupby(range(len(self.marks)), lambda k: message_of.get(self.marks[k][0], -1)):
+            places = [*run]
+            if self.runs.setdefault(i, places) is not places and any(self._is_first(k) for k in places):
+                self.apart.add(i)
 
-    def spans(self, i: int) -> list[tuple[int, int]]:
-        """What is trained of assistant message i; nothing where the template does not show it. Raises Dropped."""
+    def _is_first(self, k: int) -> bool:
+        return self.first[self.marks[k]] == k
+
+    def is_shown(self, i: int) -> bool:
+        """Whether assistant message i is, its calls and all; notes what is not."""
         shown: dict[str, list[bool]] = {"call": [], "reasoning": [], "content": [], "blank": []}
-        for leaf in self.leaves.get(i, []):
-            shown[self.kinds[leaf]].append({(leaf, True), (leaf, False)} <= self.met)
+        for number, kind in self.kinds[i].items():
+            shown[kind].append((number, True) in self.first and (number, False) in self.first)
         if not all(shown["call"]):
             self.notes.append("tool calls that the template does not show: turn not trained")
-            return []
+            return False
         if not any(shown["call"] + shown["reasoning"] + shown["content"]):
             self.notes.append("assistant turns of which the template shows nothing: not trained")
-            return []
+            return False
         if shown["reasoning"] and not any(shown["reasoning"]):
             self.notes.append("reasoning that the template leaves out")
         if not all(shown["content"]):
             self.notes.append("content that the template leaves out")
         if i in self.apart:
             self.notes.append("assistant turns that the template shows in parts: the first is trained")
-        first, last = self.runs[i]
-        last += self._shown_again(i, last) if self.reach[i] > last else 0
-        return [(self._start(i, first), self._end(i, last))]
+        return True
 
-    def _shown_again(self, i: int, last: int) -> int:
-        """How many marks behind number `last` are the turn's own, as in `<key>value</key>`, and not of a result that
-        names its call: those that messages[:i + 1] show. Rendered once for each text between them."""
-        marks, rests = self.marks[last : self.reach[i] + 1], self.template.rests
-        between = [self.text[mark[0] : after[0]] for mark, after in pairwise(marks) if not mark[2]]
-        if (key := ("again", *(self._without_numbers(text) for text in between))) not in rests:
-            _, shown = _without_marks(self.template.attempt(self.marked[: i + 1], **self.options) or "")
-            own, expected = [mark[1:] for mark in shown], [mark[1:] for mark in marks]
-            own = own[own.index(expected[0]) :] if expected[0] in own else own[:0]
-            rests[key] = len([*takewhile(lambda pair: pair[0] == pair[1], zip(own[1:], expected[1:], strict=False))])
-        return rests[key]
+    def span(self, i: int) -> tuple[int, int]:
+        """What is trained of assistant message i, which is shown. Raises Dropped."""
+        start, run = self._start(i), self.runs[i]
+        last = max(k for k in run if self._is_first(k))
+        return start, self._end(i, last + (self._num_shown_again(i, last) if last < run[-1] else 0))
+
+    def _num_shown_again(self, i: int, last: int) -> int:
+        """How many of the run's marks behind `last` are the turn's own, as in <key>value</key>, and not of a result
+        that names its call: those that messages[:i + 1] show. Rendered once for each text between them."""
+        behind, known = self.runs[i][self.runs[i].index(last) + 1 :], self.template.known
+        key = *(self._without_numbers(self.regions[k]) for k in behind if self.marks[k][1]), "again"
+        if key not in known:
+            _, marks = _split(self.template.attempt(self.marked[: i + 1], **self.options) or "")
+            own = islice(dropwhile(lambda mark: mark != self.marks[last], marks), 1, None)
+            known[key] = sum(1 for _ in takewhile(lambda k: next(own, None) == self.marks[k], behind))
+        return known[key]
+
+    def _start(self, i: int) -> int:
+        first = self.runs[i][0]
+        region, prompt = self.regions[first], self.frame.prompt
+        is_begin = self.marks[first][1]
+        find = region.rfind if is_begin else region.find  # behind the header only white space, or some of the content
+        if prompt and prompt.strip() and prompt in region:
+            return self.starts[first] + find(prompt) + len(prompt)
+        offset = self._offset(i, first - 1, is_prompt=True) if prompt is not None else None
+        if offset is None:
+            header = next((header for header in self.frame.headers if header in region), "")
+            if header or prompt:
+                self.notes.append(f"answers after {header!r}, where the generation prompt is {prompt or ''!r}")
+            in_part = self._is_within_turn(i - 1)
+            offset = find(header) + len(header) if header else self._offset(i, first - 1, in_part=in_part)
+        if offset is None and region.strip():
+            raise Dropped("where an assistant's turn begins in the template's text cannot be told")
+        return self.starts[first] + (offset or 0)
+
+    def _end(self, i: int, last: int) -> int:
+        """Where the turn ends whose last mark is number `last`."""
+        region, closing = self.regions[last + 1], self.frame.closing_within
+        if closing and closing in region:
+            offset: int | None = region.index(closing) + len(closing)
+        elif (offset := self._offset(i + 1, last)) is None:
+            if special := self.template.special.match(region):
+                offset = special.end()
+            elif self._is_within_turn(i + 1):
+                offset = self._offset(i + 1, last, in_part=True)
+        if offset is None or self.marks[last][1]:
+            raise Dropped("where an assistant's turn ends in the template's text cannot be told")
+        return self.starts[last + 1] + (len(region[:offset].rstrip()) if self.frame.closing else offset)
+
+    def _is_within_turn(self, i: int) -> bool:
+        """Whether message i may lie within one turn of several answers and results (Apertus)."""
+        return 0 <= i < len(self.marked) and self.marked[i]["role"] not in ("system", "user")
 
     @staticmethod
     def _without_numbers(text: str) -> str:
         """The text without numbers, and names with digits, that differ from turn to turn."""
         return re.sub(NUMBERED, "0", text)
 
-    def _start(self, i: int, first: int) -> int:
-        """Where the turn begins whose first mark is number `first`."""
-        begin, (end, _, is_begin) = self.marks[first - 1][0] if first else 0, self.marks[first]
-        region, prompt = self.text[begin:end], self.frame.prompt
-        find = region.rfind if is_begin else region.find  # behind the header only white space, or some of the content
-        if prompt and prompt.strip() and prompt in region:
-            return begin + find(prompt) + len(prompt)
-        offset = self._offset(i, first - 1, region, True) if prompt is not None else None
-        if offset is None:
-            header = next((header for header in self.headers if header in region), "")
-            if header or prompt:
-                self.notes.append(f"answers after {header!r}, where the generation prompt is {prompt or ''!r}")
-            in_part = self._is_within_turn(i - 1)
-            offset = find(header) + len(header) if header else self._offset(i, first - 1, region, in_part=in_part)
-        offset = 0 if offset is None and not region.strip() else offset
-        if offset is None:
-            raise Dropped("where an assistant's turn begins in the template's text cannot be told")
-        return begin + offset
-
-    def _end(self, i: int, last: int) -> int:
-        """Where the turn ends whose last mark is number `last`."""
-        (end, _, is_begin), closing = self.marks[last], self.frame.closing_within
-        after = self.text[end : self.marks[last + 1][0] if last + 1 < len(self.marks) else None]
-        offset = after.index(closing) + len(closing) if closing and closing in after else None
-        if offset is None:
-            offset = self._offset(i + 1, last, after)
-        if offset is None and (special := self.template.special.match(after)):
-            offset = special.end()
-        if offset is None and self._is_within_turn(i + 1):
-            offset = self._offset(i + 1, last, after, in_part=True)
-        if offset is None or is_begin:
-            raise Dropped("where an assistant's turn ends in the template's text cannot be told")
-        return end + (len(after[:offset].rstrip()) if self.frame.closing else offset)
-
-    def _is_within_turn(self, i: int) -> bool:
-        """Whether message i may lie within one turn of several answers and results (Apertus)."""
-        return 0 <= i < len(self.marked) and self.marked[i]["role"] not in ("system", "user")
-
-    def _offset(self, num_messages: int, k: int, region: str, is_prompt=False, in_part=False) -> int | None:
-        """How much of `region`, the text behind mark k, the first messages render to; in_part: as far as both are the
-        same, else None if they are not. Rendered once for each region; numbers in it, and names with digits, do not
-        count."""
-        rests, key = self.template.rests, (is_prompt, in_part, self.frame, self._without_numbers(region))
+    def _offset(self, num_messages: int, k: int, is_prompt: bool = False, in_part: bool = False) -> int | None:
+        """How much of the region behind mark k the first messages render to; in_part: as far as both are the same, else
+        None if they are not. Rendered once for all regions that are the same without numbers."""
+        known, region = self.template.known, self.regions[k + 1]
+        key = is_prompt, in_part, self.frame, self._without_numbers(region)
         if key in self.failed:
             return None
-        known = rests[key].match(region) if key in rests else None
-        if known is None:
-            shorter = self.marked[:num_messages]
-            text = self.template.attempt(shorter, is_prompt, **self.options) if shorter else None
-            if text is None:
-                return None
-            printed, marks = _without_marks(text)
-            tail = printed[marks[-1][0] if marks else 0 :]
-            tail = tail if is_prompt else tail.removesuffix(self.frame.after_last)
-            tail = self.template.shared(tail, region) if in_part else tail
-            is_same_mark = [mark[1:] for mark in marks[-1:]] == [mark[1:] for mark in self.marks[max(k, 0) : k + 1]]
-            if not is_same_mark or not region.startswith(tail):
-                self.failed.add(key)
-                return None
-            if len(rests) > 1000:  # regions that hold some of the data
-                rests.clear()
-            rests[key] = re.compile(NUMBERED.join(map(re.escape, re.split(NUMBERED, tail))))
-        return known.end() if known else len(tail)
+        if found := key in known and known[key].match(region):
+            return found.end()
+        shorter = self.marked[:num_messages]
+        text = self.template.attempt(shorter, is_prompt, **self.options) if shorter else None
+        if text is None:
+            return None
+        regions, marks = _split(text)
+        tail = regions[-1] if is_prompt else regions[-1].removesuffix(self.frame.after_last)
+        tail = self.template.shared(tail, region) if in_part else tail
+        if marks[-1:] != self.marks[max(k, 0) : k + 1] or not region.startswith(tail):
+            self.failed.add(key)
+            return None
+        if len(known) > 1000:  # regions that hold some of the data
+            known.clear()
+        known[key] = re.compile(NUMBERED.join(map(re.escape, re.split(NUMBERED, tail))))
+        return len(tail)
 
 
 def resolve_template(name_or_path: str, tokenizer) -> ChatTemplate:

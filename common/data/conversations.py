@@ -62,7 +62,7 @@ class Example(NamedTuple):
 
 # --------------------------------------------------------------------------------- forms
 def _alpaca(row: dict) -> list[dict]:
-    question, more = _checked(row["instruction"], str, "`instruction`"), _checked(row.get("input", ""), str, "`input`")
+    question, more = checked(row["instruction"], str, "`instruction`"), checked(row.get("input", ""), str, "`input`")
     question = f"{question}\n\n{more}" if more.strip() else question
     return [{"role": "user", "content": question}, *_messages(row, "output", "assistant")]
 
@@ -89,21 +89,21 @@ def sft_example(row: dict, variables: dict) -> Example:
     """variables: the run's own, which a row's chat_template_kwargs override. Raises Dropped; UserError for a weight
     that is neither 0 nor 1."""
     row = {name: value for name, value in row.items() if value is not None}
-    for needed, (possible, form, messages_of) in SFT_FORMS.items():
-        if not row.keys() >= {*needed}:
-            continue
-        columns = needed + possible
-        if messages_of:
-            conversation, notes = _conversation(messages_of(row), row, variables)
-            return Example(form, columns + FOR_EVERY_FORM, notes, [conversation])
-        if form == "text":
-            if not _checked(row["text"], str, "`text`").strip():
-                raise Dropped("empty text")
-            return Example(form, columns, [], text=row["text"])
-        for name in columns:
-            _checked(row.get(name, []), list, f"`{name}`")
-        return Example(form, columns, [], tokens={name: row.get(name) for name in columns})
-    raise Dropped(f"no form of SFT has the columns {', '.join(sorted(row))}")
+    needed = next((needed for needed in SFT_FORMS if row.keys() >= {*needed}), None)
+    if needed is None:
+        raise Dropped(f"no form of SFT has the columns {', '.join(sorted(row))}")
+    possible, form, messages_of = SFT_FORMS[needed]
+    columns = needed + possible
+    if messages_of:
+        conversation, notes = _conversation(messages_of(row), row, variables)
+        return Example(form, columns + FOR_EVERY_FORM, notes, [conversation])
+    if form == "text":
+        if not checked(row["text"], str, "`text`").strip():
+            raise Dropped("empty text")
+        return Example(form, columns, [], text=row["text"])
+    for name in columns:
+        checked(row.get(name, []), list, f"`{name}`")
+    return Example(form, columns, [], tokens={name: row.get(name) for name in columns})
 
 
 def preference_example(row: dict, variables: dict) -> Example:
@@ -144,85 +144,77 @@ def _turns_of_texts(chosen: str, rejected: str) -> list[list[dict]]:
         raise Dropped("texts without a `prompt`, and not of turns that begin with `Human:` and `Assistant:`")
     if any("\n\nHuman:" in answer for answer in answers):
         raise Dropped("the prompts of chosen and rejected differ")
-    roles = {"Human": "user", "Assistant": "assistant"}
     asked = zip(turns[:-2:2], turns[1:-2:2], strict=True)
-    prompt = [{"role": roles[speaker], "content": said.strip()} for speaker, said in asked]
+    prompt = [{"role": ROLES[speaker.lower()], "content": said.strip()} for speaker, said in asked]
     return [[*prompt, {"role": "assistant", "content": answer}] for answer in answers]
 
 
 # --------------------------------------------------------------------------------- messages
 def _conversation(messages: list[dict], row: dict, variables: dict) -> tuple[Conversation, list[str]]:
     """The messages with what the row's other columns say; and notes."""
-    trained: list[bool] = []
     notes: list[str] = []
-    for message in messages:
-        weights = {name: message.pop(name) for name in WEIGHTS if name in message}
-        trained.append(False)
-        if message["role"] != "assistant":
-            notes += [OF_OTHERS] * any(weights.values())
-            continue
-        for name, weight in weights.items():
-            if weight not in (0, 1, None):
-                raise UserError(f"a message's `{name}` is {one_line(repr(weight))}; it may be 0 or 1, trained or not")
-        if not all(weight is None or weight for weight in weights.values()):
-            notes.append(NOT_TRAINED)
-        elif _is_empty(message):
-            notes.append(EMPTY)
-        else:
-            trained[-1] = True
-    system = _checked(row.get("system", ""), str, "`system`")
+    trained = [_is_trained(message, notes) for message in messages]
+    system = checked(row.get("system", ""), str, "`system`")
     if system.strip() and [message.get("content") for message in messages if message["role"] == "system"] != [system]:
         if any(message["role"] == "system" for message in messages):
             raise Dropped("a column `system` beside another system message")
         messages, trained = [{"role": "system", "content": system}, *messages], [False, *trained]
     tools = _parsed(row.get("tools") or None, "`tools`")
     if tools:
-        tools = [_parsed(tool, "`tools`") for tool in (tools if isinstance(tools, list) else [tools])]
-        tools = [_checked(tool, dict, "each of `tools`") for tool in tools]
-    if row.get("chat_template_kwargs"):
-        own = _parsed(row["chat_template_kwargs"], "`chat_template_kwargs`")
-        variables = {**variables, **_checked(own, dict, "`chat_template_kwargs`")}
-    return Conversation(messages, trained, tools or None, variables), notes
+        tools = [json_of(tool, dict, "each of `tools`") for tool in (tools if isinstance(tools, list) else [tools])]
+    own = json_of(row.get("chat_template_kwargs") or {}, dict, "`chat_template_kwargs`")
+    return Conversation(messages, trained, tools or None, {**variables, **own}), notes
+
+
+def _is_trained(message: dict, notes: list[str]) -> bool:
+    """Whether a message may be; takes WEIGHTS off it, and notes what is not as they say. Raises UserError for another
+    weight than 0 and 1."""
+    weights = {name: message.pop(name) for name in WEIGHTS if name in message}
+    if message["role"] != "assistant":
+        notes += [OF_OTHERS] * any(weights.values())
+        return False
+    for name, weight in weights.items():
+        if weight not in (0, 1, None):
+            raise UserError(f"a message's `{name}` is {one_line(repr(weight))}; it may be 0 or 1, trained or not")
+    is_asked_for = all(weight is None or weight for weight in weights.values())
+    if not is_asked_for or _is_empty(message):
+        notes.append(EMPTY if is_asked_for else NOT_TRAINED)
+        return False
+    return True
 
 
 def _messages(row: dict, column: str, role: str | None = None) -> list[dict]:
     """A column's messages, checked, with transformers' names. Where `role` is given, a text is one such message; else
     it is the JSON text of a list."""
-    value = row[column]
-    if isinstance(value, str) and role is not None:
-        return [{"role": role, "content": value}]
-    place = f"a message of `{column}`"
-    messages = []
-    for message in _checked(_parsed(value, f"`{column}`"), list, f"`{column}`"):
-        message = dict(_checked(message, dict, place))
+    if isinstance(row[column], str) and role is not None:
+        return [{"role": role, "content": row[column]}]
+    place, messages = f"a message of `{column}`", []
+    for message in json_of(row[column], list, f"`{column}`"):
+        message = dict(checked(message, dict, place))
         if "role" not in message and "from" in message:
             message = {"role": message.pop("from"), "content": message.pop("value", None), **message}
-        speaker = _checked(message.get("role"), str, f"the role of {place}")
+        speaker = checked(message.get("role"), str, f"the role of {place}")
         message["role"] = ROLES.get(speaker.strip().lower(), speaker)
-        calls = _parsed(message.pop("tool_calls", None) or None, f"the tool_calls of {place}")
-        if calls:
-            calls = _checked(calls, list, f"the tool_calls of {place}")
-            message["tool_calls"] = [_checked(call, dict, f"each of the tool_calls of {place}") for call in calls]
+        if calls := _parsed(message.pop("tool_calls", None) or None, f"the tool_calls of {place}"):
+            calls = checked(calls, list, f"the tool_calls of {place}")
+            message["tool_calls"] = [checked(call, dict, f"each of the tool_calls of {place}") for call in calls]
         if speaker == "function_call":
-            call = _checked(_parsed(message.pop("content", None), "a function_call"), dict, "a function_call")
+            call = json_of(message.pop("content", None), dict, "a function_call")
             message |= {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
         if message.get("content") is not None or "tool_calls" not in message:
-            message["content"] = _content(message, f"the content of {place}")
+            message["content"] = _text(message.get("content"), message["role"], f"the content of {place}")
         else:
             message.pop("content", None)
         messages.append(message)
     return messages
 
 
-def _content(message: dict, place: str) -> str:
+def _text(content, role: str, place: str) -> str:
     """A text; of a list of parts their texts; nothing is an empty answer."""
-    content = message.get("content")
-    if content is None and message["role"] == "assistant":
-        return ""
     if isinstance(content, list):
         texts = [p.get("text") if isinstance(p, dict) and p.get("type") == "text" else p for p in content]
-        content = "".join(_checked(text, str, f"each part of {place}") for text in texts)
-    return _checked(content, str, place)
+        return "".join(checked(text, str, f"each part of {place}") for text in texts)
+    return checked("" if content is None and role == "assistant" else content, str, place)
 
 
 def _is_empty(message: dict) -> bool:
@@ -231,17 +223,20 @@ def _is_empty(message: dict) -> bool:
 
 def _parsed(value, place: str):
     """Of a text, the JSON in it. Raises Dropped."""
-    if not isinstance(value, str):
-        return value
     try:
-        return json.loads(value)
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         raise Dropped(f"{place}: a text that is not valid JSON") from None
 
 
-def _checked(value, kind: type[list] | type[dict] | type[str], place: str):
+def checked(value, kind: type[list] | type[dict] | type[str], place: str):
     """The value, which must be of this kind. Raises Dropped."""
     if not isinstance(value, kind):
         wanted = {"list": "a list", "dict": "an object", "str": "a text"}[kind.__name__]
         raise Dropped(f"{place} must be {wanted}, not {'null' if value is None else type(value).__name__}")
     return value
+
+
+def json_of(value, kind: type[list] | type[dict], place: str):
+    """As checked, of a value or its JSON text."""
+    return checked(_parsed(value, place), kind, place)

@@ -71,10 +71,9 @@ class TokenDataset:
     def select(self, indices: np.ndarray) -> "TokenDataset":
         """The samples `indices`, int [m], in that order, with a digest of their own; stats are the whole's."""
         part = copy.copy(self)
-        part._samples, part.source = self._samples[indices], self.source[indices]
-        part.lengths, part.num_targets = self.lengths[indices], self.num_targets[indices]
-        part.pair_lengths = None if self.pair_lengths is None else self.pair_lengths[indices]
-        part._ends, part._mark_ends = self._ends[indices], self._mark_ends[indices]
+        for name in ("_samples", "_ends", "_mark_ends", "source", "lengths", "num_targets", "pair_lengths"):
+            if (of_all := getattr(self, name)) is not None:
+                setattr(part, name, of_all[indices])
         part.digest = json_digest([self.digest, indices.tolist()])
         return part
 

@@ -1,6 +1,7 @@
 """What of the data is shown before training."""
 
 import sys
+from itertools import pairwise
 
 import numpy as np
 
@@ -9,56 +10,47 @@ from common.data.tokens import SFTSample
 from common.failures import one_line, shown
 from common.files import digest
 
-MOST_CHARACTERS = 2000  # of a piece of a sample that is shown
 BARS = 10
+COUNTED = {
+    "dropped": "dropped",
+    "notes": "not trained as its row says",
+    "ignored": "nothing acts on",
+    "unrendered_roles": "messages left out, of role",
+}
 
 
 def preview(ds: TokenDataset, index: int, tokenizer) -> str:
     """Sample `index` as text, its target tokens (of a pair: its scored ones) green, or in [[ ]] without a terminal."""
     mark = "\033[32m{}\033[0m" if sys.stdout.isatty() else "[[{}]]"
 
-    def text(ids) -> str:
-        return shown(tokenizer.decode(ids), MOST_CHARACTERS)
-
-    def marked(ids, spans) -> str:
-        pieces, done = [], 0
-        for start, end in spans:
-            pieces += [text(ids[done:start]), mark.format(text(ids[start:end]))]
-            done = end
-        return "".join([*pieces, text(ids[done:])])
+    def marked(ids, *bounds: int) -> str:
+        """bounds: where targets begin and end, by turns."""
+        pieces = [shown(tokenizer.decode(ids[start:end])) for start, end in pairwise([0, *bounds, len(ids)])]
+        return "".join(mark.format(piece) if i % 2 else piece for i, piece in enumerate(pieces))
 
     sample, title = ds[index], f"sample {index} ({one_line(ds.source_of(index))})"
     if isinstance(sample, SFTSample):
-        return f"{title}:\n{marked(sample.input_ids, sample.trained_spans.tolist())}"
-    chosen = marked(sample.chosen_ids, [(sample.chosen_start, len(sample.chosen_ids))])
-    rejected = marked(sample.rejected_ids, [(sample.rejected_start, len(sample.rejected_ids))])
-    return f"{title}:\n{text(sample.prompt_ids)}\n--- chosen:\n{chosen}\n--- rejected:\n{rejected}"
+        return f"{title}:\n{marked(sample.input_ids, *sample.trained_spans.ravel())}"
+    chosen = marked(sample.chosen_ids, sample.chosen_start, len(sample.chosen_ids))
+    rejected = marked(sample.rejected_ids, sample.rejected_start, len(sample.rejected_ids))
+    return f"{title}:\n{marked(sample.prompt_ids)}\n--- chosen:\n{chosen}\n--- rejected:\n{rejected}"
 
 
 def data_table(ds: TokenDataset) -> str:
     """The stats, a line each: name, value."""
     stats, lines = ds.stats, []
-
-    def counted(name: str, title: str) -> None:
-        for what, count in stats[name].items():
-            first = one_line(stats["places"][name][what])
-            lines.append((f"  {title.format(one_line(what))}", f"{count:,}; first {first}"))
-
     for source in stats["sources"]:
         known_by = ", ".join(f"{name} {source[name]}" for name in ("revision", "split", "sha256") if name in source)
         rows = f"{source['rows_used']:,} of {source['num_rows']:,} rows, {source['rows_dropped']:,} dropped"
         lines.append((one_line(source["asked_for"]), f"{rows}; {known_by}"))
         lines += [("  file left out", one_line(name)) for name in source.get("left_out", [])[:5]]
-    forms = ", ".join(f"{form} ({count:,} rows)" for form, count in stats["formats"].items())
-    lines.append(("format", forms))
+    lines.append(("format", ", ".join(f"{form} ({count:,} rows)" for form, count in stats["formats"].items())))
     lines += [(name.replace("_", " "), f"{stats[name]:,}") for name in ("rows_read", "kept", "truncated")]
-    lines.append(("dropped", f"{sum(stats['dropped'].values()):,}"))
-    counted("dropped", "{}")
-    for name, title in (("notes", "not trained as its row says"), ("ignored", "nothing acts on")):
-        if stats[name]:
-            lines.append((title, ""))
-            counted(name, "{}")
-    counted("unrendered_roles", "messages of role '{}' left out")
+    for name, title in COUNTED.items():
+        if stats[name] or name == "dropped":
+            lines.append((title, f"{sum(stats[name].values()):,}"))
+        for what, count in stats[name].items():
+            lines.append((f"  {one_line(what)}", f"{count:,}; first {one_line(stats['places'][name][what])}"))
     once = "" if ds.pair_lengths is None else ", a pair's prompt once"
     lines += [("tokens" + once, f"{stats['tokens']:,}"), ("target tokens", f"{stats['target_tokens']:,}")]
     lengths = ", ".join(f"{name} {value:,}" for name, value in stats["length_percentiles"].items())

@@ -13,21 +13,26 @@ import glob
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow
 
 from common.data.conversations import COLUMNS
 from common.failures import UserError, as_user_error, named_file
 
-LOCAL_FILE = re.compile(r"\.(?P<kind>jsonl|json|csv|parquet|arrow)(\.(?P<packed>gz|zst))?(?=$|[@:=])")
+LOCAL_FILE = re.compile(r"\.(?P<kind>jsonl|json|csv|parquet|arrow)(\.(?P<packed>gz|zst))?$")
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*(/[\w.+-]+)?)?")
 TAIL = re.compile(r"(?:@(?P<revision>[^:=]+))?(?::(?P<split>[^=]+))?(?:=(?P<amount>.*))?")
+Opened = tuple[Callable, np.ndarray, list[str]]  # of one file: Rows' read and numbers of it alone, and unread
 CODECS = {"gz": "gzip", "zst": "zstd"}  # as pyarrow calls them
 
 
@@ -51,11 +56,15 @@ def parse_source(text: str) -> Source:
     """
     cuts = [match.start() for match in re.finditer("[@:=]|$", text)]
     ends = [cut for cut in cuts if cut and local_files(text[:cut])]
-    ends = ends or [match.end() for match in LOCAL_FILE.finditer(text)]
+    ends = ends or [cut for cut in cuts if LOCAL_FILE.search(text[:cut])]
     path = text[: max(ends or cuts[:1])]
     tail = TAIL.fullmatch(text[len(path) :])
     with as_user_error(f"dataset_mixer {text!r}", ValueError):
-        if tail is None or not (ends or HUB_ID.fullmatch(path)) or (Path(path).is_file() and not _kind(path)):
+        if (
+            tail is None
+            or not (ends or HUB_ID.fullmatch(path))
+            or (Path(path).is_file() and not LOCAL_FILE.search(path))
+        ):
             kinds = ".jsonl, .json, .csv, .parquet or .arrow file (.gz, .zst too)"
             raise ValueError(f"write SOURCE[@REVISION][:SPLIT][=AMOUNT]; SOURCE: a hub id, folder, glob, {kinds}")
         if ends and (tail["revision"] or (tail["split"] not in (None, "train") and not Path(path).is_dir())):
@@ -67,15 +76,7 @@ def parse_source(text: str) -> Source:
 
 def local_files(path: str) -> list[str]:
     """The path itself if there is such a file or folder, else the files that it matches as a glob, in order."""
-    if Path(path).exists():
-        return [path]
-    found = glob.glob(path, recursive=True) if glob.has_magic(path) else []
-    return sorted(name for name in found if Path(name).is_file())
-
-
-def _kind(path: str) -> re.Match | None:
-    """What a file's name says of its contents: the groups `kind` and `packed`."""
-    return next((match for match in LOCAL_FILE.finditer(path) if match.end() == len(path)), None)
+    return [path] if Path(path).exists() else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
 
 
 def check_amount(amount: str) -> None:
@@ -140,23 +141,20 @@ def load_source(source: Source) -> Rows:
     naming it, if it cannot be read or has not the rows asked for."""
     with as_user_error(source.path, OSError, ValueError, RuntimeError):
         known_by, names, opened = (_open_local if source.is_local else _open_hub)(source)
-        numbers = [of_file for _, of_file, _ in opened]
-        file: np.ndarray = np.repeat(np.arange(len(names)), [len(of_file) for of_file in numbers])
+        reads, numbers, unread = zip(*opened, strict=True)
+        file: np.ndarray = np.repeat(np.arange(len(names)), [*map(len, numbers)])
         indices = subset_indices(len(file), source.amount)
-    starts = [int(np.searchsorted(file, i)) for i in range(len(names))]
 
     def read(wanted: np.ndarray) -> list:
-        rows: list = [None] * len(wanted)
-        for i in {*file[wanted].tolist()}:
-            positions = np.flatnonzero(file[wanted] == i)
-            for position, row in zip(positions, opened[i][0](wanted[positions] - starts[i]), strict=True):
-                rows[position] = row
-        return rows
+        found: dict[int, Any] = {}
+        for i in np.unique(file[wanted]):
+            of_file = wanted[file[wanted] == i]
+            found |= zip(of_file.tolist(), reads[i](of_file - np.searchsorted(file, i)), strict=True)
+        return [found[index] for index in wanted.tolist()]
 
-    asked = {"asked_for": source.text, "path": source.path}
-    identity = {**asked, **known_by, "num_rows": len(file), "rows_used": len(indices)}
-    unread = sorted({name for _, _, columns in opened for name in columns})
-    return Rows(source, identity, indices, read, names, file, np.concatenate(numbers), unread)
+    sizes = {"num_rows": len(file), "rows_used": len(indices)}
+    identity = {"asked_for": source.text, "path": source.path, **known_by, **sizes}
+    return Rows(source, identity, indices, read, names, file, np.concatenate(numbers), sorted({*chain(*unread)}))
 
 
 def decode_row(raw: bytes | dict) -> dict:
@@ -169,23 +167,23 @@ def decode_row(raw: bytes | dict) -> dict:
 
 
 # ------------------------------------------------------------- local
-def _open_local(source: Source) -> tuple[dict, list[str], list[tuple]]:
-    """What the contents are known by, the files' names, and for each Rows' read, numbers and unread."""
+def _open_local(source: Source) -> tuple[dict, list[str], list[Opened]]:
+    """What the contents are known by, the files' names, and what they hold."""
     names, known_by = local_files(source.path) or [source.path], {}
     if Path(source.path).is_dir():
         names = _files_of_folder(source)
-        there = {str(path) for path in Path(source.path).rglob("*") if _kind(str(path)) and path.is_file()}
+        there = {str(path) for path in Path(source.path).rglob("*") if LOCAL_FILE.search(path.name) and path.is_file()}
         if names[0].endswith(".arrow"):
             there = {name for name in there if name.endswith(".arrow")}  # save_to_disk writes .json beside them
         known_by = {"split": source.split, "left_out": sorted(there - {*names})}
-    digests, opened = [], []
+    digests, files = [], []
     for name in names:
         with as_user_error(name, OSError, ValueError, RuntimeError, csv.Error):
             content = named_file(name).read_bytes()
             digests.append(hashlib.sha256(content).hexdigest())
-            opened.append(_open_file(name, content))
+            files.append(_open_file(name, content))
     whole = digests[0] if names == [source.path] else hashlib.sha256("\n".join([*names, *digests]).encode()).hexdigest()
-    return {**known_by, "sha256": whole}, names, opened
+    return {**known_by, "sha256": whole}, names, files
 
 
 def _files_of_folder(source: Source) -> list[str]:
@@ -199,33 +197,32 @@ def _files_of_folder(source: Source) -> list[str]:
     return [str(Path(source.path) / Path(name).relative_to(inside)) for name in files[source.split]]
 
 
-def _open_file(name: str, content: bytes) -> tuple:
-    kind = _kind(name)
+def _open_file(name: str, content: bytes) -> Opened:
+    kind = LOCAL_FILE.search(name)
     if kind is None:
         raise ValueError("not a kind of file that is read here")
     if kind["packed"]:
-        import pyarrow
-
-        packed = pyarrow.BufferReader(content)
-        content = pyarrow.CompressedInputStream(packed, CODECS[kind["packed"]]).read()
+        content = pyarrow.CompressedInputStream(pyarrow.BufferReader(content), CODECS[kind["packed"]]).read()
     return READERS[kind["kind"]](content)
 
 
-# Each returns Rows' read, numbers and unread, of one file.
-def _open_lines(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
+def _listed(rows: list, numbers: list[int] | None = None) -> Opened:
+    return lambda indices: [rows[i] for i in indices], np.array(numbers or range(1, len(rows) + 1), np.int64), []
+
+
+def _open_lines(content: bytes) -> Opened:
     """JSON lines; blank ones are left out."""
-    lines = content.split(b"\n")
-    numbers = np.array([number for number, line in enumerate(lines, start=1) if line.strip()], np.int64)
-    return lambda indices: [lines[number - 1] for number in numbers[indices]], numbers, []
+    lines = {number: line for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()}
+    return _listed([*lines.values()], [*lines])
 
 
-def _open_json(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
+def _open_json(content: bytes) -> Opened:
     """A JSON array of objects; else JSON lines."""
     is_array = content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
     return _listed(json.loads(content)) if is_array else _open_lines(content)
 
 
-def _open_csv(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
+def _open_csv(content: bytes) -> Opened:
     """Comma-separated, with a line of names; every cell is a text, also one that reads `None` or `12`."""
     csv.field_size_limit(sys.maxsize)
     rows = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True))
@@ -235,45 +232,41 @@ def _open_csv(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
     return _listed(rows)
 
 
-def _listed(rows: list) -> tuple[Callable, np.ndarray, list[str]]:
-    return lambda indices: [rows[i] for i in indices], np.arange(1, len(rows) + 1), []
-
-
-def _open_parquet(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
+def _open_parquet(content: bytes) -> Opened:
     import pyarrow.parquet
     from datasets import Dataset
 
     file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
-    names = file.schema_arrow.names
-    used = [name for name in names if name in COLUMNS] or names  # the others may be large, or of a type that it refuses
-    return *_arrow_rows(Dataset(file.read(used)))[:2], [name for name in names if name not in used]
+    names = file.schema_arrow.names  # those that are not used may be large, or of a type that `datasets` refuses
+    return _arrow_rows(Dataset(file.read([name for name in names if name in COLUMNS] or None)), names)
 
 
-def _open_arrow(content: bytes) -> tuple[Callable, np.ndarray, list[str]]:
-    import pyarrow
+def _open_arrow(content: bytes) -> Opened:
     from datasets import Dataset
 
     opened = pyarrow.ipc.open_file if content.startswith(b"ARROW1") else pyarrow.ipc.open_stream
-    return _arrow_rows(Dataset(opened(pyarrow.BufferReader(content)).read_all()))
+    table = opened(pyarrow.BufferReader(content)).read_all()
+    return _arrow_rows(Dataset(table), table.column_names)
 
 
 READERS = {"jsonl": _open_lines, "json": _open_json, "csv": _open_csv, "parquet": _open_parquet, "arrow": _open_arrow}
 
 
 # ------------------------------------------------------------- hub
-def _open_hub(source: Source) -> tuple[dict, list[str], list[tuple]]:
+def _open_hub(source: Source) -> tuple[dict, list[str], list[Opened]]:
     """As _open_local, through `datasets`, at the commit that the revision names now; a commit hash is not looked up."""
     from datasets import load_dataset
 
-    name, config = "/".join(source.path.split("/")[:2]), source.path.split("/")[2:]
-    commit = source.revision
+    parts, commit = source.path.split("/"), source.revision
+    name, config = "/".join(parts[:2]), parts[2:]
     with as_user_error(f"dataset_mixer {source.text!r}"):
         if not re.fullmatch(r"[0-9a-f]{40}", commit or ""):
             commit = _commit_of(name, source.revision)
         dataset = load_dataset(name, *config, revision=commit, split=source.split)
         if not all(commit in file["filename"] for file in dataset.cache_files):  # offline, the last one cached is given
             raise ValueError(f"the hub cannot be reached, and what was last cached is not commit {commit}")
-    return {"revision": commit, "split": source.split}, [source.path], [_arrow_rows(dataset)]
+    names = dataset.column_names
+    return {"revision": commit, "split": source.split}, [source.path], [_arrow_rows(dataset, names)]
 
 
 def _commit_of(name: str, revision: str | None) -> str:
@@ -290,17 +283,17 @@ def _commit_of(name: str, revision: str | None) -> str:
         raise
 
 
-def _arrow_rows(dataset) -> tuple[Callable, np.ndarray, list[str]]:
-    """Of a `datasets.Dataset`, only the columns that are used. Arrow gives each struct of a column every key that any
-    of them has, with null where a row has none: such nulls are left out. What is stored as JSON text keeps its own."""
-    used = [name for name in dataset.column_names if name in COLUMNS] or dataset.column_names
-    unread = [name for name in dataset.column_names if name not in used]
+def _arrow_rows(dataset, names: list[str]) -> Opened:
+    """Of a `datasets.Dataset`, only the columns that are used; names: of all. Arrow gives each struct of a column every
+    key that any of them has, with null where a row has none: such nulls are left out. What is stored as JSON text keeps
+    its own."""
+    used = [name for name in names if name in COLUMNS] or names
     dataset = dataset.select_columns(used).with_format("arrow")
 
     def read(indices: np.ndarray) -> list[dict]:
         return [_without_fillers(row, dataset.features) for row in dataset[indices.tolist()].to_pylist()]
 
-    return read, np.arange(1, len(dataset) + 1), unread
+    return read, np.arange(1, len(dataset) + 1), [name for name in names if name not in used]
 
 
 def _without_fillers(value, feature):

@@ -6,6 +6,7 @@ nothing predicts it. Samples and pairs are made so here, and whoever reads them 
 """
 
 import copy
+from bisect import bisect_left
 from typing import NamedTuple
 
 import numpy as np
@@ -76,24 +77,22 @@ class Encoder:
 def render_pair(chosen: Conversation, rejected: Conversation, template: ChatTemplate) -> tuple[str, str, str, list]:
     """-> (prompt, chosen's completion, rejected's, notes). Prompts that the template renders alike are the same. Raises
     Dropped."""
-    prompt, completion, notes = _render_side(chosen, template)
-    other_prompt, other, other_notes = _render_side(rejected, template)
-    if prompt != other_prompt:
+    prompts, completions, all_notes = [], [], []
+    for conversation in (chosen, rejected):
+        text, spans, notes = template.render(conversation, only_last=True)
+        if not spans:
+            raise Dropped(notes[0].partition(": ")[0] if notes else "the template does not show a completion")
+        start, end = spans[0]
+        prompts.append(text[:start])
+        completions.append(text[start:end])
+        all_notes += notes
+    if prompts[0] != prompts[1]:
         raise Dropped("the prompts of chosen and rejected differ")
-    if completion == other:
+    if completions[0] == completions[1]:
         raise Dropped("equal completions")
-    letters = ["".join(text.split()) for text in (completion, other)]
-    is_spacing = ["chosen and rejected differ in white space only"] * (letters[0] == letters[1])
-    return prompt, completion, other, [*dict.fromkeys(notes + other_notes), *is_spacing]
-
-
-def _render_side(conversation: Conversation, template: ChatTemplate) -> tuple[str, str, list[str]]:
-    """-> (prompt, completion, notes)."""
-    text, spans, notes = template.render(conversation, only_last=True)
-    if not spans:
-        raise Dropped(notes[0].partition(": ")[0] if notes else "the template does not show a completion")
-    start, end = spans[0]
-    return text[:start], text[start:end], notes
+    if "".join(completions[0].split()) == "".join(completions[1].split()):
+        all_notes.append("chosen and rejected differ in white space only")
+    return prompts[0], completions[0], completions[1], [*dict.fromkeys(all_notes)]
 
 
 def sample_of_ids(encoder: Encoder, input_ids: list, labels: list | None, attention_mask: list | None) -> SFTSample:
@@ -116,7 +115,7 @@ def sample_of_ids(encoder: Encoder, input_ids: list, labels: list | None, attent
 
 
 def sft_sample(encoding: Encoding, char_spans: list[tuple[int, int]]) -> SFTSample:
-    """char_spans: the [start, end) characters of the encoded text that are trained; one or more. Raises Dropped."""
+    """char_spans: the [start, end) characters of the encoded text that are trained. Raises Dropped."""
     spans = [(_first_target(encoding, start), _first_target(encoding, end)) for start, end in char_spans]
     spans = [(start, end) for start, end in spans if start < end]
     if not spans:
@@ -147,12 +146,7 @@ def preference_pair(chosen: Encoding, rejected: Encoding, prompt_chars: int) -> 
 
 def _first_target(encoding: Encoding, char: int) -> int:
     """The first token from position 1 on that begins at this character or after it; len(encoding) or more if none."""
-    if len(encoding) == 0 or char >= _chars(encoding, len(encoding) - 1)[1]:
-        return max(1, len(encoding))
-    token = encoding.char_to_token(char) or 0  # None of a character that the tokenizer leaves out
-    while token < len(encoding) and _chars(encoding, token)[0] < char:
-        token += 1
-    return max(1, token)
+    return max(1, bisect_left(range(len(encoding)), char, key=lambda token: _chars(encoding, token)[0]))
 
 
 def _chars(encoding: Encoding, token: int) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def main(*argv: str) -> int:
 
 def _row(place: str, ds, config: TrainConfig, template) -> str:
     """What became of the row `file:row` of a TokenDataset. Raises UserError if there is none."""
-    from common.data.cache import block_tokenizer
+    from common.data.cache import BlockTokenizer
     from common.data.report import preview
     from common.data.sources import load_source, parse_source
 
@@ -61,7 +61,7 @@ def _row(place: str, ds, config: TrainConfig, template) -> str:
         for rows in (load_source(parse_source(text)) for text in config.dataset_mixer):
             in_file = [i for i, file in enumerate(rows.files) if file == name]
             found = np.flatnonzero(np.isin(rows.file, in_file) & (rows.numbers == int(number)))
-            tokenize = block_tokenizer(ds.kind, config, template)
+            tokenize = BlockTokenizer(ds.kind, config, template)
             if len(found):
                 kept = [*tokenize(rows, found)]
                 reasons = [f"not one of the {len(rows.indices):,} rows taken"] if kept else tokenize.counts["dropped"]
