@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -74,22 +75,19 @@ class Ranks:
 
     def gather(self, work: Callable[[], object]) -> list:
         """Runs `work` on every rank; every rank gets all results in rank order, or raises the first rank's error."""
-        result, error, failure = None, None, None
+        result, error, told = None, None, None
         try:
             result = work()
         except Exception as e:  # whatever it is, the other ranks must not wait for this one
-            error, known = e, explained(e)
-            failure = (type(known), str(known)) if known else (ElsewhereError, one_line(repr(e)))
+            error, told = e, explained(e) or ElsewhereError(one_line(repr(e)))
         outcomes: list = [None] * self.world_size
-        dist.all_gather_object(outcomes, (result, failure), group=self.control)
-        for rank, (_, failure) in enumerate(outcomes):
-            if failure is not None:
-                if error and rank == self.rank:
-                    raise error
-                kind, text = failure
-                elsewhere = kind(text)
-                elsewhere.is_told = True  # by that rank
-                raise elsewhere
+        dist.all_gather_object(outcomes, (result, told), group=self.control)
+        for rank, (_, told) in enumerate(outcomes):
+            if error and rank == self.rank:
+                raise error
+            if told:
+                told.is_told = True  # by that rank
+                raise told
         return [result for result, _ in outcomes]
 
     def once(self, work: Callable[[], object]):
@@ -131,23 +129,19 @@ class Ranks:
 
         Across hosts rank 0 holds the store: where it is out of reach nothing is known of the others.
         """
-        if not in_time(lambda: self._look(tick, waits), False):
-            now = time.monotonic()
-            self.seen |= {rank: (now, text) for rank, (_, text) in self.seen.items() if rank > 0}
+        now, host = time.monotonic(), f" on {socket.gethostname()}" if self.num_hosts > 1 else ""
 
-    def _look(self, tick: int, waits: bool) -> bool:
-        now = time.monotonic()
-        try:
-            host = f" on {socket.gethostname()}" if self.num_hosts > 1 else ""
+        def look() -> bool:
             self.store.set(f"rank {self.rank}", f"{tick} {self.when}{host}, {_place()}{WAITS * waits}")
             for rank in range(self.world_size):
-                is_there = self.store.check([f"rank {rank}"])
-                text = self.store.get(f"rank {rank}").decode() if is_there else "0 nowhere"
+                text = self.store.get(f"rank {rank}").decode()  # all have said something before they joined
                 if self.seen.get(rank, (now, ""))[1] != text:
                     self.seen[rank] = (now, text)
-        except dist.DistError:
-            return False
-        return True
+            return True
+
+        if not in_time(look, False):
+            now = time.monotonic()
+            self.seen |= {rank: (now, text) for rank, (_, text) in self.seen.items() if rank > 0}
 
     def last_seen(self, ranks: list[int]) -> str:
         """What these ranks last said that they do; at most four of them."""
@@ -187,10 +181,15 @@ class Ranks:
 
 
 def in_time(work: Callable[[], bool], otherwise: bool) -> bool:
-    """What `work` gives within LONGEST_LOOK seconds. It asks the store: once the way there is cut TCP waits for longer
-    than any time-out."""
+    """What `work`, which asks the store, gives within LONGEST_LOOK seconds: once the way there is cut TCP waits for
+    longer than any time-out. `otherwise` where the store has gone, or there is no place for one."""
     result: list[bool] = []
-    thread = threading.Thread(target=lambda: result.append(work()), daemon=True)
+
+    def ask() -> None:
+        with suppress(dist.DistError, UserError, OSError):
+            result.append(work())
+
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(LONGEST_LOOK)
     return result[0] if result else otherwise
@@ -217,16 +216,12 @@ def _local_world_size() -> int:
 def is_first_to_tell(text: str) -> bool:
     """Whether no other rank has told this: what several ranks find out is told once. Before they have joined, once on
     each host."""
-    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
 
     def is_first() -> bool:
-        try:
-            store = _joined.store if _joined else _file_store(_local_world_size(), "told")
-            return store.add(f"told {digest(text.encode())}", 1) == 1
-        except (dist.DistError, UserError, OSError):  # the store has gone with rank 0, or there is no place for one
-            return is_first_here
+        store = _joined.store if _joined else _file_store(_local_world_size(), "told")
+        return store.add(f"told {digest(text.encode())}", 1) == 1
 
-    return in_time(is_first, is_first_here)
+    return in_time(is_first, otherwise=os.environ.get("LOCAL_RANK", "0") == "0")
 
 
 def lost(error: str) -> str:

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -258,8 +259,8 @@ def test_any_number_of_ranks_reads_what_any_number_wrote_and_every_byte_is_verif
         ranks, values = shard_of(rank, writers)
         writer = checkpoint.Writer(values, values, SFTConfig(output_dir=str(output_dir)), ranks)
         writer.memory.wait_until_pinned()
-        files = writer._copied({p: as_shard(p.local) for p in values.values()})
-        entries.append(checkpoint._write_files(temporary, files, 1 + rank % 2))
+        copied = partial(writer._copied, {p: as_shard(p.local) for p in values.values()})
+        entries.append(checkpoint._write_files(temporary, [*writer.files], copied, 1 + rank % 2))
     writer.path = output_dir / "checkpoints" / "step_00000005"
     writer._publish(temporary, json.dumps({"step": 5}), entries)
     manifest, verified = json.loads((writer.path / "manifest.json").read_text()), set()

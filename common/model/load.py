@@ -61,8 +61,8 @@ def find_model(name_or_path: str, revision: str | None = None, files: list[str] 
         if revision is not None:
             raise UserError(f"--model_revision {revision}: {name_or_path} is a folder here, which has no revisions")
         return name_or_path
-    advice = "`hf auth login` if it is private or gated"
-    with as_user_error(f"{name_or_path}: no such folder here, and the hub did not give it ({advice})"):
+    hint = "`hf auth login` if it is private or gated"
+    with as_user_error(f"{name_or_path}: no such folder here, and the hub did not give it ({hint})"):
         return snapshot_download(name_or_path, revision=revision, allow_patterns=files, ignore_patterns="*/*")
 
 
@@ -151,7 +151,7 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """transformers' class that makes a language model of a config, or one that has other parts besides."""
+    """transformers' class for a config's model: of language alone, or with other parts besides."""
     return AutoModelForCausalLM if text_config(config) is config else AutoModelForImageTextToText
 
 
@@ -178,40 +178,41 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
     text, model_class = text_config(config), auto_class(config)._model_mapping.get(type(config), None)
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     is_decoder = model_class is not None and not (config.is_encoder_decoder or text.is_encoder_decoder)
-    values = text.to_dict()
+    values, has_state = text.to_dict(), is_stateful(text)
     unknown = ", ".join(sorted({*(getattr(text, "layer_types", None) or [])} - KNOWN_TYPES))
-    has_state, uses_interface = is_stateful(text), getattr(model_class, "_supports_attention_backend", False)
     chunk, positions = values.get("attention_chunk_size"), getattr(text, "max_position_embeddings", longest)
     rope = values.get("rope_parameters") or {}
     ropes = [p for p in (rope, *rope.values()) if isinstance(p, dict)]  # of all layers, or of the layers of each type
     changing = [p for p in ropes if p.get("rope_type") in ("dynamic", "longrope")]
-    is_beyond = not (rope or has_state) and positions < longest
     original = min([p.get("original_max_position_embeddings") or positions for p in changing], default=longest)
-    refusals = [
-        (not is_decoder, "is not a causal language model of transformers"),
-        (getattr(model_class, "_is_stateful", False) and not has_state, "keeps state across samples"),
-        (not (has_state or uses_interface), "does not use AttentionInterface"),
-        (unknown, f"has layers of type {unknown}"),
-        (chunk, f"has attention chunks of {chunk} tokens"),
-        *_refused_numbers(values),
-        (values.get("alibi") or values.get("position_embedding_type") == "alibi", "has ALiBi position biases"),
-        (getattr(config, "quantization_config", None), "has quantized weights (take a copy in bfloat16)"),
-        (longest > original, f"changes its RoPE above {original} tokens"),
-        (is_beyond, f"has {positions} positions, the longest sample {longest} tokens"),
-    ]
-    for is_refused, reason in refusals:
-        if is_refused:
-            raise UserError(f"model type {config.model_type} {reason}: packed training would compute it wrongly")
+    refusals = {
+        "is not a causal language model of transformers": not is_decoder,
+        "keeps state across samples": getattr(model_class, "_is_stateful", False) and not has_state,
+        "does not use AttentionInterface": not (
+            has_state or getattr(model_class, "_supports_attention_backend", False)
+        ),
+        f"has layers of type {unknown}": unknown,
+        f"has attention chunks of {chunk} tokens": chunk,
+        **dict.fromkeys(_refused_numbers(values), True),
+        "has ALiBi position biases": values.get("alibi") or values.get("position_embedding_type") == "alibi",
+        "has quantized weights (take a copy in bfloat16)": getattr(config, "quantization_config", None),
+        f"changes its RoPE above {original} tokens": longest > original,
+        f"has {positions} positions, the longest sample {longest} tokens": (
+            not (rope or has_state) and positions < longest
+        ),
+    }
+    for reason in (reason for reason, is_refused in refusals.items() if is_refused):
+        raise UserError(f"model type {config.model_type} {reason}: packed training would compute it wrongly")
     if text.vocab_size < vocab_needed:
         sizes = f"token {vocab_needed - 1}, the model's embedding only {text.vocab_size} rows"
         raise UserError(f"the data has {sizes}; use the model's own tokenizer")
 
 
-def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
-    """(True, reason) for each number of a config, and of the parts in it, that REFUSED_NUMBERS names."""
+def _refused_numbers(values: dict) -> list[str]:
+    """What each number of a config, and of the parts in it, that REFUSED_NUMBERS names means."""
     parts = [values, *(part for name, part in values.items() if name.endswith("_config") and isinstance(part, dict))]
     return [
-        (True, f"{meaning} ({name} = {value})")
+        f"{meaning} ({name} = {value})"
         for name, value in (item for part in parts for item in part.items())
         for pattern, (harmless, meaning) in REFUSED_NUMBERS.items()
         if re.match(pattern, name) and type(value) in (int, float) and value != harmless
@@ -246,8 +247,7 @@ def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig)
     """Raises UserError for a reference whose token ids cannot mean the policy's."""
     ours, theirs = (text_config(config).vocab_size for config in (policy, reference))
     if ours != theirs:
-        sizes = f"{theirs} tokens, the policy one of {ours}"
-        raise UserError(f"--ref_model_name_or_path has a vocabulary of {sizes}: use a model of the same tokenizer")
+        raise UserError(f"--ref_model_name_or_path has a vocabulary of {theirs} tokens, the policy one of {ours}")
 
 
 def load_partitioned(
@@ -290,8 +290,7 @@ def load_partitioned(
     policy = PackedModel(model)
     policy.config._experts_implementation = GROUPED
     if policy.stateful:
-        how = "each sample, and each answer with its prompt, by itself"
-        ranks.say(f"{len(policy.stateful)} layers carry a state from token to token: they run on {how}")
+        ranks.say(f"{len(policy.stateful)} layers carry a state: they run on each sample, and each answer, by itself")
     return policy
 
 

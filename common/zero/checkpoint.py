@@ -27,9 +27,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,14 @@ class Writer:
 
     def _reserve(self) -> dict[str, torch.Tensor] | None:
         """A place in host memory for each tensor of this rank, by name; None if a host has too little. Collective."""
-        counts = {name: count for counts in self.files.values() for name, count in counts.items()}
+        counts = {name: count for of_file in self.files.values() for name, count in of_file.items()}
         size = sum(counts.values())  # elements
-        needed, free = 4 * size * self.ranks.local_world_size, available_host_memory()
-        if too_small := [sizes for sizes in self.ranks.gather(lambda: (needed, free)) if sizes[0] > USABLE * sizes[1]]:
-            needed, free = too_small[0]
-            sizes = f"a host has {free / 1e9:,.1f} GB of memory free, a copy takes {needed / 1e9:,.1f} GB"
-            self.ranks.say(f"checkpoints are not written beside the steps: {sizes}. Training stands still meanwhile")
-            return None
+        needs = 4 * size * self.ranks.local_world_size
+        for needed, free in self.ranks.gather(lambda: (needs, available_host_memory())):
+            if needed > USABLE * free:
+                sizes = f"a host has {free / 1e9:,.1f} GB of memory free, a copy takes {needed / 1e9:,.1f} GB"
+                self.ranks.say(f"checkpoints are not written beside the steps: {sizes}. Training stands still for them")
+                return None
         self.memory = HostMemory(max(size, 1), self.ranks.device, PINNERS)
         return {name: self.memory.take(count) for name, count in counts.items()}
 
@@ -127,10 +128,10 @@ class Writer:
             temporary.mkdir()  # not its parents: a run whose folder was deleted or renamed ends here
 
         self.ranks.once(prepare)
-        files = self._copied(residency.state_shards(self.engine))
+        tensors_of: Callable[[str], dict] = partial(self._copied, residency.state_shards(self.engine))
         if self.copies is not None:
             self.memory.wait_until_pinned()
-            files = iter([*files])  # now, before the next update
+            tensors_of = {file: tensors_of(file) for file in self.files}.__getitem__  # now, before the next update
             if self.ranks.device.type == "cuda":
                 torch.cuda.synchronize()
         self.later = [lambda shards: self._publish(temporary, text, shards)]
@@ -138,22 +139,20 @@ class Writer:
             self.later.append(lambda _: export(self.path, self.path / "model"))
         cores = len(os.sched_getaffinity(0)) // self.ranks.local_world_size
         writers = max(1, min(WRITERS, cores - 1))  # one is left to the steps
-        self.stage = self.thread.submit(_write_files, temporary, files, writers)
+        self.stage = self.thread.submit(_write_files, temporary, [*self.files], tensors_of, writers)
         if self.copies is None:
             self.wait()
 
-    def _copied(self, shards: dict) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Each file of this rank with its tensors, copied when their turn comes."""
-        for file, counts in self.files.items():
-            tensors = {}
-            for key, count in counts.items():
-                kind, _, name = key.partition("/")
-                shard = shards[self.parameters[name]]
-                tensors[key] = place = self.copies[key] if self.copies is not None else torch.empty(count)
-                for start in range(0, count, COPIED_AT_ONCE):
-                    part = place[start : start + COPIED_AT_ONCE]
-                    part.copy_(shard.read(kind, start, start + len(part)), non_blocking=self.copies is not None)
-            yield file, tensors
+    def _copied(self, shards: dict, file: str) -> dict[str, torch.Tensor]:
+        """The tensors of one of this rank's files, in host memory."""
+        tensors = {}
+        for key, count in self.files[file].items():
+            kind, _, name = key.partition("/")
+            tensors[key] = place = self.copies[key] if self.copies is not None else torch.empty(count)
+            for start in range(0, count, COPIED_AT_ONCE):
+                part, shard = place[start : start + COPIED_AT_ONCE], shards[self.parameters[name]]
+                part.copy_(shard.read(kind, start, start + len(part)), non_blocking=self.copies is not None)
+        return tensors
 
     def _publish(self, temporary: Path, state: str, shards: list[dict[str, dict]]) -> None:
         files = {file: entry for shard in shards for file, entry in shard.items()}
@@ -219,15 +218,11 @@ def _files(parameters: Parameters, ranks: Ranks) -> dict[str, dict[str, int]]:
     return files
 
 
-def _write_files(folder: Path, files: Iterable[tuple[str, dict[str, torch.Tensor]]], writers: int) -> dict[str, dict]:
-    """Writes files from their tensors, `writers` at a time; their manifest entries by file name."""
-    written: dict[str, Future] = {}
+def _write_files(folder: Path, files: list[str], tensors_of: Callable[[str], dict], writers: int) -> dict[str, dict]:
+    """Writes files of tensors_of(file), `writers` at a time; their manifest entries by file name."""
     with ThreadPoolExecutor(writers) as pool:
-        for file, tensors in files:
-            for future in [*written.values()][: len(written) + 1 - writers]:
-                future.result()
-            written[file] = pool.submit(_write_tensors, folder / file, tensors)
-        return {file: future.result() for file, future in written.items()}
+        entries = pool.map(lambda file: _write_tensors(folder / file, tensors_of(file)), files)
+        return dict(zip(files, entries, strict=True))
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict:
