@@ -21,7 +21,7 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from common.failures import ElsewhereError, UserError, as_user_error, explained, log_libraries, one_line, print_line
+from common.failures import UserError, as_user_error, explained, log_libraries, one_line, print_line
 from common.files import digest, held, locked, remove_dead
 
 LONGEST_PAUSE = 0.5  # seconds between two looks at whether one rank's work is done
@@ -79,7 +79,7 @@ class Ranks:
         try:
             result = work()
         except Exception as e:  # whatever it is, the other ranks must not wait for this one
-            error, told = e, explained(e) or ElsewhereError(one_line(repr(e)))
+            error, told = e, explained(e) or RuntimeError(one_line(repr(e)))
         outcomes: list = [None] * self.world_size
         dist.all_gather_object(outcomes, (result, told), group=self.control)
         for rank, (_, told) in enumerate(outcomes):
@@ -294,16 +294,6 @@ def way_to_other_hosts() -> str:
         return f"{probe.getsockname()[0]} (the way to MASTER_ADDR)"
 
 
-def _wait_for_all(store: dist.Store, world_size: int, timeout_minutes: float) -> None:
-    """Raises DistError with the ranks that do not come to the store within its time-out."""
-    names = [f"rank {rank}" for rank in range(world_size)]
-    try:
-        store.wait(names)
-    except RuntimeError as e:  # a DistError, but of a file's store
-        missing = [name for name in names if not store.check([name])]
-        raise dist.DistError(f"{', '.join(missing)} did not come in {timeout_minutes:.2g} minutes") from e
-
-
 def start(timeout_minutes: float) -> Ranks:
     """Joins the group that the launcher's environment names, else one of one. No wait in it exceeds the time-out."""
     global _joined
@@ -336,9 +326,14 @@ def start(timeout_minutes: float) -> Ranks:
     os.environ["DEEPSPEED_TIMEOUT"] = str(timeout_minutes)
     store = _find_store(world_size, is_one_host, timeout)
     store.set_timeout(timeout)
-    where = "" if is_one_host else f" on {socket.gethostname()}"
-    store.set(f"rank {rank}", f"0 before the first step{where}, joining the others")
-    _wait_for_all(store, world_size, timeout_minutes)
+    host = "" if is_one_host else f" on {socket.gethostname()}"
+    store.set(f"rank {rank}", f"0 before the first step{host}, joining the others")
+    names = [f"rank {other}" for other in range(world_size)]
+    try:
+        store.wait(names)
+    except RuntimeError as e:  # a DistError, but of a file's store
+        missing = ", ".join(name for name in names if not store.check([name]))
+        raise dist.DistError(f"{missing} did not come in {timeout_minutes:.2g} minutes") from e
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
     TorchBackend.new_group = lambda _, ranks: dist.new_group(ranks, timeout)  # DeepSpeed's has the backend's default

@@ -108,8 +108,7 @@ def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int
     """
     settings = _files(folder)
     layout = json.loads(settings[LAYOUT])
-    buffers, lm = load_file(folder / BUFFERS), built(load_config(str(folder)))
-    temporary = output_dir / ".export"
+    buffers, lm, temporary = load_file(folder / BUFFERS), built(load_config(str(folder))), output_dir / ".export"
     # What an export that was cut off has left is no model yet, and is written again.
     ours = {temporary.name, *layout, *settings} if temporary.is_dir() else set()
     if output_dir.exists() and {path.name for path in output_dir.iterdir()} - ours:
@@ -159,7 +158,7 @@ def _layout(lm) -> dict[str, dict[str, tuple[str, dict[str, int]]]]:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def _begin(folder: Path, settings: dict[str, bytes]) -> None:
@@ -168,7 +167,6 @@ def _begin(folder: Path, settings: dict[str, bytes]) -> None:
     folder.mkdir()  # not its parents: a run whose folder was deleted or renamed ends here
     for name, data in settings.items():
         if name not in (LAYOUT, BUFFERS):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(folder / name, [data])
 
 
