@@ -23,7 +23,6 @@ Whatever a crash leaves behind begins with a dot and is removed by the next run.
 
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -323,45 +322,35 @@ def _set_aside(path: Path, how: str, why: str) -> None:
     os.rename(path, aside)
 
 
-def find(output_dir: str, resume: str, ranks: Ranks, before: float = math.inf, found: str = "") -> Path | None:
+def find(output_dir: str, resume: str, ranks: Ranks, damaged: dict[Path, list] | None = None) -> Path | None:
     """The newest checkpoint that looks whole, or the one that `resume` names; None to start from the beginning.
     Collective. Only the sizes of shards are compared here: `load` compares the digests of what it reads.
 
-    before: only of earlier steps than this, as that step's is not whole: `found` says what is wrong with it.
+    damaged: the one that `load` could not read, and what each rank says of it: the search goes on from there.
     A torn or edited checkpoint is named and passed over. Raises UserError if there are checkpoints and none is
     whole for all ranks, and for one that was asked for by path and is not whole, or not of this folder.
     """
     if resume == "never":
         return None
-    paths = [path for path in ranks.once(lambda: newest_first(output_dir)) if step_of(path) < before]
+    paths, damaged, found = ranks.once(lambda: newest_first(output_dir)), damaged or {}, ""
     if resume != "auto":
         paths = [path for path in paths if path.resolve() == Path(resume).resolve()]
         if not paths:
             raise UserError(f"--resume {resume}: neither auto, never nor a checkpoint of --output_dir {output_dir}")
-    for path in paths:
-        faults = ranks.gather(lambda: fault(path))
-        found = _passed_over(path, faults, resume, ranks)
+    for path in itertools.dropwhile(lambda path: damaged and path not in damaged, paths):
+        faults = damaged.get(path) or ranks.gather(lambda: fault(path))
+        found = next((f"{path.name}: {text} (as rank {rank} sees it)" for rank, text in enumerate(faults) if text), "")
         if not found:
             return path
-        if None in faults:
+        if resume != "auto":
+            raise UserError(f"--resume {resume}: {found}")
+        ranks.say(f"checkpoint {path} is not whole, passing it over: {found}")
+        if None in faults and path not in damaged:
             raise UserError(f"--output_dir {output_dir}: {found}; as rank {faults.index(None)} sees it, it is whole")
-    if not found:
+    if not paths:
         return None
     advice = f"{found}; mend them, or use --resume never to start over"
     raise UserError(f"--output_dir {output_dir}: none of its checkpoints is whole; {advice}")
-
-
-def _passed_over(path: Path, faults: list[str | None], resume: str, ranks: Ranks) -> str:
-    """Says that a checkpoint is not whole, by what each rank found, and returns that; `` if it is whole.
-
-    Raises UserError if `resume` names it.
-    """
-    found = next((f"{fault} (as rank {rank} sees it)" for rank, fault in enumerate(faults) if fault), "")
-    if found and resume != "auto":
-        raise UserError(f"--resume {resume}: {found}")
-    if found:
-        ranks.say(f"checkpoint {path} is not whole, passing it over: {found}")
-    return found and f"{path.name}: {found}"
 
 
 def fault(path: Path, read: str = "state.json", advance: Callable[[int], None] = lambda size: None) -> str | None:
@@ -418,16 +407,15 @@ def load(
         residency.set_step(engine, step_of(path))
         shards = residency.state_shards(engine)
         faults = ranks.on_all(lambda: _read(path, manifest, parameters, shards, ranks))
-        found = _passed_over(path, faults, resume, ranks)
-        if not found:
+        if not any(faults):
             break
-        older_path = find(str(path.parents[1]), resume, ranks, step_of(path), found)
-        assert older_path is not None  # else find has raised
-        path, older = older_path, read_state(older_path)
-        if older.identity != state.identity:
-            raise UserError(f"checkpoint {path} is another run's, and of this one's {found}")
+        older = find(str(path.parents[1]), resume, ranks, {path: faults})
+        assert older is not None  # for there are checkpoints
+        path, found = older, read_state(older)
+        if found.identity != state.identity:
+            raise UserError(f"checkpoint {path}, the one before a damaged one, is another run's; move it away")
         planned = {name: getattr(state, name) for name in ("micro_batch_budget", "residency", "world_size")}
-        vars(state).update(vars(older) | planned)
+        vars(state).update(vars(found) | planned)
     residency.round_master_weights(engine)
     ranks.say(f"{what} after step {state.step} from {path}")
 
