@@ -132,9 +132,9 @@ def attention_needs(config: PretrainedConfig, longest: int) -> set[str]:
     text = text_config(config)
     types, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None) or longest
     slides = getattr(text, "use_sliding_window", True) and (not types or "sliding_attention" in types)
-    needs = {WINDOWS} if slides and window < longest else set()
-    needs |= {SOFT_CAP} if getattr(text, "attn_logit_softcapping", None) else set()
-    return needs | ({SINKS} if any("sink" in name for name, _ in built(config).named_parameters()) else set())
+    needs = {WINDOWS: slides and window < longest, SOFT_CAP: getattr(text, "attn_logit_softcapping", None)}
+    needs[SINKS] = any("sink" in name for name, _ in built(config).named_parameters())
+    return {need for need, is_so in needs.items() if is_so}
 
 
 def built(config: PretrainedConfig) -> nn.Module:
@@ -366,8 +366,7 @@ def _files_of_tensors(folder: Path) -> dict[str, str]:
 def _share_buffers(model: nn.Module, ranks: Ranks) -> None:
     """Puts rank 0's buffers, which no training changes, on every rank's device."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    values = [[buffer.cpu() for buffer in buffers.values()] if ranks.is_main else []]
-    torch.distributed.broadcast_object_list(values, 0, device=ranks.device)
-    for name, value in zip(buffers, values[0], strict=True):
+    values = ranks.once(lambda: [buffer.cpu() for buffer in buffers.values()])
+    for name, value in zip(buffers, values, strict=True):
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, value.to(ranks.device))

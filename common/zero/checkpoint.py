@@ -84,9 +84,9 @@ class RunState:
 class Writer:
     """Writes a run's checkpoints beside its steps. Each rank has one; all but `vote` is collective.
 
-    A checkpoint is written in stages: each rank's thread writes its files; then rank 0's thread publishes them and
-    deletes older checkpoints, and exports the model if that is asked for. A stage begins once the ranks have agreed, on
-    their main threads, that the one before is done everywhere. The threads take part in no collective.
+    In two stages: each rank's thread writes its files; then, once the ranks have agreed on their main threads that all
+    have, rank 0's publishes them, deletes older checkpoints, and exports the model if that is asked for. The threads
+    take part in no collective.
     """
 
     def __init__(self, engine, parameters: Parameters, config: TrainConfig, ranks: Ranks, settings: dict | None = None):
@@ -96,7 +96,7 @@ class Writer:
         self.thread = ThreadPoolExecutor(1)
         self.path = self.folder  # of the checkpoint in flight
         self.stage: Future | None = None  # that it is in
-        self.later: list[Callable[[list], object]] = []  # its further stages, given what the last one's ranks returned
+        self.publish: Callable[[list], None] | None = None  # the stage to come, given what the ranks have written
         self.files = _files(parameters, ranks)
         self.settings: dict[str, bytes] = settings or {}
         self.copies = self._reserve()
@@ -121,21 +121,13 @@ class Writer:
         """
         self.path = path_of(self.config.output_dir, state.step)
         temporary, text = self.path.with_name(f".{self.path.name}.tmp"), json.dumps(asdict(state), indent=2)
-
-        def prepare() -> None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()  # not its parents: a run whose folder was deleted or renamed ends here
-
-        self.ranks.once(prepare)
         tensors_of: Callable[[str], dict] = partial(self._copied, residency.state_shards(self.engine))
         if self.copies is not None:
             self.memory.wait_until_pinned()
             tensors_of = {file: tensors_of(file) for file in self.files}.__getitem__  # now, before the next update
             if self.ranks.device.type == "cuda":
                 torch.cuda.synchronize()
-        self.later = [lambda shards: self._publish(temporary, text, shards)]
-        if self.config.export_at_checkpoints:
-            self.later.append(lambda _: export(self.path, self.path / "model"))
+        self.publish = partial(self._publish, temporary, text)
         cores = len(os.sched_getaffinity(0)) // self.ranks.local_world_size
         writers = max(1, min(WRITERS, cores - 1))  # one is left to the steps
         self.stage = self.thread.submit(_write_files, temporary, [*self.files], tensors_of, writers)
@@ -156,7 +148,7 @@ class Writer:
     def _publish(self, temporary: Path, state: str, shards: list[dict[str, dict]]) -> None:
         files = {file: entry for shard in shards for file, entry in shard.items()}
         files["state.json"] = write_file(temporary / "state.json", [state.encode()])
-        (temporary / "settings").mkdir()
+        (temporary / "settings").mkdir(exist_ok=True)
         for name, data in self.settings.items():
             files[f"settings/{name}"] = write_file(temporary / "settings" / name, [data])
         shapes = {name: list(p.ds_shape) for name, p in self.parameters.items()}
@@ -173,6 +165,8 @@ class Writer:
         for old in whole[self.config.keep_last_n_checkpoints :]:
             if step_of(old) != kept(output_dir).get("step"):
                 _delete(old)
+        if self.config.export_at_checkpoints:
+            export(self.path, self.path / "model")
 
     def vote(self) -> float:
         """What this rank adds to the sum that `proceed` gets: 1 if its stage is done, enough for all if it failed."""
@@ -193,11 +187,10 @@ class Writer:
         while self.stage is not None:
             self._begin_next(self.ranks.on_all(self.stage.result))
 
-    def _begin_next(self, results: list) -> None:
-        self.stage = None
-        if self.later:
-            stage = self.later.pop(0)
-            self.stage = self.thread.submit(stage, results) if self.ranks.is_main else self.thread.submit(lambda: None)
+    def _begin_next(self, written: list) -> None:
+        publish, self.publish, self.stage = self.publish, None, None
+        if publish is not None:
+            self.stage = self.thread.submit(publish if self.ranks.is_main else lambda _: None, written)
         else:
             self.ranks.say(f"checkpoint {self.path}")
 
@@ -219,6 +212,7 @@ def _files(parameters: Parameters, ranks: Ranks) -> dict[str, dict[str, int]]:
 
 def _write_files(folder: Path, files: list[str], tensors_of: Callable[[str], dict], writers: int) -> dict[str, dict]:
     """Writes files of tensors_of(file), `writers` at a time; their manifest entries by file name."""
+    folder.mkdir(exist_ok=True)  # not its parents: a run whose folder was deleted or renamed ends here
     with ThreadPoolExecutor(writers) as pool:
         entries = pool.map(lambda file: _write_tensors(folder / file, tensors_of(file)), files)
         return dict(zip(files, entries, strict=True))
@@ -396,9 +390,8 @@ def load(
     """Puts a checkpoint's master weights, moments and step into an engine of any world size. what: is said of it.
     Collective.
 
-    Verifying and loading are one pass. If a file turns out to be not as it was written, `--resume auto` passes this
-    checkpoint over and sets everything again from the one before, whose counters `state` then gets; micro-batches and
-    residency stay as the run was planned.
+    Verifying and loading are one pass. A checkpoint with a file that is not as it was written is passed over by
+    `--resume auto`: everything is set again from the one before, and so is `state`, but for what the run is planned by.
     """
     while True:
         manifest = json.loads((path / "manifest.json").read_text())
