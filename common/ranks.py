@@ -105,19 +105,15 @@ class Ranks:
     def _while_others_wait(self, work: Callable[[], object], is_worker: bool) -> list:
         """No rank waits longer than the time-out: a thread works, and the ranks meet until it is done."""
         thread = ThreadPoolExecutor(1)
-        future = thread.submit(work) if is_worker else None
+        future = thread.submit(work if is_worker else lambda: None)
         pause, busy = 0.001, torch.ones(1, dtype=torch.int32)
         while busy.item():
-            if future is None:
-                time.sleep(pause)
-            else:
-                wait([future], pause)
+            wait([future], pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            is_busy = future is not None and not future.done()
-            busy = torch.tensor([is_busy], dtype=torch.int32)  # the work may change torch's default, as a load does
+            busy = torch.tensor([not future.done()], dtype=torch.int32)  # the work may change torch's default type
             dist.all_reduce(busy, group=self.control)
         thread.shutdown(wait=False)
-        return self.gather(lambda: future.result() if future else None)
+        return self.gather(future.result)
 
     # ------------------------------------------------------------------ a rank that is lost
     @property
@@ -145,8 +141,7 @@ class Ranks:
 
     def last_seen(self, ranks: list[int]) -> str:
         """What these ranks last said that they do; at most four of them."""
-        texts = [f"rank {rank} was last seen {self.seen[rank][1].partition(' ')[2]}" for rank in ranks[:4]]
-        return "; ".join(texts + [f"and {len(ranks) - 4} ranks more"] * (len(ranks) > 4))
+        return "; ".join(f"rank {rank} was last seen {self.seen[rank][1].partition(' ')[2]}" for rank in ranks[:4])
 
     def _gpu_waits(self, num_given: int) -> tuple[bool, int]:
         """Whether this rank's GPU has something left to do and was given nothing more since the last look; and what it

@@ -422,7 +422,8 @@ def _read(path: Path, manifest: dict, parameters: Parameters, shards: dict[Any, 
 
     def read(file: str) -> bool:
         """Puts a file's elements in their places, block by block; whether the file is as it was written."""
-        places, state, buffer = files[file]["tensors"], xxhash.xxh3_128(), np.zeros(BLOCK_BYTES, np.uint8)
+        places, state = files[file]["tensors"], xxhash.xxh3_128()
+        buffer: np.ndarray = np.zeros(BLOCK_BYTES, np.uint8)
         with naming(path / file), open(path / file, "rb") as source:
             state.update(source.read(min(start for start, _ in places.values())))  # the header
             for key, (start, end) in places.items():
