@@ -89,18 +89,19 @@ def load_tokenizer(folder: str):
 
 def warnings(template: ChatTemplate, config: PretrainedConfig, longest: int) -> list[str]:
     """What may surprise whoever uses the model; a line each.  longest: tokens of the longest sample."""
-    tokenizer, lines, start = template.tokenizer, [], template.apply([QUESTION])
+    tokenizer, start = template.tokenizer, template.apply([QUESTION])
     own, bos, closing = tokenizer.chat_template, tokenizer.bos_token, tokenizer.tokenize(template.closing)
     positions = getattr(text_config(config), "max_position_embeddings", None) or longest
-    if own and own != template.jinja:
-        lines.append("it differs from the tokenizer's own, and is exported in its place")
-    if bos and tokenizer.encode("a")[0] == tokenizer.bos_token_id and not start.startswith(bos):
-        lines.append(f"its texts begin with {start[:20]!r}; the tokenizer puts {bos} in front of other texts")
-    if closing and not {*tokenizer.convert_tokens_to_ids(closing)} & {*template.end_ids()}:
-        lines.append(f"it ends answers with {closing}, ordinary tokens, at which generation does not stop")
-    if longest > positions:
-        lines.append(f"the longest sample has {longest:,} tokens, the model's max_position_embeddings is {positions:,}")
-    return [f"warning: chat template {template.name!r}: {line}" for line in lines]
+    adds_bos = bos and tokenizer.encode("a")[0] == tokenizer.bos_token_id and not start.startswith(bos)
+    stops = not closing or {*tokenizer.convert_tokens_to_ids(closing)} & {*template.end_ids()}
+    sizes = f"{longest:,} tokens, the model's max_position_embeddings is {positions:,}"
+    lines = {
+        "it differs from the tokenizer's own, and is exported in its place": own and own != template.jinja,
+        f"its texts begin with {start[:20]!r}; the tokenizer puts {bos} in front of other texts": adds_bos,
+        f"it ends answers with {closing}, ordinary tokens, at which generation does not stop": not stops,
+        f"the longest sample has {sizes}": longest > positions,
+    }
+    return [f"warning: chat template {template.name!r}: {line}" for line, is_so in lines.items() if is_so]
 
 
 def load_config(folder: str) -> PretrainedConfig:
@@ -117,14 +118,12 @@ def load_config(folder: str) -> PretrainedConfig:
 def generation_config(folder: str, config: PretrainedConfig, end_ids: list[int]) -> GenerationConfig:
     """The model's, with end_ids as further ends. Raises UserError."""
     with as_user_error(f"model {folder}: generation_config.json cannot be used; mend or delete it"):
-        if (Path(folder) / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(folder)
-        else:
-            generation = GenerationConfig.from_model_config(config)
-        stop = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+        is_there = (Path(folder) / "generation_config.json").is_file()
+        own = GenerationConfig.from_pretrained(folder) if is_there else GenerationConfig.from_model_config(config)
+        stop = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         ids = sorted({*end_ids, *(int(t) for t in stop if t is not None)})
-    generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
-    return generation
+    own.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+    return own
 
 
 def attention_needs(config: PretrainedConfig, longest: int) -> set[str]:

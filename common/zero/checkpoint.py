@@ -484,16 +484,12 @@ def export(path: Path, output_dir: Path, advance: Callable[[int], None] = lambda
     if found := fault(path, r"state\.json|settings/|\.master_", advance):
         raise UserError(f"checkpoint {path} is not whole: {found}")
     manifest = json.loads((path / "manifest.json").read_text())
-    shards: dict[str, list] = {}  # parameter -> [(file, first byte, elements)] by rank
-    for file, entry in sorted(manifest["files"].items()):
-        for key, (start, end) in entry.get("tensors", {}).items():
-            if key.startswith("master/"):
-                shards.setdefault(key.removeprefix("master/"), []).append((path / file, start, (end - start) // 4))
 
     def fill(name: str, out: torch.Tensor) -> None:
-        for file, start, count in shards[name]:
-            for first in range(0, count, BLOCK_BYTES):
-                values = np.fromfile(file, np.float32, min(BLOCK_BYTES, count - first), offset=start + 4 * first)
+        for file, entry in sorted(manifest["files"].items()):  # by rank
+            start, end = entry.get("tensors", {}).get(f"master/{name}", (0, 0))
+            for at in range(start, end, BLOCK_BYTES):
+                values = np.fromfile(path / file, np.float32, min(BLOCK_BYTES, end - at) // 4, offset=at)
                 out[: len(values)].copy_(torch.from_numpy(values))
                 out = out[len(values) :]
                 advance(values.nbytes)
