@@ -320,7 +320,7 @@ def find(output_dir: str, resume: str, ranks: Ranks, damaged: dict[Path, list] |
     """The newest checkpoint that looks whole, or the one that `resume` names; None to start from the beginning.
     Collective. Only the sizes of shards are compared here: `load` compares the digests of what it reads.
 
-    damaged: the one that `load` could not read, and what each rank says of it: the search goes on from there.
+    damaged: those that `load` has found not to be whole, and what each rank said of them.
     A torn or edited checkpoint is named and passed over. Raises UserError if there are checkpoints and none is
     whole for all ranks, and for one that was asked for by path and is not whole, or not of this folder.
     """
@@ -331,7 +331,7 @@ def find(output_dir: str, resume: str, ranks: Ranks, damaged: dict[Path, list] |
         paths = [path for path in paths if path.resolve() == Path(resume).resolve()]
         if not paths:
             raise UserError(f"--resume {resume}: neither auto, never nor a checkpoint of --output_dir {output_dir}")
-    for path in itertools.dropwhile(lambda path: damaged and path not in damaged, paths):
+    for path in paths:
         faults = damaged.get(path) or ranks.gather(lambda: fault(path))
         found = next((f"{path.name}: {text} (as rank {rank} sees it)" for rank, text in enumerate(faults) if text), "")
         if not found:
@@ -393,16 +393,17 @@ def load(
     Verifying and loading are one pass. A checkpoint with a file that is not as it was written is passed over by
     `--resume auto`: everything is set again from the one before, and so is `state`, but for what the run is planned by.
     """
+    damaged: dict[Path, list] = {}
     while True:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["parameters"] != {name: list(p.ds_shape) for name, p in parameters.items()}:
             raise UserError(f"checkpoint {path} holds another model's parameters")
         residency.set_step(engine, step_of(path))
         shards = residency.state_shards(engine)
-        faults = ranks.on_all(lambda: _read(path, manifest, parameters, shards, ranks))
-        if not any(faults):
+        damaged[path] = ranks.on_all(lambda: _read(path, manifest, parameters, shards, ranks))
+        if not any(damaged[path]):
             break
-        older = find(str(path.parents[1]), resume, ranks, {path: faults})
+        older = find(str(path.parents[1]), resume, ranks, damaged)
         assert older is not None  # for there are checkpoints
         path, found = older, read_state(older)
         if found.identity != state.identity:
