@@ -61,8 +61,8 @@ def find_model(name_or_path: str, revision: str | None = None, files: list[str] 
         if revision is not None:
             raise UserError(f"--model_revision {revision}: {name_or_path} is a folder here, which has no revisions")
         return name_or_path
-    hint = "`hf auth login` if it is private or gated"
-    with as_user_error(f"{name_or_path}: no such folder here, and the hub did not give it ({hint})"):
+    advice = "`hf auth login` if it is private or gated"
+    with as_user_error(f"{name_or_path}: no such folder here, and the hub did not give it ({advice})"):
         return snapshot_download(name_or_path, revision=revision, allow_patterns=files, ignore_patterns="*/*")
 
 

@@ -16,7 +16,6 @@ REFUSED = ("zero_quantized_", "zero_hpz_", "mics_", "zenflow", "cpu_offload", "l
 # What stays whole on a rank during a step. Where the file does not say it, common/zero/memory.py chooses.
 RESIDENCY = ("nothing", "gradients", "all")
 # `residency` and `optimizer_state` (the share of it on the device) are the keys that are not DeepSpeed's.
-STATE_ON_DEVICE = {"device": 1.0, "host": 0.0}
 PLACEMENT_KEYS = {"residency", "optimizer_state", "zero_optimization", "aio", "compile"}
 PLACEMENT_KEYS |= {"steps_per_print", "comms_logger", "wall_clock_breakdown", "memory_breakdown", "flops_profiler"}
 
@@ -63,7 +62,7 @@ def deepspeed_config(config: TrainConfig) -> dict:
         raise wrong(f"`residency` must be {' or '.join(RESIDENCY)}")
     if "optimizer_state" in placement:
         share = placement["optimizer_state"]
-        share = STATE_ON_DEVICE.get(share, -1) if isinstance(share, str) else share
+        share = {"device": 1.0, "host": 0.0}.get(share, -1) if isinstance(share, str) else share
         if type(share) not in (int, float) or not 0 <= share <= 1:
             raise wrong("`optimizer_state` must be device, host, or the share on the device, from 0 to 1")
         placement["optimizer_state"] = float(share)
