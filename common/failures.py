@@ -29,10 +29,6 @@ class TrainingStopped(RuntimeError):
     EXIT_CODE = 3
 
 
-class ElsewhereError(RuntimeError):
-    """A bug on another rank, which shows its traceback."""
-
-
 def shown(text: str, longest: int = 2000) -> str:
     """Text of a file, fit for a terminal: control characters but newline and tab as `\\x1b`, and cut to a length."""
     cut = text if len(text) <= longest else f"{text[:longest]} ... ({len(text) - longest:,} characters more)"

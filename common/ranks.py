@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 
-from common.failures import ElsewhereError, UserError, as_user_error, explained, log_libraries, one_line, print_line
+from common.failures import UserError, as_user_error, explained, log_libraries, one_line, print_line
 from common.files import digest, held, locked, remove_dead
 
 LONGEST_PAUSE = 0.5  # seconds between two looks at whether one rank's work is done
@@ -74,22 +75,19 @@ class Ranks:
 
     def gather(self, work: Callable[[], object]) -> list:
         """Runs `work` on every rank; every rank gets all results in rank order, or raises the first rank's error."""
-        result, error, failure = None, None, None
+        result, error, told = None, None, None
         try:
             result = work()
         except Exception as e:  # whatever it is, the other ranks must not wait for this one
-            error, known = e, explained(e)
-            failure = (type(known), str(known)) if known else (ElsewhereError, one_line(repr(e)))
+            error, told = e, explained(e) or RuntimeError(one_line(repr(e)))
         outcomes: list = [None] * self.world_size
-        dist.all_gather_object(outcomes, (result, failure), group=self.control)
-        for rank, (_, failure) in enumerate(outcomes):
-            if failure is not None:
-                if error and rank == self.rank:
-                    raise error
-                kind, text = failure
-                elsewhere = kind(text)
-                elsewhere.is_told = True  # by that rank
-                raise elsewhere
+        dist.all_gather_object(outcomes, (result, told), group=self.control)
+        for rank, (_, told) in enumerate(outcomes):
+            if error and rank == self.rank:
+                raise error
+            if told:
+                told.is_told = True  # by that rank
+                raise told
         return [result for result, _ in outcomes]
 
     def once(self, work: Callable[[], object]):
@@ -107,19 +105,15 @@ class Ranks:
     def _while_others_wait(self, work: Callable[[], object], is_worker: bool) -> list:
         """No rank waits longer than the time-out: a thread works, and the ranks meet until it is done."""
         thread = ThreadPoolExecutor(1)
-        future = thread.submit(work) if is_worker else None
+        future = thread.submit(work if is_worker else lambda: None)
         pause, busy = 0.001, torch.ones(1, dtype=torch.int32)
         while busy.item():
-            if future is None:
-                time.sleep(pause)
-            else:
-                wait([future], pause)
+            wait([future], pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-            is_busy = future is not None and not future.done()
-            busy = torch.tensor([is_busy], dtype=torch.int32)  # the work may change torch's default, as a load does
+            busy = torch.tensor([not future.done()], dtype=torch.int32)  # the work may change torch's default type
             dist.all_reduce(busy, group=self.control)
         thread.shutdown(wait=False)
-        return self.gather(lambda: future.result() if future else None)
+        return self.gather(future.result)
 
     # ------------------------------------------------------------------ a rank that is lost
     @property
@@ -131,28 +125,23 @@ class Ranks:
 
         Across hosts rank 0 holds the store: where it is out of reach nothing is known of the others.
         """
-        if not in_time(lambda: self._look(tick, waits), False):
+        now, host = time.monotonic(), f" on {socket.gethostname()}" if self.num_hosts > 1 else ""
+
+        def look() -> bool:
+            self.store.set(f"rank {self.rank}", f"{tick} {self.when}{host}, {_place()}{WAITS * waits}")
+            for rank in range(self.world_size):
+                text = self.store.get(f"rank {rank}").decode()  # all have said something before they joined
+                if self.seen.get(rank, (now, ""))[1] != text:
+                    self.seen[rank] = (now, text)
+            return True
+
+        if not in_time(look, False):
             now = time.monotonic()
             self.seen |= {rank: (now, text) for rank, (_, text) in self.seen.items() if rank > 0}
 
-    def _look(self, tick: int, waits: bool) -> bool:
-        now = time.monotonic()
-        try:
-            host = f" on {socket.gethostname()}" if self.num_hosts > 1 else ""
-            self.store.set(f"rank {self.rank}", f"{tick} {self.when}{host}, {_place()}{WAITS * waits}")
-            for rank in range(self.world_size):
-                is_there = self.store.check([f"rank {rank}"])
-                text = self.store.get(f"rank {rank}").decode() if is_there else "0 nowhere"
-                if self.seen.get(rank, (now, ""))[1] != text:
-                    self.seen[rank] = (now, text)
-        except dist.DistError:
-            return False
-        return True
-
     def last_seen(self, ranks: list[int]) -> str:
         """What these ranks last said that they do; at most four of them."""
-        texts = [f"rank {rank} was last seen {self.seen[rank][1].partition(' ')[2]}" for rank in ranks[:4]]
-        return "; ".join(texts + [f"and {len(ranks) - 4} ranks more"] * (len(ranks) > 4))
+        return "; ".join(f"rank {rank} was last seen {self.seen[rank][1].partition(' ')[2]}" for rank in ranks[:4])
 
     def _gpu_waits(self, num_given: int) -> tuple[bool, int]:
         """Whether this rank's GPU has something left to do and was given nothing more since the last look; and what it
@@ -187,10 +176,15 @@ class Ranks:
 
 
 def in_time(work: Callable[[], bool], otherwise: bool) -> bool:
-    """What `work` gives within LONGEST_LOOK seconds. It asks the store: once the way there is cut TCP waits for longer
-    than any time-out."""
+    """What `work`, which asks the store, gives within LONGEST_LOOK seconds: once the way there is cut TCP waits for
+    longer than any time-out. `otherwise` where the store has gone, or there is no place for one."""
     result: list[bool] = []
-    thread = threading.Thread(target=lambda: result.append(work()), daemon=True)
+
+    def ask() -> None:
+        with suppress(dist.DistError, UserError, OSError):
+            result.append(work())
+
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(LONGEST_LOOK)
     return result[0] if result else otherwise
@@ -217,16 +211,12 @@ def _local_world_size() -> int:
 def is_first_to_tell(text: str) -> bool:
     """Whether no other rank has told this: what several ranks find out is told once. Before they have joined, once on
     each host."""
-    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
 
     def is_first() -> bool:
-        try:
-            store = _joined.store if _joined else _file_store(_local_world_size(), "told")
-            return store.add(f"told {digest(text.encode())}", 1) == 1
-        except (dist.DistError, UserError, OSError):  # the store has gone with rank 0, or there is no place for one
-            return is_first_here
+        store = _joined.store if _joined else _file_store(_local_world_size(), "told")
+        return store.add(f"told {digest(text.encode())}", 1) == 1
 
-    return in_time(is_first, is_first_here)
+    return in_time(is_first, otherwise=os.environ.get("LOCAL_RANK", "0") == "0")
 
 
 def lost(error: str) -> str:
@@ -299,16 +289,6 @@ def way_to_other_hosts() -> str:
         return f"{probe.getsockname()[0]} (the way to MASTER_ADDR)"
 
 
-def _wait_for_all(store: dist.Store, world_size: int, timeout_minutes: float) -> None:
-    """Raises DistError with the ranks that do not come to the store within its time-out."""
-    names = [f"rank {rank}" for rank in range(world_size)]
-    try:
-        store.wait(names)
-    except RuntimeError as e:  # a DistError, but of a file's store
-        missing = [name for name in names if not store.check([name])]
-        raise dist.DistError(f"{', '.join(missing)} did not come in {timeout_minutes:.2g} minutes") from e
-
-
 def start(timeout_minutes: float) -> Ranks:
     """Joins the group that the launcher's environment names, else one of one. No wait in it exceeds the time-out."""
     global _joined
@@ -344,9 +324,14 @@ def start(timeout_minutes: float) -> Ranks:
     os.environ["DEEPSPEED_TIMEOUT"] = str(timeout_minutes)
     store = _find_store(world_size, is_one_host, timeout)
     store.set_timeout(timeout)
-    where = "" if is_one_host else f" on {socket.gethostname()}"
-    store.set(f"rank {rank}", f"0 before the first step{where}, joining the others")
-    _wait_for_all(store, world_size, timeout_minutes)
+    host = "" if is_one_host else f" on {socket.gethostname()}"
+    store.set(f"rank {rank}", f"0 before the first step{host}, joining the others")
+    names = [f"rank {other}" for other in range(world_size)]
+    try:
+        store.wait(names)
+    except RuntimeError as e:  # a DistError, but of a file's store
+        missing = ", ".join(name for name in names if not store.check([name]))
+        raise dist.DistError(f"{missing} did not come in {timeout_minutes:.2g} minutes") from e
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
     TorchBackend.new_group = lambda _, ranks: dist.new_group(ranks, timeout)  # DeepSpeed's has the backend's default

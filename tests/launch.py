@@ -122,6 +122,10 @@ class Run:
             time.sleep(0.002)
         raise AssertionError(f"it did not come in {timeout} s\n{self.output()[-2000:]}")
 
+    def wait_for(self, text: str) -> bool:
+        """Until it has printed `text`; False if it ended before."""
+        return self.wait_until(lambda: text in self.output())
+
     def output(self) -> str:
         """What it has printed so far."""
         return (self.logs / "stdout").read_text() if (self.logs / "stdout").exists() else ""

@@ -12,12 +12,16 @@ from safetensors.torch import save_file
 from test_model import settings_of
 from test_packed import Engine
 
+from common.config import SFTConfig
+from common.data.chat_template import TULU, ChatTemplate
 from common.failures import UserError
 from common.files import INDEX
-from common.model import load
+from common.model import export, load
 from common.model.attention import registered_name
 from common.model.experts import GROUPED
 from common.model.packed import PackedModel, verify_packed_model
+from common.ranks import start
+from common.zero.ds_config import deepspeed_config
 
 NAMES = sorted(models.WITH_IMAGES)
 
@@ -50,12 +54,6 @@ def make(folder: Path, architecture: str) -> Path:
 
 def exported(folders: list[str], outputs: list[str]) -> None:
     """In a rank's process."""
-    from common.config import SFTConfig
-    from common.data.chat_template import TULU, ChatTemplate
-    from common.model import export
-    from common.ranks import start
-    from common.zero.ds_config import deepspeed_config
-
     ranks = start(5)
     for folder, output in zip(folders, outputs, strict=True):
         config, ds_config = load.load_config(folder), deepspeed_config(SFTConfig())

@@ -50,31 +50,6 @@ def test_head_is_log_softmax_in_value_and_gradient(monkeypatch, chunk_rows, bias
     torch.testing.assert_close([x.double() for x in seen], list(expected[: len(seen)]), rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.filterwarnings("ignore:Input")
-def test_head_passes_gradcheck():
-    """Numerical derivatives; wide steps, for the head reduces in float32."""
-    linear, targets = projection(True), torch.tensor([3, 0, 36])
-    rest = None, targets, 2, logprobs.target_logps, logprobs.logits_gradient_
-    inputs = torch.randn(3, HIDDEN, requires_grad=True), linear.weight, linear.bias
-    apply = logprobs._ChunkedLogProbs.apply
-    assert torch.autograd.gradcheck(lambda *x: apply(*x, *rest), inputs, eps=1e-2, atol=5e-3, rtol=5e-3)
-
-
-def test_tied_weight_gets_the_gradient_of_both_uses():
-    ids, targets = torch.tensor([4, 8, 15]), torch.tensor([16, 23, 36])
-    gradients = []
-    for dtype in (torch.float32, torch.float64):  # by the head, and by definition
-        torch.manual_seed(2)
-        embedding, linear = nn.Embedding(VOCAB, HIDDEN).to(dtype), nn.Linear(HIDDEN, VOCAB, bias=False, dtype=dtype)
-        linear.weight = embedding.weight
-        hidden = torch.tanh(embedding(ids))
-        is_by_head = dtype == torch.float32
-        logps = LogProbHead(linear)(hidden, targets) if is_by_head else torch.log_softmax(linear(hidden), -1)
-        (logps if is_by_head else logps[torch.arange(3), targets]).sum().backward()
-        gradients.append(embedding.weight.grad.double())
-    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
-
-
 def test_bfloat16_reduces_in_float32():
     """Against float64 of the same bfloat16 logits: as exact as float32, not as bfloat16."""
     linear, targets = projection(False, torch.bfloat16), torch.randint(0, VOCAB, (9,))

@@ -9,8 +9,6 @@ import json
 import logging.handlers
 import resource
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from unittest.mock import patch
@@ -40,6 +38,7 @@ from common.model.experts import GROUPED, experts_in
 from common.model.packed import PackedModel
 from common.run.metrics import flops_per_token
 from common.run.output_dir import _holds_model
+from common.verbs import export as verbs_export
 from common.zero import checkpoint
 from common.zero.ds_config import deepspeed_config
 from common.zero.engine import build_engine
@@ -222,43 +221,11 @@ def test_a_crash_in_an_export_leaves_no_model_or_the_whole_new_one(tmp_path, siz
     assert [name for name, _ in itertools.groupby(is_whole)] == ["old", False, "new"]
 
 
-def memory_of_exports(folder: str, output: str) -> list[float]:
-    """The most host memory, in bytes above what was there before, of an export and of one of a checkpoint."""
-    lm, template = read(folder, model.load_config(folder)), ChatTemplate("bar", TULU, model.load_tokenizer(folder))
-    shapes = {name: [*param.shape] for name, param in lm.named_parameters() if param.sum().isfinite()}  # reads its file
-    settings, above, made = Path(output) / "settings", [], settings_of(lm, template, folder)
-    settings.mkdir()
-    for name, data in made.items():
-        (settings / name).write_bytes(data)
-    for write in (
-        lambda to: export.export_model(PackedModel(lm), str(to), made, models.OneRank()),
-        lambda to: export.export_parameters(settings, to, shapes, lambda _, out: out.fill_(1)),
-    ):
-        to = Path(output) / str(len(above))
-        to.mkdir()
-        before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
-        write(to)
-        above.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
-    return above
-
-
-def test_an_export_takes_less_host_memory_than_two_of_its_files(tmp_path):
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
-    folder = models.make_model(tmp_path / "model", shard="50MB", **sizes)
-    (above,) = launch.on_ranks(memory_of_exports, 1, str(folder), str(tmp_path))
-    files = [path.stat().st_size for path in folder.glob("*.safetensors")]
-    assert sum(files) > 3.5 * max(files)
-    assert max(above) < 2 * max(files), (above, files)
-
-
-def checkpoint_of(folder: Path, path: Path) -> Path:
-    """What of a run's checkpoint an export reads, of one rank and the weights of a model's folder."""
-    lm, files = read(folder, model.load_config(folder)), {}
-    small = settings_of(lm, ChatTemplate("bar", TULU, model.load_tokenizer(folder)), folder)
+def checkpoint_of(lm, settings: dict[str, bytes], path: Path) -> Path:
+    """What of a run's checkpoint an export reads, of one rank."""
     (path / "settings").mkdir(parents=True)
-    for name, data in [("state.json", b"{}"), *((f"settings/{name}", data) for name, data in small.items())]:
-        files[name] = write_file(path / name, [data])
+    small = {"state.json": b"{}"} | {f"settings/{name}": data for name, data in settings.items()}
+    files = {name: write_file(path / name, [data]) for name, data in small.items()}
     for i, (name, param) in enumerate(lm.named_parameters()):
         file = f"rank_00000_of_00001.master_{i:03d}.safetensors"
         files[file] = checkpoint._write_tensors(path / file, {f"master/{name}": param.detach().flatten()})
@@ -268,31 +235,34 @@ def checkpoint_of(folder: Path, path: Path) -> Path:
     return path
 
 
-IN_A_CHILD = """
-import re, sys
-from pathlib import Path
-from common.verbs import export
-export.main(*sys.argv[1:3])  # of a small one: what it imports and keeps does not count
-status = lambda name: 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-before, _ = status("VmRSS"), Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
-export.main(*sys.argv[3:5])
-print(status("VmHWM") - before)
-"""
+def memory_of_exports(folders: list[Path], root: Path) -> list[float]:
+    """The most host memory, in bytes above what was there before, of a run's export and of one of its checkpoint. The
+    first folder, of a small model, is exported before: what is imported and kept does not count."""
+    for i, folder in enumerate(folders):
+        lm = read(folder, model.load_config(str(folder)))
+        settings = settings_of(lm, ChatTemplate("bar", TULU, model.load_tokenizer(str(folder))), str(folder))
+        path, above = checkpoint_of(lm, settings, root / f"checkpoint {i}"), []  # which reads every weight
+        for write in (
+            lambda to: export.export_model(PackedModel(lm), str(to), settings, models.OneRank()),
+            lambda to: verbs_export.main(str(path), str(to)),
+        ):
+            (to := root / f"{i} {len(above)}").mkdir()
+            before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            Path("/proc/self/clear_refs").write_text("5")  # the most so far is forgotten
+            write(to)
+            above.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+            shutil.rmtree(to)
+    return above
 
 
 def test_export_of_a_checkpoint_takes_the_host_memory_of_one_of_its_files(tmp_path):
-    """`bash run.sh export`, read from disk: 1.5 of five files, with its buffers, which do not grow."""
+    """`bash run.sh export`, read from disk: 1.5 of five files, with its buffers, which do not grow. A run's: of two."""
     sizes = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 14}
-    paths = []
-    for name, changes in (("small", {}), ("large", sizes)):
-        folder = models.make_model(tmp_path / name, shard="100MB", **changes)
-        paths += [str(checkpoint_of(folder, tmp_path / f"{name}.checkpoint")), str(tmp_path / f"{name}.out")]
-    options = dict(cwd=launch.REPO, capture_output=True, text=True, check=True, timeout=300)
-    done = subprocess.run([sys.executable, "-c", IN_A_CHILD, *paths], **options)
-    files = [path.stat().st_size for path in Path(paths[-1]).glob("*.safetensors")]
+    folders = [models.make_model(tmp_path / "small"), models.make_model(tmp_path / "large", shard="100MB", **sizes)]
+    files = [path.stat().st_size for path in folders[1].glob("*.safetensors")]
     assert len(files) > 4 and sum(files) > 3.5 * max(files)
-    above = int(done.stdout.split()[-1])
-    assert above < 1.5 * max(files), (above, files)
+    (above,) = launch.on_ranks(memory_of_exports, 1, folders, tmp_path)
+    assert above[0] < 2 * max(files) and above[1] < 1.5 * max(files), (above, files)
 
 
 # ------------------------------------------------------------------ weights that are refused

@@ -134,7 +134,7 @@ def meets(logs: str, folder: str) -> None:
 def test_what_ranks_that_were_killed_have_met_in_is_removed_and_that_of_living_ones_is_not(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     dead, living = others = [launch.Run(meets, 1, (str(tmp_path),)) for _ in range(2)]
-    assert all(other.wait_until(lambda other=other: "met" in other.output()) for other in others)
+    assert all(other.wait_for("met") for other in others)
     dead.kill()
     dead.wait()
     ranks_module._find_store(1, True, timedelta(seconds=1))

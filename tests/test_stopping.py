@@ -117,9 +117,7 @@ ENDS = [(0, None), (2, UserError, "\u6f22"), (1, KeyError, "\u6f22"), (130, Stop
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize(
-    "unread", [(), (1,), (1, 2)]
-)  # stdout: as once a Ctrl-C has ended the `tee` of `... | tee log`
+@pytest.mark.parametrize("unread", [(), (1,), (1, 2)])  # stdout: as once a Ctrl-C has ended its `tee`
 def test_the_exit_code_is_the_same_if_nobody_reads_why_and_what_a_terminal_cannot_show_is_escaped(unread, end):
     code, *error = end
     done = launch.Run(script, 1, (unread, "\u6f22", *error)).wait()

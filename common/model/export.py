@@ -66,12 +66,10 @@ def stored_layout(lm) -> dict[str, bytes]:
     if [*layout] != ["model.safetensors"]:
         named = ((file, places or [name]) for file, names in layout.items() for name, (_, places) in names.items())
         weight_map = {stored: file for file, names in named for stored in names}
-        whole = [*tensors.values(), *lm.others.values()]
-        sizes = (getattr(t, "ds_numel", t.numel()) * t.element_size() for t in whole)
+        sizes = (getattr(t, "ds_numel", t.numel()) * t.element_size() for t in tensors.values())
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         files[INDEX] = json.dumps(index, indent=2).encode() + b"\n"
-    buffers = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
-    buffers = {name: buffer.cpu().contiguous() for name, buffer in (buffers | lm.others).items()}
+    buffers = {name: t.cpu().contiguous() for name, t in tensors.items() if not isinstance(t, torch.nn.Parameter)}
     return files | {BUFFERS: save(buffers)}
 
 
@@ -90,10 +88,10 @@ def export_model(model: PackedModel, output_dir: str, settings: dict[str, bytes]
         for file, names in layout.items():
             stored: dict[str, torch.Tensor] = {}
             for name, (_, places) in names.items():
-                # Of a buffer, which is whole, and of what rank 0 alone has: nothing.
+                # Of a buffer, which is whole, and of another part's tensor, which rank 0 alone has: nothing.
                 with deepspeed.zero.GatheredParameters([tensors[name]] if name in tensors else []):
                     if ranks.is_main:
-                        whole = (tensors | model.lm.others)[name].detach().to("cpu", copy=True).contiguous()
+                        whole = tensors[name].detach().to("cpu", copy=True).contiguous()
                         stored |= _stored(model.lm, name, whole, places)
             ranks.once(partial(_write_shard, stored, temporary / file))
             advance(1)
@@ -108,8 +106,7 @@ def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int
     """
     settings = _files(folder)
     layout = json.loads(settings[LAYOUT])
-    buffers, lm = load_file(folder / BUFFERS), built(load_config(str(folder)))
-    temporary = output_dir / ".export"
+    buffers, lm, temporary = load_file(folder / BUFFERS), built(load_config(str(folder))), output_dir / ".export"
     # What an export that was cut off has left is no model yet, and is written again.
     ours = {temporary.name, *layout, *settings} if temporary.is_dir() else set()
     if output_dir.exists() and {path.name for path in output_dir.iterdir()} - ours:
@@ -129,9 +126,9 @@ def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int
 
 
 def _tensors(lm) -> dict[str, torch.Tensor]:
-    """The parameters, tied ones once, and the buffers that a model folder holds."""
-    saved = lm.state_dict().keys()
-    return dict(lm.named_parameters()) | {name: buffer for name, buffer in lm.named_buffers() if name in saved}
+    """The parameters, tied ones once, the buffers that a model folder holds, and, on rank 0, those of other parts."""
+    buffers, saved = dict(lm.named_buffers()), lm.state_dict().keys()
+    return dict(lm.named_parameters()) | {n: b for n, b in buffers.items() if n in saved} | getattr(lm, "others", {})
 
 
 def _stored(lm, name: str, whole: torch.Tensor, places: dict[str, int]) -> dict[str, torch.Tensor]:
@@ -147,7 +144,7 @@ def _layout(lm) -> dict[str, dict[str, tuple[str, dict[str, int]]]]:
     """File -> a tensor's name -> its type, and the _stored places of what the file holds of it: as in the folder that
     this rank loaded the model from. What that does not hold goes to its last file."""
     layout: dict[str, dict[str, tuple[str, dict[str, int]]]] = {}
-    for name, tensor in [*_tensors(lm).items(), *lm.others.items()]:
+    for name, tensor in _tensors(lm).items():
         dtype, converted = str(tensor.dtype).removeprefix("torch."), stored_names(lm, name, tensor)
         as_it_is = name in lm.others or name in lm.file_of and not lm.file_of.keys() & {*converted}
         for i, stored in enumerate([name] if as_it_is else converted):
@@ -159,7 +156,7 @@ def _layout(lm) -> dict[str, dict[str, tuple[str, dict[str, int]]]]:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def _begin(folder: Path, settings: dict[str, bytes]) -> None:
@@ -168,7 +165,6 @@ def _begin(folder: Path, settings: dict[str, bytes]) -> None:
     folder.mkdir()  # not its parents: a run whose folder was deleted or renamed ends here
     for name, data in settings.items():
         if name not in (LAYOUT, BUFFERS):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             write_file(folder / name, [data])
 
 

@@ -12,8 +12,7 @@ checkpoints/kept.json             {"step": 500, ...}: the one checkpoint that st
 
 ZeRO-3 gives rank r of n the elements [r k, (r + 1) k) of a flattened parameter, k = ceil(numel / n): a file's name says
 which elements it holds, and another number of ranks reads the overlapping parts. The model's own weights are the master
-weights rounded to its dtype, so they are not stored: 12 bytes a parameter. DeepSpeed's own formats are not used: they
-take a second copy on disk and a conversion for another number of ranks, and nothing says whether one is whole.
+weights rounded to its dtype, so they are not stored: 12 bytes a parameter.
 
 A checkpoint is written beside the steps that follow it, from a copy in host memory, to `.step_X.tmp`; once every file
 of every rank and the folder are flushed to disk it is renamed. It is deleted by renaming it to `.step_X.old` first.
@@ -27,9 +26,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ from common.zero import residency
 from common.zero.host_state import HostMemory, Shard, available_host_memory
 
 FOLDER = re.compile(r"step_(\d{8,})")
-FILE = re.compile(r"rank_(\d+)_of_\d+\.(\w+)_\d+\.safetensors")
+KEPT = "checkpoints/kept.json"
 SHARD_FILE_BYTES = 2**29  # of a file, about; a reading thread holds one in memory
 BLOCK_BYTES = 2**24  # read at once
 COPIED_AT_ONCE = 2**24  # elements: on their way from host memory to a copy they pass through the device
@@ -85,9 +85,9 @@ class RunState:
 class Writer:
     """Writes a run's checkpoints beside its steps. Each rank has one; all but `vote` is collective.
 
-    A checkpoint is written in stages: each rank's thread writes its files; then rank 0's thread publishes them and
-    deletes older checkpoints, and exports the model if that is asked for. A stage begins once the ranks have agreed, on
-    their main threads, that the one before is done everywhere. The threads take part in no collective.
+    In two stages: each rank's thread writes its files; then, once the ranks have agreed on their main threads that all
+    have, rank 0's publishes them, deletes older checkpoints, and exports the model if that is asked for. The threads
+    take part in no collective.
     """
 
     def __init__(self, engine, parameters: Parameters, config: TrainConfig, ranks: Ranks, settings: dict | None = None):
@@ -97,21 +97,21 @@ class Writer:
         self.thread = ThreadPoolExecutor(1)
         self.path = self.folder  # of the checkpoint in flight
         self.stage: Future | None = None  # that it is in
-        self.later: list[Callable[[list], object]] = []  # its further stages, given what the last one's ranks returned
+        self.publish: Callable[[list], None] | None = None  # the stage to come, given what the ranks have written
         self.files = _files(parameters, ranks)
         self.settings: dict[str, bytes] = settings or {}
         self.copies = self._reserve()
 
     def _reserve(self) -> dict[str, torch.Tensor] | None:
         """A place in host memory for each tensor of this rank, by name; None if a host has too little. Collective."""
-        counts = {name: count for counts in self.files.values() for name, count in counts.items()}
+        counts = {name: count for of_file in self.files.values() for name, count in of_file.items()}
         size = sum(counts.values())  # elements
-        needed, free = 4 * size * self.ranks.local_world_size, available_host_memory()
-        if too_small := [sizes for sizes in self.ranks.gather(lambda: (needed, free)) if sizes[0] > USABLE * sizes[1]]:
-            needed, free = too_small[0]
-            sizes = f"a host has {free / 1e9:,.1f} GB of memory free, a copy takes {needed / 1e9:,.1f} GB"
-            self.ranks.say(f"checkpoints are not written beside the steps: {sizes}. Training stands still meanwhile")
-            return None
+        needs = 4 * size * self.ranks.local_world_size
+        for needed, free in self.ranks.gather(lambda: (needs, available_host_memory())):
+            if needed > USABLE * free:
+                sizes = f"a host has {free / 1e9:,.1f} GB of memory free, a copy takes {needed / 1e9:,.1f} GB"
+                self.ranks.say(f"checkpoints are not written beside the steps: {sizes}. Training stands still for them")
+                return None
         self.memory = HostMemory(max(size, 1), self.ranks.device, PINNERS)
         return {name: self.memory.take(count) for name, count in counts.items()}
 
@@ -122,61 +122,52 @@ class Writer:
         """
         self.path = path_of(self.config.output_dir, state.step)
         temporary, text = self.path.with_name(f".{self.path.name}.tmp"), json.dumps(asdict(state), indent=2)
-
-        def prepare() -> None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()  # not its parents: a run whose folder was deleted or renamed ends here
-
-        self.ranks.once(prepare)
-        files = self._copied(residency.state_shards(self.engine))
+        tensors_of: Callable[[str], dict] = partial(self._copied, residency.state_shards(self.engine))
         if self.copies is not None:
             self.memory.wait_until_pinned()
-            files = iter([*files])  # now, before the next update
+            tensors_of = {file: tensors_of(file) for file in self.files}.__getitem__  # now, before the next update
             if self.ranks.device.type == "cuda":
                 torch.cuda.synchronize()
-        self.later = [lambda shards: self._publish(temporary, text, shards)]
-        if self.config.export_at_checkpoints:
-            self.later.append(lambda _: export(self.path, self.path / "model"))
+        self.publish = partial(self._publish, temporary, text)
         cores = len(os.sched_getaffinity(0)) // self.ranks.local_world_size
         writers = max(1, min(WRITERS, cores - 1))  # one is left to the steps
-        self.stage = self.thread.submit(_write_files, temporary, files, writers)
+        self.stage = self.thread.submit(_write_files, temporary, [*self.files], tensors_of, writers)
         if self.copies is None:
             self.wait()
 
-    def _copied(self, shards: dict) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Each file of this rank with its tensors, copied when their turn comes."""
-        for file, counts in self.files.items():
-            tensors = {}
-            for key, count in counts.items():
-                kind, _, name = key.partition("/")
-                shard = shards[self.parameters[name]]
-                tensors[key] = place = self.copies[key] if self.copies is not None else torch.empty(count)
-                for start in range(0, count, COPIED_AT_ONCE):
-                    part = place[start : start + COPIED_AT_ONCE]
-                    part.copy_(shard.read(kind, start, start + len(part)), non_blocking=self.copies is not None)
-            yield file, tensors
+    def _copied(self, shards: dict, file: str) -> dict[str, torch.Tensor]:
+        """The tensors of one of this rank's files, in host memory."""
+        tensors = {}
+        for key, count in self.files[file].items():
+            kind, _, name = key.partition("/")
+            tensors[key] = place = self.copies[key] if self.copies is not None else torch.empty(count)
+            for start in range(0, count, COPIED_AT_ONCE):
+                part, shard = place[start : start + COPIED_AT_ONCE], shards[self.parameters[name]]
+                part.copy_(shard.read(kind, start, start + len(part)), non_blocking=self.copies is not None)
+        return tensors
 
     def _publish(self, temporary: Path, state: str, shards: list[dict[str, dict]]) -> None:
         files = {file: entry for shard in shards for file, entry in shard.items()}
-        small = {"state.json": state.encode()} | {f"settings/{file}": data for file, data in self.settings.items()}
-        for name, data in small.items():
-            if name != "state.json":  # which is the first, and fails where output_dir is another folder by now
-                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            files[name] = write_file(temporary / name, [data])
+        files["state.json"] = write_file(temporary / "state.json", [state.encode()])
+        (temporary / "settings").mkdir(exist_ok=True)
+        for name, data in self.settings.items():
+            files[f"settings/{name}"] = write_file(temporary / "settings" / name, [data])
         shapes = {name: list(p.ds_shape) for name, p in self.parameters.items()}
         manifest = {"world_size": self.ranks.world_size, "files": files, "parameters": shapes}
         entry = write_file(temporary / "manifest.json", [json.dumps(manifest, indent=1).encode()])
         write_file(temporary / "COMPLETE", [entry["digest"].encode()])
-        for folder in {(temporary / name).parent for name in small}:
-            sync_folder(folder)
+        sync_folder(temporary / "settings")
+        sync_folder(temporary)
         os.rename(temporary, self.path)
-        for folder in (self.folder, self.folder.parent):
-            sync_folder(folder)
+        sync_folder(self.folder)
+        sync_folder(self.folder.parent)
         output_dir = self.config.output_dir
         whole = [path for path in newest_first(output_dir) if (path / "COMPLETE").is_file()]
         for old in whole[self.config.keep_last_n_checkpoints :]:
             if step_of(old) != kept(output_dir).get("step"):
                 _delete(old)
+        if self.config.export_at_checkpoints:
+            export(self.path, self.path / "model")
 
     def vote(self) -> float:
         """What this rank adds to the sum that `proceed` gets: 1 if its stage is done, enough for all if it failed."""
@@ -197,11 +188,10 @@ class Writer:
         while self.stage is not None:
             self._begin_next(self.ranks.on_all(self.stage.result))
 
-    def _begin_next(self, results: list) -> None:
-        self.stage = None
-        if self.later:
-            stage = self.later.pop(0)
-            self.stage = self.thread.submit(stage, results) if self.ranks.is_main else self.thread.submit(lambda: None)
+    def _begin_next(self, written: list) -> None:
+        publish, self.publish, self.stage = self.publish, None, None
+        if publish is not None:
+            self.stage = self.thread.submit(publish if self.ranks.is_main else lambda _: None, written)
         else:
             self.ranks.say(f"checkpoint {self.path}")
 
@@ -221,15 +211,12 @@ def _files(parameters: Parameters, ranks: Ranks) -> dict[str, dict[str, int]]:
     return files
 
 
-def _write_files(folder: Path, files: Iterable[tuple[str, dict[str, torch.Tensor]]], writers: int) -> dict[str, dict]:
-    """Writes files from their tensors, `writers` at a time; their manifest entries by file name."""
-    written: dict[str, Future] = {}
+def _write_files(folder: Path, files: list[str], tensors_of: Callable[[str], dict], writers: int) -> dict[str, dict]:
+    """Writes files of tensors_of(file), `writers` at a time; their manifest entries by file name."""
+    folder.mkdir(exist_ok=True)  # not its parents: a run whose folder was deleted or renamed ends here
     with ThreadPoolExecutor(writers) as pool:
-        for file, tensors in files:
-            for future in [*written.values()][: len(written) + 1 - writers]:
-                future.result()
-            written[file] = pool.submit(_write_tensors, folder / file, tensors)
-        return {file: future.result() for file, future in written.items()}
+        entries = pool.map(lambda file: _write_tensors(folder / file, tensors_of(file)), files)
+        return dict(zip(files, entries, strict=True))
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict:
@@ -253,21 +240,15 @@ def shard_range(numel: int, rank: int, world_size: int) -> tuple[int, int]:
 # ---------------------------------------------------------------------- keeping one
 def keep(output_dir: str, entry: dict) -> None:
     """The checkpoint of entry["step"], written or about to be, stays beyond keep_last_n, in place of the one that did.
-
-    Call it on one rank.
-    """
-    replace_file(_kept_file(output_dir), json.dumps(entry))
+    On one rank."""
+    replace_file(Path(output_dir) / KEPT, json.dumps(entry))
 
 
 def kept(output_dir: str) -> dict:
     """What `keep` was last called with; {} if it was not. Raises UserError if that cannot be read."""
-    path = _kept_file(output_dir)
+    path = Path(output_dir) / KEPT
     with as_user_error(f"{path} is not what a run wrote; delete it"):
         return {**json.loads(path.read_text())} if path.is_file() else {}
-
-
-def _kept_file(output_dir: str) -> Path:
-    return Path(output_dir) / "checkpoints" / "kept.json"
 
 
 # ---------------------------------------------------------------------- finding
@@ -308,28 +289,25 @@ def _remove(path: Path) -> None:
 
 
 def delete_all(output_dir: str, why: str) -> None:
-    """Deletes the checkpoints of a folder, but for those that were set aside."""
+    """But for those that were set aside."""
     for path in newest_first(output_dir):
         print_line(f"deleting {path}: {why}")
         _delete(path)
 
 
 def clear_after(output_dir: str, step: int, resume: str) -> None:
-    """Makes way for a run that continues from `step` and writes its own later checkpoints.
-
-    Later ones are deleted for `--resume never`; else they are set aside: they were passed over as damaged, or the user
-    named an earlier one to continue from. What a crash left of half-written and half-deleted ones is removed.
-    """
+    """Makes way for a run that continues from `step`. Later checkpoints are deleted for `--resume never`, else set
+    aside: they were passed over as damaged, or the user named an earlier one. What a crash left is removed."""
     if resume == "never":
         delete_all(output_dir, "--resume never starts over")
     for path in [path for path in newest_first(output_dir) if step_of(path) > step]:
         _set_aside(path, "damaged" if resume == "auto" else "abandoned", f"this run continues after step {step}")
     for path in (Path(output_dir) / "checkpoints").glob(".step_*"):
         _remove(path)
-    for path in (Path(output_dir) / "checkpoints").glob(".kept.json.*"):
+    for path in Path(output_dir).glob("checkpoints/.kept.json.*"):
         path.unlink()
     if not (path_of(output_dir, kept(output_dir).get("step", 0)) / "COMPLETE").is_file():
-        _kept_file(output_dir).unlink(missing_ok=True)
+        (Path(output_dir) / KEPT).unlink(missing_ok=True)
 
 
 def _set_aside(path: Path, how: str, why: str) -> None:
@@ -339,47 +317,35 @@ def _set_aside(path: Path, how: str, why: str) -> None:
     os.rename(path, aside)
 
 
-def find(output_dir: str, resume: str, ranks: Ranks) -> Path | None:
+def find(output_dir: str, resume: str, ranks: Ranks, damaged: dict[Path, list] | None = None) -> Path | None:
     """The newest checkpoint that looks whole, or the one that `resume` names; None to start from the beginning.
     Collective. Only the sizes of shards are compared here: `load` compares the digests of what it reads.
 
+    damaged: those that `load` has found not to be whole, and what each rank said of them.
     A torn or edited checkpoint is named and passed over. Raises UserError if there are checkpoints and none is
     whole for all ranks, and for one that was asked for by path and is not whole, or not of this folder.
     """
     if resume == "never":
         return None
-    paths = ranks.once(lambda: newest_first(output_dir))
+    paths, damaged, found = ranks.once(lambda: newest_first(output_dir)), damaged or {}, ""
     if resume != "auto":
         paths = [path for path in paths if path.resolve() == Path(resume).resolve()]
         if not paths:
             raise UserError(f"--resume {resume}: neither auto, never nor a checkpoint of --output_dir {output_dir}")
-    return _first_whole(output_dir, paths, "", resume, ranks) if paths else None
-
-
-def _first_whole(output_dir: str, paths: list[Path], found: str, resume: str, ranks: Ranks) -> Path:
-    """The first of some checkpoints that looks whole. found: what was wrong with the one before these."""
     for path in paths:
-        faults = ranks.gather(lambda: fault(path))
-        found = _passed_over(path, faults, resume, ranks)
+        faults = damaged.get(path) or ranks.gather(lambda: fault(path))
+        found = next((f"{path.name}: {text} (as rank {rank} sees it)" for rank, text in enumerate(faults) if text), "")
         if not found:
             return path
-        if None in faults:
+        if resume != "auto":
+            raise UserError(f"--resume {resume}: {found}")
+        ranks.say(f"checkpoint {path} is not whole, passing it over: {found}")
+        if None in faults and path not in damaged:
             raise UserError(f"--output_dir {output_dir}: {found}; as rank {faults.index(None)} sees it, it is whole")
+    if not paths:
+        return None
     advice = f"{found}; mend them, or use --resume never to start over"
     raise UserError(f"--output_dir {output_dir}: none of its checkpoints is whole; {advice}")
-
-
-def _passed_over(path: Path, faults: list[str | None], resume: str, ranks: Ranks) -> str:
-    """Says that a checkpoint is not whole, by what each rank found, and returns that; `` if it is whole.
-
-    Raises UserError if `resume` names it.
-    """
-    found = next((f"{fault} (as rank {rank} sees it)" for rank, fault in enumerate(faults) if fault), "")
-    if found and resume != "auto":
-        raise UserError(f"--resume {resume}: {found}")
-    if found:
-        ranks.say(f"checkpoint {path} is not whole, passing it over: {found}")
-    return found and f"{path.name}: {found}"
 
 
 def fault(path: Path, read: str = "state.json", advance: Callable[[int], None] = lambda size: None) -> str | None:
@@ -425,106 +391,83 @@ def load(
     """Puts a checkpoint's master weights, moments and step into an engine of any world size. what: is said of it.
     Collective.
 
-    Verifying and loading are one pass. If a file turns out to be not as it was written, `--resume auto` passes this
-    checkpoint over and sets everything again from the one before, whose counters `state` then gets.
+    Verifying and loading are one pass. A checkpoint with a file that is not as it was written is passed over by
+    `--resume auto`: everything is set again from the one before, and so is `state`, but for what the run is planned by.
     """
-    first = path
+    damaged: dict[Path, list] = {}
     while True:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["parameters"] != {name: list(p.ds_shape) for name, p in parameters.items()}:
             raise UserError(f"checkpoint {path} holds another model's parameters")
         residency.set_step(engine, step_of(path))
-        reader = _Reader(path, manifest, parameters, residency.state_shards(engine), ranks)
-        found = _passed_over(path, ranks.on_all(reader.read), resume, ranks)
-        if not found:
+        shards = residency.state_shards(engine)
+        damaged[path] = ranks.on_all(lambda: _read(path, manifest, parameters, shards, ranks))
+        if not any(damaged[path]):
             break
-        output_dir = str(path.parents[1])
-        older = [other for other in ranks.once(lambda: newest_first(output_dir)) if step_of(other) < step_of(path)]
-        path = _first_whole(output_dir, older, found, resume, ranks)
-        _take_counters(state, path, first, ranks)
+        older = find(str(path.parents[1]), resume, ranks, damaged)
+        assert older is not None  # for there are checkpoints
+        path, found = older, read_state(older)
+        if found.identity != state.identity:
+            raise UserError(f"checkpoint {path}, the one before a damaged one, is another run's; move it away")
+        planned = {name: getattr(state, name) for name in ("micro_batch_budget", "residency", "world_size")}
+        vars(state).update(vars(found) | planned)
     residency.round_master_weights(engine)
     ranks.say(f"{what} after step {state.step} from {path}")
 
 
-def _take_counters(state: RunState, path: Path, damaged: Path, ranks: Ranks) -> None:
-    """Gives state the counters of a checkpoint in place of those of a damaged one. Raises UserError if what the run has
-    been planned from, micro-batches and residency, was not the same in both: the next run plans from this one."""
-    planned, found = read_state(damaged), read_state(path)
-    for name in ("identity", "world_size", "micro_batch_budget", "residency"):
-        if getattr(planned, name) != getattr(found, name):
-            ranks.once(lambda: _set_aside(damaged, "damaged", "it is not whole"))
-            raise UserError(f"checkpoint {damaged} is damaged, and {path.name} is of another {name}: run this again")
-    for name in ("step", "samples", "total_tokens", "target_tokens", "num_records"):
-        setattr(state, name, getattr(found, name))
+def _read(path: Path, manifest: dict, parameters: Parameters, shards: dict[Any, Shard], ranks: Ranks) -> str | None:
+    """Reads what this rank takes of a checkpoint, each file as a whole, into its shards (of residency.state_shards).
+    What is wrong with the files, None if nothing is. Raises OSError if one cannot be read."""
+    files, writers = manifest["files"], manifest["world_size"]
+    needed = {f"rank_{writer:05d}" for writer in _writers_read_by(ranks, writers, parameters)}
+    mine = [file for file in sorted(files) if file[:10] in needed]
 
-
-class _Reader:
-    """Reads what a rank takes of a checkpoint, each file as a whole, into its shards (of residency.state_shards)."""
-
-    def __init__(self, path: Path, manifest: dict, parameters: Parameters, shards: dict[Any, Shard], ranks: Ranks):
-        self.path, self.files, self.parameters = path, manifest["files"], parameters
-        self.shards, self.ranks, writers = shards, ranks, manifest["world_size"]
-        # writer -> parameter -> _overlap of this rank's shard and the writer's
-        self.overlaps: dict[int, dict[str, tuple[int, int, int] | None]] = {}
-        for writer in range(writers):
-            pair = (ranks.rank, ranks.world_size), (writer, writers)
-            overlaps = {name: _overlap(p.ds_numel, *pair) for name, p in parameters.items()}
-            # Files of which no rank needs anything are read all the same, by one rank.
-            if any(overlaps.values()) or writer * ranks.world_size // writers == ranks.rank:
-                self.overlaps[writer] = overlaps
-
-    def read(self) -> str | None:
-        """What is wrong with the files, None if nothing is. Raises OSError if one cannot be read."""
-        names = {file: name.groups() for file in sorted(self.files) if (name := FILE.fullmatch(file))}
-        mine = {file: (int(rank), kind) for file, (rank, kind) in names.items() if int(rank) in self.overlaps}
-        size = sum(self.files[file]["size"] for file in mine)
-        shown = progress(f"reading {self.path.name}", size // 10**6, "MB", self.ranks.say, self.ranks.is_main)
-        try:
-            with shown as advance, ThreadPoolExecutor(READERS) as pool:
-                for kind in reversed(KINDS):  # master weights last (see Shard.write)
-                    of_kind = {file: writer for file, (writer, of) in mine.items() if of == kind}
-                    is_whole = pool.map(self._read, of_kind, of_kind.values())
-                    for file, found in zip(of_kind, is_whole, strict=True):
-                        if not found:
-                            return f"{file} has been changed"
-                        advance(self.files[file]["size"] // 10**6)
-        except FileNotFoundError as e:
-            return f"{Path(e.filename).name}: {e.strerror}"
-        return None
-
-    def _read(self, file: str, writer: int) -> bool:
+    def read(file: str) -> bool:
         """Puts a file's elements in their places, block by block; whether the file is as it was written."""
-        entry, state = self.files[file], xxhash.xxh3_128()
+        places, state = files[file]["tensors"], xxhash.xxh3_128()
         buffer: np.ndarray = np.zeros(BLOCK_BYTES, np.uint8)
-        header = min((start for start, _ in entry["tensors"].values()), default=entry["size"])
-        with naming(self.path / file), open(self.path / file, "rb") as source:
-            state.update(source.read(header))
-            for key, (start, end) in entry["tensors"].items():
+        with naming(path / file), open(path / file, "rb") as source:
+            state.update(source.read(min(start for start, _ in places.values())))  # the header
+            for key, (start, end) in places.items():
                 kind, _, name = key.partition("/")
-                for first in range(start, end, BLOCK_BYTES):
-                    block = buffer[: min(BLOCK_BYTES, end - first)]
+                param = parameters[name]
+                ours, our_end = shard_range(param.ds_numel, ranks.rank, ranks.world_size)
+                theirs, _ = shard_range(param.ds_numel, int(file[5:10]), writers)
+                for at in range(start, end, BLOCK_BYTES):
+                    block = buffer[: min(BLOCK_BYTES, end - at)]
                     if source.readinto(block.data) != len(block):
                         return False
                     state.update(block.data)
-                    if place := self.overlaps[writer][name]:
-                        shard, at = self.shards[self.parameters[name]], (first - start) // 4
-                        _put(block.view(np.float32), at, *place, shard, kind)
-        return state.hexdigest() == entry["digest"]
+                    values = torch.from_numpy(block.view(np.float32))
+                    first = theirs + (at - start) // 4  # the block's first element, counted in the whole parameter
+                    low, high = max(first, ours), min(first + len(values), our_end)
+                    if low < high:
+                        shards[param].write(kind, low - ours, values[low - first : high - first])
+        return state.hexdigest() == files[file]["digest"]
+
+    size = sum(files[file]["size"] for file in mine)
+    shown = progress(f"reading {path.name}", size // 10**6, "MB", ranks.say, ranks.is_main)
+    try:
+        with shown as advance, ThreadPoolExecutor(READERS) as pool:
+            for kind in reversed(KINDS):  # master weights last (see Shard.write)
+                of_kind = [file for file in mine if f".{kind}_" in file]
+                for file, is_whole in zip(of_kind, pool.map(read, of_kind), strict=True):
+                    if not is_whole:
+                        return f"{file} has been changed"
+                    advance(files[file]["size"] // 10**6)
+    except FileNotFoundError as e:
+        return f"{Path(e.filename).name}: {e.strerror}"
+    return None
 
 
-def _overlap(numel: int, us: tuple[int, int], them: tuple[int, int]) -> tuple[int, int, int] | None:
-    """The stretch of a flattened parameter that two ranks, each (rank, world size), hold: where it begins in our shard
-    and in theirs, and its elements; None if there is none."""
-    (our_start, our_end), (their_start, their_end) = shard_range(numel, *us), shard_range(numel, *them)
-    start, end = max(our_start, their_start), min(our_end, their_end)
-    return (start - our_start, start - their_start, end - start) if start < end else None
-
-
-def _put(block: np.ndarray, at: int, ours: int, theirs: int, count: int, shard: Shard, kind: str) -> None:
-    """Copies what a block, elements from `at` on of a writer's shard, holds of an _overlap to our shard."""
-    first, last = max(at, theirs), min(at + len(block), theirs + count)
-    if first < last:
-        shard.write(kind, ours + first - theirs, torch.from_numpy(block[first - at : last - at]))
+def _writers_read_by(ranks: Ranks, writers: int, parameters: Parameters) -> set[int]:
+    """The writers that held elements of this rank's. One that no rank needs is read by one rank all the same."""
+    found = {writer for writer in range(writers) if writer * ranks.world_size // writers == ranks.rank}
+    for p in parameters.values():
+        start, end = shard_range(p.ds_numel, ranks.rank, ranks.world_size)
+        size = -(-p.ds_numel // writers)
+        found |= {*range(start // size, -(-end // size))} if start < end else set()
+    return found
 
 
 def export_shown(path: Path, output_dir: Path) -> None:
@@ -543,16 +486,12 @@ def export(path: Path, output_dir: Path, advance: Callable[[int], None] = lambda
     if found := fault(path, r"state\.json|settings/|\.master_", advance):
         raise UserError(f"checkpoint {path} is not whole: {found}")
     manifest = json.loads((path / "manifest.json").read_text())
-    shards: dict[str, list] = {}  # parameter -> [(file, first byte, elements)] by rank
-    for file, entry in sorted(manifest["files"].items()):
-        for key, (start, end) in entry.get("tensors", {}).items():
-            if key.startswith("master/"):
-                shards.setdefault(key.removeprefix("master/"), []).append((path / file, start, (end - start) // 4))
 
     def fill(name: str, out: torch.Tensor) -> None:
-        for file, start, count in shards[name]:
-            for first in range(0, count, BLOCK_BYTES):
-                values = np.fromfile(file, np.float32, min(BLOCK_BYTES, count - first), offset=start + 4 * first)
+        for file, entry in sorted(manifest["files"].items()):  # by rank
+            start, end = entry.get("tensors", {}).get(f"master/{name}", (0, 0))
+            for at in range(start, end, BLOCK_BYTES):
+                values = np.fromfile(path / file, np.float32, min(BLOCK_BYTES, end - at) // 4, offset=at)
                 out[: len(values)].copy_(torch.from_numpy(values))
                 out = out[len(values) :]
                 advance(values.nbytes)

@@ -16,7 +16,6 @@ REFUSED = ("zero_quantized_", "zero_hpz_", "mics_", "zenflow", "cpu_offload", "l
 # What stays whole on a rank during a step. Where the file does not say it, common/zero/memory.py chooses.
 RESIDENCY = ("nothing", "gradients", "all")
 # `residency` and `optimizer_state` (the share of it on the device) are the keys that are not DeepSpeed's.
-STATE_ON_DEVICE = {"device": 1.0, "host": 0.0}
 PLACEMENT_KEYS = {"residency", "optimizer_state", "zero_optimization", "aio", "compile"}
 PLACEMENT_KEYS |= {"steps_per_print", "comms_logger", "wall_clock_breakdown", "memory_breakdown", "flops_profiler"}
 
@@ -29,12 +28,11 @@ def deepspeed_config(config: TrainConfig) -> dict:
     One micro-batch a call and no accumulation count: the loop says itself which backward pass is a step's last. Raises
     UserError for a file that cannot be read, is not ZeRO stage 3, or sets what a flag owns or DeepSpeed does not know.
     """
-    file = f"--ds_config {config.ds_config}"
+    file, path = f"--ds_config {config.ds_config}", Path(config.ds_config)
 
     def wrong(reason: str) -> UserError:
         return UserError(f"{file}: {reason}")
 
-    path = Path(config.ds_config)
     if not path.is_file() and not path.is_absolute():
         path = Path(__file__).parents[2] / path  # a path of the project's own, from any working directory
     with as_user_error(file, OSError), as_user_error(f"{file}: not JSON", ValueError, RecursionError):
@@ -56,15 +54,16 @@ def deepspeed_config(config: TrainConfig) -> dict:
         raise wrong("offloading to nvme is not supported: checkpoints are written from memory; use cpu")
     if zero.pop("offload_optimizer", None) and "offload_optimizer" in devices:  # DeepSpeed would update on the CPU
         placement.setdefault("optimizer_state", "host")
-    if "offload_param" in devices:  # what lies in the host's memory cannot stay whole on the device
-        placement.setdefault("residency", "nothing")
-    allowed = ("nothing",) if "offload_param" in devices else RESIDENCY
-    if placement.get("residency", "nothing") not in allowed:
-        raise wrong(f"`residency` must be {' or '.join(allowed)}{' with offload_param' if len(allowed) == 1 else ''}")
+    if "offload_param" in devices and placement.setdefault("residency", "nothing") != "nothing":
+        raise wrong(
+            "`residency` must be nothing with offload_param: what lies in host memory cannot stay on the device"
+        )
+    if placement.get("residency", "nothing") not in RESIDENCY:
+        raise wrong(f"`residency` must be {' or '.join(RESIDENCY)}")
     if "optimizer_state" in placement:
         share = placement["optimizer_state"]
-        share = STATE_ON_DEVICE.get(share, -1) if isinstance(share, str) else share
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        share = {"device": 1.0, "host": 0.0}.get(share, -1) if isinstance(share, str) else share
+        if type(share) not in (int, float) or not 0 <= share <= 1:
             raise wrong("`optimizer_state` must be device, host, or the share on the device, from 0 to 1")
         placement["optimizer_state"] = float(share)
     return {
