@@ -285,7 +285,7 @@ def test_a_rank_that_does_not_answer_a_request_is_named_and_what_the_next_ones_d
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=WAIT)
     assert "A second request" in output and "a third" in output
-    assert "rank 1 (is stopped" in output and "rank 0 (is" not in output and notes(project, 0)[-1] == "saved"
+    assert "rank 1: T (stopped)" in output and "rank 0: T" not in output and notes(project, 0)[-1] == "saved"
     assert process.returncode == 143
 
 
@@ -316,7 +316,7 @@ def test_a_rank_that_goes_on_when_another_has_failed_is_killed_and_the_first_exi
     if how == "heed":
         os.kill(pids_of(project)[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=WAIT)
-    assert process.returncode == exit_code and f"a rank ended with {exit_code}" in output
+    assert process.returncode == exit_code and f"ended with {exit_code}" in output
     assert "killing" in output and not notes(project, 0)[1:]
 
 
