@@ -53,7 +53,7 @@ def agreed_identity(
 
 def require_agreement(view: Callable[[], dict], ranks: Ranks) -> None:
     """Raises UserError with a rank whose view, values by name, is not rank 0's, and in what it differs. Collective."""
-    views = ranks.gather(lambda: (socket.gethostname(), view()))
+    views = ranks.on_all(lambda: (socket.gethostname(), view()))
 
     def compare() -> None:
         for rank, (host, theirs) in enumerate(views):

@@ -40,18 +40,17 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     holds another run that `--resume auto` would continue or overwrite; if a host sees another folder or other
     checkpoints there; or if the hub would not take the model.
     """
-    steps = ranks.once(lambda: _finished_after(config, identity, last_step))
+    steps, is_finished = ranks.once(lambda: _take(config, identity, last_step))
     _require_one_folder(config.output_dir, ranks)
     log_to(Path(config.output_dir) / "logs" / f"rank_{ranks.rank}.log")
-    if steps is not None:
+    if is_finished:
         _end(config, f"{config.output_dir} holds this run, finished after {steps} steps; nothing to do", ranks)
         return None
     if config.push_to_hub:
         ranks.once(lambda: hub.require_repository(config, identity))
     path = checkpoint.find(config.output_dir, config.resume, ranks)
     if path is None:
-        steps = ranks.once(lambda: read_run_config(config.output_dir)).get("result", {}).get("steps")
-        if steps and config.resume == "auto":
+        if steps:
             ended = f"this run ended after {steps} steps, no checkpoint"
             ranks.say(f"warning: {config.output_dir}: {ended}: it begins anew")
         return RunState(identity=identity), None
@@ -60,25 +59,38 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     return state, path
 
 
-def _finished_after(config: TrainConfig, identity: dict, last_step: int) -> int | None:
-    """The steps of the finished run that the folder holds, None if it holds none. Raises UserError, as claim."""
+def _take(config: TrainConfig, identity: dict, last_step: int) -> tuple[int | None, bool]:
+    """Takes the folder; (the steps of the ended run that it holds, whether nothing is left of it to do)."""
     output_dir = Path(config.output_dir)
     _require_no_other_model(config)
     with as_user_error(f"--output_dir {output_dir}: cannot be written", OSError):
         (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         _lock(output_dir)
-    record = read_run_config(config.output_dir)
-    steps = record.get("result", {}).get("steps")
-    if config.resume != "auto" or steps is None:
-        return None
-    what, old = f"the model in {output_dir}", record.get("identity", {})
-    _require_same_run(what, config.output_dir, old, identity, steps, last_step)
+    result = require_no_other_run(config, identity, last_step)
+    steps = result.get("steps")
     # A run that stopped early is finished for as long as the same patience is asked for.
-    has_ended = steps == last_step or record["result"].get("stopped_early") == (config.early_stopping_patience or 0)
+    has_ended = steps == last_step or result.get("stopped_early") == (config.early_stopping_patience or 0)
     is_finished = has_ended and _holds_model(output_dir)
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
         checkpoint.delete_all(config.output_dir, "the run is done")
-    return steps if is_finished else None
+    return steps, is_finished
+
+
+def require_no_other_run(config: TrainConfig, identity: dict, last_step: int) -> dict:
+    """The result of the ended run that output_dir holds and `--resume` goes on from, {} without one. Writes nothing.
+
+    Raises UserError where claim would for a folder that holds another run, as far as `identity`, perhaps a part of the
+    run's, tells, or another model.
+    """
+    _require_no_other_model(config)
+    record = read_run_config(config.output_dir)
+    result = record.get("result", {})
+    if config.resume != "auto" or not result and not checkpoint.newest_first(config.output_dir):
+        return {}
+    old = {name: record.get("identity", {}).get(name) for name in identity}
+    if record:
+        _require_same_run(config.output_dir, config.output_dir, old, identity, result.get("steps", 0), last_step)
+    return result
 
 
 def _require_one_folder(output_dir: str, ranks: Ranks) -> None:
@@ -92,27 +104,14 @@ def _require_one_folder(output_dir: str, ranks: Ranks) -> None:
         seen = {".lock": known_by} | checkpoint.seen(output_dir)
         return {f"{name} of --output_dir, a folder that all must share": mark for name, mark in seen.items()}
 
-    ours = ranks.once(view)
+    ours, until = ranks.once(view), time.monotonic() + SECONDS_UNTIL_SEEN
 
     def view_in_time() -> dict:
-        for _ in range(SECONDS_UNTIL_SEEN):
-            if view() == ours:
-                break
+        while view() != ours and time.monotonic() < until:
             time.sleep(1)
         return view()
 
-    views = ranks.on_all(view_in_time)
-    require_agreement(lambda: views[ranks.rank], ranks)
-
-
-def require_no_other_run(config: TrainConfig, identity: dict, last_step: int) -> None:
-    """Raises UserError where claim would, as far as `identity`, a part of the run's, tells. Writes nothing."""
-    _require_no_other_model(config)
-    record = read_run_config(config.output_dir)
-    if record and config.resume == "auto":
-        old = {name: record.get("identity", {}).get(name) for name in identity}
-        steps = record.get("result", {}).get("steps", 0)
-        _require_same_run(config.output_dir, config.output_dir, old, identity, steps, last_step)
+    require_agreement(view_in_time, ranks)
 
 
 def _require_no_other_model(config: TrainConfig) -> None:
