@@ -9,6 +9,7 @@ import math
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,17 +40,16 @@ def training_and_held_out(
     kind: "sft" or "dpo". most_rows: as in prepare_tokens.
     Raises UserError for data that cannot be used.
     """
-    mixer, amount = config.eval_dataset_mixer, config.eval_holdout
 
-    def read(config: TrainConfig) -> TokenDataset:
-        return TokenDataset(ranks.once_per_node(lambda: prepare_tokens(kind, config, template, most_rows)))
+    def read(mixer: list[str]) -> TokenDataset:
+        of_mixer = dataclasses.replace(config, dataset_mixer=mixer)
+        return TokenDataset(ranks.once_per_node(lambda: prepare_tokens(kind, of_mixer, template, most_rows)))
 
-    data = read(config)
-    if amount:
-        return split(data, amount)
-    held_out = None
-    if mixer:
-        held_out = read(dataclasses.replace(config, dataset_mixer=mixer))
+    data, held_out = read(config.dataset_mixer), None
+    if config.eval_holdout:
+        return split(data, config.eval_holdout)
+    if config.eval_dataset_mixer:
+        held_out = read(config.eval_dataset_mixer)
         if len({*ranks.gather(lambda: held_out.digest)}) > 1:  # ranks with other plans would wait for one another
             raise UserError("--eval_dataset_mixer: its rows are not the same on all hosts")
     return data, held_out
@@ -98,7 +98,8 @@ class Evaluation:
         self, data: TokenDataset, held_out: TokenDataset | None, config: TrainConfig, schedule: Schedule, ranks: Ranks
     ):
         """Counts the held-out samples that are trained on, too, and says what will be evaluated. Collective."""
-        self.held_out, self.config, self.ranks, self.last_step = held_out, config, ranks, schedule.last_step
+        self.held_out: Any = held_out
+        self.config, self.ranks, self.last_step = config, ranks, schedule.last_step
         self.every, self.record = config.eval_steps or math.ceil(schedule.num_steps / EVALUATIONS), None
         if held_out is None:
             return
@@ -118,7 +119,7 @@ class Evaluation:
 
     def read_reference(self, engine, weights: str, kernel: str, budget: int) -> None:
         """Log-probabilities of the held-out pairs under the reference, as reference_pass. Collective."""
-        if self.held_out is not None and self.record is not None and isinstance(self.config, DPOConfig):
+        if self.record is not None and isinstance(self.config, DPOConfig):
             data, needed = self.held_out, [*range(len(self.held_out))]
             passed = reference_pass(engine, data, needed, weights, self.config, kernel, budget, self.ranks)
             self.reference_logps, self.record = passed[0], self.record | passed[1]
@@ -132,7 +133,6 @@ class Evaluation:
 
         SFT: loss, nats a target token, and perplexity, its exponential. DPO: loss, accuracy and margin, as in training.
         """
-        assert self.held_out is not None
         started, everything = time.perf_counter(), [*range(len(self.held_out))]
         metrics: dict[str, float] = {}
         self.ranks.say(f"evaluating {len(everything):,} samples")
@@ -147,7 +147,6 @@ class Evaluation:
         return metrics
 
     def _means(self, logps: np.ndarray, members: np.ndarray) -> dict[str, float]:
-        assert self.held_out is not None
         if not isinstance(self.config, DPOConfig):
             loss = -logps.sum(dtype=np.float64) / self.held_out.num_targets[members].sum()
             return {"loss": float(loss), "perplexity": float(np.exp(loss))}
@@ -177,9 +176,8 @@ class Evaluation:
         step = self.ranks.once(lambda: checkpoint.kept(self.config.output_dir).get("step"))
         if not self.config.export_best or step is None:
             return None
-        path = checkpoint.path_of(self.config.output_dir, step)
-        what, state = "--export_best: the model is that", checkpoint.read_state(path)
-        checkpoint.load(engine, parameters, path, state, str(path), self.ranks, what)
+        path, what = checkpoint.path_of(self.config.output_dir, step), "--export_best: the model is that"
+        checkpoint.load(engine, parameters, path, checkpoint.read_state(path), str(path), self.ranks, what)
         return step
 
     def says_stop(self, losses: list[float]) -> bool:
