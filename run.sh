@@ -71,12 +71,9 @@ compute_capability() {  # of the oldest GPU; nothing without one
 }
 
 install_flash_attn() {  # an optional addition: no failure of its stops anything
-    if "$python" -c 'import flash_attn' 2>/dev/null; then
-        return
-    elif [[ $(compute_capability) =~ ^(9|10)\. ]] && (pip_install "${flash_attn[@]}"); then
-        return
-    fi
-    echo "flash-attn is left out: its wheels are for Hopper and Blackwell GPUs. torch's own attention is used"
+    "$python" -c 'import flash_attn' 2>/dev/null && return
+    [[ $(compute_capability) =~ ^(9|10)\. ]] && (pip_install "${flash_attn[@]}") ||
+        echo "flash-attn is left out: its wheels are for Hopper and Blackwell GPUs. torch's own attention is used"
 }
 
 # ---------------------------------------------------------------------- verbs
