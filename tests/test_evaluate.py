@@ -208,21 +208,22 @@ def test_sources_have_names_of_their_own(tmp_path):
     assert source_names(ds) == ["my_chats", "my_chats~2", "set-3.1"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("--eval_holdout 1 --eval_dataset_mixer x.jsonl", "--eval_holdout"),
-        ("--eval_steps 3", "--eval_steps"),
-        ("--early_stopping_patience 3", "--early_stopping_patience"),
-        ("--keep_best eval/loss", "--keep_best"),
-        ("--export_best true --eval_holdout 1", "--export_best"),
-        *((f"--eval_holdout={amount}", "--eval_holdout") for amount in ("0.1", "100%", "10", "0", "1%", "x", "-3")),
-    ],
-)
-def test_flags_that_hold_out_nothing_or_everything_are_refused(tmp_path, flags, named):
+ODD = [
+    "eval_holdout=1 --eval_dataset_mixer x.jsonl",
+    "eval_steps=3",
+    "early_stopping_patience=3",
+    "keep_best=eval/loss",
+]
+ODD += ["export_best=true --eval_holdout=1"]
+ODD += [f"eval_holdout={amount}" for amount in ("0.1", "100%", "10", "0", "1%", "x", "-3")]
+
+
+@pytest.mark.parametrize("flag", ODD)
+def test_flags_that_hold_out_nothing_or_everything_are_refused(tmp_path, flag):
     path = models.write_jsonl(tmp_path / "rows.jsonl", models.conversations(10))
-    with pytest.raises(UserError, match=named):
-        config = parse_config(SFTConfig, ["--dataset_mixer", str(path), "--cache_dir", str(tmp_path), *flags.split()])
+    words = ["--dataset_mixer", str(path), "--cache_dir", str(tmp_path), *f"--{flag}".split()]
+    with pytest.raises(UserError, match=f"--{flag.partition('=')[0]}"):
+        config = parse_config(SFTConfig, words)
         training_and_held_out("sft", config, resolve_template("tulu", models.make_tokenizer()), OneRank())
 
 
@@ -231,16 +232,13 @@ def test_flags_that_hold_out_nothing_or_everything_are_refused(tmp_path, flags, 
 
 @given(st.lists(st.one_of(st.integers(0, 5).map(float), st.just(math.nan)), max_size=8), st.integers(1, 4))
 def test_a_run_stalls_once_the_last_evaluations_bettered_nothing(losses, patience):
-    """As a counter would see it: a loss that is no number betters nothing."""
-    best, waited, stalled = math.inf, 0, False
-    for loss in losses:
-        if loss < best:
-            best, waited = loss, 0
-        else:
-            waited += 1
-        stalled = stalled or waited >= patience
-    first = next((n for n in range(len(losses) + 1) if has_stalled(losses[:n], patience)), None)
-    assert (first is not None) == stalled and not has_stalled(losses, None)
+    """A loss that is no number betters nothing."""
+
+    def bettered(i: int) -> bool:
+        return losses[i] < min([loss for loss in losses[:i] if loss == loss], default=math.inf)
+
+    stalled = len(losses) >= patience and not any(map(bettered, range(len(losses) - patience, len(losses))))
+    assert has_stalled(losses, patience) == stalled and not has_stalled(losses, None)
 
 
 def test_a_run_that_stalls_ends_well_says_so_and_is_finished_for_the_same_patience(setting):
