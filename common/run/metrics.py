@@ -86,20 +86,11 @@ class StepMeter:
         """The step that is done. computed: its losses and the like, by their names in metrics.jsonl. Over all ranks:
         its tokens, the sum of its samples' squared lengths, its target tokens. rows: micro-batches of each rank."""
         seconds, world_size = time.perf_counter() - self.started, self.ranks.world_size
-        record = {
-            "step": state.step,
-            "epoch": state.samples / self.num_samples,
-            **computed,
-            "total_tokens": state.total_tokens,
-            "target_tokens": targets,
-            "samples": state.samples,
-            "step_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "per_device_tps": tokens / seconds / world_size,
-            "max_memory_gb": memory_gb(self.ranks.device),
-            "micro_batches": rows,
-            "packing_efficiency": tokens / (rows * world_size * self.budget),
-        }
+        record = {"step": state.step, "epoch": state.samples / self.num_samples, **computed}
+        record |= {"total_tokens": state.total_tokens, "target_tokens": targets, "samples": state.samples}
+        record |= {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+        record |= {"per_device_tps": tokens / seconds / world_size, "max_memory_gb": memory_gb(self.ranks.device)}
+        record |= {"micro_batches": rows, "packing_efficiency": tokens / (rows * world_size * self.budget)}
         if compiled := torch._dynamo.utils.counters["stats"]["unique_graphs"]:
             record["compiled_graphs"] = compiled  # since the start: growth after warm-up is lost time
         if self.peak_flops:

@@ -51,8 +51,9 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     path = checkpoint.find(config.output_dir, config.resume, ranks)
     if path is None:
         if steps:
-            ended = f"this run ended after {steps} steps, no checkpoint"
-            ranks.say(f"warning: {config.output_dir}: {ended}: it begins anew")
+            ranks.say(
+                f"warning: {config.output_dir}: this run ended after {steps} steps, no checkpoint: it begins anew"
+            )
         return RunState(identity=identity), None
     state = checkpoint.read_state(path)
     _require_same_run(f"checkpoint {path}", config.output_dir, state.identity, identity, state.step, last_step)
@@ -151,8 +152,7 @@ def _holds_model(output_dir: Path) -> bool:
         return False
 
 
-# What was locked, and written there. The system lets go of a lock when this process ends or closes any other open file
-# of that name.
+# What was locked, and written there. A lock ends with this process, or when it closes any other open file of that name.
 _locks: list[tuple[TextIO, str]] = []
 
 
@@ -183,19 +183,12 @@ def record_of(method: str, config: TrainConfig, identity: dict, state: RunState,
         device, memory = properties.name, properties.total_memory
     held = ranks.gather(lambda: sum(p.ds_tensor.numel() for p in parameters))  # the padding included
     numel = sum(p.ds_numel for p in parameters)
-    return {
-        "method": method,
-        "config": vars(config),
-        "identity": identity,
-        "micro_batch_budget": state.micro_batch_budget,
-        "residency": state.residency,
-        "layers": policy.layers_report(),
-        "zero": {"stage": 3, "num_parameters": numel, "partitioned_parameters_per_rank": held},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "device": {"name": device, "total_memory_gb": memory / 1e9},
-        "world_size": ranks.world_size,
-        **more,
-    }
+    record = {"method": method, "config": vars(config), "identity": identity, "layers": policy.layers_report()}
+    record |= {"micro_batch_budget": state.micro_batch_budget, "residency": state.residency}
+    record |= {"device": {"name": device, "total_memory_gb": memory / 1e9}, "world_size": ranks.world_size}
+    record["zero"] = {"stage": 3, "num_parameters": numel, "partitioned_parameters_per_rank": held}
+    record["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    return record | more
 
 
 def open_output_dir(config: TrainConfig, record: dict, state: RunState, ranks: Ranks) -> MetricsFile:
@@ -223,23 +216,15 @@ def open_output_dir(config: TrainConfig, record: dict, state: RunState, ranks: R
 
 
 def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsFile, table: str, ranks: Ranks) -> None:
-    """Curves, model card, then the result: from here on the folder holds a finished run; its upload, if asked for.
-    Collective.
-
-    table: of the data, for the model card.
-    """
+    """Curves, model card (with the data's table), then the result: from here on the folder holds a finished run; then
+    its upload, if asked for. Collective."""
     metrics.flush_to_disk()  # it is still the run's own folder that the model was written to
-    # What each rank has counted and read by itself.
     is_early = has_stalled(metrics.eval_losses, config.early_stopping_patience)
     agreement = ranks.gather(lambda: [state.step, state.samples, state.target_tokens, record["identity"]])
-    result = {
-        "steps": state.step,
-        "total_tokens": state.total_tokens,
-        "target_tokens": state.target_tokens,
-        "train_loss": metrics.last and metrics.last["train_loss"],
-        "stopped_early": config.early_stopping_patience if is_early else None,
-        "rank_agreement": all(a == agreement[0] for a in agreement),
-    }
+    result: dict = {"steps": state.step, "total_tokens": state.total_tokens, "target_tokens": state.target_tokens}
+    result["train_loss"] = metrics.last and metrics.last["train_loss"]
+    result["stopped_early"] = config.early_stopping_patience if is_early else None
+    result["rank_agreement"] = all(a == agreement[0] for a in agreement)
 
     def write() -> None:
         try:
@@ -254,8 +239,8 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
 
     ranks.once(write)
     if metrics.last and "planned" in record:
-        records = ranks.once(lambda: read_metrics(Path(config.output_dir) / "metrics.jsonl"))
-        ranks.say(beside(record["planned"], records))
+        path = Path(config.output_dir) / "metrics.jsonl"
+        ranks.say(ranks.once(lambda: beside(record["planned"], read_metrics(path))))
     exported = record.get("exported_step", state.step)  # --export_best may have another
     of = "the model" if exported == state.step else f"the model of step {exported},"
     _end(config, f"done: {config.output_dir} holds {of} after {state.step} steps", ranks)

@@ -161,13 +161,13 @@ def judge_answers(sft: tuple[float, float], dpo: tuple[float, float]) -> list[Ch
     sft, dpo: the shares, 0 to 1, of their answers that are right, and of those in the chosen style.
     """
     (sft_right, sft_style), (dpo_right, dpo_style) = sft, dpo
-    kept, keeps = f"{sft_right:.1%} to {dpo_right:.1%}", dpo_right >= sft_right - 0.05 - 1e-9
-    half = 0.35 <= sft_style <= 0.65
+    half, kept = 0.35 <= sft_style <= 0.65, dpo_right >= sft_right - 0.05 - 1e-9
+    fall = f"{sft_right:.1%} to {dpo_right:.1%}"
     return [
         Check("SFT answers right", "at least 70% of held-out prompts", f"{sft_right:.1%}", sft_right >= 0.70),
         Check("SFT style", "chosen style in about half (35% to 65%)", f"{sft_style:.1%}", half),
         Check("DPO style", "chosen style in at least 90%", f"{dpo_style:.1%}", dpo_style >= 0.90),
-        Check("DPO keeps answers", "right answers fall by at most 5 points", kept, keeps),
+        Check("DPO keeps answers", "right answers fall by at most 5 points", fall, kept),
     ]
 
 
