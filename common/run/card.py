@@ -26,10 +26,7 @@ def base_of(folder: str) -> dict:
 
 
 def model_card(config: TrainConfig, record: dict, last: dict | None, table: str) -> str:
-    """README.md of the model in output_dir.
-
-    record: run_config.json with its result; last: the last record of metrics.jsonl; table: of the data.
-    """
+    """README.md of the model in output_dir, by run_config.json, the last record of metrics.jsonl, the data's table."""
     folder, method, base, result = Path(config.output_dir), record["method"], record["base"], record["result"]
     name, commit, device = config.model_name_or_path, base["commit"], record["device"]
     commits = {source["asked_for"]: source["revision"] for source in record["data"]["sources"] if "revision" in source}

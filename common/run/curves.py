@@ -1,4 +1,4 @@
-"""metrics.jsonl read, and drawn. Nothing here imports torch, so that `compare` answers at once."""
+"""What a run has left, read and drawn. Nothing here imports torch, so that `compare` answers at once."""
 
 import json
 import re
@@ -23,6 +23,15 @@ PANELS = {
 LINES = [("#08306b", "-"), ("#d94801", "--"), ("#41ab5d", ":"), ("#6a51a3", "-."), ("#a50f15", (0, (5, 1, 1, 1, 1, 1)))]
 MARKERS = "osD^v*"
 SMOOTHED_ROWS = 40  # of a curve, about: each is the mean of as many logged steps as that takes
+
+
+def read_run_config(output_dir: str | Path) -> dict:
+    """The record of the run that used this folder before, {} if none did. Raises UserError if it cannot be read."""
+    path = Path(output_dir) / "run_config.json"
+    if not path.is_file():
+        return {}
+    with as_user_error(f"{path} is not what a run wrote; delete it or use another --output_dir"):
+        return {**json.loads(path.read_text(encoding="utf-8"))}  # a TypeError for what is no object
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -35,11 +35,8 @@ EVALUATIONS = 10  # in a run, unless --eval_steps says otherwise
 def training_and_held_out(
     kind: str, config: TrainConfig, template: ChatTemplate, ranks: Ranks, most_rows: int | None = None
 ) -> tuple:
-    """(the run's TokenDataset, that of its evaluation or None). Collective.
-
-    kind: "sft" or "dpo". most_rows: as in prepare_tokens.
-    Raises UserError for data that cannot be used.
-    """
+    """(the run's TokenDataset, that of its evaluation or None). kind: "sft" or "dpo"; most_rows: as in prepare_tokens.
+    Collective. Raises UserError for data that cannot be used."""
 
     def read(mixer: list[str]) -> TokenDataset:
         of_mixer = dataclasses.replace(config, dataset_mixer=mixer)
@@ -56,11 +53,8 @@ def training_and_held_out(
 
 
 def split(data: TokenDataset, amount: str) -> tuple[TokenDataset, TokenDataset]:
-    """(the rest, what is held out), in the data's order. amount: "1%" or "200" of the rows that were kept.
-
-    The draw is that of a subset of a source (common.data.sources.subset_indices), the same for every seed. A row that
-    its source takes more than once is held out with all its copies. Raises UserError.
-    """
+    """(the rest, what is held out), in the data's order. amount: "1%" or "200" of the rows that were kept, drawn as a
+    source's subset is, whatever the seed; each with all copies that its source takes. Raises UserError."""
     rows, row_of = np.unique(data.rows, axis=0, return_inverse=True)
     with as_user_error(f"--eval_holdout {amount}", ValueError):
         check_amount(amount)
@@ -89,10 +83,7 @@ def source_names(data: TokenDataset) -> list[str]:
 
 
 class Evaluation:
-    """The evaluations of one run; without held-out data none is ever due.
-
-    record: what run_config.json says of them.
-    """
+    """The evaluations of one run; without held-out data none is ever due. record: for run_config.json."""
 
     def __init__(
         self, data: TokenDataset, held_out: TokenDataset | None, config: TrainConfig, schedule: Schedule, ranks: Ranks
@@ -113,8 +104,8 @@ class Evaluation:
         self.record = {"every": self.every, "samples": sizes, "also_trained": num_shared, "held_out": held_out.digest}
         if config.eval_holdout:
             self.record["rows"] = [held_out.source_of(i) for i in range(len(held_out))]
-        of_sources = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-        ranks.say(f"evaluation every {self.every} steps and at the end; samples: {of_sources}")
+        of_each = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        ranks.say(f"evaluation every {self.every} steps and at the end; samples: {of_each}")
         ranks.say(f"{'warning: ' * (num_shared > 0)}{num_shared:,} of these samples are also among those trained on")
 
     def read_reference(self, engine, weights: str, kernel: str, budget: int) -> None:

@@ -15,8 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import enable_progress_bars
 
 from common.config import TrainConfig, as_words
-from common.failures import as_user_error, one_line
+from common.failures import UserError, as_user_error, one_line
 from common.files import INDEX, json_digest, weight_files
+from common.run.curves import read_run_config
 
 RECORD = "run_config.json"
 # What goes up beside the weights; run_config.json tells whose model it is.
@@ -27,11 +28,11 @@ FLAGS = ("hub_model_id", "hub_private", "hub_overwrite")  # that `bash run.sh pu
 COMMIT_RETRIES = (5, 30)  # seconds before each
 
 
-def read_record(folder: str | Path) -> dict:
+def read_record(folder: str) -> dict:
     """run_config.json of a finished run. Raises UserError where there is none."""
-    with as_user_error(f"{folder} holds no finished run"):
-        record = json.loads((Path(folder) / RECORD).read_text(encoding="utf-8"))
-        return {**record, "result": record["result"]}
+    if "result" not in (record := read_run_config(folder)):
+        raise UserError(f"{folder} holds no finished run")
+    return record
 
 
 def require_write_token(api: HfApi) -> dict:
@@ -65,8 +66,7 @@ def require_repository(config: TrainConfig, identity: dict) -> str:
 
 def upload(config: TrainConfig) -> str:
     """The address of the commit by which the repository has the files of output_dir's model, and no others that a
-    loader reads. Raises UserError for a folder without a finished run, a repository that may not be written, and an
-    upload that failed."""
+    loader reads. Raises UserError: no finished run, a repository that may not be written, an upload that failed."""
     folder, api, record = Path(config.output_dir), HfApi(), read_record(config.output_dir)
     repo = require_repository(config, record["identity"])
     run, what = json_digest(record["identity"])[:12], f"{record['method']}, {record['result']['steps']} steps"

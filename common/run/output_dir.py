@@ -19,7 +19,7 @@ from common.ranks import Ranks
 from common.run import hub
 from common.run.agreement import PACKAGES, require_agreement
 from common.run.card import model_card
-from common.run.curves import draw_curves, read_metrics
+from common.run.curves import draw_curves, read_metrics, read_run_config
 from common.run.evaluate import has_stalled
 from common.run.forecast import beside
 from common.run.metrics import MetricsFile
@@ -34,8 +34,7 @@ SECONDS_UNTIL_SEEN = 15  # a network file system may show a new file late
 def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> tuple[RunState, Path | None] | None:
     """Where the run of `identity` begins in output_dir, which from here on is this process's alone. Collective.
 
-    None: it has ended there, and nothing is left but the upload, if asked for, which is done here. Else its state, and
-    the checkpoint to load, None for a fresh start.
+    None: it has ended there, and its upload, if asked for, is done. Else its state and the checkpoint to load, or None.
     Raises UserError if the folder cannot be written, is a model that this run reads, is written by another run now, or
     holds another run that `--resume auto` would continue or overwrite; if a host sees another folder or other
     checkpoints there; or if the hub would not take the model.
@@ -79,10 +78,7 @@ def _take(config: TrainConfig, identity: dict, last_step: int) -> tuple[int | No
 
 def require_no_other_run(config: TrainConfig, identity: dict, last_step: int) -> dict:
     """The result of the ended run that output_dir holds and `--resume` goes on from, {} without one. Writes nothing.
-
-    Raises UserError where claim would for a folder that holds another run, as far as `identity`, perhaps a part of the
-    run's, tells, or another model.
-    """
+    Raises UserError where claim would, as far as `identity`, perhaps a part of the run's, tells."""
     _require_no_other_model(config)
     record = read_run_config(config.output_dir)
     result = record.get("result", {})
@@ -255,12 +251,3 @@ def _end(config: TrainConfig, line: str, ranks: Ranks) -> None:
 
 def write_run_config(output_dir: str, record: dict) -> None:
     replace_file(Path(output_dir) / "run_config.json", json.dumps(record, indent=2, default=str) + "\n")
-
-
-def read_run_config(output_dir: str) -> dict:
-    """The record of the run that used this folder before, {} if none did. Raises UserError if it cannot be read."""
-    path = Path(output_dir) / "run_config.json"
-    if not path.is_file():
-        return {}
-    with as_user_error(f"{path} is not what a run wrote; delete it or use another --output_dir"):
-        return {**json.loads(path.read_text(encoding="utf-8"))}  # a TypeError for what is no object

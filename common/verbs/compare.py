@@ -5,12 +5,11 @@
 OUT1, OUT2 ...: their output_dirs. A value that all runs share is left out. Nothing is written but the picture.
 """
 
-import json
 from pathlib import Path
 from statistics import mean, median
 
 from common.failures import UserError, as_user_error, print_line, shown
-from common.run.curves import draw, read_metrics
+from common.run.curves import draw, read_metrics, read_run_config
 from common.verbs.words import folders
 
 WINDOW = 10  # logged steps, or fewer, that a last value is the mean of
@@ -24,11 +23,9 @@ def main(*argv: str) -> int:
     given, runs = folders("compare OUT1 [OUT2 ...] [--picture FILE]", argv, None, picture={"default": "compare.png"})
     configs, histories = {}, {}
     for label, folder in labels_of(runs).items():
-        with as_user_error(f"{folder}: is no output_dir of a run", OSError, ValueError):
-            configs[label] = json.loads((folder / "run_config.json").read_text(encoding="utf-8"))
-        if not (history := read_metrics(folder / "metrics.jsonl")):
-            raise UserError(f"{folder}: no step was logged yet")
-        histories[label] = history
+        configs[label], histories[label] = read_run_config(folder), read_metrics(folder / "metrics.jsonl")
+        if not configs[label] or not histories[label]:
+            raise UserError(f"{folder}: no run has logged a step there")
     print_line(table("what differs", {label: settings_of(configs[label]) for label in configs}, only_differing=True))
     results = {label: results_of(histories[label], configs[label]) for label in configs}
     print_line("\n" + table("where they stand", results, only_differing=False))

@@ -49,9 +49,7 @@ class Check(NamedTuple):
 
 def judge_run(output_dir: Path, exit_code: int, output: str = "", floor: float = 0.0) -> list[Check]:
     """The verdict on the run that wrote output_dir; missing or torn files are a failed check, not an error.
-
-    output: what the run printed. floor: seconds; a step shorter than this is never called slow, as of a tiny model.
-    """
+    output: what it printed. floor: seconds; a step shorter than this is never called slow, as of a tiny model."""
     seen = "metrics.jsonl: no step was logged"
     try:
         run_config = json.loads((output_dir / "run_config.json").read_text(encoding="utf-8"))
@@ -156,10 +154,8 @@ def _partition(zero: dict, world_size: int) -> Check:
 
 
 def judge_answers(sft: tuple[float, float], dpo: tuple[float, float]) -> list[Check]:
-    """The checks on what the two exported models of `run.sh sanity` answer to held-out prompts.
-
-    sft, dpo: the shares, 0 to 1, of their answers that are right, and of those in the chosen style.
-    """
+    """The checks on what two exported models answer to held-out prompts. sft, dpo: the shares, 0 to 1, of their answers
+    that are right, and of those in the chosen style."""
     (sft_right, sft_style), (dpo_right, dpo_style) = sft, dpo
     half, kept = 0.35 <= sft_style <= 0.65, dpo_right >= sft_right - 0.05 - 1e-9
     fall = f"{sft_right:.1%} to {dpo_right:.1%}"

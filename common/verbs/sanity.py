@@ -30,8 +30,8 @@ FLAGS = {
     f"--loss_type dpo_norm --beta 5 --checkpointing_steps 20 --output_dir {OUTPUT}/dpo",
 }
 BOTH = f"--global_batch_size 64 --max_seq_length 64 --seed {SEED} --cache_dir {OUTPUT}/cache"
-SLOW_STEP_FLOOR = 5.0  # seconds; a tiny model's steps take a tenth of one, and any hiccup ten of those
-RECIPE_SLOW_STEP_FLOOR = 3.0  # of the recipe, whose model may be a small one; ten steps of a large one take longer
+# Seconds; steps of the tiny model take a tenth of one, and any hiccup ten of those; the recipe's may be small, too.
+SLOW_STEP_FLOOR, RECIPE_SLOW_STEP_FLOOR = 5.0, 3.0
 MAX_NEW_TOKENS = 12
 
 
@@ -97,15 +97,14 @@ def sanity_of_recipe(method: str, words: list[str]) -> int:
 def train(words: list[str], log: Path, every: float = 0.0) -> tuple[int, str]:
     """Runs `bash run.sh WORDS`; returns its exit code and all that it printed, which `log` gets. every: of is_shown."""
     print_line(f"\n== {words[0].upper()} (everything it prints: {log})")
-    run, lines = start_run(words), []
+    run = start_run(words)
     on_request_to_stop(lambda number: run.send_signal(number) if run.poll() is None else sys.exit(128 + number))
     with open(log, "w", encoding="utf-8") as file:
         for line in run.stdout or ():
-            lines.append(line)
             file.write(line)
             if is_shown(line, every):
                 print_line(line, end="")
-    return run.wait(), "".join(lines)
+    return run.wait(), log.read_text(encoding="utf-8")
 
 
 def is_shown(line: str, every: float) -> bool:

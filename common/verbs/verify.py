@@ -12,7 +12,7 @@ from pathlib import Path
 from common.config import as_words
 from common.failures import UserError, print_line, progress
 from common.files import held, remove_dead
-from common.run.curves import read_metrics
+from common.run.curves import read_metrics, read_run_config
 from common.verbs.launch import on_request_to_stop, start_run, visible_gpus
 from common.verbs.words import before_imports, folders
 
@@ -28,7 +28,6 @@ def main(*argv: str) -> int:
     given, (folder,) = folders("verify OUTPUT_DIR [--step K]", argv, 1, step={"type": int})
     output_dir = Path(folder)
     before_imports(needs_gpu=bool(visible_gpus()))
-    from common.run.output_dir import read_run_config
     from common.zero import checkpoint
 
     if not (record := read_run_config(folder)):
