@@ -1,7 +1,6 @@
 """Held-out evaluation: its numbers, what it leaves alone, and how it ends a run: pytest tests/test_evaluate.py"""
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -41,9 +40,7 @@ class Setting:
         self.root, self.model = root, models.make_model(root / "llama")
         self.rows = {method: make(18) for method, make in MADE.items()}
         nothing = {"zero_optimization": {"stage": 3}, "residency": "nothing"}
-        self.nothing = root / "nothing.json"
-        self.nothing.write_text(json.dumps(nothing))
-        self.num_folders = 0
+        self.nothing, self.num_folders = models.write_jsonl(root / "nothing.json", [nothing]), 0
 
     def file(self, method: str, name: str, start: int, end: int) -> Path:
         path = self.root / method / name

@@ -1,7 +1,4 @@
-"""Models, tokenizers and data by hub id, and a run's model to the hub: pytest tests/test_hub.py
-
-huggingface_hub's own client, and a hub on the loopback interface.
-"""
+"""Models and data from the hub, a model to it, by huggingface_hub's client and a hub on loopback: tests/test_hub.py"""
 
 import dataclasses
 import json

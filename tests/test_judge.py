@@ -1,7 +1,4 @@
-"""The judge: a good history passes every check, and each check fails on a history made to fail it alone.
-
-python -m pytest tests/test_judge.py
-"""
+"""Each check of the judge fails on a history made to fail it alone: pytest tests/test_judge.py"""
 
 import json
 import math

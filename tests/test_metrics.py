@@ -1,6 +1,5 @@
 """What a run shows of itself: curves, the line of a step, its log: pytest tests/test_metrics.py"""
 
-import json
 import math
 import os
 import re
@@ -8,6 +7,7 @@ from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import launch
+import models
 import numpy as np
 import pytest
 from hypothesis import given
@@ -49,7 +49,9 @@ def panels(figure: Figure) -> dict[str, list[str]]:
 
 
 def test_every_panel_that_has_values_is_drawn_and_no_other(tmp_path, pictures):
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in history(100, sources=("a", "b"))))
+    draw_curves(tmp_path)
+    assert not (tmp_path / "curves.png").exists(), "of a run without a step"
+    models.write_jsonl(tmp_path / "metrics.jsonl", history(100, sources=("a", "b")))
     draw_curves(tmp_path, [30, 60])
     draw({"": history(9, SHARED + PREFERENCES)}, tmp_path / "dpo.png", [])
     sft, dpo = map(panels, pictures)
@@ -73,11 +75,6 @@ def test_of_several_runs_each_panel_holds_one_metric_and_tells_them_apart_withou
     assert len({str(form) for _, form in LINES}) == len(LINES)
     label, names = figure._supxlabel or figure.axes[-1].xaxis.label, figure.axes[-1].get_legend()
     assert label.get_window_extent().y1 < names.get_window_extent().y0, "the label stands below the names of the runs"
-
-
-def test_a_run_without_a_step_has_no_picture(tmp_path):
-    draw_curves(tmp_path)
-    assert not (tmp_path / "curves.png").exists()
 
 
 @given(st.lists(st.one_of(st.floats(-100, 100), st.just(math.nan)), min_size=1, max_size=30), st.integers(1, 9))

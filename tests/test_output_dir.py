@@ -24,7 +24,6 @@ from common.run import output_dir as run_record
 from common.run.agreement import run_identity
 from common.run.metrics import MetricsFile, read_metrics
 from common.run.output_dir import claim, open_output_dir, read_run_config, write_run_config
-from common.step.schedule import Schedule
 from common.zero import checkpoint
 from common.zero.checkpoint import RunState
 
@@ -238,17 +237,12 @@ def no_disk(path) -> SimpleNamespace:
 
 
 def test_too_small_a_disk_is_an_error_before_anything_is_loaded(tiny_llama, dpo_data, tmp_path):
-    flags = launch.flags(tiny_llama, dpo_data, tmp_path, max_train_steps=12, checkpointing_steps=3)
+    """The best checkpoint may come at each evaluation: of two old ones, the best and the one that is being written."""
+    best = {"keep_best": "eval/loss", "eval_holdout": "1", "keep_last_n_checkpoints": 2, "max_train_steps": 12}
+    flags = launch.flags(tiny_llama, dpo_data, tmp_path, **best)
     run = launch.launch("train_dpo", flags, 1, {"shutil.disk_usage": no_disk})
     assert "for 4 checkpoints and 1 exported" in run.refused(2) and "loading" not in run.stdout
     assert not (run.output_dir / "run_config.json").exists()
-
-
-def test_a_best_checkpoint_may_come_at_each_evaluation_whatever_the_interval(folder):
-    """Two old ones, the best and the one that is being written."""
-    config = config_of(folder, keep_last_n_checkpoints=2, keep_best="eval/loss", eval_holdout="1", max_train_steps=9)
-    schedule = Schedule(config, 10)
-    assert "for 4 checkpoints and 1 exported" in disk.need(config, 27, schedule) and not schedule.warnings()
 
 
 # What is certain of a run: its flags, and the checkpoints and models that its folder holds at least.

@@ -1,6 +1,4 @@
-"""run.sh and the launcher of ranks: the verbs, the set-up, signals and exit codes.
-
-    python -m pytest tests/test_run_sh.py
+"""run.sh and the launcher of ranks: the verbs, the set-up, signals and exit codes: pytest tests/test_run_sh.py
 
 Each test runs run.sh in a project folder of its own: with a Python that only notes what is asked of it (set-up), or
 with a training script of a few lines (launching).
@@ -185,10 +183,10 @@ def parse_config(cls): return cls
 def project(tmp_path):
     """A project that is set up, whose train_sft.py is FAKE_SCRIPT; nothing of it may be left running."""
     shutil.copy(launch.REPO / "run.sh", tmp_path)
-    for name in ("failures.py", "files.py", "interrupts.py", "run/disk.py", "verbs/__main__.py", "verbs/launch.py"):
-        text = (launch.REPO / "common" / name).read_text().replace("GRACE = 30.0", "GRACE = 4.0")
-        text = text.replace("ANSWER = 10.0", "ANSWER = 0.5")
-        executable(tmp_path / "common" / name, text)
+    shutil.copytree(launch.REPO / "common", tmp_path / "common")
+    launcher = tmp_path / "common/verbs/launch.py"
+    text = launcher.read_text().replace("GRACE = 30.0", "GRACE = 4.0").replace("ANSWER = 10.0", "ANSWER = 0.5")
+    launcher.write_text(text)
     (tmp_path / "common/config.py").write_text(FAKE_CONFIG)
     (tmp_path / "requirements.txt").write_text("")
     (tmp_path / "train_sft.py").write_text(FAKE_SCRIPT)

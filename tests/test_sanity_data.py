@@ -1,7 +1,4 @@
-"""The embedded default: disjoint, right, half and half, the same bytes from the same seed.
-
-python -m pytest tests/test_sanity_data.py
-"""
+"""The embedded default: disjoint, right, half and half, the same from one seed: pytest tests/test_sanity_data.py"""
 
 import json
 
