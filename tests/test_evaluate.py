@@ -110,7 +110,7 @@ def test_training_is_the_same_to_all_digits_with_and_without(setting, evaluated,
 
 
 @both
-def test_it_is_in_the_metrics_where_it_is_due_and_in_the_record_and_card(setting, evaluated, method):
+def test_it_is_in_the_metrics_where_it_is_due_and_in_the_record_and_card(evaluated, method):
     run = evaluated[method]
     assert [record["step"] for record in run.metrics if "eval/loss" in record] == [2, 4, 6]
     record = read_run_config(str(run.output_dir))
@@ -147,8 +147,7 @@ class KilledInTheSecond(evaluate.Evaluation):
 
 
 def tokenized(path: Path, folder: Path, tokenizer, method: str = "sft", amount: str = "") -> TokenDataset:
-    config = dataclasses.replace(SFTConfig(), dataset_mixer=[f"{path}{amount}"], cache_dir=str(folder))
-    config.max_seq_length = 512
+    config = SFTConfig(dataset_mixer=[f"{path}{amount}"], cache_dir=str(folder), max_seq_length=512)
     return TokenDataset(prepare_tokens(method, config, resolve_template("tulu", tokenizer)))
 
 
@@ -188,30 +187,20 @@ def test_a_run_without_its_held_out_rows_is_a_run_on_a_file_without_them(setting
 
 
 def test_samples_in_both_sets_are_counted_by_their_tokens(tmp_path):
-    rows = models.conversations(6)
-    tokenizer = models.make_tokenizer()
-    data = tokenized(models.write_jsonl(tmp_path / "a.jsonl", rows[:4]), tmp_path, tokenizer)
-    held_out = tokenized(models.write_jsonl(tmp_path / "b.jsonl", [rows[5], rows[1], rows[0]]), tmp_path, tokenizer)
+    rows, paths = models.conversations(6), [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    files = map(models.write_jsonl, paths, [rows[:4], [rows[5], rows[1], rows[0]]])
+    data, held_out = (tokenized(file, tmp_path, models.make_tokenizer()) for file in files)
     assert num_also_in(held_out, data) == 2 and num_also_in(data, data) == 4
 
 
-def test_sources_have_names_of_their_own(tmp_path):
-    for folder in ("x", "y"):
-        (tmp_path / folder).mkdir()
-        models.write_jsonl(tmp_path / folder / "my chats.v2.jsonl", models.conversations(2))
-    ds = tokenized(tmp_path / "*" / "*.jsonl", tmp_path, models.make_tokenizer())
-    paths = [tmp_path / "x" / "my chats.v2.jsonl", tmp_path / "y" / "my chats.v2.jsonl"]
-    ds.stats["sources"] = [{"path": str(path), "sha256": ""} for path in paths] + [{"path": "org/set-3.1"}]
-    assert source_names(ds) == ["my_chats", "my_chats~2", "set-3.1"]
+def test_sources_have_names_of_their_own():
+    files = [{"path": f"/{folder}/my chats.v2.jsonl", "sha256": ""} for folder in ("x", "y")]
+    data = SimpleNamespace(stats={"sources": [*files, {"path": "org/set-3.1"}]})
+    assert source_names(data) == ["my_chats", "my_chats~2", "set-3.1"]
 
 
-ODD = [
-    "eval_holdout=1 --eval_dataset_mixer x.jsonl",
-    "eval_steps=3",
-    "early_stopping_patience=3",
-    "keep_best=eval/loss",
-]
-ODD += ["export_best=true --eval_holdout=1"]
+ODD = ["eval_steps=3", "early_stopping_patience=3", "keep_best=eval/loss", "export_best=true --eval_holdout=1"]
+ODD += ["eval_holdout=1 --eval_dataset_mixer x.jsonl"]
 ODD += [f"eval_holdout={amount}" for amount in ("0.1", "100%", "10", "0", "1%", "x", "-3")]
 
 

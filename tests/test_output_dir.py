@@ -32,6 +32,11 @@ def config_of(folder, cls=SFTConfig, **changes):
     return dataclasses.replace(parse_config(cls, []), output_dir=str(folder), **changes)
 
 
+def refused(named: str, config, identity=(), last_step: int = 5) -> None:
+    with pytest.raises(UserError, match=named):
+        claim(config, dict(identity), last_step, OneRank())
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return tmp_path / "run"
@@ -151,8 +156,7 @@ def test_a_finished_run_has_nothing_to_do_unless_more_is_asked_for(folder):
     assert "ended after 4 steps" in anew.said[-1]
     assert claim(dataclasses.replace(config, resume="never"), identity, 4, OneRank()) is not None
     for last_step, asked, named in ((3, identity, "after step 4"), (4, {"seed": 43}, "seed was 42, is 43")):
-        with pytest.raises(UserError, match=named):
-            claim(config, asked, last_step, OneRank())
+        refused(named, config, asked, last_step)
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2, "[]", "null", '{"weight_map": 3}', "{"])
@@ -164,8 +168,7 @@ def test_a_finished_run_whose_model_is_gone_or_has_no_index_is_not_finished(fold
 
 def test_a_checkpoint_past_the_last_step_is_refused(folder):
     save(folder, 9, {})
-    with pytest.raises(UserError, match=r"step_00000009 .* past this run's last step, 5"):
-        claim(config_of(folder), {}, 5, OneRank())
+    refused(r"step_00000009 .* past this run's last step, 5", config_of(folder))
 
 
 def test_checkpoints_are_cleaned_only_once_the_result_is_written(folder, monkeypatch):
@@ -195,8 +198,7 @@ claim(SFTConfig(output_dir=sys.argv[1]), {}, 5, OneRank()); print('held', flush=
     with subprocess.Popen([sys.executable, "-c", code, str(folder), str(num_hosts)], **pipes) as other:
         assert other.stdout.readline() == b"held\n"
         known_by = (folder / ".lock").read_text()
-        with pytest.raises(UserError, match=f"--output_dir {folder}: another run writes there now"):
-            claim(config_of(folder), {}, 5, OneRank())
+        refused(f"--output_dir {folder}: another run writes there now", config_of(folder))
         assert (folder / ".lock").read_text() == known_by  # the other run's hosts still find it
         other.kill()
     for _ in range(2):  # a process may look twice
@@ -205,12 +207,10 @@ claim(SFTConfig(output_dir=sys.argv[1]), {}, 5, OneRank()); print('held', flush=
 
 @pytest.mark.parametrize("flag", ["model_name_or_path", "ref_model_name_or_path"])
 def test_a_model_that_is_read_is_not_written_over_and_one_that_an_unfinished_run_found_is_not_read(tmp_path, flag):
-    with pytest.raises(UserError, match=f"--output_dir .* is --{flag}"):
-        claim(config_of(tmp_path / "a/..", DPOConfig, **{flag: str(tmp_path)}), {}, 5, OneRank())
+    refused(f"--output_dir .* is --{flag}", config_of(tmp_path / "a/..", DPOConfig, **{flag: str(tmp_path)}))
     config = config_of(tmp_path / "other", DPOConfig, **{flag: str(tmp_path)})
     write_run_config(str(tmp_path), {"identity": {}})
-    with pytest.raises(UserError, match=f"--{flag} {tmp_path}: .*not finished"):
-        claim(config, {}, 5, OneRank())
+    refused(f"--{flag} {tmp_path}: .*not finished", config)
     write_run_config(str(tmp_path), {"identity": {}, "result": {"steps": 5}})
     assert claim(config, {}, 5, OneRank())
 
@@ -219,8 +219,7 @@ def test_a_model_that_is_read_is_not_written_over_and_one_that_an_unfinished_run
 def test_a_model_that_no_run_of_this_project_wrote_is_not_written_over(folder, resume):
     folder.mkdir()
     (folder / "model-1.safetensors").touch()
-    with pytest.raises(UserError, match=f"--output_dir {folder}: .*model-1.safetensors"):
-        claim(config_of(folder, resume=resume), {}, 5, OneRank())
+    refused(f"--output_dir {folder}: .*model-1.safetensors", config_of(folder, resume=resume))
     assert os.listdir(folder) == ["model-1.safetensors"]
 
 
@@ -228,8 +227,7 @@ def test_a_model_that_no_run_of_this_project_wrote_is_not_written_over(folder, r
 def test_a_run_config_that_no_run_wrote_is_refused(folder, text):
     folder.mkdir()
     (folder / "run_config.json").write_text(text)
-    with pytest.raises(UserError, match=f"{folder}/run_config.json"):
-        claim(config_of(folder), {}, 5, OneRank())
+    refused(f"{folder}/run_config.json", config_of(folder))
 
 
 def no_disk(path) -> SimpleNamespace:

@@ -16,12 +16,10 @@ from common.config import LENGTHS, TrainConfig
 from common.failures import UserError, as_user_error, log_to, one_line, print_line
 from common.files import remove_dead, replace_file, weight_files
 from common.ranks import Ranks
-from common.run import hub
+from common.run import evaluate, forecast, hub
 from common.run.agreement import PACKAGES, require_agreement
 from common.run.card import model_card
 from common.run.curves import draw_curves, read_metrics, read_run_config
-from common.run.evaluate import has_stalled
-from common.run.forecast import beside
 from common.run.metrics import MetricsFile
 from common.run.trackers import Trackers
 from common.zero import checkpoint
@@ -215,7 +213,7 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
     """Curves, model card (with the data's table), then the result: from here on the folder holds a finished run; then
     its upload, if asked for. Collective."""
     metrics.flush_to_disk()  # it is still the run's own folder that the model was written to
-    is_early = has_stalled(metrics.eval_losses, config.early_stopping_patience)
+    is_early = evaluate.has_stalled(metrics.eval_losses, config.early_stopping_patience)
     agreement = ranks.gather(lambda: [state.step, state.samples, state.target_tokens, record["identity"]])
     result: dict = {"steps": state.step, "total_tokens": state.total_tokens, "target_tokens": state.target_tokens}
     result["train_loss"] = metrics.last and metrics.last["train_loss"]
@@ -236,7 +234,7 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
     ranks.once(write)
     if metrics.last and "planned" in record:
         path = Path(config.output_dir) / "metrics.jsonl"
-        ranks.say(ranks.once(lambda: beside(record["planned"], read_metrics(path))))
+        ranks.say(ranks.once(lambda: forecast.beside(record["planned"], read_metrics(path))))
     exported = record.get("exported_step", state.step)  # --export_best may have another
     of = "the model" if exported == state.step else f"the model of step {exported},"
     _end(config, f"done: {config.output_dir} holds {of} after {state.step} steps", ranks)
