@@ -10,25 +10,22 @@ from common.verbs.judge import ADVICE, format_table, judge, judge_answers, judge
 NUM_STEPS = 100
 
 
-def good_run(tmp_path, method="dpo", loss_type="dpo_norm"):
-    """(history, run_config) of a run with nothing wrong."""
+def good_run(tmp_path, kind="dpo_norm"):
+    """(history, run_config) of a run with nothing wrong. kind: "sft", or the loss of DPO."""
     history = []
     for step in range(1, NUM_STEPS + 1):
         row = {"step": step, "train_loss": 1.2 * 0.98**step, "grad_norm": 1.5}
         row |= {"tokens_per_second": 5000.0, "step_seconds": 2.0, "max_memory_gb": 61.5}
-        if method == "dpo":
+        if kind != "sft":
             row |= {"train_loss": math.log(2) * 0.99 ** (step - 1), "rewards/accuracy": 0.5 + step / 400}
             row |= {"rewards/margin": step / 1000, "logps/chosen": -120.0, "logps/rejected": -80.0}
         history.append(row)
     history[1]["step_seconds"] = 300.0  # compiling: before the sixth step nothing is slow
     run = {"config": {"logging_steps": 1}, "result": {"steps": NUM_STEPS, "rank_agreement": True}, "world_size": 4}
-    run["device"] = {"name": "GPU", "total_memory_gb": 80.0}
+    run |= {"device": {"total_memory_gb": 80.0}, "reference_cache": str(tmp_path)}
     run["zero"] = {"stage": 3, "num_parameters": 1001, "partitioned_parameters_per_rank": [251, 251, 251, 251]}
-    if method == "dpo":
-        run["config"] |= {"loss_type": loss_type, "ref_model_name_or_path": None, "dtype": "float32", "beta": 5.0}
-        run["config"]["cache_dir"] = "cache"
-        run["reference_cache"] = str(tmp_path / "reference")
-        (tmp_path / "reference").write_text("logps")
+    if kind != "sft":
+        run["config"] |= {"loss_type": kind, "ref_model_name_or_path": None, "dtype": "float32", "beta": 5.0}
     return history, run
 
 
@@ -108,7 +105,7 @@ ALONE = [  # (the one check that must fail, None for none; "sft" or the loss of 
 
 @pytest.mark.parametrize("name, kind, edit", ALONE, ids=[f"{row[0]}-{i}" for i, row in enumerate(ALONE)])
 def test_each_check_fails_alone_on_its_own_fault(tmp_path, name, kind, edit):
-    history, run_config = good_run(tmp_path, "sft") if kind == "sft" else good_run(tmp_path, "dpo", kind)
+    history, run_config = good_run(tmp_path, kind)
     edit(history, run_config)
     others = {"loss value": {"SFT loss falls"}}.get(name, set())  # a loss that is not finite does not fall either
     checks = judge(history, run_config, exit_code=0)
@@ -143,9 +140,8 @@ def test_missing_torn_and_empty_files_fail_with_a_clear_line(tmp_path, name, tex
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
     (tmp_path / "run_config.json").write_text(json.dumps(run_config))
     assert failed(judge_run(tmp_path, 0)) == []
-    (tmp_path / name).unlink()
-    if text is not None:
-        (tmp_path / name).write_text(text)
+    path = tmp_path / name
+    path.unlink() if text is None else path.write_text(text)
     checks = judge_run(tmp_path, 0)
     assert failed(checks) == ["run finished"] and name in checks[0].seen in format_table(checks)
     assert "error: no" in judge_run(tmp_path, 2, "loading\nerror: no such flag\n")[0].seen

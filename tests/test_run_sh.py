@@ -197,13 +197,12 @@ def project(tmp_path):
     deadline = time.monotonic() + 5
     while (left := [pid for pid in pids_of(tmp_path) if alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left
+    assert not [os.kill(pid, signal.SIGKILL) for pid in left]
 
 
 def notes(project, rank):
-    return (project / f"rank{rank}").read_text().splitlines() if (project / f"rank{rank}").exists() else []
+    path = project / f"rank{rank}"
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def pids_of(project):
@@ -269,10 +268,9 @@ def test_a_request_reaches_each_rank_once_and_run_sh_waits_for_their_exit(projec
 @pytest.mark.parametrize("numbers", [[signal.SIGINT, signal.SIGTERM, signal.SIGINT], [signal.SIGQUIT]])
 def test_the_third_request_or_sigquit_kills_a_run_that_does_not_answer(project, numbers):
     process = start(project, "ignore")
-    for count, number in enumerate(numbers, start=1):
+    for count, number in enumerate(numbers):
+        wait_for(lambda count=count: notes(project, 1).count("SIGTERM") == count, f"request {count}")
         process.send_signal(number)
-        if count < len(numbers):
-            wait_for(lambda count=count: notes(project, 1).count("SIGTERM") == count, f"request {count}")
     output, _ = process.communicate(timeout=WAIT)
     assert process.returncode == 137 and "killing" in output
 
