@@ -155,7 +155,8 @@ def test_a_finished_run_has_nothing_to_do_unless_more_is_asked_for(folder):
     assert claim(config, identity, 5, anew) is not None  # --stop_after_steps was raised, and no checkpoint is left
     assert "ended after 4 steps" in anew.said[-1]
     assert claim(dataclasses.replace(config, resume="never"), identity, 4, OneRank()) is not None
-    for last_step, asked, named in ((3, identity, "after step 4"), (4, {"seed": 43}, "seed was 42, is 43")):
+    cases = [(3, identity, "after step 4"), (4, {"seed": 43}, "seed was 42, is 43"), (4, {}, "seed was 42, is None")]
+    for last_step, asked, named in cases:
         refused(named, config, asked, last_step)
 
 

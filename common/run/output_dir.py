@@ -48,9 +48,7 @@ def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> 
     path = checkpoint.find(config.output_dir, config.resume, ranks)
     if path is None:
         if steps:
-            ranks.say(
-                f"warning: {config.output_dir}: this run ended after {steps} steps, no checkpoint: it begins anew"
-            )
+            ranks.say(f"warning: {config.output_dir}: ended after {steps} steps, with no checkpoint: it begins anew")
         return RunState(identity=identity), None
     state = checkpoint.read_state(path)
     _require_same_run(f"checkpoint {path}", config.output_dir, state.identity, identity, state.step, last_step)
@@ -64,7 +62,7 @@ def _take(config: TrainConfig, identity: dict, last_step: int) -> tuple[int | No
     with as_user_error(f"--output_dir {output_dir}: cannot be written", OSError):
         (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         _lock(output_dir)
-    result = require_no_other_run(config, identity, last_step)
+    result = require_no_other_run(config, identity, last_step, is_part=False)
     steps = result.get("steps")
     # A run that stopped early is finished for as long as the same patience is asked for.
     has_ended = steps == last_step or result.get("stopped_early") == (config.early_stopping_patience or 0)
@@ -74,17 +72,17 @@ def _take(config: TrainConfig, identity: dict, last_step: int) -> tuple[int | No
     return steps, is_finished
 
 
-def require_no_other_run(config: TrainConfig, identity: dict, last_step: int) -> dict:
+def require_no_other_run(config: TrainConfig, identity: dict, last_step: int, is_part: bool = True) -> dict:
     """The result of the ended run that output_dir holds and `--resume` goes on from, {} without one. Writes nothing.
-    Raises UserError where claim would, as far as `identity`, perhaps a part of the run's, tells."""
+    Raises UserError where claim would, as far as `identity`, of which is_part says that it lacks something, tells."""
     _require_no_other_model(config)
     record = read_run_config(config.output_dir)
-    result = record.get("result", {})
-    if config.resume != "auto" or not result and not checkpoint.newest_first(config.output_dir):
+    result, old = record.get("result", {}), record.get("identity", {})
+    if config.resume != "auto" or not record or not result and not checkpoint.newest_first(config.output_dir):
         return {}
-    old = {name: record.get("identity", {}).get(name) for name in identity}
-    if record:
-        _require_same_run(config.output_dir, config.output_dir, old, identity, result.get("steps", 0), last_step)
+    if is_part:
+        old = {name: old.get(name) for name in identity}
+    _require_same_run(config.output_dir, config.output_dir, old, identity, result.get("steps", 0), last_step)
     return result
 
 

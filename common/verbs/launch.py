@@ -23,7 +23,7 @@ from common.run import disk
 
 REPO = Path(__file__).resolve().parents[2]
 GRACE = 30.0  # seconds that the other ranks have to end by themselves once one has failed
-PROMPT = 3.0  # seconds until they are named; after an error that all of them know they end before: its line stands last
+PROMPT = 3.0  # seconds until they are named: after an error that all know they have ended by then; its line stands last
 ANSWER = 10.0  # seconds after a request to stop until the ranks that still run are named
 ASK = "asking the ranks to stop: training saves first. A second request: it ends unsaved; a third: they are killed"
 PRCTL, PR_SET_PDEATHSIG = ctypes.CDLL(None).prctl, 1  # linux/prctl.h
