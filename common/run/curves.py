@@ -109,5 +109,7 @@ def _draw_series(axis, records: list[dict], name: str, number: int, label: str) 
 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
     """The mean of the values around each, `width` of them or one more, fewer at the ends; of the finite ones."""
-    around = [values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values))]
-    return np.array([np.mean(part[np.isfinite(part)]) if np.isfinite(part).any() else np.nan for part in around])
+    kernel, is_finite = np.ones(2 * (width // 2) + 1), np.isfinite(values)
+    both = np.convolve(np.where(is_finite, values, 0), kernel), np.convolve(is_finite.astype(float), kernel)
+    sums, counts = (part[width // 2 : len(values) + width // 2] for part in both)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
