@@ -51,10 +51,8 @@ setup() {  # makes .venv with the first Python that is new enough; the stamp com
         torch=$(grep -oE '^torch==[^ #]+' requirements.txt)
         pip_install ${TORCH_INDEX_URL:+--no-deps --index-url "$TORCH_INDEX_URL"} "$torch"
         DS_BUILD_OPS=0 pip_install -r requirements.txt
-        if [[ -z ${INSTALL_FLASH_ATTN:-} && $(compute_capability) == 9.* ]] &&
-            [[ $("$python" -c 'import torch; print(torch.version.cuda)') == 13.* ]]; then
-            install_flash_attn
-        fi
+        [[ -z ${INSTALL_FLASH_ATTN:-} && $(compute_capability) == 9.* ]] &&
+            [[ $("$python" -c 'import torch; print(torch.version.cuda)') == 13.* ]] && install_flash_attn
         echo "$wanted" >.venv/.stamp
     fi
     [[ ${INSTALL_FLASH_ATTN:-0} == 0 ]] || install_flash_attn
@@ -71,12 +69,9 @@ compute_capability() {  # of the oldest GPU; nothing without one
 }
 
 install_flash_attn() {  # an optional addition: no failure of its stops anything
-    if "$python" -c 'import flash_attn' 2>/dev/null; then
-        return
-    elif [[ $(compute_capability) =~ ^(9|10)\. ]] && (pip_install "${flash_attn[@]}"); then
-        return
-    fi
-    echo "flash-attn is left out: its wheels are for Hopper and Blackwell GPUs. torch's own attention is used"
+    "$python" -c 'import flash_attn' 2>/dev/null && return
+    [[ $(compute_capability) =~ ^(9|10)\. ]] && (pip_install "${flash_attn[@]}") ||
+        echo "flash-attn is left out: its wheels are for Hopper and Blackwell GPUs. torch's own attention is used"
 }
 
 # ---------------------------------------------------------------------- verbs

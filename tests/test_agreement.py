@@ -57,44 +57,33 @@ def copied(folder, source):
     return copy
 
 
-@pytest.mark.parametrize(
-    ("what", "value"),
-    [
-        ("learning_rate", "1e-3"),
-        ("dataset_mixer", None),
-        ("model_name_or_path", None),
-        ("tokenizer", None),
-        # Without the agreement on what is asked for, ranks would wait for one another in different places.
-        ("eval_holdout", "2"),
-        ("eval_dataset_mixer", "data"),
-        ("resume", "never"),
-    ],
-)
-def test_a_host_that_differs_is_named_with_what_differs_before_anything_is_trained(
-    run, tiny_llama, sft_data, tmp_path, what, value
-):
-    """In one value, one row, one bit of a weight."""
-    value = sft_data if value == "data" else value
-    if what == "dataset_mixer":
-        value = copied(tmp_path, sft_data)
-        value.write_text("".join(sft_data.read_text().splitlines(keepends=True)[1:]))
-    elif what in ("model_name_or_path", "tokenizer"):
-        value = copied(tmp_path, tiny_llama)
-        file = value / ("model.safetensors" if what == "model_name_or_path" else "tokenizer_config.json")
-        file.write_bytes(file.read_bytes()[:-1] + b"\x01" if what == "model_name_or_path" else file.read_bytes() + b" ")
-    done = run("--model_name_or_path" if what == "tokenizer" else f"--{what}", value)
-    error = done.refused(2)
-    assert "rank 1" in error and what in error
+# Without the agreement on what is asked for, ranks would wait for one another in different places.
+ASKED = {"eval_holdout": "2", "resume": "never", "learning_rate": "1e-3"}
+COPIED = {  # flag -> what is copied, the file of it that is changed, and how
+    "dataset_mixer": ("sft_data", "", lambda data: data.partition(b"\n")[2]),
+    "eval_dataset_mixer": ("sft_data", "", lambda data: data),
+    "model_name_or_path": ("tiny_llama", "model.safetensors", lambda data: data[:-1] + b"\x01"),
+    "tokenizer_name_or_path": ("tiny_llama", "tokenizer_config.json", lambda data: data + b" "),
+    "ref_model_name_or_path": ("tiny_llama", "model.safetensors", lambda data: data[:-1] + b"\x01"),
+}
+OF_BOTH = {"ref_model_name_or_path": ("train_dpo", "dpo_data"), "tokenizer_name_or_path": ("train_sft", "sft_data")}
+
+
+@pytest.mark.parametrize("what", [*ASKED, *COPIED])
+def test_a_host_that_differs_is_named_with_what_differs_before_anything_is_trained(run, request, tmp_path, what):
+    """In one value, one row, one bit of a weight of a file of the same size that only that host has."""
+    value, both = ASKED.get(what), {}
+    if what in COPIED:
+        source, name, edit = COPIED[what]
+        value = copied(tmp_path, request.getfixturevalue(source))
+        (value / name).write_bytes(edit((value / name).read_bytes()))
+    if what in OF_BOTH:
+        script, data = OF_BOTH[what]
+        both = {"script": script, "dataset_mixer": request.getfixturevalue(data)}
+        both[what] = request.getfixturevalue("tiny_llama")
+    error = run(f"--{what}", value, **both).refused(2)
+    assert "rank 1" in error and what.removesuffix("_name_or_path") in error
     assert not (tmp_path / "output" / "metrics.jsonl").exists()
-
-
-def test_a_host_whose_reference_model_differs_is_named(run, tiny_llama, dpo_data, tmp_path):
-    """In one bit; of the same size under the same flag, and read from a folder that only that host has."""
-    other = copied(tmp_path, tiny_llama)
-    file = other / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
-    both = {"script": "train_dpo", "dataset_mixer": dpo_data, "ref_model_name_or_path": tiny_llama}
-    assert "ref_model_name_or_path (contents)" in run("--ref_model_name_or_path", other, **both).refused(2)
 
 
 def test_hosts_with_copies_of_the_same_files_agree_and_the_record_says_so(run, tiny_llama, sft_data, tmp_path):

@@ -1,7 +1,6 @@
 """Held-out evaluation: its numbers, what it leaves alone, and how it ends a run: pytest tests/test_evaluate.py"""
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -41,9 +40,7 @@ class Setting:
         self.root, self.model = root, models.make_model(root / "llama")
         self.rows = {method: make(18) for method, make in MADE.items()}
         nothing = {"zero_optimization": {"stage": 3}, "residency": "nothing"}
-        self.nothing = root / "nothing.json"
-        self.nothing.write_text(json.dumps(nothing))
-        self.num_folders = 0
+        self.nothing, self.num_folders = models.write_jsonl(root / "nothing.json", [nothing]), 0
 
     def file(self, method: str, name: str, start: int, end: int) -> Path:
         path = self.root / method / name
@@ -113,7 +110,7 @@ def test_training_is_the_same_to_all_digits_with_and_without(setting, evaluated,
 
 
 @both
-def test_it_is_in_the_metrics_where_it_is_due_and_in_the_record_and_card(setting, evaluated, method):
+def test_it_is_in_the_metrics_where_it_is_due_and_in_the_record_and_card(evaluated, method):
     run = evaluated[method]
     assert [record["step"] for record in run.metrics if "eval/loss" in record] == [2, 4, 6]
     record = read_run_config(str(run.output_dir))
@@ -150,8 +147,7 @@ class KilledInTheSecond(evaluate.Evaluation):
 
 
 def tokenized(path: Path, folder: Path, tokenizer, method: str = "sft", amount: str = "") -> TokenDataset:
-    config = dataclasses.replace(SFTConfig(), dataset_mixer=[f"{path}{amount}"], cache_dir=str(folder))
-    config.max_seq_length = 512
+    config = SFTConfig(dataset_mixer=[f"{path}{amount}"], cache_dir=str(folder), max_seq_length=512)
     return TokenDataset(prepare_tokens(method, config, resolve_template("tulu", tokenizer)))
 
 
@@ -191,38 +187,29 @@ def test_a_run_without_its_held_out_rows_is_a_run_on_a_file_without_them(setting
 
 
 def test_samples_in_both_sets_are_counted_by_their_tokens(tmp_path):
-    rows = models.conversations(6)
-    tokenizer = models.make_tokenizer()
-    data = tokenized(models.write_jsonl(tmp_path / "a.jsonl", rows[:4]), tmp_path, tokenizer)
-    held_out = tokenized(models.write_jsonl(tmp_path / "b.jsonl", [rows[5], rows[1], rows[0]]), tmp_path, tokenizer)
+    rows, paths = models.conversations(6), [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    files = map(models.write_jsonl, paths, [rows[:4], [rows[5], rows[1], rows[0]]])
+    data, held_out = (tokenized(file, tmp_path, models.make_tokenizer()) for file in files)
     assert num_also_in(held_out, data) == 2 and num_also_in(data, data) == 4
 
 
-def test_sources_have_names_of_their_own(tmp_path):
-    for folder in ("x", "y"):
-        (tmp_path / folder).mkdir()
-        models.write_jsonl(tmp_path / folder / "my chats.v2.jsonl", models.conversations(2))
-    ds = tokenized(tmp_path / "*" / "*.jsonl", tmp_path, models.make_tokenizer())
-    paths = [tmp_path / "x" / "my chats.v2.jsonl", tmp_path / "y" / "my chats.v2.jsonl"]
-    ds.stats["sources"] = [{"path": str(path), "sha256": ""} for path in paths] + [{"path": "org/set-3.1"}]
-    assert source_names(ds) == ["my_chats", "my_chats~2", "set-3.1"]
+def test_sources_have_names_of_their_own():
+    files = [{"path": f"/{folder}/my chats.v2.jsonl", "sha256": ""} for folder in ("x", "y")]
+    data = SimpleNamespace(stats={"sources": [*files, {"path": "org/set-3.1"}]})
+    assert source_names(data) == ["my_chats", "my_chats~2", "set-3.1"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("--eval_holdout 1 --eval_dataset_mixer x.jsonl", "--eval_holdout"),
-        ("--eval_steps 3", "--eval_steps"),
-        ("--early_stopping_patience 3", "--early_stopping_patience"),
-        ("--keep_best eval/loss", "--keep_best"),
-        ("--export_best true --eval_holdout 1", "--export_best"),
-        *((f"--eval_holdout={amount}", "--eval_holdout") for amount in ("0.1", "100%", "10", "0", "1%", "x", "-3")),
-    ],
-)
-def test_flags_that_hold_out_nothing_or_everything_are_refused(tmp_path, flags, named):
+ODD = ["eval_steps=3", "early_stopping_patience=3", "keep_best=eval/loss", "export_best=true --eval_holdout=1"]
+ODD += ["eval_holdout=1 --eval_dataset_mixer x.jsonl"]
+ODD += [f"eval_holdout={amount}" for amount in ("0.1", "100%", "10", "0", "1%", "x", "-3")]
+
+
+@pytest.mark.parametrize("flag", ODD)
+def test_flags_that_hold_out_nothing_or_everything_are_refused(tmp_path, flag):
     path = models.write_jsonl(tmp_path / "rows.jsonl", models.conversations(10))
-    with pytest.raises(UserError, match=named):
-        config = parse_config(SFTConfig, ["--dataset_mixer", str(path), "--cache_dir", str(tmp_path), *flags.split()])
+    words = ["--dataset_mixer", str(path), "--cache_dir", str(tmp_path), *f"--{flag}".split()]
+    with pytest.raises(UserError, match=f"--{flag.partition('=')[0]}"):
+        config = parse_config(SFTConfig, words)
         training_and_held_out("sft", config, resolve_template("tulu", models.make_tokenizer()), OneRank())
 
 
@@ -231,16 +218,13 @@ def test_flags_that_hold_out_nothing_or_everything_are_refused(tmp_path, flags, 
 
 @given(st.lists(st.one_of(st.integers(0, 5).map(float), st.just(math.nan)), max_size=8), st.integers(1, 4))
 def test_a_run_stalls_once_the_last_evaluations_bettered_nothing(losses, patience):
-    """As a counter would see it: a loss that is no number betters nothing."""
-    best, waited, stalled = math.inf, 0, False
-    for loss in losses:
-        if loss < best:
-            best, waited = loss, 0
-        else:
-            waited += 1
-        stalled = stalled or waited >= patience
-    first = next((n for n in range(len(losses) + 1) if has_stalled(losses[:n], patience)), None)
-    assert (first is not None) == stalled and not has_stalled(losses, None)
+    """A loss that is no number betters nothing."""
+
+    def bettered(i: int) -> bool:
+        return losses[i] < min([loss for loss in losses[:i] if loss == loss], default=math.inf)
+
+    stalled = len(losses) >= patience and not any(map(bettered, range(len(losses) - patience, len(losses))))
+    assert has_stalled(losses, patience) == stalled and not has_stalled(losses, None)
 
 
 def test_a_run_that_stalls_ends_well_says_so_and_is_finished_for_the_same_patience(setting):

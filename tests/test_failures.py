@@ -95,15 +95,15 @@ def test_other_errors_mistakes_already_said_and_what_is_no_mistake_go_through():
         raise KeyError
 
 
-@pytest.mark.parametrize(
-    ("tokens", "budget", "longest", "advised"),
-    [
-        (12_500, 30_000, 900, "Try --max_tokens_per_micro_batch 6250, --gradient"),  # 15000 would change nothing
-        (16_000, 16_384, 9_000, "Try --max_tokens_per_micro_batch 9000, --gradient"),
-        (9_000, 16_384, 9_000, "Try --gradient_checkpointing full"),
-        (0, 16_384, 9_000, "Try more devices, or a --ds_config that offloads"),
-    ],
-)
+ADVICE = [(12_500, 30_000, 900, "Try --max_tokens_per_micro_batch 6250, --gradient")]  # 15000 would change nothing
+ADVICE += [(16_000, 16_384, 9_000, "Try --max_tokens_per_micro_batch 9000, --gradient")]
+ADVICE += [
+    (9_000, 16_384, 9_000, "Try --gradient_checkpointing full"),
+    (0, 16_384, 9_000, "Try more devices, or a --ds_c"),
+]
+
+
+@pytest.mark.parametrize(("tokens", "budget", "longest", "advised"), ADVICE)
 def test_out_of_memory_advises_what_changes_something(tokens, budget, longest, advised):
     with pytest.raises(TrainingStopped) as error, out_of_memory_explained("step 7", budget, longest) as size:
         size.tokens = tokens
@@ -124,19 +124,14 @@ def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch):
 
 def test_what_libraries_warn_of_is_in_the_log_and_not_on_the_terminal(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(failures, "_log_path", None)
-    names, before = ("", "transformers", "DeepSpeed"), {}
-    for name in names:
-        before[name] = logging.getLogger(name).handlers[:]
-    try:
-        failures.log_libraries()
-        warnings.warn("before there is a folder", stacklevel=1)
-        failures.log_to(tmp_path / "logs" / "rank_0.log")
-        logging.getLogger("some.library").warning("means nothing")
-        failures.print_line("ours")
-    finally:
-        logging.captureWarnings(False)
-        for name in names:
-            logging.getLogger(name).handlers[:] = before[name]
+    for name in ("", "transformers", "DeepSpeed"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+    failures.log_libraries()
+    warnings.warn("before there is a folder", stacklevel=1)
+    logging.captureWarnings(False)
+    failures.log_to(tmp_path / "logs" / "rank_0.log")
+    logging.getLogger("some.library").warning("means nothing")
+    failures.print_line("ours")
     logged = (tmp_path / "logs" / "rank_0.log").read_text()
     assert all(text in logged for text in ("before there is a folder", "some.library: means nothing", "ours"))
     out, err = capfd.readouterr()

@@ -1,11 +1,8 @@
-"""The embedded default: disjoint, right, half and half, the same bytes from the same seed.
+"""The embedded default: disjoint, right, half and half, the same from one seed: pytest tests/test_sanity_data.py"""
 
-python -m pytest tests/test_sanity_data.py
-"""
-
-import hashlib
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,10 +25,6 @@ def rows(folder, name):
     return [json.loads(line) for line in (folder / "data" / f"{name}.jsonl").read_text().splitlines()]
 
 
-def digests(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
-
-
 def solve(prompt):
     """The right answer, worked out anew from the prompt's text."""
     task, letters = prompt.removeprefix("please ").split()
@@ -40,14 +33,12 @@ def solve(prompt):
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(generated, tmp_path):
-    for seed, same in ((7, True), (8, False)):
+    for seed, kept in ((7, 7), (8, 3)):  # of config.json and the tokenizer's files nothing is drawn
         write_data(tmp_path / f"{seed}/data", seed=seed, **SIZES)
         write_model(tmp_path / f"{seed}/model", seed=seed)
-        ours, theirs = digests(generated), digests(tmp_path / str(seed))
-        assert ours.keys() == theirs.keys()
-        for name in ("sft.jsonl", "preferences.jsonl", "held_out.jsonl", "model.safetensors"):
-            assert (ours[name] == theirs[name]) is same, name
-        assert not same or ours == theirs
+        files = [path.relative_to(generated) for path in generated.rglob("*.*")]
+        same = [(generated / path).read_bytes() == (tmp_path / str(seed) / path).read_bytes() for path in files]
+        assert len(same) == 7 and sum(same) == kept
 
 
 def test_no_question_is_asked_twice_in_any_wording(generated):
@@ -59,27 +50,24 @@ def test_no_question_is_asked_twice_in_any_wording(generated):
 
 
 def test_sft_answers_are_right_and_half_are_in_each_style(generated):
-    num_chosen = num_following = 0
+    chosen, following = [], []
     for row in rows(generated, "sft"):
-        user, assistant = row["messages"]
-        assert (user["role"], assistant["role"]) == ("user", "assistant")
-        answer, is_chosen = read_answer(assistant["content"])
-        assert answer == solve(user["content"])
-        num_chosen += is_chosen
-        num_following += is_chosen == user["content"].startswith("please ")
-    assert num_chosen / SIZES["num_sft"] == pytest.approx(0.5, abs=0.06)
-    assert num_following / SIZES["num_sft"] == pytest.approx(0.7, abs=0.05)
+        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        question, answer = (message["content"] for message in row["messages"])
+        assert read_answer(answer)[0] == solve(question)
+        chosen.append(read_answer(answer)[1])
+        following.append(chosen[-1] == question.startswith("please "))
+    assert np.mean(chosen) == pytest.approx(0.5, abs=0.06) and np.mean(following) == pytest.approx(0.7, abs=0.05)
 
 
 def test_pairs_are_right_on_both_sides_and_differ_in_style_alone(generated):
-    num_polite = 0
+    polite = []
     for row in rows(generated, "preferences"):
-        assert row["chosen"][0] == row["rejected"][0]
-        prompt = row["chosen"][0]["content"]
-        assert row["chosen"][1]["content"] == f"answer: {solve(prompt)}"
-        assert row["rejected"][1]["content"] == f"{solve(prompt)}."
-        num_polite += prompt.startswith("please ")
-    assert num_polite / SIZES["num_preferences"] == pytest.approx(0.5, abs=0.1)
+        (question, chosen), (same, rejected) = row["chosen"], row["rejected"]
+        right = solve(question["content"])
+        assert (question, chosen["content"], rejected["content"]) == (same, f"answer: {right}", f"{right}.")
+        polite.append(question["content"].startswith("please "))
+    assert np.mean(polite) == pytest.approx(0.5, abs=0.1)
 
 
 def test_an_answer_is_read_in_either_style_and_no_other():
@@ -103,8 +91,5 @@ def test_the_model_is_an_ordinary_llama_with_random_weights(generated):
     assert not any(report.values()) and {p.dtype for p in model.parameters()} == {torch.float32}
     assert sum(p.numel() for p in model.parameters()) == 462_208
     for name, weight in model.named_parameters():
-        if weight.ndim == 2:
-            assert weight.std().item() == pytest.approx(0.02, rel=0.05), name
-        else:
-            assert (weight == 1).all(), name
+        assert (weight == 1).all() if weight.ndim == 1 else weight.std().item() == pytest.approx(0.02, rel=0.05), name
     assert model.config.vocab_size == len(AutoTokenizer.from_pretrained(generated / "model"))

@@ -53,22 +53,22 @@ def agreed_identity(
 
 def require_agreement(view: Callable[[], dict], ranks: Ranks) -> None:
     """Raises UserError with a rank whose view, values by name, is not rank 0's, and in what it differs. Collective."""
-    views = ranks.gather(lambda: (socket.gethostname(), view()))
+    views = ranks.on_all(lambda: (socket.gethostname(), view()))
 
     def compare() -> None:
         for rank, (host, theirs) in enumerate(views):
             if found := differences(views[0][1], theirs):
                 raise UserError(f"rank {rank} ({host}) differs from rank 0 ({views[0][0]}) in {'; '.join(found)}")
 
-    ranks.once(compare)  # so that it is told once
+    ranks.once(compare)  # so that it is told once, also where rank 0, which holds the store, is the first to end
 
 
 def clocks_apart(clocks: dict[str, float]) -> str:
     """A warning of clocks of hosts, in seconds, read at the same time, that are CLOCKS_APART or more apart; else ""."""
     first, last = min(clocks, key=lambda host: clocks[host]), max(clocks, key=lambda host: clocks[host])
-    apart = clocks[last] - clocks[first]
-    what = f"the clock of {last} is {apart:.0f} s ahead of that of {first}"
-    return f"warning: {what}; times in logs and files do not agree" if apart > CLOCKS_APART else ""
+    slow, fast = clocks[first], clocks[last]
+    what = f"the clock of {last} is {fast - slow:.0f} s ahead of that of {first}"
+    return f"warning: {what}; times in logs and files do not agree" if fast - slow > CLOCKS_APART else ""
 
 
 def environment(config: TrainConfig, ds_config: dict) -> dict:
@@ -80,10 +80,9 @@ def environment(config: TrainConfig, ds_config: dict) -> dict:
         is_free = field.metadata["is_path"] and value and value not in ("auto", "never")
         view[field.name] = "given" if is_free else value
     project = Path(__file__).parents[2]
-    code = sorted([*project.glob("train_*.py"), *project.glob("common/**/*.py")])
-    view |= {"this project's code": files_digest(code), "ds_config (contents)": json.dumps(ds_config, sort_keys=True)}
-    view |= {name: os.environ.get(name) for name in VARIABLES}
-    view["python"] = platform.python_version()
+    code = files_digest(sorted([*project.glob("train_*.py"), *project.glob("common/**/*.py")]))
+    view |= {"this project's code": code, "ds_config (contents)": json.dumps(ds_config, sort_keys=True)}
+    view |= {name: os.environ.get(name) for name in VARIABLES} | {"python": platform.python_version()}
     for package in PACKAGES + KERNELS:
         with suppress(PackageNotFoundError):
             view[f"version of {package}"] = version(package)

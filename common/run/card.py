@@ -26,10 +26,7 @@ def base_of(folder: str) -> dict:
 
 
 def model_card(config: TrainConfig, record: dict, last: dict | None, table: str) -> str:
-    """README.md of the model in output_dir.
-
-    record: run_config.json with its result; last: the last record of metrics.jsonl; table: of the data.
-    """
+    """README.md of the model in output_dir, by run_config.json, the last record of metrics.jsonl, the data's table."""
     folder, method, base, result = Path(config.output_dir), record["method"], record["base"], record["result"]
     name, commit, device = config.model_name_or_path, base["commit"], record["device"]
     commits = {source["asked_for"]: source["revision"] for source in record["data"]["sources"] if "revision" in source}
@@ -41,18 +38,16 @@ def model_card(config: TrainConfig, record: dict, last: dict | None, table: str)
     came["step of the exported model"] = record.get("exported_step", result["steps"])
     came |= {"tokens": result["total_tokens"], "target tokens": result["target_tokens"], **(last or {})}
     planned = {f"planned {name}": value for name, value in record.get("planned", {}).items()}
+    curves = "![curves](curves.png)\n\n" * (folder / "curves.png").is_file()
     machine = f"{record['world_size']} x {device['name']} ({device['total_memory_gb']:.0f} GB each); "
     sections = {
         "How to talk to it": _how_to_talk(config, folder),
         "Data": f"```\n{table}\n```",
-        "Result: sums, and the last step that was logged": "![curves](curves.png)\n\n"
-        * (folder / "curves.png").is_file()
-        + _table(came),
+        "Result: sums, and the last step that was logged": curves + _table(came),
         "Settings": _table(identity_values(config, (True, "contents"))),
         "Plan": _table({name: record[name] for name in PLAN} | planned),
         "Machine": machine + ", ".join(f"{package} {number}" for package, number in record["versions"].items()),
-        "To repeat it": f"```\n{_command(config, record, commits)}\n```\n\n"
-        "On the hub this page and `run_config.json` name files of the trainer's machine without their folders.",
+        "To repeat it": f"```\n{_command(config, record, commits)}\n```",
     }
     text = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
     trained_from = f"{method} of `{name}`{f' at commit {commit}' if commit else ''}, full parameters, with Plaintune."
@@ -72,12 +67,10 @@ def _how_to_talk(config: TrainConfig, folder: Path) -> str:
     texts = {token["id"]: f"`{token['content']}`" for token in added}
     stops = ", ".join(f"{texts.get(i, 'token')} ({i})" for i in (ends if isinstance(ends, list) else [ends]))
     template = f"the chat template of the training (`--chat_template {config.chat_template}`)"
-    return (
-        f"```python\nfrom transformers import pipeline\n\n"
-        f'pipe = pipeline("text-generation", "{config.hub_model_id or folder.resolve().name}")\n'
-        f'print(pipe([{{"role": "user", "content": "What is a cloud?"}}], max_new_tokens=200))\n```\n\n'
-        f"Its tokenizer has {template}. Answers end with {stops}."
-    )
+    pipe = f'pipe = pipeline("text-generation", "{config.hub_model_id or folder.resolve().name}")'
+    talk = 'print(pipe([{"role": "user", "content": "What is a cloud?"}], max_new_tokens=200))'
+    code = f"```python\nfrom transformers import pipeline\n\n{pipe}\n{talk}\n```"
+    return f"{code}\n\nIts tokenizer has {template}. Answers end with {stops}."
 
 
 def _command(config: TrainConfig, record: dict, commits: dict[str, str]) -> str:

@@ -1,7 +1,6 @@
-"""metrics.jsonl read, and drawn. Nothing here imports torch, so that `compare` answers at once."""
+"""What a run has left, read and drawn. Nothing here imports torch, so that `compare` answers at once."""
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -24,6 +23,15 @@ PANELS = {
 LINES = [("#08306b", "-"), ("#d94801", "--"), ("#41ab5d", ":"), ("#6a51a3", "-."), ("#a50f15", (0, (5, 1, 1, 1, 1, 1)))]
 MARKERS = "osD^v*"
 SMOOTHED_ROWS = 40  # of a curve, about: each is the mean of as many logged steps as that takes
+
+
+def read_run_config(output_dir: str | Path) -> dict:
+    """The record of the run that used this folder before, {} if none did. Raises UserError if it cannot be read."""
+    path = Path(output_dir) / "run_config.json"
+    if not path.is_file():
+        return {}
+    with as_user_error(f"{path} is not what a run wrote; delete it or use another --output_dir"):
+        return {**json.loads(path.read_text(encoding="utf-8"))}  # a TypeError for what is no object
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -57,15 +65,15 @@ def draw(runs: dict[str, list[dict]], path: Path, resumed_after: list[int]) -> N
 
     names = sorted({name for records in runs.values() for record in records for name in record})
     names.sort(key=lambda name: (name.startswith("eval/"), name.count("/")))
-    if len({name.split("/")[1] for name in names if name.startswith("eval/") and name.count("/") == 2}) == 1:
-        names = [name for name in names if name.count("/") < 2]  # a single source is all
+    if len({name.split("/")[1] for name in names if re.match("eval/.+/", name)}) == 1:  # a single source is all
+        names = [name for name in names if name.count("/") < 2]
     panels = {title: [name for name in names if re.fullmatch(pattern, name)] for title, pattern in PANELS.items()}
+    panels = {title: metrics for title, metrics in panels.items() if metrics}
     if len(runs) > 1:
         panels = {name: [name] for metrics in panels.values() for name in metrics}
-    panels = {title: metrics for title, metrics in panels.items() if metrics}
     figure = Figure(figsize=(6, 2.5 * len(panels)), layout="constrained")
-    axes: list = [*figure.subplots(len(panels), 1, squeeze=False)[:, 0]]
-    for axis, (title, metrics) in zip(axes, panels.items(), strict=True):
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, (title, metrics) in zip(axes.tolist(), panels.items(), strict=True):
         series = [(label, name) for label in runs for name in metrics]
         for number, (label, name) in enumerate(series):
             _draw_series(axis, runs[label], name, number, label or name)
@@ -75,7 +83,7 @@ def draw(runs: dict[str, list[dict]], path: Path, resumed_after: list[int]) -> N
         axis.tick_params(labelsize=11)
         axis.grid(alpha=0.3)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.yaxis.set_major_formatter(_written)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if abs(value) >= 2000 else f"{value:g}")
         if len(series) > 1:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1), "ncols": 2, "frameon": False}
             axis.legend(fontsize=10, handlelength=3, **below)
@@ -85,16 +93,15 @@ def draw(runs: dict[str, list[dict]], path: Path, resumed_after: list[int]) -> N
 
 def _draw_series(axis, records: list[dict], name: str, number: int, label: str) -> None:
     """What is logged often as a smoothed line over a faint one; an evaluation as points, joined."""
-    points = [(record["step"], record[name]) for record in records if name in record]
-    if not points:
+    steps = [record["step"] for record in records if name in record]
+    values = np.array([record[name] for record in records if name in record], float)
+    if not steps:
         return
-    steps, values = np.array(points, float).reshape(-1, 2).T
     colour, form = LINES[number % len(LINES)]
     style = {"color": colour, "linestyle": form, "linewidth": 2, "label": label}
-    if name.startswith("eval/"):
-        axis.plot(steps, values, marker=MARKERS[number % len(MARKERS)], markersize=5, **style)
-        return
     width = 1 if name == "learning_rate" else max(1, len(values) // SMOOTHED_ROWS)
+    if name.startswith("eval/"):
+        style, width = style | {"marker": MARKERS[number % len(MARKERS)], "markersize": 5}, 1
     if width > 1:
         axis.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
     axis.plot(steps, smoothed(values, width), **style)
@@ -103,11 +110,6 @@ def _draw_series(axis, records: list[dict], name: str, number: int, label: str) 
 def smoothed(values: np.ndarray, width: int) -> np.ndarray:
     """The mean of the values around each, `width` of them or one more, fewer at the ends; of the finite ones."""
     kernel, is_finite = np.ones(2 * (width // 2) + 1), np.isfinite(values)
-    sums = np.convolve(np.where(is_finite, values, 0), kernel)[width // 2 : len(values) + width // 2]
-    counts = np.convolve(is_finite.astype(float), kernel)[width // 2 : len(values) + width // 2]
-    return np.where(counts > 0, sums / np.maximum(counts, 1), math.nan)
-
-
-def _written(value: float, _) -> str:
-    """A number at an axis, short."""
-    return f"{value / 1000:g}k" if abs(value) >= 2000 else f"{value:g}"
+    both = np.convolve(np.where(is_finite, values, 0), kernel), np.convolve(is_finite.astype(float), kernel)
+    sums, counts = (part[width // 2 : len(values) + width // 2] for part in both)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)

@@ -34,7 +34,7 @@ def need(config: TrainConfig, numel: int, schedule) -> str:
 
 
 def require(space: str) -> None:
-    """Raises UserError where it is short. space: of `need`."""
+    """Raises UserError where what `need` said is short."""
     if space.endswith(SHORT):
         raise UserError(f"--output_dir: {space}; free some, or lower --keep_last_n_checkpoints")
 

@@ -9,6 +9,7 @@ import math
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,33 +35,26 @@ EVALUATIONS = 10  # in a run, unless --eval_steps says otherwise
 def training_and_held_out(
     kind: str, config: TrainConfig, template: ChatTemplate, ranks: Ranks, most_rows: int | None = None
 ) -> tuple:
-    """(the run's TokenDataset, that of its evaluation or None). Collective.
+    """(the run's TokenDataset, that of its evaluation or None). kind: "sft" or "dpo"; most_rows: as in prepare_tokens.
+    Collective. Raises UserError for data that cannot be used."""
 
-    kind: "sft" or "dpo". most_rows: as in prepare_tokens.
-    Raises UserError for data that cannot be used.
-    """
-    mixer, amount = config.eval_dataset_mixer, config.eval_holdout
+    def read(mixer: list[str]) -> TokenDataset:
+        of_mixer = dataclasses.replace(config, dataset_mixer=mixer)
+        return TokenDataset(ranks.once_per_node(lambda: prepare_tokens(kind, of_mixer, template, most_rows)))
 
-    def read(config: TrainConfig) -> TokenDataset:
-        return TokenDataset(ranks.once_per_node(lambda: prepare_tokens(kind, config, template, most_rows)))
-
-    data = read(config)
-    if amount:
-        return split(data, amount)
-    held_out = None
-    if mixer:
-        held_out = read(dataclasses.replace(config, dataset_mixer=mixer))
+    data, held_out = read(config.dataset_mixer), None
+    if config.eval_holdout:
+        return split(data, config.eval_holdout)
+    if config.eval_dataset_mixer:
+        held_out = read(config.eval_dataset_mixer)
         if len({*ranks.gather(lambda: held_out.digest)}) > 1:  # ranks with other plans would wait for one another
             raise UserError("--eval_dataset_mixer: its rows are not the same on all hosts")
     return data, held_out
 
 
 def split(data: TokenDataset, amount: str) -> tuple[TokenDataset, TokenDataset]:
-    """(the rest, what is held out), in the data's order. amount: "1%" or "200" of the rows that were kept.
-
-    The draw is that of a subset of a source (common.data.sources.subset_indices), the same for every seed. A row that
-    its source takes more than once is held out with all its copies. Raises UserError.
-    """
+    """(the rest, what is held out), in the data's order. amount: "1%" or "200" of the rows that were kept, drawn as a
+    source's subset is, whatever the seed; each with all copies that its source takes. Raises UserError."""
     rows, row_of = np.unique(data.rows, axis=0, return_inverse=True)
     with as_user_error(f"--eval_holdout {amount}", ValueError):
         check_amount(amount)
@@ -89,16 +83,14 @@ def source_names(data: TokenDataset) -> list[str]:
 
 
 class Evaluation:
-    """The evaluations of one run; without held-out data none is ever due.
-
-    record: what run_config.json says of them.
-    """
+    """The evaluations of one run; without held-out data none is ever due. record: for run_config.json."""
 
     def __init__(
         self, data: TokenDataset, held_out: TokenDataset | None, config: TrainConfig, schedule: Schedule, ranks: Ranks
     ):
         """Counts the held-out samples that are trained on, too, and says what will be evaluated. Collective."""
-        self.held_out, self.config, self.ranks, self.last_step = held_out, config, ranks, schedule.last_step
+        self.held_out: Any = held_out
+        self.config, self.ranks, self.last_step = config, ranks, schedule.last_step
         self.every, self.record = config.eval_steps or math.ceil(schedule.num_steps / EVALUATIONS), None
         if held_out is None:
             return
@@ -112,13 +104,13 @@ class Evaluation:
         self.record = {"every": self.every, "samples": sizes, "also_trained": num_shared, "held_out": held_out.digest}
         if config.eval_holdout:
             self.record["rows"] = [held_out.source_of(i) for i in range(len(held_out))]
-        of_sources = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
-        ranks.say(f"evaluation every {self.every} steps and at the end; samples: {of_sources}")
+        of_each = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        ranks.say(f"evaluation every {self.every} steps and at the end; samples: {of_each}")
         ranks.say(f"{'warning: ' * (num_shared > 0)}{num_shared:,} of these samples are also among those trained on")
 
     def read_reference(self, engine, weights: str, kernel: str, budget: int) -> None:
         """Log-probabilities of the held-out pairs under the reference, as reference_pass. Collective."""
-        if self.held_out is not None and self.record is not None and isinstance(self.config, DPOConfig):
+        if self.record is not None and isinstance(self.config, DPOConfig):
             data, needed = self.held_out, [*range(len(self.held_out))]
             passed = reference_pass(engine, data, needed, weights, self.config, kernel, budget, self.ranks)
             self.reference_logps, self.record = passed[0], self.record | passed[1]
@@ -132,7 +124,6 @@ class Evaluation:
 
         SFT: loss, nats a target token, and perplexity, its exponential. DPO: loss, accuracy and margin, as in training.
         """
-        assert self.held_out is not None
         started, everything = time.perf_counter(), [*range(len(self.held_out))]
         metrics: dict[str, float] = {}
         self.ranks.say(f"evaluating {len(everything):,} samples")
@@ -147,7 +138,6 @@ class Evaluation:
         return metrics
 
     def _means(self, logps: np.ndarray, members: np.ndarray) -> dict[str, float]:
-        assert self.held_out is not None
         if not isinstance(self.config, DPOConfig):
             loss = -logps.sum(dtype=np.float64) / self.held_out.num_targets[members].sum()
             return {"loss": float(loss), "perplexity": float(np.exp(loss))}
@@ -177,9 +167,8 @@ class Evaluation:
         step = self.ranks.once(lambda: checkpoint.kept(self.config.output_dir).get("step"))
         if not self.config.export_best or step is None:
             return None
-        path = checkpoint.path_of(self.config.output_dir, step)
-        what, state = "--export_best: the model is that", checkpoint.read_state(path)
-        checkpoint.load(engine, parameters, path, state, str(path), self.ranks, what)
+        path, what = checkpoint.path_of(self.config.output_dir, step), "--export_best: the model is that"
+        checkpoint.load(engine, parameters, path, checkpoint.read_state(path), str(path), self.ranks, what)
         return step
 
     def says_stop(self, losses: list[float]) -> bool:

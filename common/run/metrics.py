@@ -24,6 +24,10 @@ from common.zero.memory import memory_gb
 PEAK_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "B200": 2250, "A100": 312, "A800": 312}
 PEAK_TFLOPS |= {"L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "RTX 4090": 165, "RTX 3090": 71}
 
+SHOWN = {"train_loss": "loss {:.4f}", "rewards/accuracy": "accuracy {:.3f}", "rewards/margin": "margin {:.4f}"}
+SHOWN |= {"grad_norm": "grad_norm {:.3f}", "tokens_per_second": "{:,.0f} tokens/s", "mfu": "mfu {:.1%}"}
+SHOWN |= {"max_memory_gb": "{:.1f} GB", "learning_rate": "lr {:.2e}", "epoch": "epoch {:.2f}"}  # of a step, in a line
+
 
 def device_peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of this device, None where it is not known."""
@@ -70,15 +74,10 @@ class StepMeter:
         process's pace so far, without the first one, which also compiles, and with what comes between steps."""
         step, now = record["step"], time.monotonic()
         since, began = self.paced_from = self.paced_from or (step, now)
-        shown = f"step {step}/{last_step}"
-        shown += f"  left {_clock((now - began) / (step - since) * (last_step - step))}" if step > since else ""
-        shown += f"  loss {record['train_loss']:.4f}"
-        if "rewards/accuracy" in record:
-            shown += f"  accuracy {record['rewards/accuracy']:.3f}  margin {record['rewards/margin']:.4f}"
-        shown += f"  grad_norm {record['grad_norm']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
-        shown += f"  mfu {record['mfu']:.1%}" if "mfu" in record else ""
-        shown += f"  {record['max_memory_gb']:.1f} GB  lr {record['learning_rate']:.2e}  epoch {record['epoch']:.2f}"
-        return f"{shown}  elapsed {_clock(now - self.began)}"
+        left = timedelta(seconds=round((now - began) / max(1, step - since) * (last_step - step)))
+        parts = [f"step {step}/{last_step}"] + [f"left {left}"] * (step > since)
+        parts += [form.format(record[name]) for name, form in SHOWN.items() if name in record]
+        return "  ".join([*parts, f"elapsed {timedelta(seconds=round(now - self.began))}"])
 
     def start(self) -> None:
         """Called when the wait for a step's micro-batches begins."""
@@ -110,11 +109,6 @@ class StepMeter:
         return record
 
 
-def _clock(seconds: float) -> str:
-    """Hours, minutes, seconds: 1:02:03."""
-    return str(timedelta(seconds=round(seconds)))
-
-
 class MetricsFile:
     """metrics.jsonl: one JSON object a logged step. Every rank holds one; rank 0's writes."""
 
@@ -122,10 +116,9 @@ class MetricsFile:
         """Keeps the records up to `state.step`, so that a resumed run leaves neither gap nor double; state.num_records
         is from here on their number. Collective. Raises UserError where some are missing; that all are is said.
         `eval_losses` begin after the step state.held_out_since."""
-        self.path, self.state, self.ranks = Path(output_dir) / "metrics.jsonl", state, ranks
-        self.trackers = trackers
+        self.path, self.state, self.ranks, self.trackers = Path(output_dir) / "metrics.jsonl", state, ranks, trackers
 
-        def keep() -> tuple[list[dict], int, list[float]]:
+        def keep() -> tuple[dict | None, int, list[float]]:
             is_there = self.path.is_file()
             kept = [record for record in read_metrics(self.path) if record["step"] <= state.step]
             if (num_lost := state.num_records - len(kept)) > 0:
@@ -136,10 +129,9 @@ class MetricsFile:
             replace_file(self.path, "".join(json.dumps(record) + "\n" for record in kept))
             self.file = open(self.path, "a", encoding="utf-8")
             evaluated = [record for record in kept if "eval/loss" in record and record["step"] > state.held_out_since]
-            return kept[-1:], len(kept), [record["eval/loss"] for record in evaluated]
+            return kept[-1] if kept else None, len(kept), [record["eval/loss"] for record in evaluated]
 
-        newest, state.num_records, self.eval_losses = ranks.gather(lambda: keep() if ranks.is_main else None)[0]
-        self.last = newest[0] if newest else None  # the newest record
+        self.last, state.num_records, self.eval_losses = ranks.once(keep)  # last: the newest record
 
     def append(self, record: dict) -> None:
         """Collective: where rank 0 cannot write, every rank raises its OSError, before the next update."""

@@ -16,12 +16,10 @@ from common.config import LENGTHS, TrainConfig
 from common.failures import UserError, as_user_error, log_to, one_line, print_line
 from common.files import remove_dead, replace_file, weight_files
 from common.ranks import Ranks
-from common.run import hub
+from common.run import evaluate, forecast, hub
 from common.run.agreement import PACKAGES, require_agreement
 from common.run.card import model_card
-from common.run.curves import draw_curves, read_metrics
-from common.run.evaluate import has_stalled
-from common.run.forecast import beside
+from common.run.curves import draw_curves, read_metrics, read_run_config
 from common.run.metrics import MetricsFile
 from common.run.trackers import Trackers
 from common.zero import checkpoint
@@ -34,51 +32,58 @@ SECONDS_UNTIL_SEEN = 15  # a network file system may show a new file late
 def claim(config: TrainConfig, identity: dict, last_step: int, ranks: Ranks) -> tuple[RunState, Path | None] | None:
     """Where the run of `identity` begins in output_dir, which from here on is this process's alone. Collective.
 
-    None: it has ended there, and nothing is left but the upload, if asked for, which is done here. Else its state, and
-    the checkpoint to load, None for a fresh start.
+    None: it has ended there, and its upload, if asked for, is done. Else its state and the checkpoint to load, or None.
     Raises UserError if the folder cannot be written, is a model that this run reads, is written by another run now, or
     holds another run that `--resume auto` would continue or overwrite; if a host sees another folder or other
     checkpoints there; or if the hub would not take the model.
     """
-    steps = ranks.once(lambda: _finished_after(config, identity, last_step))
+    steps, is_finished = ranks.once(lambda: _take(config, identity, last_step))
     _require_one_folder(config.output_dir, ranks)
     log_to(Path(config.output_dir) / "logs" / f"rank_{ranks.rank}.log")
-    if steps is not None:
+    if is_finished:
         _end(config, f"{config.output_dir} holds this run, finished after {steps} steps; nothing to do", ranks)
         return None
     if config.push_to_hub:
         ranks.once(lambda: hub.require_repository(config, identity))
     path = checkpoint.find(config.output_dir, config.resume, ranks)
     if path is None:
-        steps = ranks.once(lambda: read_run_config(config.output_dir)).get("result", {}).get("steps")
-        if steps and config.resume == "auto":
-            ended = f"this run ended after {steps} steps, no checkpoint"
-            ranks.say(f"warning: {config.output_dir}: {ended}: it begins anew")
+        if steps:
+            ranks.say(f"warning: {config.output_dir}: ended after {steps} steps, with no checkpoint: it begins anew")
         return RunState(identity=identity), None
     state = checkpoint.read_state(path)
     _require_same_run(f"checkpoint {path}", config.output_dir, state.identity, identity, state.step, last_step)
     return state, path
 
 
-def _finished_after(config: TrainConfig, identity: dict, last_step: int) -> int | None:
-    """The steps of the finished run that the folder holds, None if it holds none. Raises UserError, as claim."""
+def _take(config: TrainConfig, identity: dict, last_step: int) -> tuple[int | None, bool]:
+    """Takes the folder; (the steps of the ended run that it holds, whether nothing is left of it to do)."""
     output_dir = Path(config.output_dir)
     _require_no_other_model(config)
     with as_user_error(f"--output_dir {output_dir}: cannot be written", OSError):
         (output_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         _lock(output_dir)
-    record = read_run_config(config.output_dir)
-    steps = record.get("result", {}).get("steps")
-    if config.resume != "auto" or steps is None:
-        return None
-    what, old = f"the model in {output_dir}", record.get("identity", {})
-    _require_same_run(what, config.output_dir, old, identity, steps, last_step)
+    result = require_no_other_run(config, identity, last_step, is_part=False)
+    steps = result.get("steps")
     # A run that stopped early is finished for as long as the same patience is asked for.
-    has_ended = steps == last_step or record["result"].get("stopped_early") == (config.early_stopping_patience or 0)
+    has_ended = steps == last_step or result.get("stopped_early") == (config.early_stopping_patience or 0)
     is_finished = has_ended and _holds_model(output_dir)
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
         checkpoint.delete_all(config.output_dir, "the run is done")
-    return steps if is_finished else None
+    return steps, is_finished
+
+
+def require_no_other_run(config: TrainConfig, identity: dict, last_step: int, is_part: bool = True) -> dict:
+    """The result of the ended run that output_dir holds and `--resume` goes on from, {} without one. Writes nothing.
+    Raises UserError where claim would, as far as `identity`, of which is_part says that it lacks something, tells."""
+    _require_no_other_model(config)
+    record = read_run_config(config.output_dir)
+    result, old = record.get("result", {}), record.get("identity", {})
+    if config.resume != "auto" or not record or not result and not checkpoint.newest_first(config.output_dir):
+        return {}
+    if is_part:
+        old = {name: old.get(name) for name in identity}
+    _require_same_run(config.output_dir, config.output_dir, old, identity, result.get("steps", 0), last_step)
+    return result
 
 
 def _require_one_folder(output_dir: str, ranks: Ranks) -> None:
@@ -92,27 +97,14 @@ def _require_one_folder(output_dir: str, ranks: Ranks) -> None:
         seen = {".lock": known_by} | checkpoint.seen(output_dir)
         return {f"{name} of --output_dir, a folder that all must share": mark for name, mark in seen.items()}
 
-    ours = ranks.once(view)
+    ours, until = ranks.once(view), time.monotonic() + SECONDS_UNTIL_SEEN
 
     def view_in_time() -> dict:
-        for _ in range(SECONDS_UNTIL_SEEN):
-            if view() == ours:
-                break
+        while view() != ours and time.monotonic() < until:
             time.sleep(1)
         return view()
 
-    views = ranks.on_all(view_in_time)
-    require_agreement(lambda: views[ranks.rank], ranks)
-
-
-def require_no_other_run(config: TrainConfig, identity: dict, last_step: int) -> None:
-    """Raises UserError where claim would, as far as `identity`, a part of the run's, tells. Writes nothing."""
-    _require_no_other_model(config)
-    record = read_run_config(config.output_dir)
-    if record and config.resume == "auto":
-        old = {name: record.get("identity", {}).get(name) for name in identity}
-        steps = record.get("result", {}).get("steps", 0)
-        _require_same_run(config.output_dir, config.output_dir, old, identity, steps, last_step)
+    require_agreement(view_in_time, ranks)
 
 
 def _require_no_other_model(config: TrainConfig) -> None:
@@ -152,8 +144,7 @@ def _holds_model(output_dir: Path) -> bool:
         return False
 
 
-# What was locked, and written there. The system lets go of a lock when this process ends or closes any other open file
-# of that name.
+# What was locked, and written there. A lock ends with this process, or when it closes any other open file of that name.
 _locks: list[tuple[TextIO, str]] = []
 
 
@@ -184,19 +175,12 @@ def record_of(method: str, config: TrainConfig, identity: dict, state: RunState,
         device, memory = properties.name, properties.total_memory
     held = ranks.gather(lambda: sum(p.ds_tensor.numel() for p in parameters))  # the padding included
     numel = sum(p.ds_numel for p in parameters)
-    return {
-        "method": method,
-        "config": vars(config),
-        "identity": identity,
-        "micro_batch_budget": state.micro_batch_budget,
-        "residency": state.residency,
-        "layers": policy.layers_report(),
-        "zero": {"stage": 3, "num_parameters": numel, "partitioned_parameters_per_rank": held},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "device": {"name": device, "total_memory_gb": memory / 1e9},
-        "world_size": ranks.world_size,
-        **more,
-    }
+    record = {"method": method, "config": vars(config), "identity": identity, "layers": policy.layers_report()}
+    record |= {"micro_batch_budget": state.micro_batch_budget, "residency": state.residency}
+    record |= {"device": {"name": device, "total_memory_gb": memory / 1e9}, "world_size": ranks.world_size}
+    record["zero"] = {"stage": 3, "num_parameters": numel, "partitioned_parameters_per_rank": held}
+    record["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    return record | more
 
 
 def open_output_dir(config: TrainConfig, record: dict, state: RunState, ranks: Ranks) -> MetricsFile:
@@ -224,23 +208,15 @@ def open_output_dir(config: TrainConfig, record: dict, state: RunState, ranks: R
 
 
 def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsFile, table: str, ranks: Ranks) -> None:
-    """Curves, model card, then the result: from here on the folder holds a finished run; its upload, if asked for.
-    Collective.
-
-    table: of the data, for the model card.
-    """
+    """Curves, model card (with the data's table), then the result: from here on the folder holds a finished run; then
+    its upload, if asked for. Collective."""
     metrics.flush_to_disk()  # it is still the run's own folder that the model was written to
-    # What each rank has counted and read by itself.
-    is_early = has_stalled(metrics.eval_losses, config.early_stopping_patience)
+    is_early = evaluate.has_stalled(metrics.eval_losses, config.early_stopping_patience)
     agreement = ranks.gather(lambda: [state.step, state.samples, state.target_tokens, record["identity"]])
-    result = {
-        "steps": state.step,
-        "total_tokens": state.total_tokens,
-        "target_tokens": state.target_tokens,
-        "train_loss": metrics.last and metrics.last["train_loss"],
-        "stopped_early": config.early_stopping_patience if is_early else None,
-        "rank_agreement": all(a == agreement[0] for a in agreement),
-    }
+    result: dict = {"steps": state.step, "total_tokens": state.total_tokens, "target_tokens": state.target_tokens}
+    result["train_loss"] = metrics.last and metrics.last["train_loss"]
+    result["stopped_early"] = config.early_stopping_patience if is_early else None
+    result["rank_agreement"] = all(a == agreement[0] for a in agreement)
 
     def write() -> None:
         try:
@@ -255,8 +231,8 @@ def finish(config: TrainConfig, record: dict, state: RunState, metrics: MetricsF
 
     ranks.once(write)
     if metrics.last and "planned" in record:
-        records = ranks.once(lambda: read_metrics(Path(config.output_dir) / "metrics.jsonl"))
-        ranks.say(beside(record["planned"], records))
+        path = Path(config.output_dir) / "metrics.jsonl"
+        ranks.say(ranks.once(lambda: forecast.beside(record["planned"], read_metrics(path))))
     exported = record.get("exported_step", state.step)  # --export_best may have another
     of = "the model" if exported == state.step else f"the model of step {exported},"
     _end(config, f"done: {config.output_dir} holds {of} after {state.step} steps", ranks)
@@ -271,12 +247,3 @@ def _end(config: TrainConfig, line: str, ranks: Ranks) -> None:
 
 def write_run_config(output_dir: str, record: dict) -> None:
     replace_file(Path(output_dir) / "run_config.json", json.dumps(record, indent=2, default=str) + "\n")
-
-
-def read_run_config(output_dir: str) -> dict:
-    """The record of the run that used this folder before, {} if none did. Raises UserError if it cannot be read."""
-    path = Path(output_dir) / "run_config.json"
-    if not path.is_file():
-        return {}
-    with as_user_error(f"{path} is not what a run wrote; delete it or use another --output_dir"):
-        return {**json.loads(path.read_text(encoding="utf-8"))}  # a TypeError for what is no object

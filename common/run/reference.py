@@ -11,6 +11,7 @@ of the libraries under it.
 """
 
 import time
+from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from common.config import DPOConfig
 from common.data.dataset import TokenDataset
-from common.data.tokens import PreferencePair, SFTSample
+from common.data.tokens import PreferencePair
 from common.failures import as_user_error, progress
 from common.files import digest, json_digest, replace_file
 from common.model import attention, load, logprobs, packed
@@ -93,11 +94,10 @@ def compute_logps(
     plan = packing.plan_step(lengths[samples].tolist(), ranks.world_size, budget)[ranks.rank]
     result = torch.zeros(len(samples), num_sequences, dtype=torch.float32, device=ranks.device)
 
-    def documents(sample: SFTSample | PreferencePair) -> list[packing.Document]:
-        return sft_documents(sample) if isinstance(sample, SFTSample) else pair_documents(sample, share_prompt)
-
     def prepared(m: int) -> packing.MicroBatch:
-        return pack([documents(data[samples[i]]) for i in plan[m]], share_prompt)
+        rows = [data[samples[i]] for i in plan[m]]
+        both = [pair_documents(r, share_prompt) if isinstance(r, PreferencePair) else sft_documents(r) for r in rows]
+        return pack(both, share_prompt)
 
     with torch.no_grad(), out_of_memory_explained(what, budget, int(lengths.max())) as size:
         for m, micro_batch in packing.one_ahead(prepared, range(len(plan))):
@@ -118,16 +118,12 @@ def _read_parts(folder: Path, cache_dir: str) -> list[tuple[str, np.ndarray, np.
             if time.time() - path.stat().st_mtime > ABANDONED:
                 path.unlink(missing_ok=True)
         for path in sorted(folder.glob("part_*.safetensors")):
-            try:
-                with safe_open(path, framework="np") as file:
-                    part = path.name, file.get_tensor("pairs"), file.get_tensor("logps")
-                    is_whole = file.metadata()["digest"] == digest(part[1].tobytes() + part[2].tobytes())
-            except (FileNotFoundError, SafetensorError):
-                is_whole = False
-            if is_whole:
-                parts.append(part)
-            else:
-                path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError, SafetensorError), safe_open(path, framework="np") as file:
+                pairs, logps = file.get_tensor("pairs"), file.get_tensor("logps")
+                if file.metadata()["digest"] == digest(pairs.tobytes() + logps.tobytes()):
+                    parts.append((path.name, pairs, logps))
+                    continue
+            path.unlink(missing_ok=True)
     return parts
 
 

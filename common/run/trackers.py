@@ -7,6 +7,8 @@ dropped with a warning: it never stops a run. Where and as whom wandb and tracki
 import json
 import os
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from common.config import TrainConfig
@@ -25,26 +27,18 @@ class Trackers:
         self.open: dict[str, tuple[Callable[[dict], object], Callable[[], object]]] = {}  # (log, finish) of each
 
         def open_all() -> None:
-            for name in sorted({*config.report_to} - {"none"}):
+            for name in sorted({*config.report_to} - {"none"}) if ranks.is_main else ():
                 with as_user_error(f"--report_to {name}"):
                     self.open[name] = OPENERS[name](config, run_id, step)
 
-        ranks.gather(lambda: open_all() if ranks.is_main else None)
-        before_exit.append(self.finish)
+        ranks.gather(open_all)
+        before_exit.append(lambda: self.log(None))
 
-    def log(self, record: dict) -> None:
-        """One record of metrics.jsonl."""
-        self._each(0, record)
-
-    def finish(self) -> None:
-        """What is on its way arrives. Called before the process ends, whatever ends it."""
-        self._each(1)
-        self.open = {}
-
-    def _each(self, which: int, *arguments) -> None:
-        for name, functions in [*self.open.items()]:
+    def log(self, record: dict | None) -> None:
+        """One record of metrics.jsonl; None: this process ends, and what is on its way has to arrive."""
+        for name, (log, finish) in [*self.open.items()]:
             try:
-                functions[which](*arguments)
+                finish() if record is None else log(record)
             except Exception as e:  # whatever a tracker raises, the run goes on
                 del self.open[name]
                 why = f"{type(e).__name__}: {one_line(e)}"
@@ -71,20 +65,14 @@ def _tensorboard(config: TrainConfig, run_id: str, step: int) -> tuple:
     return log, writer.close
 
 
-def _wandb(config: TrainConfig, run_id: str, step: int) -> tuple:
-    import wandb
-
-    options = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "id": run_id, "name": _run_name(config, run_id)}
-    settings = wandb.Settings(console="off")
-    run = wandb.init(**options, dir=config.output_dir, config=vars(config), resume="allow", settings=settings)
+def _wandb_or_trackio(name: str, config: TrainConfig, run_id: str, step: int) -> tuple:
+    module = import_module(name)
+    own: dict = {"project": PROJECT, "embed": False}
+    if name == "wandb":
+        own = {"project": os.environ.get("WANDB_PROJECT", PROJECT), "id": run_id, "dir": config.output_dir}
+        own["settings"] = module.Settings(console="off")
+    run = module.init(name=_run_name(config, run_id), config=vars(config), resume="allow", **own)
     return lambda record: run.log(record, step=record["step"]), run.finish
 
 
-def _trackio(config: TrainConfig, run_id: str, step: int) -> tuple:
-    import trackio
-
-    run = trackio.init(PROJECT, _run_name(config, run_id), config=vars(config), resume="allow", embed=False)
-    return lambda record: run.log(record, step=record["step"]), run.finish
-
-
-OPENERS = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
+OPENERS = {"tensorboard": _tensorboard} | {name: partial(_wandb_or_trackio, name) for name in ("wandb", "trackio")}

@@ -5,16 +5,14 @@
 OUT1, OUT2 ...: their output_dirs. A value that all runs share is left out. Nothing is written but the picture.
 """
 
-import json
 from pathlib import Path
 from statistics import mean, median
 
 from common.failures import UserError, as_user_error, print_line, shown
-from common.run.curves import draw, read_metrics
-from common.verbs.words import options
+from common.run.curves import draw, read_metrics, read_run_config
+from common.verbs.words import folders
 
-USAGE = "write: bash run.sh compare OUT1 [OUT2 ...] [--picture FILE]"
-WINDOW = 10  # logged steps that a last value is the mean of
+WINDOW = 10  # logged steps, or fewer, that a last value is the mean of
 # What a run is besides its flags, by its name in run_config.json.
 RESOLVED = ("kernel", "world_size", "micro_batch_budget", "residency", "device", "versions", "layers", "identity")
 PLACES = ("output_dir", "cache_dir", "resume")  # flags that differ and tell nothing
@@ -22,19 +20,14 @@ PLACES = ("output_dir", "cache_dir", "resume")  # flags that differ and tell not
 
 def main(*argv: str) -> int:
     """Returns the exit code. Raises UserError for a folder in which no run has taken a step."""
-    given, folders = options(USAGE, argv, picture={"default": "compare.png"})
-    if not folders or any(word.startswith("-") for word in folders):
-        raise UserError(USAGE)
-    labels = labels_of(folders)
+    given, runs = folders("compare OUT1 [OUT2 ...] [--picture FILE]", argv, None, picture={"default": "compare.png"})
     configs, histories = {}, {}
-    for label, folder in labels.items():
-        with as_user_error(f"{folder}: is no output_dir of a run", OSError, ValueError):
-            configs[label] = json.loads((folder / "run_config.json").read_text(encoding="utf-8"))
-        histories[label] = read_metrics(folder / "metrics.jsonl")
-        if not histories[label]:
-            raise UserError(f"{folder}: no step was logged yet")
-    print_line(table("what differs", {label: settings_of(configs[label]) for label in labels}, only_differing=True))
-    results = {label: results_of(histories[label], configs[label]) for label in labels}
+    for label, folder in labels_of(runs).items():
+        configs[label], histories[label] = read_run_config(folder), read_metrics(folder / "metrics.jsonl")
+        if not configs[label] or not histories[label]:
+            raise UserError(f"{folder}: no run has logged a step there")
+    print_line(table("what differs", {label: settings_of(configs[label]) for label in configs}, only_differing=True))
+    results = {label: results_of(histories[label], configs[label]) for label in configs}
     print_line("\n" + table("where they stand", results, only_differing=False))
     with as_user_error(f"--picture {given.picture}", OSError, ValueError):
         draw(histories, Path(given.picture), [])
@@ -61,13 +54,12 @@ def settings_of(run_config: dict) -> dict[str, str]:
 
 def results_of(history: list[dict], run_config: dict) -> dict[str, str]:
     """How far a run is, its last values, time, speed and memory."""
-    last = history[-WINDOW:]
     results = {"steps": f"{history[-1]['step']:,} of {run_config['num_steps']:,}"}
     results["state"] = "finished" if "result" in run_config else "not finished"
     results["tokens"] = f"{history[-1]['total_tokens']:,}"
     for name in ("train_loss", "rewards/margin", "rewards/accuracy", "grad_norm"):
-        if values := [row[name] for row in last if name in row]:
-            results[f"{name}, last {WINDOW}"] = f"{mean(values):.4f}"
+        if values := [row[name] for row in history[-WINDOW:] if name in row]:
+            results[f"{name}, last"] = f"{mean(values):.4f} (mean of {len(values)})"
     if evaluated := [row for row in history if "eval/loss" in row]:
         results["eval/loss, lowest"] = f"{min(row['eval/loss'] for row in evaluated):.4f}"
         results |= {name: f"{value:.4f}" for name, value in evaluated[-1].items() if name.startswith("eval/")}

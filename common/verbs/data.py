@@ -33,16 +33,13 @@ def main(*argv: str) -> int:
     tokenizer = load.load_tokenizer(load.find_tokenizer(config.tokenizer_name_or_path or folder))
     template = resolve_template(config.chat_template, tokenizer)
     ds = TokenDataset(prepare_tokens(method, dataclasses.replace(config, allow_dropped=True), template))
-    print_line(data_table(ds))
-    print_line(quality_report(ds, template.end_ids()))
+    lines = [data_table(ds), quality_report(ds, template.end_ids())]
     if (Path(folder) / "config.json").is_file():
-        for line in load.warnings(template, load.load_config(folder), ds.longest_side()):
-            print_line(line)
-    for place in given.row:
-        print_line("\n" + _row(place, ds, config, template))
-    if not given.row:
-        for i in np.unique(np.linspace(0, len(ds) - 1, max(0, min(given.show, len(ds)))).astype(int)).tolist():
-            print_line("\n" + preview(ds, i, template.tokenizer))
+        lines += load.warnings(template, load.load_config(folder), ds.longest_side())
+    shown = np.unique(np.linspace(0, len(ds) - 1, max(0, min(given.show, len(ds)))).astype(int)).tolist()
+    samples = [_row(place, ds, config, template) for place in given.row]
+    samples = samples or [preview(ds, i, template.tokenizer) for i in shown]
+    print_line("\n".join([*lines, *(f"\n{sample}" for sample in samples)]))
     if (lost := too_much_dropped(ds)) and not config.allow_dropped:
         raise UserError(lost)
     return 0
@@ -61,8 +58,8 @@ def _row(place: str, ds, config: TrainConfig, template) -> str:
         for rows in (load_source(parse_source(text)) for text in config.dataset_mixer):
             in_file = [i for i, file in enumerate(rows.files) if file == name]
             found = np.flatnonzero(np.isin(rows.file, in_file) & (rows.numbers == int(number)))
-            tokenize = BlockTokenizer(ds.kind, config, template)
             if len(found):
+                tokenize = BlockTokenizer(ds.kind, config, template)
                 kept = [*tokenize(rows, found)]
                 reasons = [f"not one of the {len(rows.indices):,} rows taken"] if kept else tokenize.counts["dropped"]
                 return f"{one_line(place)}: not trained: {', '.join(reasons)}"

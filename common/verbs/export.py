@@ -5,17 +5,16 @@ CHECKPOINT is a folder like output/sft/checkpoints/step_00000500.
 
 from pathlib import Path
 
-from common.failures import UserError, print_line
-from common.verbs.words import before_imports
+from common.failures import print_line
+from common.verbs.words import before_imports, folders
 
 
 def main(*argv: str) -> int:
     """Raises UserError."""
-    if len(argv) != 2:
-        raise UserError("write: bash run.sh export CHECKPOINT OUT_DIR")
+    _, (source, target) = folders("export CHECKPOINT OUT_DIR", argv, 2)
     before_imports()
     from common.zero import checkpoint
 
-    checkpoint.export_shown(Path(argv[0]), Path(argv[1]))
-    print_line(f"{argv[1]} holds the model of {argv[0]}")
+    checkpoint.export_shown(Path(source), Path(target))
+    print_line(f"{target} holds the model of {source}")
     return 0

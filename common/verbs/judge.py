@@ -6,9 +6,9 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
+from typing import NamedTuple
 
 from common.config import DPOConfig
 from common.failures import TrainingStopped, one_line
@@ -38,8 +38,7 @@ ADVICE = {  # likely causes of a failed check, and what to try
 }
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One line of the verdict."""
 
     name: str
@@ -50,9 +49,7 @@ class Check:
 
 def judge_run(output_dir: Path, exit_code: int, output: str = "", floor: float = 0.0) -> list[Check]:
     """The verdict on the run that wrote output_dir; missing or torn files are a failed check, not an error.
-
-    output: what the run printed. floor: seconds; a step shorter than this is never called slow, as of a tiny model.
-    """
+    output: what it printed. floor: seconds; a step shorter than this is never called slow, as of a tiny model."""
     seen = "metrics.jsonl: no step was logged"
     try:
         run_config = json.loads((output_dir / "run_config.json").read_text(encoding="utf-8"))
@@ -66,24 +63,22 @@ def judge_run(output_dir: Path, exit_code: int, output: str = "", floor: float =
 def judge(history: list[dict], run_config: dict, exit_code: int, output: str = "", floor: float = 0.0) -> list[Check]:
     """All checks on one run's history, of at least one row; the rest as for judge_run."""
     config, result = run_config["config"], run_config.get("result", {})
-    loss_falls, *of_preferences = (_dpo_checks if "loss_type" in config else _sft_checks)(history, run_config)
-    is_loss_good, losses = _worst(history, "train_loss", lambda loss: abs(loss) <= 10)  # NaN is not
-    is_norm_good, norms = _worst(history, "grad_norm", lambda norm: 0 < norm <= 1000)
-    norm = median(row["grad_norm"] for row in history)
-    is_norm_good = is_norm_good and 0.1 <= norm <= 10
     logged, num_steps = [row["step"] for row in history], result.get("steps", 0)
     wanted = [i for i in range(1, num_steps + 1) if i % config["logging_steps"] == 0 or i == num_steps]
     is_logged = [step for step in logged if step in {*wanted}] == wanted  # and others where there was an evaluation
     lines = f"{num_steps} steps in the result; {len(logged)} of {len(wanted)} lines, the last of step {logged[-1]}"
+    is_loss_good, losses = _worst(history, "train_loss", lambda loss: abs(loss) <= 10)  # NaN is not
+    is_norm_good, norms = _worst(history, "grad_norm", lambda norm: 0 < norm <= 1000)
+    norm = median(row["grad_norm"] for row in history)
+    is_norm_good, norms = is_norm_good and 0.1 <= norm <= 10, f"median {norm:.3g}, {norms}"
     agreed = "they do" if result.get("rank_agreement") is True else "they do NOT, or it is not known"
     return [
         _finished(exit_code == 0 and is_logged, exit_code, lines, output),
-        loss_falls,
+        *(_dpo_checks(history, run_config) if "loss_type" in config else [_falls(history, "SFT")]),
         Check("loss value", "finite, at most 10", losses, is_loss_good),
-        Check("grad norm", "median 0.1 to 10, none 0 or above 1000", f"median {norm:.3g}, {norms}", is_norm_good),
+        Check("grad norm", "median 0.1 to 10, none 0 or above 1000", norms, is_norm_good),
         _speed(history, floor),
         _memory(history, run_config["device"]["total_memory_gb"], output),
-        *of_preferences,
         _partition(run_config["zero"], run_config["world_size"]),
         Check("ranks agree", "same loss and step on all ranks", agreed, agreed == "they do"),
     ]
@@ -95,16 +90,14 @@ def _finished(passed: bool, exit_code: int, seen: str, output: str) -> Check:
     return Check("run finished", "exit code 0, every step logged", f"exit code {exit_code}; {seen}", passed)
 
 
-def _both_ends(history: list[dict]) -> tuple[int, float, float, str]:
-    """(How many steps, the mean loss of the first so many, of the last so many, a text that says them)."""
+def _falls(history: list[dict], method: str, is_logistic: bool = False) -> Check:
+    """Of the mean loss of the last steps: below what a policy that is its own reference has, or below the first's."""
     window = max(1, min(WINDOW, len(history) // 2))
     first, last = (mean(row["train_loss"] for row in rows) for rows in (history[:window], history[-window:]))
-    return window, first, last, f"first {window}: {first:.4f}, last {window}: {last:.4f}"
-
-
-def _sft_checks(history: list[dict], _: dict) -> list[Check]:
-    window, first, last, seen = _both_ends(history)
-    return [Check("SFT loss falls", f"last {window} steps 10% below the first", seen, last <= 0.9 * first)]
+    limits = {"SFT": ("10% below the first", 0.9 * first), "DPO": ("below the first", first)}
+    what, limit = ("below ln 2 = 0.6931", math.log(2)) if is_logistic else limits[method]
+    seen = f"first {window}: {first:.4f}, last {window}: {last:.4f}"
+    return Check(f"{method} loss falls", f"last {window} steps {what}", seen, last < limit)
 
 
 def _dpo_checks(history: list[dict], run_config: dict) -> list[Check]:
@@ -112,9 +105,7 @@ def _dpo_checks(history: list[dict], run_config: dict) -> list[Check]:
 
     config, step_1 = DPOConfig(**run_config["config"]), history[0]
     loss = LOSSES[config.loss_type]
-    window, first, last, seen = _both_ends(history)
-    expected, limit = ("ln 2 = 0.6931", math.log(2)) if loss.is_logistic else ("the first", first)
-    checks = [Check("DPO loss falls", f"last {window} steps below {expected}", seen, last < limit)]
+    checks = [_falls(history, "DPO", loss.is_logistic)]
     if loss.is_logistic and not config.ref_model_name_or_path:  # a loss against another model starts elsewhere
         passed, seen = step_1["step"] == 1, f"{step_1['train_loss']:.4f} at step {step_1['step']}"
         try:  # the same check that the run itself made, which allows for the rounding of its dtype
@@ -125,12 +116,10 @@ def _dpo_checks(history: list[dict], run_config: dict) -> list[Check]:
     if loss.needs_reference:
         path = str(run_config.get("reference_cache"))
         checks.append(Check("reference cached", "reference log-probabilities on disk", path, Path(path).exists()))
-    accuracy, margin = (mean(row[f"rewards/{name}"] for row in history[-WINDOW:]) for name in ("accuracy", "margin"))
-    return [
-        *checks,
-        Check("rewards/accuracy", f"above 0.55 in the last {WINDOW} steps", f"{accuracy:.3f}", accuracy > 0.55),
-        Check("rewards/margin", f"above 0 in the last {WINDOW} steps", f"{margin:.4f}", margin > 0),
-    ]
+    for name, least in (("accuracy", 0.55), ("margin", 0)):
+        value, where = mean(row[f"rewards/{name}"] for row in history[-WINDOW:]), f"in the last {WINDOW} steps"
+        checks.append(Check(f"rewards/{name}", f"above {least} {where}", f"{value:.4f}", value > least))
+    return checks
 
 
 def _worst(history: list[dict], name: str, is_good: Callable[[float], bool]) -> tuple[bool, str]:
@@ -165,18 +154,16 @@ def _partition(zero: dict, world_size: int) -> Check:
 
 
 def judge_answers(sft: tuple[float, float], dpo: tuple[float, float]) -> list[Check]:
-    """The checks on what the two exported models of `run.sh sanity` answer to held-out prompts.
-
-    sft, dpo: the shares, 0 to 1, of their answers that are right, and of those in the chosen style.
-    """
+    """The checks on what two exported models answer to held-out prompts. sft, dpo: the shares, 0 to 1, of their answers
+    that are right, and of those in the chosen style."""
     (sft_right, sft_style), (dpo_right, dpo_style) = sft, dpo
-    kept, keeps = f"{sft_right:.1%} to {dpo_right:.1%}", dpo_right >= sft_right - 0.05 - 1e-9
-    half = 0.35 <= sft_style <= 0.65
+    half, kept = 0.35 <= sft_style <= 0.65, dpo_right >= sft_right - 0.05 - 1e-9
+    fall = f"{sft_right:.1%} to {dpo_right:.1%}"
     return [
         Check("SFT answers right", "at least 70% of held-out prompts", f"{sft_right:.1%}", sft_right >= 0.70),
         Check("SFT style", "chosen style in about half (35% to 65%)", f"{sft_style:.1%}", half),
         Check("DPO style", "chosen style in at least 90%", f"{dpo_style:.1%}", dpo_style >= 0.90),
-        Check("DPO keeps answers", "right answers fall by at most 5 points", kept, keeps),
+        Check("DPO keeps answers", "right answers fall by at most 5 points", fall, kept),
     ]
 
 

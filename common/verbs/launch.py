@@ -17,13 +17,13 @@ from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
-from common.config import DPOConfig, SFTConfig, TrainConfig, parse_config
+from common.config import DPOConfig, SFTConfig, parse_config
 from common.failures import UserError, as_user_error, explained, print_line, shown
 from common.run import disk
 
 REPO = Path(__file__).resolve().parents[2]
 GRACE = 30.0  # seconds that the other ranks have to end by themselves once one has failed
-PROMPT = 3.0  # seconds in which they do so after an error that all of them know: then its own line stands last
+PROMPT = 3.0  # seconds until they are named: after an error that all know they have ended by then; its line stands last
 ANSWER = 10.0  # seconds after a request to stop until the ranks that still run are named
 ASK = "asking the ranks to stop: training saves first. A second request: it ends unsaved; a third: they are killed"
 PRCTL, PR_SET_PDEATHSIG = ctypes.CDLL(None).prctl, 1  # linux/prctl.h
@@ -77,61 +77,53 @@ def launch(command: list[str], environment: dict[str, str], num_ranks: int) -> i
     requests: list[int] = []
     on_request_to_stop(requests.append)
     ranks = [start(command, env=environment | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(num_ranks)]
-    num_answered, exit_code, running = 0, 0, True
-    deadline = named_at = told_at = math.inf
-    while running:
-        if time.monotonic() > deadline:
+    codes, num_answered, exit_code = [rank.poll() for rank in ranks], 0, 0
+    kill_at = tell_at = math.inf
+    while None in codes:
+        if time.monotonic() > kill_at:
             requests.append(signal.SIGQUIT)
-            deadline = math.inf
+            kill_at = math.inf
         if len(requests) > num_answered:
             is_kill = num_answered == 2 or requests[num_answered] == signal.SIGQUIT
-            num_answered, named_at = num_answered + 1, time.monotonic() + ANSWER
+            num_answered, tell_at = num_answered + 1, time.monotonic() + ANSWER
             say("killing the ranks" if is_kill else ASK)
             for rank in ranks:  # not SIGINT: a rank that is still importing would print a traceback
                 rank.send_signal(signal.SIGKILL if is_kill else signal.SIGTERM)
         time.sleep(0.1)
         codes = [rank.poll() for rank in ranks]
-        if time.monotonic() > named_at:
-            named_at = math.inf
-            left = [f"rank {i}{is_stopped(ranks[i].pid)}" for i, code in enumerate(codes) if code is None]
-            say(f"not ended after {ANSWER:g} s: {', '.join(left)}")
-        running = None in codes
         if not exit_code and (exit_code := max((128 - c if c < 0 else c for c in codes if c), default=0)):
-            deadline, told_at = time.monotonic() + GRACE, time.monotonic() + PROMPT
-        if running and not requests and time.monotonic() > told_at:
-            told_at = math.inf
-            say(f"a rank ended with {exit_code} (137: often for the host's memory). The others have {GRACE:g} s")
+            kill_at, tell_at = time.monotonic() + GRACE, time.monotonic() + PROMPT
+        if None in codes and time.monotonic() > tell_at:
+            tell_at = math.inf
+            left = ", ".join(f"rank {i}: {state_of(ranks[i].pid)}" for i, code in enumerate(codes) if code is None)
+            why = f"a rank ended with {exit_code} (137: often for the host's memory); killed in {GRACE:g} s if "
+            say(f"{why * (exit_code > 0)}still running: {left}")
     if {*codes} - {0} == {-signal.SIGTERM}:  # they had nothing to save yet
         say("stopped before training: what earlier runs saved stands, and the same command begins where they ended")
     return 130 if requests[:1] == [signal.SIGINT] and exit_code == 143 else exit_code
 
 
-def is_stopped(pid: int) -> str:
-    """What to add to the name of a process that a SIGSTOP or a debugger holds: it answers nothing."""
-    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    return " (is stopped: does not answer)" if state in "Tt" else ""
+def state_of(pid: int) -> str:
+    """`S (sleeping)`, `T (stopped)`: one that a SIGSTOP or a debugger has stopped answers nothing."""
+    return Path(f"/proc/{pid}/status").read_text().partition("State:\t")[2].splitlines()[0]
 
 
 def say(text: str) -> None:
     print_line(f"run.sh: {text}", sys.stderr)
 
 
-def require_folders(config: TrainConfig) -> None:
-    """Raises UserError for a checkpoint that is not there, a folder that cannot be made and a disk that is too small
-    whatever the data, before torch's import."""
+def main(method: str, *words: str) -> int:
+    """Runs train_sft.py or train_dpo.py where the user stands; returns the exit code. Raises UserError, before torch's
+    import, also for a folder that is missing or cannot be made, and a disk that is too small whatever the data."""
+    gpus = visible_gpus()
+    num_ranks, flags = split_number([*words])
+    sys.argv = [f"train_{method}.py", *flags]
+    config = parse_config(SFTConfig if method == "sft" else DPOConfig)  # which also answers --help
     if config.resume not in ("auto", "never") and not Path(config.resume).is_dir():
         raise UserError(f"--resume {config.resume}: neither auto, never nor a folder")
     with as_user_error(f"--output_dir {config.output_dir}: cannot be made", OSError):
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         disk.require_least(config)
-
-
-def main(method: str, *words: str) -> int:
-    """Runs train_sft.py or train_dpo.py where the user stands; returns the exit code. Raises UserError."""
-    gpus = visible_gpus()
-    num_ranks, flags = split_number([*words])
-    sys.argv = [f"train_{method}.py", *flags]
-    require_folders(parse_config(SFTConfig if method == "sft" else DPOConfig))  # which also answers --help
     environment = os.environ | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(num_ranks))
     environment["PYTHONSAFEPATH"] = "1"  # no module of the folder where the user stands comes before the project's
     environment["PYTHONPATH"] = f"{REPO}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")

@@ -12,7 +12,6 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from common.config import DPOConfig, SFTConfig, parse_config
@@ -31,13 +30,13 @@ FLAGS = {
     f"--loss_type dpo_norm --beta 5 --checkpointing_steps 20 --output_dir {OUTPUT}/dpo",
 }
 BOTH = f"--global_batch_size 64 --max_seq_length 64 --seed {SEED} --cache_dir {OUTPUT}/cache"
-SLOW_STEP_FLOOR = 5.0  # seconds; a tiny model's steps take a tenth of one, and any hiccup ten of those
-RECIPE_SLOW_STEP_FLOOR = 3.0  # of the recipe, whose model may be a small one; ten steps of a large one take longer
+# Seconds; steps of the tiny model take a tenth of one, and any hiccup ten of those; the recipe's may be small, too.
+SLOW_STEP_FLOOR, RECIPE_SLOW_STEP_FLOOR = 5.0, 3.0
 MAX_NEW_TOKENS = 12
 
 
 def main(*argv: str) -> int:
-    """Runs what argv asks for; returns the exit code. Raises UserError for a mistake in argv."""
+    """Returns the exit code. Raises UserError for a mistake in argv."""
     if not argv:
         return sanity_of_embedded_default()
     if argv[0] not in ("sft", "dpo"):
@@ -67,11 +66,13 @@ def sanity_of_embedded_default() -> int:
         except (OSError, ValueError, RuntimeError) as e:
             seen = one_line(e)
         verdict[method].append(Check("exported model loads", "by from_pretrained, every weight", seen, seen == "yes"))
-        if method not in answers:
+        if seen != "yes":
             break
     else:
         print_line(f"\n== Talking to both models: {len(questions)} held-out questions, these among them")
-        show_examples(questions, answers)
+        for i, question in enumerate(questions[:6]):
+            said = [f"{method.upper()}: {texts[i]!r:18}" for method, texts in answers.items()]
+            print_line("  ".join([f"  {question.prompt:22}", *said, f"right: {question.answer}"]))
         verdict["answers"] = judge_answers(score(questions, answers["sft"]), score(questions, answers["dpo"]))
     return conclude(verdict, OUTPUT / "sanity.json", time.perf_counter() - started, exit_code)
 
@@ -84,9 +85,8 @@ def sanity_of_recipe(method: str, words: list[str]) -> int:
     output_dir = Path(f"output/sanity-{method}")
     shutil.rmtree(output_dir, ignore_errors=True)
     output_dir.mkdir(parents=True)
-    first_steps = "--stop_after_steps 100 --logging_steps 1 --clean_checkpoints_at_end true"
-    # Of a flag that comes twice the last one wins.
-    words = [method, str(num_ranks), *first_steps.split(), *flags, "--output_dir", str(output_dir)]
+    ours = "--stop_after_steps 100 --logging_steps 1 --clean_checkpoints_at_end true"  # the user's come later, and win
+    words = [method, str(num_ranks), *ours.split(), *flags, "--output_dir", str(output_dir)]
     exit_code, output = train(words, output_dir / "sanity.log")
     if exit_code == UserError.EXIT_CODE:  # it has said what was wrong
         return exit_code
@@ -97,21 +97,19 @@ def sanity_of_recipe(method: str, words: list[str]) -> int:
 def train(words: list[str], log: Path, every: float = 0.0) -> tuple[int, str]:
     """Runs `bash run.sh WORDS`; returns its exit code and all that it printed, which `log` gets. every: of is_shown."""
     print_line(f"\n== {words[0].upper()} (everything it prints: {log})")
-    run, lines = start_run(words), []
+    run = start_run(words)
     on_request_to_stop(lambda number: run.send_signal(number) if run.poll() is None else sys.exit(128 + number))
     with open(log, "w", encoding="utf-8") as file:
         for line in run.stdout or ():
-            lines.append(line)
             file.write(line)
             if is_shown(line, every):
                 print_line(line, end="")
-    return run.wait(), "".join(lines)
+    return run.wait(), log.read_text(encoding="utf-8")
 
 
 def is_shown(line: str, every: float) -> bool:
     """Whether to show a line of a run: no progress bar, and of the lines of steps one for each share `every` of all."""
-    step = re.match(r"step (\d+)/(\d+) ", line)
-    if not step:
+    if not (step := re.match(r"step (\d+)/(\d+) ", line)):
         return "%|" not in line
     this, last = int(step[1]), int(step[2])
     return this in (1, last) or this % max(1, int(last * every)) == 0
@@ -143,23 +141,13 @@ def score(questions: list[Question], texts: list[str]) -> tuple[float, float]:
     return num_right / len(read), sum(in_chosen_style for _, in_chosen_style in read) / len(read)
 
 
-def show_examples(questions: list[Question], answers: dict[str, list[str]]) -> None:
-    """Prints the first six questions with what each model said."""
-    for i, question in enumerate(questions[:6]):
-        line = f"  {question.prompt:22}"
-        for method, texts in answers.items():
-            is_right = read_answer(texts[i])[0] == question.answer
-            line += f"  {method.upper()}: {texts[i]!r:18} {'right' if is_right else 'WRONG'}"
-        print_line(line)
-
-
 def conclude(verdict: dict[str, list[Check]], path: Path, seconds: float, exit_code: int) -> int:
     """Prints the verdict (checks by part), writes it to path as JSON; sanity's exit code from that of the last run."""
     records = []
     for part, checks in verdict.items():
         print_line(f"\n== Verdict: {part.upper()}\n{format_table(checks)}")
         for check in checks:
-            records.append({"part": part, **asdict(check)} | ({} if check.passed else {"advice": ADVICE[check.name]}))
+            records.append({"part": part, **check._asdict()} | ({} if check.passed else {"advice": ADVICE[check.name]}))
     num_failed = sum(not record["passed"] for record in records)
     summary = {"passed": num_failed == 0, "seconds": round(seconds, 1), "checks": records}
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -10,8 +10,8 @@ style.
 
 import json
 import random
-from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -37,8 +37,7 @@ LAYER: dict[str, tuple[int, ...]] = {  # shapes of a layer's weights
 }
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A task, its letters, and so a prompt with one right answer in two styles."""
 
     task: str
@@ -47,11 +46,15 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        return f"please {self.task} {self.letters}" if self.polite else f"{self.task} {self.letters}"
+        return f"{'please ' * self.polite}{self.task} {self.letters}"
 
     @property
     def answer(self) -> str:
         return TASKS[self.task](self.letters)
+
+    def chat(self, style: str) -> list[dict[str, str]]:
+        """The question and its right answer in `style`, as messages."""
+        return [{"role": "user", "content": self.prompt}, {"role": "assistant", "content": style.format(self.answer)}]
 
 
 def read_answer(text: str) -> tuple[str | None, bool]:
@@ -62,37 +65,24 @@ def read_answer(text: str) -> tuple[str | None, bool]:
     return text[:-1] if text.endswith(".") and text != "." else None, False
 
 
-def make_questions(num_questions: int, rng: random.Random) -> list[Question]:
-    """Questions that differ in more than their wording; tasks in turn, the rest uniform."""
-    tasks = list(TASKS)
+def write_data(folder: Path, seed: int, num_sft: int, num_preferences: int, num_held_out: int) -> None:
+    """Writes sft.jsonl, preferences.jsonl and held_out.jsonl; no prompt occurs twice in all three, in any wording."""
+    rng, tasks = random.Random(seed), list(TASKS)
     questions: dict[tuple[str, str], Question] = {}
-    while len(questions) < num_questions:
+    while len(questions) < num_sft + num_preferences + num_held_out:
         task = tasks[len(questions) % len(tasks)]
         letters = "".join(rng.choices(LETTERS, k=rng.randint(3, 4)))
         questions.setdefault((task, letters), Question(task, letters, polite=rng.random() < 0.5))
-    return list(questions.values())
-
-
-def conversation(question: Question, style: str) -> list[dict[str, str]]:
-    """The question and its right answer in `style`, as chat messages."""
-    answer = style.format(question.answer)
-    return [{"role": "user", "content": question.prompt}, {"role": "assistant", "content": answer}]
-
-
-def write_data(folder: Path, seed: int, num_sft: int, num_preferences: int, num_held_out: int) -> None:
-    """Writes sft.jsonl, preferences.jsonl and held_out.jsonl; no prompt occurs twice in all three."""
-    rng = random.Random(seed)
-    questions = make_questions(num_sft + num_preferences + num_held_out, rng)
     rows: dict[str, list[dict]] = {"sft": [], "preferences": [], "held_out": []}
-    for i, question in enumerate(questions):
-        chosen, other = (conversation(question, style) for style in (CHOSEN_STYLE, OTHER_STYLE))
+    for i, question in enumerate(questions.values()):
+        chosen, other = question.chat(CHOSEN_STYLE), question.chat(OTHER_STYLE)
         if i < num_sft:
             follows_wording = rng.random() < STYLE_FOLLOWS_WORDING
             rows["sft"].append({"messages": chosen if question.polite == follows_wording else other})
         elif i < num_sft + num_preferences:
             rows["preferences"].append({"chosen": chosen, "rejected": other})
         else:
-            rows["held_out"].append(asdict(question))
+            rows["held_out"].append(question._asdict())
     folder.mkdir(parents=True, exist_ok=True)
     for name, lines in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -118,17 +108,17 @@ def make_tokenizer() -> Tokenizer:
 def write_model(folder: Path, seed: int) -> None:
     """Writes a Llama of 0.5M random float32 parameters and its tokenizer, without torch's and transformers' import."""
     tokenizer = make_tokenizer()
-    vocabulary = tokenizer.get_vocab_size()
+    rows = tokenizer.get_vocab_size()
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama", dtype="float32", tie_word_embeddings=False)
     config |= dict(hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=4)
-    config |= dict(num_key_value_heads=2, max_position_embeddings=128, vocab_size=vocabulary, bos_token_id=None)
+    config |= dict(num_key_value_heads=2, max_position_embeddings=128, vocab_size=rows, bos_token_id=None)
     config["eos_token_id"] = tokenizer.token_to_id(EOS_TOKEN)
-    shapes = {"model.embed_tokens": (vocabulary, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (vocabulary, HIDDEN)}
+    shapes = {"model.embed_tokens": (rows, HIDDEN), "model.norm": (HIDDEN,), "lm_head": (rows, HIDDEN)}
     shapes |= {f"model.layers.{i}.{name}": shape for i in range(LAYERS) for name, shape in LAYER.items()}
     rng = np.random.RandomState(seed)
-    weights: dict[str, np.ndarray] = {}  # in the order of their names; norms are ones
+    weights: dict[str, np.ndarray] = {}
     for name, shape in sorted(shapes.items()):
-        weight = rng.normal(0.0, 0.02, shape) if len(shape) == 2 else np.ones(shape)
+        weight = rng.normal(0.0, 0.02, shape) if len(shape) == 2 else np.ones(shape)  # of a norm
         weights[f"{name}.weight"] = weight.astype(np.float32)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

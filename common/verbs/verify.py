@@ -12,11 +12,10 @@ from pathlib import Path
 from common.config import as_words
 from common.failures import UserError, print_line, progress
 from common.files import held, remove_dead
-from common.run.curves import read_metrics
+from common.run.curves import read_metrics, read_run_config
 from common.verbs.launch import on_request_to_stop, start_run, visible_gpus
-from common.verbs.words import before_imports, options
+from common.verbs.words import before_imports, folders
 
-USAGE = "write: bash run.sh verify OUTPUT_DIR [--step K]"
 # What may differ in another run of the same step.
 NOT_COMPARED = {"step_seconds", "tokens_per_second", "per_device_tps", "max_memory_gb", "mfu", "compiled_graphs"}
 # Of the run that is repeated; the rest of its flags stay. Names that are no flags are left out.
@@ -26,20 +25,15 @@ CHANGED |= {"push_to_hub": False, "report_to": "none", "keep_best": None, "expor
 
 def main(*argv: str) -> int:
     """Returns the exit code. Raises UserError."""
-    given, words = options(USAGE, argv, step={"type": int})
-    if len(words) != 1 or words[0].startswith("-"):
-        raise UserError(USAGE)
-    output_dir = Path(words[0])
+    given, (folder,) = folders("verify OUTPUT_DIR [--step K]", argv, 1, step={"type": int})
+    output_dir = Path(folder)
     before_imports(needs_gpu=bool(visible_gpus()))
-    from common.run.output_dir import read_run_config
     from common.zero import checkpoint
 
-    record = read_run_config(str(output_dir))
-    if not record:
+    if not (record := read_run_config(folder)):
         raise UserError(f"{output_dir}: there is no run_config.json, as a run writes it")
-    checkpoints, num_damaged = checkpoint.newest_first(str(output_dir)), 0
-    if not checkpoints:
-        print_line(f"{output_dir}: it holds no checkpoint")
+    checkpoints, num_damaged = checkpoint.newest_first(folder), 0
+    print_line(f"{output_dir}: it holds {len(checkpoints) or 'no'} checkpoints")
     for path in checkpoints:
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         with progress(f"reading {path.name}", size // 10**6, "MB") as advance:
@@ -83,9 +77,8 @@ def repeat(output_dir: Path, record: dict, logged: dict, before: Path | None, nu
             return code
         repeated = {entry["step"]: entry for entry in read_metrics(Path(folder) / "metrics.jsonl")}[step]
     names = sorted({*logged} - NOT_COMPARED)  # the repeated run also evaluates, for the step is its last
-    different = [name for name in names if json.dumps(logged.get(name)) != json.dumps(repeated.get(name))]
-    for name in different:
-        print_line(f"step {step}: {name} was {logged.get(name)!r}, is {repeated.get(name)!r}")
-    verdict = f"all {len(names)} values are the same, bit by bit: {', '.join(names)}"
-    print_line(f"step {step}: {f'{len(different)} of {len(names)} values differ' if different else verdict}")
+    both = {name: (json.dumps(logged[name]), json.dumps(repeated.get(name))) for name in names}
+    different = [f"step {step}: {name} was {old}, is {new}\n" for name, (old, new) in both.items() if old != new]
+    verdict = f"{len(different)} of {len(names)} values differ, compared bit by bit: {', '.join(names)}"
+    print_line(f"{''.join(different)}step {step}: {verdict}")
     return int(bool(different))

@@ -15,14 +15,22 @@ def options(usage: str, argv: Sequence[str], **own: dict) -> tuple[argparse.Name
     try:
         return parser.parse_known_args(argv)
     except argparse.ArgumentError as e:
-        raise UserError(f"{usage}: {e}") from None
+        raise UserError(f"write: bash run.sh {usage}: {e}") from None
+
+
+def folders(usage: str, argv: Sequence[str], number: int | None, **own: dict) -> tuple[argparse.Namespace, list[str]]:
+    """As options, of a verb whose other words are so many folders, None: one or more."""
+    given, words = options(usage, argv, **own)
+    if not words or number not in (None, len(words)) or any(word.startswith("-") for word in words):
+        raise UserError(f"write: bash run.sh {usage}")
+    return given, words
 
 
 def parsed(verb: str, argv: Sequence[str], **own: dict) -> tuple[str, argparse.Namespace, list[str]]:
     """As options, of a verb that also takes a script's flags: sft or dpo comes first."""
-    usage = f"write: bash run.sh {verb} sft|dpo [N] [flags]"
+    usage = f"{verb} sft|dpo [N] [flags]"
     if argv[:1] not in (("sft",), ("dpo",)):
-        raise UserError(usage)
+        raise UserError(f"write: bash run.sh {usage}")
     return argv[0], *options(usage, argv[1:], **own)
 
 
