@@ -15,10 +15,13 @@ import models
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 from loopback_hub import TOKEN, Fault, Hub
 
 from common.config import SFTConfig, parse_config
 from common.run import card
+from common.run.hub import without_folders
 
 NEWEST, TAGGED = "ab" * 20, "cd" * 20
 REVISIONS = {"main": NEWEST, "v1": TAGGED}
@@ -256,6 +259,22 @@ def test_a_run_may_push_again_and_with_hub_overwrite_over_another_model_of_which
     assert hub.newest("org/m")["README.md"] == b"mended" and len(hub.messages) == 2
 
 
+FOLDERS = ["/home/", "/home/ü b/it's/", "../../a b/", "/"]
+
+
+@drawn(st.lists(st.tuples(st.sampled_from(FOLDERS), st.sampled_from(["x.jsonl=10%", "sft", "m/"])), min_size=1))
+def test_what_is_uploaded_names_files_of_this_machine_without_their_folders(paths):
+    """And a second time changes nothing; names at the hub and addresses stay, in run_config.json and in other texts."""
+    kept = ["org/home/x", "https://host/home/x", "output/sft", "data/home"]
+    record = json.dumps({"config": [folder + name for folder, name in paths] + kept, "left": {paths[0][0] + "f": 1}})
+    cut = without_folders(record, record)
+    expected = [name if folder != "/" else folder + name for folder, name in paths]
+    assert json.loads(cut)["config"] == expected + kept
+    assert without_folders(cut, cut) == cut
+    card = "\n".join([f"| {folder}{name} |" for folder, name in paths] + kept)
+    assert without_folders(card, record) == "\n".join([f"| {name} |" for name in expected] + kept)
+
+
 def push(hub: Hub, home: Path, folder: str | Path, *flags: str) -> subprocess.Popen:
     words = [sys.executable, "-m", "common.verbs", "push", str(folder), *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": launch.REPO}
@@ -278,6 +297,21 @@ def test_an_upload_that_is_killed_is_whole_after_the_next_and_what_was_there_is_
     assert process.returncode == 0 and f"uploaded: {hub.address}/someone/my-run/commit/" in output
     assert arrived(hub, "someone/my-run") == files and len(hub.messages) == 1
     assert sum("PUT /lfs/" in request for request in hub.log) == 3  # the parts of one shard
+
+
+def test_the_command_that_retries_an_upload_names_what_the_run_was_not_asked_for(tmp_path, finished):
+    folder, _ = finished
+    record = json.loads((folder / "run_config.json").read_text())
+    record["config"] = {"hub_model_id": None, "hub_private": False, "hub_overwrite": False}
+    (folder / "run_config.json").write_text(json.dumps(record))
+    given = {"output_dir": str(folder), "hub_model_id": "org/m"}
+    with loopback_hub.serving(Hub()) as hub:
+        hub.faults = [Fault("/repos/create", 403)]
+        (line,), _ = loopback_hub.ask(UPLOAD.replace("hub.upload", "hub.push"), [given], hub, tmp_path / "home")
+        words = shlex.split(line.partition("bash run.sh push ")[2])
+        with push(hub, tmp_path / "home", *words) as process:
+            assert process.wait() == 0
+    assert words == [str(folder), "--hub_model_id=org/m", "--hub_private=True"] and hub.private == {"org/m": True}
 
 
 @pytest.mark.parametrize("lost", ["model-00002-of-00002.safetensors", "run_config.json"])
@@ -316,21 +350,26 @@ def test_a_run_whose_upload_fails_keeps_its_model_and_tells_the_command_and_no_o
         run = launch.launch("train_sft", given, 2, constants(hub, tmp_path / "home")).succeeded()
         asked, sent = "GET /api/models/org/new/auth-check/write", "POST /api/models/org/new/preupload/main"
         assert hub.log.index(asked) < hub.log.index(sent)
-        words = shlex.split(run.stdout.partition("bash run.sh push ")[2].splitlines()[0])
-        assert words[:3] == [str(run.output_dir), "--hub_model_id=org/new", "--hub_private=False"]
-        assert arrived(hub, "org/new") == {}
+        (line,) = (line for line in run.stdout.splitlines() if "bash run.sh push " in line)
+        assert line.endswith(f"bash run.sh push {run.output_dir}") and arrived(hub, "org/new") == {}
         hub.faults.clear()
         (tmp_path / "home" / "token").unlink()
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        with push(hub, tmp_path / "home", *words) as process:
+        with push(hub, tmp_path / "home", run.output_dir) as process:
             output = process.communicate()[0]
         assert process.returncode == 0 and f"uploaded: {hub.address}/org/new/commit/" in output
         again = launch.launch("train_sft", given, 2, constants(hub, tmp_path / "home")).succeeded()
         assert f"uploaded: {hub.address}/org/new" in again.stdout and "loading " not in again.stdout
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     names |= {"model.safetensors", "README.md", "run_config.json"}
-    assert arrived(hub, "org/new") == {name: (run.output_dir / name).read_bytes() for name in names}
     assert len(hub.messages) == 1 and not hub.private["org/new"]
+    here, there = {name: (run.output_dir / name).read_bytes() for name in names}, arrived(hub, "org/new")
+    assert there.keys() == names
+    assert {name for name in names if there[name] != here[name]} == {"README.md", "run_config.json"}
+    assert not [name for name in there if str(tmp_path.parent).encode() in there[name]], "paths of this machine"
+    texts = [json.dumps(json.loads(there["run_config.json"])[name]) for name in ("config", "data")]
+    assert all(f'"{sft_data.name}"' in text for text in texts)
+    assert b"without their folders" in there["README.md"] and sft_data.name.encode() in there["README.md"]
     front = yaml.safe_load((run.output_dir / "README.md").read_text().split("---\n")[1])
     assert front["base_model"] == "org/model" and front["license"] == "llama3.1" and front["tags"][0] == "sft"
     assert json.loads((run.output_dir / "run_config.json").read_text())["base"]["commit"] == NEWEST

@@ -47,7 +47,8 @@ def model_card(config: TrainConfig, record: dict, last: dict | None, table: str)
         "Settings": _table(identity_values(config, (True, "contents"))),
         "Plan": _table({name: record[name] for name in PLAN} | planned),
         "Machine": machine + ", ".join(f"{package} {number}" for package, number in record["versions"].items()),
-        "To repeat it": f"```\n{_command(config, record, commits)}\n```",
+        "To repeat it": f"```\n{_command(config, record, commits)}\n```\n\n"
+        "On the hub this page and `run_config.json` name files of the trainer's machine without their folders.",
     }
     text = yaml.safe_dump({key: value for key, value in front.items() if value}, sort_keys=False)
     trained_from = f"{method} of `{name}`{f' at commit {commit}' if commit else ''}, full parameters, with Plaintune."

@@ -19,9 +19,9 @@ from common.failures import UserError, as_user_error, one_line
 from common.files import INDEX, json_digest, weight_files
 from common.run.curves import read_run_config
 
-RECORD = "run_config.json"
+RECORD, CARD = "run_config.json", "README.md"
 # What goes up beside the weights; run_config.json tells whose model it is.
-FILES = [INDEX, RECORD, "README.md", "config.json", "generation_config.json", "curves.png", "chat_template.jinja"]
+FILES = [INDEX, RECORD, CARD, "config.json", "generation_config.json", "curves.png", "chat_template.jinja"]
 FILES += ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*processor_config.json"]
 LOADED = re.compile(r".*\.(safetensors|bin|json|jinja|model)")  # what a loader may take for a part of the model
 FLAGS = ("hub_model_id", "hub_private", "hub_overwrite")  # that `bash run.sh push` takes from run_config.json
@@ -33,6 +33,17 @@ def read_record(folder: str) -> dict:
     if "result" not in (record := read_run_config(folder)):
         raise UserError(f"{folder} holds no finished run")
     return record
+
+
+def without_folders(text: str, record: str) -> str:
+    """The text without the folders of local files: of a path that is absolute, or begins with `../`, the last component
+    is left. record: run_config.json as it is written, or a part of it: its texts that begin so are the paths."""
+    paths = re.findall(r'"((?:/|\.\./)(?:[^"\\]|\\.)*)"', record)
+    folders = {path.rstrip("/").rpartition("/")[0] + "/" for path in paths} - {"/"}
+    for folder in sorted(folders, key=len, reverse=True):
+        for spelled in (folder, json.loads(f'"{folder}"')):  # in JSON, and elsewhere
+            text = re.sub(rf"(?<![\w.~/-]){re.escape(spelled)}", "", text)
+    return text
 
 
 def require_write_token(api: HfApi) -> dict:
@@ -59,7 +70,8 @@ def require_repository(config: TrainConfig, identity: dict) -> str:
         names = [file.rfilename for file in info.siblings or []]
         if not config.hub_overwrite and any(LOADED.fullmatch(name) for name in names):
             text = Path(api.hf_hub_download(repo, RECORD)).read_text(encoding="utf-8") if RECORD in names else "{}"
-            if json.loads(text).get("identity") != json.loads(json.dumps(identity, default=str)):
+            ours = json.dumps(identity, default=str)
+            if json.loads(text).get("identity") != json.loads(without_folders(ours, ours)):
                 raise ValueError(f"{repo} holds another model; name another, or replace it with --hub_overwrite true")
     return repo
 
@@ -76,12 +88,14 @@ def upload(config: TrainConfig) -> str:
     with as_user_error(f"the upload to {repo} failed"):
         names = {path.name for pattern in FILES for path in folder.glob(pattern)}
         names |= {*weight_files(folder)}
+        read = {name: (folder / name).read_text(encoding="utf-8") for name in (RECORD, CARD) if name in names}
+        texts = {name: without_folders(text, read[RECORD]).encode() for name, text in read.items()}
         if missing := [name for name in sorted(names) if not (folder / name).is_file()]:
             raise ValueError(f"{missing[0]} is missing")
 
         def commit() -> str:
             stale = {*filter(LOADED.fullmatch, api.list_repo_files(repo))} - names
-            operations: list = [CommitOperationAdd(name, folder / name) for name in sorted(names)]
+            operations: list = [CommitOperationAdd(name, texts.get(name, folder / name)) for name in sorted(names)]
             operations += map(CommitOperationDelete, sorted(stale))
             return api.create_commit(repo, operations, commit_message=message).commit_url
 
@@ -100,6 +114,7 @@ def push(config: TrainConfig) -> str:
     try:
         return f"uploaded: {upload(config)}"
     except Exception as e:
-        asked = {name: value for name, value in vars(config).items() if name in FLAGS and value is not None}
-        command = shlex.join(["bash", "run.sh", "push", config.output_dir, *as_words(asked)])
+        saved, asked = read_record(config.output_dir)["config"], vars(config)
+        changed = as_words({name: asked[name] for name in FLAGS if name in saved and saved[name] != asked[name]})
+        command = shlex.join(["bash", "run.sh", "push", config.output_dir, *changed])
         return f"{one_line(e)}; {config.output_dir} holds the model; to upload it: {command}"
