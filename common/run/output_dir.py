@@ -176,7 +176,7 @@ def record_of(method: str, config: TrainConfig, identity: dict, state: RunState,
     held = ranks.gather(lambda: sum(p.ds_tensor.numel() for p in parameters))  # the padding included
     numel = sum(p.ds_numel for p in parameters)
     record = {"method": method, "config": vars(config), "identity": identity, "layers": policy.layers_report()}
-    record |= {"micro_batch_budget": state.micro_batch_budget, "residency": state.residency}
+    record |= {name: getattr(state, name) for name in ("micro_batch_budget", "opening_budget", "residency")}
     record |= {"device": {"name": device, "total_memory_gb": memory / 1e9}, "world_size": ranks.world_size}
     record["zero"] = {"stage": 3, "num_parameters": numel, "partitioned_parameters_per_rank": held}
     record["versions"] = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}

@@ -47,6 +47,7 @@ from common.zero.host_state import HostMemory, Shard, available_host_memory
 
 FOLDER = re.compile(r"step_(\d{8,})")
 KEPT = "checkpoints/kept.json"
+PLANNED_BY = ("micro_batch_budget", "opening_budget", "residency", "world_size")  # fields of RunState
 SHARD_FILE_BYTES = 2**29  # of a file, about; a reading thread holds one in memory
 BLOCK_BYTES = 2**24  # read at once
 COPIED_AT_ONCE = 2**24  # elements: on their way from host memory to a copy they pass through the device
@@ -409,7 +410,7 @@ def load(
         path, found = older, read_state(older)
         if found.identity != state.identity:
             raise UserError(f"checkpoint {path}, the one before a damaged one, is another run's; move it away")
-        planned = {name: getattr(state, name) for name in ("micro_batch_budget", "residency", "world_size")}
+        planned = {name: getattr(state, name) for name in PLANNED_BY}
         vars(state).update(vars(found) | planned)
     residency.round_master_weights(engine)
     ranks.say(f"{what} after step {state.step} from {path}")
@@ -427,7 +428,8 @@ def _read(path: Path, manifest: dict, parameters: Parameters, shards: dict[Any, 
         places, state = files[file]["tensors"], xxhash.xxh3_128()
         buffer: np.ndarray = np.zeros(BLOCK_BYTES, np.uint8)
         with naming(path / file), open(path / file, "rb") as source:
-            state.update(source.read(min(start for start, _ in places.values())))  # the header
+            header = min((start for start, _ in places.values()), default=files[file]["size"])
+            state.update(source.read(header))
             for key, (start, end) in places.items():
                 kind, _, name = key.partition("/")
                 param = parameters[name]
