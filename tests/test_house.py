@@ -17,7 +17,7 @@ NUMBERS = [
     *(ROOT / "common" / name for name in ("data/chat_template.py", "data/tokens.py")),
     *sorted((ROOT / "common" / "step").glob("*.py")),
     *(ROOT / "common" / "model" / f"{name}.py" for name in ("packed", "attention", "recurrent", "logprobs", "summing")),
-    *(ROOT / "common" / "zero" / f"{name}.py" for name in ("residency", "engine")),
+    *(ROOT / "common" / "zero" / f"{name}.py" for name in ("opening", "residency", "engine")),
 ]
 # From the outside in: a room may import itself and what comes after it.
 ROOMS = ("script", "verbs", "run", "zero", "model", "step", "data", "ranks", "files", "config", "failures")
@@ -50,13 +50,13 @@ def imports(path: Path) -> set[str]:
 
 def test_the_product_can_be_read_in_an_afternoon():
     """The aim is 5,000 lines, 1,800 of them in what decides a step's numbers. Until then it does not grow."""
-    assert lines(*PRODUCT, ROOT / "run.sh") <= 8824
-    assert lines(*NUMBERS) <= 2509
+    assert lines(*PRODUCT, ROOT / "run.sh") <= 8787
+    assert lines(*NUMBERS) <= 2573
 
 
 def test_the_tests_are_not_longer_than_they_need_to_be():
     """The aim is about 5,000 lines. Until then they do not grow."""
-    assert lines(*(ROOT / "tests").glob("*.py")) <= 10986
+    assert lines(*(ROOT / "tests").glob("*.py")) <= 10825
 
 
 @pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))

@@ -14,8 +14,8 @@ from common.verbs.words import folders
 
 WINDOW = 10  # logged steps, or fewer, that a last value is the mean of
 # What a run is besides its flags, by its name in run_config.json.
-RESOLVED = ("kernel", "world_size", "micro_batch_budget", "opening_budget", "residency")
-RESOLVED += ("device", "versions", "layers", "identity")
+RESOLVED = ["kernel", "world_size", "micro_batch_budget", "opening_budget", "residency"]
+RESOLVED += ["device", "versions", "layers", "identity"]
 PLACES = ("output_dir", "cache_dir", "resume")  # flags that differ and tell nothing
 
 
