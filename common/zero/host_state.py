@@ -24,7 +24,7 @@ from common.failures import as_user_error
 CHUNK_ELEMENTS = 2**24  # parameters whose state is brought at once: 0.2 GB
 ALIGNED = 64  # elements
 RING_BUFFERS = 8  # on the device, of one chunk each
-FREE_MEMORY_USES = 2  # chunks that memory which activations have given up takes: the next forward pass needs it
+FREE_MEMORY_USES = 4  # chunks that memory which activations have given up takes: the next forward pass needs it
 TOUCHED_AT_ONCE = 2**27  # elements
 BYTES_PER_PARAMETER = 12  # on the device: master weight and two moments, float32
 MIDWAY = 2**15

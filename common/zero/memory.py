@@ -260,7 +260,7 @@ def choose_micro_batch(
         how = f"{(held + activations) / 1e9:.1f} seen of {usable / 1e9:.1f} usable"
         # Less what a layer's backward pass takes, about twice what it keeps. Beyond `usable` torch gives memory back to
         # the device and takes it again, and waits for every copy that is under way.
-        of_layer = estimate.per_token_and_layer * max(budget, workload.longest)
+        of_layer = estimate.per_token_and_layer * max(budget, opening, workload.longest)
         engine.updater.carrier.memory_limit = usable - 2 * of_layer
         if given is None:
             recomputing = estimate.recomputing(max(budget, workload.longest), room, layers)
