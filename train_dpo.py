@@ -159,7 +159,6 @@ def main() -> None:
     writer = checkpoint.Writer(engine, parameters, config, ranks, export_files)
     meter = StepMeter(policy.lm, budget, opening, len(data), ranks)
     stop_request = StopRequest(ranks)
-    stream = torch.cuda.current_stream() if ranks.device.type == "cuda" else None  # to a thread it would be another
 
     def prepared(step: int) -> tuple[list[int], list[list[int]], list[MicroBatch], dict]:
         """The step's samples; this rank's micro-batches: the samples in each, and packed; the first one's inputs."""
@@ -170,8 +169,8 @@ def main() -> None:
         pairs_of = [[pair_documents(data[i], config.share_prompt) for i in members] for members in plan]
         micro_batches = [pack(documents, config.share_prompt) for documents in pairs_of]
         # On the device a step ahead: beside an update its copy would wait behind the optimizer's state.
-        with torch.cuda.stream(stream):
-            first = model_inputs(micro_batches[0], kernel, ranks.device, config.router_aux_loss_coef)
+        torch.cuda.set_stream(ranks.stream)  # this runs in a thread; on a CPU there is none
+        first = model_inputs(micro_batches[0], kernel, ranks.device, config.router_aux_loss_coef)
         return samples, plan, micro_batches, first
 
     gc.collect()
@@ -190,9 +189,8 @@ def main() -> None:
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as in_hand:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 in_hand.tokens = micro_batch.num_tokens  # told if memory runs out
-                inputs = (
-                    first if m == 0 else model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
-                )
+                inputs = first or model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
+                first = {}
                 token_logps, imbalance = engine(**inputs)  # of the scored tokens; of routers, 0 unless asked for
                 policy_logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(-1, 2)  # chosen, rejected
                 reference_logps = to_device(reference_table[members], ranks.device)

@@ -116,7 +116,6 @@ def main() -> None:
     writer = checkpoint.Writer(engine, parameters, config, ranks, export_files)
     meter = StepMeter(policy.lm, budget, opening, len(data), ranks)
     stop_request = StopRequest(ranks)
-    stream = torch.cuda.current_stream() if ranks.device.type == "cuda" else None  # to a thread it would be another
 
     def prepared(step: int) -> tuple[list[int], list[list[int]], list[MicroBatch], dict]:
         """The step's samples; this rank's micro-batches: the samples in each, and packed; the first one's inputs."""
@@ -126,8 +125,8 @@ def main() -> None:
         plan = [[samples[i] for i in members] for members in positions]
         micro_batches = [pack([sft_documents(data[i]) for i in members]) for members in plan]
         # On the device a step ahead: beside an update its copy would wait behind the optimizer's state.
-        with torch.cuda.stream(stream):
-            first = model_inputs(micro_batches[0], kernel, ranks.device, config.router_aux_loss_coef)
+        torch.cuda.set_stream(ranks.stream)  # this runs in a thread; on a CPU there is none
+        first = model_inputs(micro_batches[0], kernel, ranks.device, config.router_aux_loss_coef)
         return samples, plan, micro_batches, first
 
     gc.collect()
@@ -146,9 +145,8 @@ def main() -> None:
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as in_hand:
             for m, micro_batch in enumerate(micro_batches):
                 in_hand.tokens = micro_batch.num_tokens  # told if memory runs out
-                inputs = (
-                    first if m == 0 else model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
-                )
+                inputs = first or model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
+                first = {}
                 logps, imbalance = engine(**inputs)  # of its target tokens; of routers, 0 unless asked for
                 loss = -logps.sum()
                 router_loss = config.router_aux_loss_coef * imbalance / len(samples)  # its share of the step's

@@ -200,7 +200,7 @@ def parse_config(cls: type, argv: list[str] | None = None):
     argv: the command line without the program's name (None: sys.argv).
     Raises UserError for anything that is not a setting or not a value of it. `--help` prints and exits 0.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags]", description=cls.__doc__, add_help=False, allow_abbrev=False, exit_on_error=False
     )
@@ -239,6 +239,12 @@ def parse_config(cls: type, argv: list[str] | None = None):
     if given.export_best and given.keep_best is None:
         raise UserError("--export_best true: no checkpoint is kept as the best; give --keep_best eval/loss")
     return cls(**{name: getattr(given, name) for name in defaults})
+
+
+def _underscored(word: str) -> str:
+    """--some-flag as --some_flag; a value is left as it is."""
+    flag, equals, value = word.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 def _parsed(parser, words: list[str], known: set[str], source: str = "") -> argparse.Namespace:

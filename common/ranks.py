@@ -49,6 +49,7 @@ class Ranks:
     device: torch.device
     control: dist.ProcessGroup
     store: dist.Store
+    stream: "torch.cuda.Stream | None" = None  # on which a GPU computes; another thread has to be told
     step: int = 0  # that this rank is in, which the loop sets; 0: before the first
     seen: dict[int, tuple[float, str]] = field(default_factory=dict)  # rank -> (when it said something new, that)
     has_left: threading.Event = field(default_factory=threading.Event)
@@ -150,7 +151,7 @@ class Ranks:
         if not torch.cuda.is_initialized() or torch.cuda.get_allocator_backend() != "native":
             return False, 0
         now_given = torch.cuda.memory_stats(self.device)["allocation.all.allocated"]
-        return now_given == num_given and not torch.cuda.default_stream(self.device).query(), now_given
+        return now_given == num_given and not (self.stream is None or self.stream.query()), now_given
 
     def watch(self, limit: float) -> None:
         """Ends this process, with a line from one rank, once another is silent, or missed, for `limit` seconds."""
@@ -307,13 +308,14 @@ def start(timeout_minutes: float) -> Ranks:
         os.environ.setdefault(name, "lo")  # nothing listens beyond the host, no name is looked up
     # Row lengths differ from micro-batch to micro-batch: segments that grow leave no holes between them.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    device, backend = torch.device("cpu"), "gloo"
+    device, backend, stream = torch.device("cpu"), "gloo", None
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "nccl"
         with as_user_error(f"rank {rank} has no GPU of its own: start no more ranks than there are GPUs"):
             torch.cuda.set_device(device)
         # Not CUDA's default stream, which was seen to wait until the update's had caught up.
-        torch.cuda.set_stream(stream := torch.cuda.Stream(device))
+        stream = torch.cuda.Stream(device)
+        torch.cuda.set_stream(stream)
         deepspeed.accelerator.get_accelerator().default_stream = lambda device_index=None: stream  # DeepSpeed's too
     else:
         if "OMP_NUM_THREADS" not in os.environ:
@@ -338,7 +340,7 @@ def start(timeout_minutes: float) -> Ranks:
     control = dist.new_group(backend="gloo", timeout=timeout)
     own_store = store.clone()  # a thread of its own waits in it, for seconds at most
     own_store.set_timeout(timedelta(seconds=10))
-    _joined = Ranks(rank, world_size, local_rank, local_world_size, device, control, own_store)
+    _joined = Ranks(rank, world_size, local_rank, local_world_size, device, control, own_store, stream)
     if world_size > 1:
         _joined.watcher = threading.Thread(target=_joined.watch, args=[PATIENCE * 60 * timeout_minutes], daemon=True)
         _joined.watcher.start()

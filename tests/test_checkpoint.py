@@ -271,10 +271,12 @@ def test_any_number_of_ranks_reads_what_any_number_wrote_and_every_byte_is_verif
         empty = {p: {kind: torch.zeros_like(shard) for kind, shard in p.local.items()} for p in values.values()}
         shards = {p: as_shard(local) for p, local in empty.items()}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                checkpoint, "open", lambda path, mode: verified.add(path.name) or open(path, mode), raising=False
-            )
+            opened: list[str] = []
+            seen = partial(lambda opened, path, mode: opened.append(path.name) or open(path, mode), opened)
+            patch.setattr(checkpoint, "open", seen, raising=False)
             assert checkpoint._read(writer.path, manifest, values, shards, ranks) is None
+        assert len(opened) == len({*opened}), "read more than once"
+        verified |= {*opened}
         for p, read in empty.items():
             for kind, values_read in read.items():
                 np.testing.assert_array_equal(values_read, p.local[kind])

@@ -58,8 +58,8 @@ def test_defaults_are_the_contracts():
     assert {name: str(value) for name, value in vars(dpo()).items()} == shared | changed
 
 
-WAYS = ("--learning_rate 3e-4", "--learning_rate=3e-4", "--learning_rate 1 --learning_rate 3e-4")
-WAYS += ("--local_rank=1 --learning_rate 3e-4",)
+WAYS = ("--learning_rate 3e-4", "--learning-rate 3e-4", "--learning_rate=3e-4", "--learning-rate=3e-4")
+WAYS += ("--learning_rate 1 --learning_rate 3e-4", "--local_rank=1 --learning_rate 3e-4")
 
 
 @pytest.mark.parametrize("words", WAYS)

@@ -109,7 +109,7 @@ def test_out_of_memory_advises_what_changes_something(tokens, budget, longest, a
         size.tokens = tokens
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert str(error.value).startswith("step 7: out of memory") and advised in str(error.value)
-    assert (f"on a micro-batch of {tokens:,} tokens (at most {budget:,})" in str(error.value)) == (tokens > 0)
+    assert (f"on a micro-batch of {tokens:,} tokens" in str(error.value)) == (tokens > 0)
 
 
 def test_progress_is_told_in_lines_where_there_is_no_terminal(monkeypatch):

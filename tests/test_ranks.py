@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import deepspeed
 import launch
@@ -200,7 +201,9 @@ def loses_a_rank(ranks, how: str, culprit: int, end: str) -> None:
         works = [torch.distributed.all_reduce(torch.ones(n), async_op=True) for n in (1, 1000)]
         [work.wait() for work in reversed(works)]  # the first one's time-out is the end of the second
     if how == "gpu":  # as where NCCL's part of a collective is under way on the others' GPUs
-        ranks._gpu_waits = lambda _: (ranks.rank != culprit, 0)
+        torch.cuda.is_initialized, torch.cuda.get_allocator_backend = lambda: True, lambda: "native"
+        torch.cuda.memory_stats = lambda device: {"allocation.all.allocated": 1}
+        ranks.stream = SimpleNamespace(query=lambda: ranks.rank == culprit)
         time.sleep(60)
     ranks.sum([work() or 1]) if how == "sum" else getattr(ranks, how)(work)
 

@@ -252,6 +252,11 @@ def run_micro_batches(
         }
         engine.step()
         norm = float(engine.get_global_grad_norm())
+        if opens:  # a dry run has no more room than a step that follows an update
+            all_sums = [*engine.whole_gradients.of_layer.values()][: -opening.LAYERS_BETWEEN]
+            lent = [sums.num_lent for sums in all_sums]
+            engine.whole_gradients.open_as_after_an_update()
+            assert lent == [sums.num_lent for sums in all_sums] and any(lent) == (ranks.world_size > 1)
         whole = {}
         if residency == "all" and not (in_a_row and step == 0):
             policy.finish_gathering()

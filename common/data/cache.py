@@ -215,8 +215,10 @@ class BlockTokenizer:
         """Raises UserError for chat_template_kwargs that are no JSON object."""
         self.kind, self.template = kind, template
         self.encoder = Encoder(template.tokenizer, config.max_seq_length)
-        with as_user_error("--chat_template_kwargs", Dropped):
-            self.variables = json_of(config.chat_template_kwargs or {}, dict, "the text")
+        try:
+            self.variables = json_of(config.chat_template_kwargs or {}, dict, "it")
+        except Dropped as reason:
+            raise UserError(f"--chat_template_kwargs {config.chat_template_kwargs!r}: {reason}") from reason
         self.counts: dict[str, Counter[str]] = {name: Counter() for name in COUNTED}
         self.places: dict[str, dict[str, str]] = {name: {} for name in COUNTED}
         self._keys_read, self._variables_read = _names_read(template.jinja)

@@ -143,6 +143,8 @@ class ChatTemplate:
         """What is printed around an answer, with these variables of the template. Raises Dropped."""
         key = json.dumps(variables, sort_keys=True, default=str)
         if key not in self._frames:
+            if len(self._frames) > 1000:  # variables that differ in each row
+                self._frames.clear()
             self._frames[key] = self._frame(variables)
         return self._frames[key]
 

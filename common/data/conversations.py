@@ -176,11 +176,11 @@ def _is_trained(message: dict, notes: list[str]) -> bool:
     for name, weight in weights.items():
         if weight not in (0, 1, None):
             raise UserError(f"a message's `{name}` is {one_line(repr(weight))}; it may be 0 or 1, trained or not")
-    is_asked_for = all(weight is None or weight for weight in weights.values())
-    if not is_asked_for or _is_empty(message):
-        notes.append(EMPTY if is_asked_for else NOT_TRAINED)
+    if not all(weight is None or weight for weight in weights.values()):
+        notes.append(NOT_TRAINED)
         return False
-    return True
+    notes += [EMPTY] * _is_empty(message)
+    return not _is_empty(message)
 
 
 def _messages(row: dict, column: str, role: str | None = None) -> list[dict]:

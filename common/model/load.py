@@ -89,19 +89,18 @@ def load_tokenizer(folder: str):
 
 def warnings(template: ChatTemplate, config: PretrainedConfig, longest: int) -> list[str]:
     """What may surprise whoever uses the model; a line each.  longest: tokens of the longest sample."""
-    tokenizer, start = template.tokenizer, template.apply([QUESTION])
+    tokenizer, lines, start = template.tokenizer, [], template.apply([QUESTION])
     own, bos, closing = tokenizer.chat_template, tokenizer.bos_token, tokenizer.tokenize(template.closing)
     positions = getattr(text_config(config), "max_position_embeddings", None) or longest
-    adds_bos = bos and tokenizer.encode("a")[0] == tokenizer.bos_token_id and not start.startswith(bos)
-    stops = not closing or {*tokenizer.convert_tokens_to_ids(closing)} & {*template.end_ids()}
-    sizes = f"{longest:,} tokens, the model's max_position_embeddings is {positions:,}"
-    lines = {
-        "it differs from the tokenizer's own, and is exported in its place": own and own != template.jinja,
-        f"its texts begin with {start[:20]!r}; the tokenizer puts {bos} in front of other texts": adds_bos,
-        f"it ends answers with {closing}, ordinary tokens, at which generation does not stop": not stops,
-        f"the longest sample has {sizes}": longest > positions,
-    }
-    return [f"warning: chat template {template.name!r}: {line}" for line, is_so in lines.items() if is_so]
+    if own and own != template.jinja:
+        lines.append("it differs from the tokenizer's own, and is exported in its place")
+    if bos and tokenizer.encode("a")[0] == tokenizer.bos_token_id and not start.startswith(bos):
+        lines.append(f"its texts begin with {start[:20]!r}; the tokenizer puts {bos} in front of other texts")
+    if closing and not {*tokenizer.convert_tokens_to_ids(closing)} & {*template.end_ids()}:
+        lines.append(f"it ends answers with {closing}, ordinary tokens, at which generation does not stop")
+    if longest > positions:
+        lines.append(f"the longest sample has {longest:,} tokens, the model's max_position_embeddings is {positions:,}")
+    return [f"warning: chat template {template.name!r}: {line}" for line in lines]
 
 
 def load_config(folder: str) -> PretrainedConfig:
@@ -118,12 +117,14 @@ def load_config(folder: str) -> PretrainedConfig:
 def generation_config(folder: str, config: PretrainedConfig, end_ids: list[int]) -> GenerationConfig:
     """The model's, with end_ids as further ends. Raises UserError."""
     with as_user_error(f"model {folder}: generation_config.json cannot be used; mend or delete it"):
-        is_there = (Path(folder) / "generation_config.json").is_file()
-        own = GenerationConfig.from_pretrained(folder) if is_there else GenerationConfig.from_model_config(config)
-        stop = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        if (Path(folder) / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(folder)
+        else:
+            generation = GenerationConfig.from_model_config(config)
+        stop = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
         ids = sorted({*end_ids, *(int(t) for t in stop if t is not None)})
-    own.eos_token_id = ids[0] if len(ids) == 1 else ids or None
-    return own
+    generation.eos_token_id = ids[0] if len(ids) == 1 else ids or None
+    return generation
 
 
 def attention_needs(config: PretrainedConfig, longest: int) -> set[str]:
@@ -131,9 +132,9 @@ def attention_needs(config: PretrainedConfig, longest: int) -> set[str]:
     text = text_config(config)
     types, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None) or longest
     slides = getattr(text, "use_sliding_window", True) and (not types or "sliding_attention" in types)
-    needs = {WINDOWS: slides and window < longest, SOFT_CAP: getattr(text, "attn_logit_softcapping", None)}
-    needs[SINKS] = any("sink" in name for name, _ in built(config).named_parameters())
-    return {need for need, is_so in needs.items() if is_so}
+    needs = {WINDOWS} if slides and window < longest else set()
+    needs |= {SOFT_CAP} if getattr(text, "attn_logit_softcapping", None) else set()
+    return needs | ({SINKS} if any("sink" in name for name, _ in built(config).named_parameters()) else set())
 
 
 def built(config: PretrainedConfig) -> nn.Module:
@@ -150,7 +151,7 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """transformers' class for a config's model: of language alone, or with other parts besides."""
+    """transformers' class that makes a language model of a config, or one that has other parts besides."""
     return AutoModelForCausalLM if text_config(config) is config else AutoModelForImageTextToText
 
 
@@ -177,41 +178,40 @@ def check_supported(config: PretrainedConfig, longest: int, vocab_needed: int) -
     text, model_class = text_config(config), auto_class(config)._model_mapping.get(type(config), None)
     model_class = model_class[0] if isinstance(model_class, tuple) else model_class
     is_decoder = model_class is not None and not (config.is_encoder_decoder or text.is_encoder_decoder)
-    values, has_state = text.to_dict(), is_stateful(text)
+    values = text.to_dict()
     unknown = ", ".join(sorted({*(getattr(text, "layer_types", None) or [])} - KNOWN_TYPES))
+    has_state, uses_interface = is_stateful(text), getattr(model_class, "_supports_attention_backend", False)
     chunk, positions = values.get("attention_chunk_size"), getattr(text, "max_position_embeddings", longest)
     rope = values.get("rope_parameters") or {}
     ropes = [p for p in (rope, *rope.values()) if isinstance(p, dict)]  # of all layers, or of the layers of each type
     changing = [p for p in ropes if p.get("rope_type") in ("dynamic", "longrope")]
+    is_beyond = not (rope or has_state) and positions < longest
     original = min([p.get("original_max_position_embeddings") or positions for p in changing], default=longest)
-    refusals = {
-        "is not a causal language model of transformers": not is_decoder,
-        "keeps state across samples": getattr(model_class, "_is_stateful", False) and not has_state,
-        "does not use AttentionInterface": not (
-            has_state or getattr(model_class, "_supports_attention_backend", False)
-        ),
-        f"has layers of type {unknown}": unknown,
-        f"has attention chunks of {chunk} tokens": chunk,
-        **dict.fromkeys(_refused_numbers(values), True),
-        "has ALiBi position biases": values.get("alibi") or values.get("position_embedding_type") == "alibi",
-        "has quantized weights (take a copy in bfloat16)": getattr(config, "quantization_config", None),
-        f"changes its RoPE above {original} tokens": longest > original,
-        f"has {positions} positions, the longest sample {longest} tokens": (
-            not (rope or has_state) and positions < longest
-        ),
-    }
-    for reason in (reason for reason, is_refused in refusals.items() if is_refused):
-        raise UserError(f"model type {config.model_type} {reason}: packed training would compute it wrongly")
+    refusals = [
+        (not is_decoder, "is not a causal language model of transformers"),
+        (getattr(model_class, "_is_stateful", False) and not has_state, "keeps state across samples"),
+        (not (has_state or uses_interface), "does not use AttentionInterface"),
+        (unknown, f"has layers of type {unknown}"),
+        (chunk, f"has attention chunks of {chunk} tokens"),
+        *_refused_numbers(values),
+        (values.get("alibi") or values.get("position_embedding_type") == "alibi", "has ALiBi position biases"),
+        (getattr(config, "quantization_config", None), "has quantized weights (take a copy in bfloat16)"),
+        (longest > original, f"changes its RoPE above {original} tokens"),
+        (is_beyond, f"has {positions} positions, the longest sample {longest} tokens"),
+    ]
+    for is_refused, reason in refusals:
+        if is_refused:
+            raise UserError(f"model type {config.model_type} {reason}: packed training would compute it wrongly")
     if text.vocab_size < vocab_needed:
         sizes = f"token {vocab_needed - 1}, the model's embedding only {text.vocab_size} rows"
         raise UserError(f"the data has {sizes}; use the model's own tokenizer")
 
 
-def _refused_numbers(values: dict) -> list[str]:
-    """What each number of a config, and of the parts in it, that REFUSED_NUMBERS names means."""
+def _refused_numbers(values: dict) -> list[tuple[bool, str]]:
+    """(True, reason) for each number of a config, and of the parts in it, that REFUSED_NUMBERS names."""
     parts = [values, *(part for name, part in values.items() if name.endswith("_config") and isinstance(part, dict))]
     return [
-        f"{meaning} ({name} = {value})"
+        (True, f"{meaning} ({name} = {value})")
         for name, value in (item for part in parts for item in part.items())
         for pattern, (harmless, meaning) in REFUSED_NUMBERS.items()
         if re.match(pattern, name) and type(value) in (int, float) and value != harmless
@@ -246,7 +246,8 @@ def check_same_vocabulary(policy: PretrainedConfig, reference: PretrainedConfig)
     """Raises UserError for a reference whose token ids cannot mean the policy's."""
     ours, theirs = (text_config(config).vocab_size for config in (policy, reference))
     if ours != theirs:
-        raise UserError(f"--ref_model_name_or_path has a vocabulary of {theirs} tokens, the policy one of {ours}")
+        sizes = f"{theirs} tokens, the policy one of {ours}"
+        raise UserError(f"--ref_model_name_or_path has a vocabulary of {sizes}: use a model of the same tokenizer")
 
 
 def load_partitioned(
@@ -289,7 +290,8 @@ def load_partitioned(
     policy = PackedModel(model)
     policy.config._experts_implementation = GROUPED
     if policy.stateful:
-        ranks.say(f"{len(policy.stateful)} layers carry a state: they run on each sample, and each answer, by itself")
+        how = "each sample, and each answer with its prompt, by itself"
+        ranks.say(f"{len(policy.stateful)} layers carry a state from token to token: they run on {how}")
     return policy
 
 
@@ -365,7 +367,8 @@ def _files_of_tensors(folder: Path) -> dict[str, str]:
 def _share_buffers(model: nn.Module, ranks: Ranks) -> None:
     """Puts rank 0's buffers, which no training changes, on every rank's device."""
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    values = ranks.once(lambda: [buffer.cpu() for buffer in buffers.values()])
-    for name, value in zip(buffers, values, strict=True):
+    values = [[buffer.cpu() for buffer in buffers.values()] if ranks.is_main else []]
+    torch.distributed.broadcast_object_list(values, 0, device=ranks.device)
+    for name, value in zip(buffers, values[0], strict=True):
         module, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(module), attribute, value.to(ranks.device))

@@ -12,7 +12,7 @@ from huggingface_hub.repocard import metadata_load
 from common.config import TrainConfig, as_words, identity_values
 
 LICENSE = ("license", "license_name", "license_link")
-PLAN = ("num_steps", "micro_batch_budget", "residency", "kernel", "layers")  # of run_config.json
+PLAN = ("num_steps", "micro_batch_budget", "opening_budget", "residency", "kernel", "layers")  # of run_config.json
 
 
 def base_of(folder: str) -> dict:

@@ -145,7 +145,7 @@ def plan_rows(
     warm_up = 0 if config.lr_scheduler_type == "constant" else int(schedule.num_steps * config.warmup_ratio)
     steps = ranged(last, 0.0 if config.max_train_steps else spread.samples)
     of_steps = f"{schedule.batch} {unit} a step, {schedule.steps_per_epoch:,} an epoch"
-    first = f" and a step's first of {plan.opening:,}" if plan.opening > budget else ""
+    first = f" and a step's first of {plan.opening:,}" if plan.opening > plan.budget == budget else ""
     rows = {"loss": f"{config.loss_type}, beta {config.beta:g}"} if isinstance(config, DPOConfig) else {}
     rows |= {
         unit: ranged(schedule.num_samples, spread.samples, spread.num_rows),

@@ -452,7 +452,7 @@ def _read(path: Path, manifest: dict, parameters: Parameters, shards: dict[Any, 
     try:
         with shown as advance, ThreadPoolExecutor(READERS) as pool:
             for kind in reversed(KINDS):  # master weights last (see Shard.write)
-                of_kind = [file for file in mine if f".{kind}_" in file]
+                of_kind = [file for file in mine if file.split(".")[1].rpartition("_")[0] == kind]
                 for file, is_whole in zip(of_kind, pool.map(read, of_kind), strict=True):
                     if not is_whole:
                         return f"{file} has been changed"

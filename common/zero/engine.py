@@ -89,7 +89,7 @@ def out_of_memory_explained(when: str, budget: int, longest: int):
             raise
         what, advice = "", "more devices, or a --ds_config that offloads"
         if size.tokens:
-            what = f" on a micro-batch of {size.tokens:,} tokens (at most {budget:,})"
+            what = f" on a micro-batch of {size.tokens:,} tokens"
             smaller = max(longest, min(budget, size.tokens) // 2)
             flags = [f"--max_tokens_per_micro_batch {smaller}"] if smaller < size.tokens else []
             flags += ["--gradient_checkpointing full"] if torch.is_grad_enabled() else []

@@ -247,7 +247,7 @@ def choose_micro_batch(
             return _dry_run(engine, config, kernel, tokens, workload.longest, made_up, ranks) - held
 
         def opening_activations_of(tokens: int) -> float:
-            sums.opening.is_open = True
+            sums.open_as_after_an_update()
             return activations_of(tokens, given or 0)
 
         choice, room, activations = confirmed(plan, usable - held, workload, given, activations_of)
@@ -268,8 +268,8 @@ def choose_micro_batch(
                 activations_of(LEAST_TRIED, estimate.recomputing(LEAST_TRIED, room, layers))
 
             def recompute_by_tokens(module, args, row: dict) -> None:
-                is_opening = estimate.opening > 0 and sums.opening.is_open
                 tokens = row["input_ids"].shape[1]
+                is_opening = estimate.opening > 0 and sums.opening.is_open and tokens <= opening
                 module.checkpoint_activations(estimate.recomputing(tokens, room, layers, is_opening))
 
             policy.register_forward_pre_hook(recompute_by_tokens, with_kwargs=True)  # before each forward pass
@@ -278,6 +278,8 @@ def choose_micro_batch(
         sums.opens = sums.opening.is_open = True
     largest = max(budget, workload.longest)
     predicted = estimate.fixed + estimate.activations(largest, layers - recomputing)
+    if estimate.opening and opening > budget:
+        predicted = max(predicted, estimate.fixed + estimate.opening_activations(opening, layers - (given or 0)))
     ranks.say(
         f"micro-batches of {budget:,} tokens, {recomputing} of {layers} layers recomputed in one of {largest:,}; "
         + f"a step's first of {opening:,}; " * (opening > budget)
@@ -295,7 +297,7 @@ def confirmed_opening(
     opening, middle = choice.opening, (choice.budget + choice.opening) // 2
     surprise = activations_of(middle) - memory.opening_activations(middle, keeping)
     surprise *= opening / middle
-    opening -= int(max(0.0, surprise) / memory.activations(1, keeping))
+    opening -= -(-int(max(0.0, surprise) / memory.activations(1, keeping)) // LEAST_TRIED) * LEAST_TRIED
     while opening > choice.budget + LEAST_TRIED:
         if (seen := activations_of(opening)) <= room:
             return opening, seen
@@ -320,7 +322,8 @@ def confirmed(
 
     def wanted() -> tuple[Choice, list[tuple[int, int]]]:
         choice = choose(memory, estimated_room, plan.shape, plan.card, workload, given)
-        sizes = sorted({choice.budget, max(choice.budget, workload.longest)})
+        settled_opening = 0 if memory.opening else choice.opening  # of a run that had room for it
+        sizes = sorted({choice.budget, max(choice.budget, workload.longest, settled_opening)})
         layers_of = [memory.recomputing(n, estimated_room, layers) if given is None else given for n in sizes]
         return choice, list(zip(sizes, layers_of, strict=True))
 

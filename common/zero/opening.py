@@ -29,7 +29,7 @@ class Opening:
         self.lend, self.is_open, self.is_in_forward = lend, False, False
         self.room: list[torch.Tensor] = []  # uint8
         self.kept_bytes = 0  # in such memory, of the last such forward pass
-        self.weights = {param.untyped_storage().data_ptr() for param in policy.parameters()}
+        self.left_alone = {param.untyped_storage().data_ptr() for param in policy.parameters()}  # storages
         policy.register_forward_pre_hook(lambda *_: self._begin())
         policy.register_forward_hook(lambda *_: self._end(), always_call=True)
         for i, layer in enumerate(layers):
@@ -60,7 +60,11 @@ class Opening:
         """A tensor that the backward pass will read -> what holds the same then."""
         num_bytes = tensor.numel() * tensor.itemsize
         last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        if num_bytes < LEAST_BYTES or last + 1 != tensor.numel() or tensor.untyped_storage().data_ptr() in self.weights:
+        if (
+            num_bytes < LEAST_BYTES
+            or last + 1 != tensor.numel()
+            or tensor.untyped_storage().data_ptr() in self.left_alone
+        ):
             return tensor.detach()
         needed = -(-num_bytes // ALIGNED_BYTES) * ALIGNED_BYTES
         for i, memory in enumerate(self.room):

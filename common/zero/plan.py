@@ -142,7 +142,11 @@ class Plan(NamedTuple):
         """Bytes on the device by what they hold; tokens: of the largest micro-batch."""
         memory, keeping = self.memory, self.shape.layers - self.recomputing
         held = {"parameters": memory.parameters + memory.gathered, "gradients": memory.gradients}
-        return held | {"optimizer": memory.optimizer, "activations": memory.activations(tokens, keeping)}
+        activations = memory.activations(tokens, keeping)
+        if memory.opening and self.opening > self.budget:
+            room = self.card.free * (1 - HEADROOM) - memory.fixed
+            activations = max(activations, min(room, memory.opening_activations(self.opening, self.shape.layers)))
+        return held | {"optimizer": memory.optimizer, "activations": activations}
 
     def step_seconds(self) -> float:
         return self.cost * seconds_per_token(self.shape, self.card)
@@ -251,10 +255,11 @@ def choose(
         return of_rank + recomputed / layers / 3 + (1 + others) * of_micro_batch + update
 
     def candidate(budget: int) -> Choice:
-        tokens = max(budget, workload.longest)
+        tokens = max(budget, workload.longest, 0 if memory.opening else workload.opening)
         recomputing, cost, opening = layers_of(tokens), np.inf, max(budget, workload.opening)
         if memory.opening and not workload.is_settled:
-            opening = max(budget, min(int(tokens_per_rank), memory.largest_opening(room, layers - (given or 0))))
+            most = min(int(tokens_per_rank), memory.largest_opening(room, layers - (given or 0)))
+            opening = max(budget, most // LEAST_TRIED * LEAST_TRIED)
         if memory.activations(tokens, layers - recomputing) <= room:
             cost = float(np.mean([of_step(budget, opening, *step) for step in workload.steps]))
         return Choice(cost, budget, recomputing, opening)

@@ -346,6 +346,7 @@ class WholeGradients:
                 self.others.append(sums)
         self.layers, self.opens = list(layers), False
         self.opening = Opening(policy, layers, self._lend_to_activations)
+        self.opening.left_alone |= {sums.memory.untyped_storage().data_ptr() for sums in self.of_layer.values()}
         self.unseen = set(self.sums)  # in this step's last backward pass
         self.ready: list[nn.Parameter] = []  # not yet on their way to their owners
         self.reducing: list[tuple[list, list[nn.Parameter]]] = []  # what to wait for, of which parameters
@@ -451,6 +452,13 @@ class WholeGradients:
             sums.zeroed.wait()
         sums.is_used = True
         return sums.memory[sums.num_lent :]
+
+    def open_as_after_an_update(self) -> None:
+        """For a dry run: as much of the sums is lent to state as when a step's first micro-batch follows an update."""
+        self.opening.is_open = True
+        for sums in list(self.of_layer.values())[len(self.layers) // 2 : -LAYERS_BETWEEN]:
+            words, end = self.carrier.words, len(sums.memory) - sum(p.ds_tensor.numel() for p in sums.params)
+            sums.num_lent = end // words * words if words and self.world_size > 1 else 0
 
     def _note_updated(self, group: int) -> None:
         for sums in self.last_in[group]:
