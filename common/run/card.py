@@ -45,7 +45,7 @@ def model_card(config: TrainConfig, record: dict, last: dict | None, table: str)
         "Data": f"```\n{table}\n```",
         "Result: sums, and the last step that was logged": curves + _table(came),
         "Settings": _table(identity_values(config, (True, "contents"))),
-        "Plan": _table({name: record[name] for name in PLAN} | planned),
+        "Plan": _table({name: record[name] for name in PLAN if name in record} | planned),
         "Machine": machine + ", ".join(f"{package} {number}" for package, number in record["versions"].items()),
         "To repeat it": f"```\n{_command(config, record, commits)}\n```\n\n"
         "On the hub this page and `run_config.json` name files of the trainer's machine without their folders.",
