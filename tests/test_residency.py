@@ -415,12 +415,31 @@ def test_what_is_needed_first_is_given_back_first():
 
 def check_host_state(folder, seen: list, expected: list, dtype: str) -> None:
     """expected: of a run that differs in nothing but that all its state lies on the device."""
-    if dtype == "float32":
-        check_against_plain(folder, seen)
+    {"float32": check_against_plain, "bfloat16": check_master_weights}[dtype](folder, seen)
     for ours, theirs in zip(seen, expected, strict=True):
         assert len(ours[1]["state"]) > 10
         for name, same in theirs[1]["state"].items():
             assert all(torch.equal(*pair) for pair in zip(ours[1]["state"][name], same, strict=True)), name
+
+
+def check_master_weights(folder, seen: list) -> None:
+    """Of a bfloat16 model, of which what rounding has lost is kept: torch's AdamW on float32 ones, to the bit."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = dict(reference.load(folder).named_parameters())
+    for rank, steps in enumerate(seen):
+        for name, part in steps[0]["parts"].items():
+            whole = weights[name].detach().bfloat16().float().flatten()
+            whole = nn.functional.pad(whole, (0, len(seen) * len(part) - len(whole)))
+            master = nn.Parameter(whole[rank * len(part) :][: len(part)].to(device))
+            optimizer = torch.optim.AdamW([master], LEARNING_RATE, eps=EPSILON, weight_decay=0.0, fused=True)
+            for step in steps:
+                divisor = torch.tensor(max(1.0, (step["norm"] + 1e-6) / MAX_NORM), device=device)
+                master.grad = step["parts"][name].to(device) / divisor
+                optimizer.step()
+            expected = master.detach(), *(optimizer.state[master][kind] for kind in ("exp_avg", "exp_avg_sq"))
+            weight, *state = steps[-1]["state"][name]
+            assert torch.equal(weight, expected[0].bfloat16().cpu()), name
+            assert all(torch.equal(ours, theirs.cpu()) for ours, theirs in zip(state, expected, strict=True)), name
 
 
 def test_weights_are_looked_at_in_pieces_and_once_an_update_has_given_up_its_memory(monkeypatch):

@@ -1,10 +1,11 @@
-"""Master weights and moments in host memory, and their way to the device and back. Knows nothing of DeepSpeed.
+"""How master weights and moments are kept, and their way from host memory to the device and back. Knows nothing of
+DeepSpeed.
 
-A link between host and device moves some 50 GB/s each way at once, so an update takes the time of its bytes. Of the
-master weight M of a bfloat16 model only what its rounding W has lost is carried, for W is on the device: with the bits
-of both read as integers, M = 2^16 W + lost, where -2^15 <= lost <= 2^15, as bfloat16 rounds to the nearest. That is one
-number more than 16 bits hold: 2^15, where M was midway and rounded down, is kept as -2^15 and the sign of exp_avg_sq,
-which is never negative itself. So 10 bytes a parameter go each way, of a float32 model 12.
+Of the master weight M of a bfloat16 model only what its rounding W has lost is kept, for W is on the device: with the
+bits of both read as integers, M = 2^16 W + lost, where -2^15 <= lost <= 2^15, as bfloat16 rounds to the nearest. That is
+one number more than 16 bits hold: 2^15, where M was midway and rounded down, is kept as -2^15 and the sign of
+exp_avg_sq, which is never negative itself. So a parameter's state takes 10 bytes, of a float32 model 12. A link between
+host and device moves some 50 GB/s each way at once, so an update of what lies in host memory takes their time.
 On a GPU, copies run on two streams of their own, from and to memory that is pinned: a chunk arrives while the one
 before it is updated and the one before that is written back. On a CPU the same chunks are copied, one after another.
 """
@@ -26,13 +27,17 @@ ALIGNED = 64  # elements
 RING_BUFFERS = 8  # on the device, of one chunk each
 FREE_MEMORY_USES = 4  # chunks that memory which activations have given up takes: the next forward pass needs it
 TOUCHED_AT_ONCE = 2**27  # elements
-BYTES_PER_PARAMETER = 12  # on the device: master weight and two moments, float32
 MIDWAY = 2**15
 
 
 def words(numel: int, itemsize: int) -> int:
-    """float32 elements that hold the state of numel parameters, of itemsize bytes on the device, in host memory."""
+    """float32 elements that hold the state of numel parameters, of a model whose parameters have itemsize bytes."""
     return 2 * numel + (-(-numel // 2) if itemsize == 2 else numel)
+
+
+def kept_dtype(itemsize: int) -> torch.dtype:
+    """Of what is kept of such a model's master weights."""
+    return torch.int16 if itemsize == 2 else torch.float32
 
 
 def places_in(memory: torch.Tensor, numel: int, dtype: torch.dtype, stride: int) -> tuple[torch.Tensor, ...]:
@@ -157,17 +162,25 @@ class HostMemory:
         return taken
 
     def take_state(self, numel: int, itemsize: int) -> tuple[torch.Tensor, ...]:
-        """The state of numel parameters, of itemsize bytes on the device: zeros (see places_in)."""
-        dtype = torch.int16 if itemsize == 2 else torch.float32
-        return places_in(self.take(words(numel, itemsize)), numel, dtype, numel)
+        """The state of numel parameters, of a model's whose have itemsize bytes: zeros (see places_in)."""
+        return places_in(self.take(words(numel, itemsize)), numel, kept_dtype(itemsize), numel)
 
 
 @dataclass
 class Chunk:
     """A stretch of a group's state. pieces: (parameter of the group, start, end in its shard), one after another."""
 
-    state: tuple[torch.Tensor, ...]  # [n] each, in host memory (see places_in)
+    state: tuple[torch.Tensor, ...]  # [n] each (see places_in)
     pieces: list[tuple[int, int, int]]
+
+
+def chunks_of(state: tuple[torch.Tensor, ...], sizes: list[int]) -> Iterator[Chunk]:
+    """state: a group's; sizes: of the shards in it. In order."""
+    start = 0
+    for pieces in pieces_of(sizes, CHUNK_ELEMENTS):
+        end = start + sum(last - first for _, first, last in pieces)
+        yield Chunk(tuple(flat[start:end] for flat in state), pieces)
+        start = end
 
 
 def pieces_of(sizes: list[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -226,15 +239,12 @@ class Carrier:
         self.used_up: deque[Buffer] = deque()  # given up in the next forward pass, once written back
 
     def add(self, group: int, state: tuple[torch.Tensor, ...], sizes: list[int]) -> None:
-        """state: a group's, in host memory (see places_in); sizes: of the shards in it. In order."""
-        chunks, start = [], 0
-        for pieces in pieces_of(sizes, CHUNK_ELEMENTS):
-            end = start + sum(last - first for _, first, last in pieces)
-            chunks.append(Chunk(tuple(flat[start:end] for flat in state), pieces))
-            start, self.width = end, max(self.width, -(-(end - start) // ALIGNED) * ALIGNED)
+        """Another group, in order, whose state lies in host memory (see chunks_of)."""
+        self.by_group[group] = list(chunks_of(state, sizes))
+        longest = max(len(chunk.state[0]) for chunk in self.by_group[group])
+        self.width = max(self.width, -(-longest // ALIGNED) * ALIGNED)
         self.words = words(self.width, state[0].itemsize)
-        self.by_group[group] = chunks
-        self.waiting.extend(chunks)
+        self.waiting.extend(self.by_group[group])
 
     def make_ring(self) -> None:
         """Once all groups are there."""

@@ -177,7 +177,8 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
     groups = shard_groups(shape, world_size, zero)
     parameters, state = shape.numel / world_size, sum(groups)
     num_kept = host_state.num_on_device(groups, share)
-    on_device, carried = sum(groups[:num_kept]), [host_state.words(size, shape.itemsize) for size in groups[num_kept:]]
+    of_groups = [host_state.words(size, shape.itemsize) for size in groups]
+    on_device, carried = of_groups[:num_kept], of_groups[num_kept:]
     chunk = 4 * host_state.words(host_state.CHUNK_ELEMENTS, shape.itemsize)
     ring = min(4 * sum(carried), host_state.RING_BUFFERS * chunk)
     gathered = min(shape.numel, 3 * shape.layer_numel + zero.prefetch_bucket_size)
@@ -199,7 +200,7 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
         shape.itemsize * parameters,
         shape.itemsize * gathered,
         gradients,
-        host_state.BYTES_PER_PARAMETER * on_device + ring,
+        4 * sum(on_device) + ring,
         4 * sum(carried),
         shape.itemsize * (shape.vocab + 8 * shape.hidden),
         shape.itemsize * of_layer,

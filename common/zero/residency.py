@@ -61,9 +61,10 @@ from common.zero.host_state import (
     Carrier,
     HostMemory,
     Shard,
+    chunks_of,
     compiled,
+    kept_dtype,
     num_on_device,
-    pieces_of,
     put_together,
     take_apart,
     words,
@@ -159,12 +160,12 @@ def own_state(share_on_device: float, host: HostMemory | None) -> Iterator[None]
         memory.wait_until_pinned()
         for group, shards in enumerate(zero.fp16_partitioned_groups_flat):
             if group < zero.num_on_device:
-                flat = shards.to(zero.device, torch.float32)
-                moments = [torch.zeros_like(flat) for _ in range(2)]
+                dtypes = kept_dtype(itemsize), torch.float32, torch.float32
+                flat, *moments = (torch.zeros(sizes[group], dtype=dtype, device=zero.device) for dtype in dtypes)
             else:
                 flat, *moments = memory.take_state(sizes[group], itemsize)
-                if flat.dtype == torch.float32:  # else the weights have lost nothing yet
-                    flat.copy_(shards)
+            if flat.dtype == torch.float32:  # else the weights have lost nothing yet
+                flat.copy_(shards)
             zero.fp32_partitioned_groups_flat.append(flat)
             step = torch.zeros((), device=zero.device)
             zero.optimizer.state[flat] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
@@ -275,18 +276,16 @@ class Update:
         step = zero.optimizer.state[flat]["step"].add_(1)
         gradients, shards = self._gradients(group), self._shards(group)
         in_one = compiled if self.policy.is_compiled else lambda function: function
-        chunks: Iterable[tuple[list[tuple[int, int, int]], tuple[torch.Tensor, ...]]]
         if group in self.carrier.by_group:
-            chunks = ((chunk.pieces, on_device) for chunk, on_device in self.carrier.carry(group))
+            chunks = self.carrier.carry(group)
         else:
-            pieces = next(pieces_of([shard.numel() for shard in shards], flat.numel()))
-            chunks = [(pieces, _state(zero, group))]
-        for pieces, (kept, exp_avg, exp_avg_sq) in chunks:
-            sizes = [end - start for _, start, end in pieces]
-            rounded = [shards[i][start:end] for i, start, end in pieces]
+            chunks = ((c, c.state) for c in chunks_of(_state(zero, group), [shard.numel() for shard in shards]))
+        for chunk, (kept, exp_avg, exp_avg_sq) in chunks:
+            sizes = [end - start for _, start, end in chunk.pieces]
+            rounded = [shards[i][start:end] for i, start, end in chunk.pieces]
             is_whole = kept.dtype == torch.float32
             master = kept if is_whole else in_one(put_together)(torch.cat(rounded).to(kept.device), kept, exp_avg_sq)
-            parts = [gradients[i][start:end] for i, start, end in pieces]
+            parts = [gradients[i][start:end] for i, start, end in chunk.pieces]
             weights, exp_avgs, exp_avg_sqs = (list(x.split(sizes)) for x in (master, exp_avg, exp_avg_sq))
             update_group(weights, parts, exp_avgs, exp_avg_sqs, step, self.divisor, options)
             torch._foreach_copy_(rounded, weights)
