@@ -117,6 +117,10 @@ def main() -> None:
     meter = StepMeter(policy.lm, budget, opening, len(data), ranks)
     stop_request = StopRequest(ranks)
 
+    def inputs_of(micro_batch: MicroBatch) -> dict:
+        """On the device."""
+        return model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
+
     def prepared(step: int) -> tuple[list[int], list[list[int]], list[MicroBatch], dict]:
         """The step's samples; this rank's micro-batches: the samples in each, and packed; the first one's inputs."""
         samples = schedule.samples(step)
@@ -126,8 +130,7 @@ def main() -> None:
         micro_batches = [pack([sft_documents(data[i]) for i in members]) for members in plan]
         # On the device a step ahead: beside an update its copy would wait behind the optimizer's state.
         torch.cuda.set_stream(ranks.stream)  # this runs in a thread; on a CPU there is none
-        first = model_inputs(micro_batches[0], kernel, ranks.device, config.router_aux_loss_coef)
-        return samples, plan, micro_batches, first
+        return samples, plan, micro_batches, inputs_of(micro_batches[0])
 
     gc.collect()
     gc.freeze()  # what lives until the end is not searched for garbage again
@@ -145,8 +148,7 @@ def main() -> None:
         with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as in_hand:
             for m, micro_batch in enumerate(micro_batches):
                 in_hand.tokens = micro_batch.num_tokens  # told if memory runs out
-                inputs = first or model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
-                first = {}
+                inputs = first if m == 0 else inputs_of(micro_batch)
                 logps, imbalance = engine(**inputs)  # of its target tokens; of routers, 0 unless asked for
                 loss = -logps.sum()
                 router_loss = config.router_aux_loss_coef * imbalance / len(samples)  # its share of the step's

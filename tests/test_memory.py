@@ -20,7 +20,7 @@ from common.step.packing import pack
 from common.zero import memory
 from common.zero.checkpoint import RunState
 from common.zero.memory import confirmed_opening, shape_of, workload_of
-from common.zero.plan import SPEED, Card, Memory, Plan, Workload, choose, estimated
+from common.zero.plan import HEADROOM, SPEED, Card, Memory, Plan, Workload, choose, estimated
 
 GB = 1e9
 NUMEL, LAYER_NUMEL = 8_030_261_248, 218_112_000
@@ -155,7 +155,7 @@ def settled(
     engine = SimpleNamespace(module=policy, updater=carrier, whole_gradients=sums)
     budget, opening = memory.choose_micro_batch(engine, *arguments)
     assert sums.opens == (opening > budget and estimate.opening > 0)
-    room = 0.94 * total - allocated - estimate.gathered
+    room = (1 - HEADROOM) * total - allocated - estimate.gathered
     assert all(0.94 < fraction < 0.99 for fraction in fractions) and bool(fractions) == bool(runs)
 
     def layers_of(tokens: int) -> int:
@@ -199,7 +199,7 @@ def test_what_is_seen_corrects_the_choice_before_memory_runs_out(monkeypatch, fa
         layers = ON_2.recomputing(tokens, seen.room / factor, 32) if given is None else given
         assert seen.layers_of(tokens) == pytest.approx(layers, abs=1)
     of_layer = ON_2.per_token_and_layer * max(seen.budget, workload.longest)
-    assert seen.engine.updater.carrier.memory_limit == pytest.approx(0.94 * 147 * GB - 2 * of_layer)
+    assert seen.engine.updater.carrier.memory_limit == pytest.approx((1 - HEADROOM) * 147 * GB - 2 * of_layer)
     used = [factor * ON_2.activations(tokens, 32 - recomputing) for tokens, recomputing in seen.runs]
     assert used[0] <= factor * seen.room / 4 and max(used) <= 1.06 * seen.room
     assert all(later <= 2.1 * max(used[:i]) for i, later in enumerate(used) if i)

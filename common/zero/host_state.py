@@ -2,10 +2,10 @@
 DeepSpeed.
 
 Of the master weight M of a bfloat16 model only what its rounding W has lost is kept, for W is on the device: with the
-bits of both read as integers, M = 2^16 W + lost, where -2^15 <= lost <= 2^15, as bfloat16 rounds to the nearest. That is
-one number more than 16 bits hold: 2^15, where M was midway and rounded down, is kept as -2^15 and the sign of
-exp_avg_sq, which is never negative itself. So a parameter's state takes 10 bytes, of a float32 model 12. A link between
-host and device moves some 50 GB/s each way at once, so an update of what lies in host memory takes their time.
+bits of both read as integers, M = 2^16 W + lost, where -2^15 <= lost <= 2^15, as bfloat16 rounds to the nearest. One
+number more than 16 bits hold: 2^15, where M was midway and rounded down, is kept as -2^15 and the sign of exp_avg_sq,
+which is never negative itself. So the state takes 10 bytes a parameter, of a float32 model 12. A link between host and
+device moves some 50 GB/s each way at once, and an update of what lies in host memory takes the time of its bytes.
 On a GPU, copies run on two streams of their own, from and to memory that is pinned: a chunk arrives while the one
 before it is updated and the one before that is written back. On a CPU the same chunks are copied, one after another.
 """
@@ -33,6 +33,11 @@ MIDWAY = 2**15
 def words(numel: int, itemsize: int) -> int:
     """float32 elements that hold the state of numel parameters, of a model whose parameters have itemsize bytes."""
     return 2 * numel + (-(-numel // 2) if itemsize == 2 else numel)
+
+
+def in_chunks(room: int, chunk: int) -> int:
+    """What of `room` whole chunks take."""
+    return room // chunk * chunk if chunk else 0
 
 
 def kept_dtype(itemsize: int) -> torch.dtype:
@@ -255,8 +260,8 @@ class Carrier:
     def lend(self, memory: torch.Tensor, needed: int) -> list[Buffer]:
         """Buffers in memory, float32 [n], until the step ends; it may be used again once each of them is usable, which
         those with the highest `needed` are first."""
-        pieces = memory.split(self.words) if self.words else ()
-        lent = [Buffer(piece, needed=needed, usable=self._mark()) for piece in pieces if len(piece) == self.words]
+        pieces = memory[: in_chunks(len(memory), self.words)].split(max(1, self.words))
+        lent = [Buffer(piece, needed=needed, usable=self._mark()) for piece in pieces if len(piece)]
         self.idle.extend(lent)
         self.in_use.extend(lent)
         return lent

@@ -30,6 +30,7 @@ from common.zero.plan import (
     HEADROOM,
     HOST_RESERVE,
     LEAST_TRIED,
+    TRIED_APART,
     Card,
     Choice,
     Memory,
@@ -297,11 +298,11 @@ def confirmed_opening(
     opening, middle = choice.opening, (choice.budget + choice.opening) // 2
     surprise = activations_of(middle) - memory.opening_activations(middle, keeping)
     surprise *= opening / middle
-    opening -= -(-int(max(0.0, surprise) / memory.activations(1, keeping)) // LEAST_TRIED) * LEAST_TRIED
-    while opening > choice.budget + LEAST_TRIED:
+    opening -= -(-int(max(0.0, surprise) / memory.activations(1, keeping)) // TRIED_APART) * TRIED_APART
+    while opening > choice.budget + TRIED_APART:
         if (seen := activations_of(opening)) <= room:
             return opening, seen
-        opening -= LEAST_TRIED
+        opening -= TRIED_APART
     return choice.budget, 0.0
 
 

@@ -19,7 +19,8 @@ from common.zero.residency import group_sizes
 
 LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
 LEAST_TRIED = 1024  # tokens
-HEADROOM = 0.06  # of the device's memory is left free
+TRIED_APART = 512  # tokens
+HEADROOM = 0.04  # of the device's memory is left free: torch's allocator was seen to need a seventh of it
 HOST_RESERVE = 4e9  # bytes of host memory for each rank's process, beside the optimizer's state
 # What one more micro-batch costs, in tokens' time: weights are read, and sums read and written, once more. Measured for
 # 8B on two H200 in rows of 3,000 to 19,000 tokens; both grow with the parameters.
@@ -189,7 +190,7 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
     gradients = 4 * (state + 2 * zero.reduce_bucket_size if residency == "nothing" else shape.numel)
     of_layers_sums = 4 * shape.layer_numel if residency != "nothing" else 0
     lending = shape.layers - shape.layers // 2  # layers
-    lent = of_layers_sums * (1 - 1 / world_size) // chunk * chunk
+    lent = host_state.in_chunks(of_layers_sums * (world_size - 1) // world_size, chunk)
     opening = max(0, shape.layers - LAYERS_BETWEEN) * of_layers_sums - max(0, lending - LAYERS_BETWEEN) * lent
     of_layer = (shape.layer_numel - shape.unmet / shape.layers) / shape.hidden / 2 + 5 * shape.hidden
     of_layer *= 1 if shape.is_compiled else EAGER_ACTIVATIONS
@@ -260,12 +261,12 @@ def choose(
         recomputing, cost, opening = layers_of(tokens), np.inf, max(budget, workload.opening)
         if memory.opening and not workload.is_settled:
             most = min(int(tokens_per_rank), memory.largest_opening(room, layers - (given or 0)))
-            opening = max(budget, most // LEAST_TRIED * LEAST_TRIED)
+            opening = max(budget, most // TRIED_APART * TRIED_APART)
         if memory.activations(tokens, layers - recomputing) <= room:
             cost = float(np.mean([of_step(budget, opening, *step) for step in workload.steps]))
         return Choice(cost, budget, recomputing, opening)
 
-    budgets = [workload.budget] if workload.is_settled else range(least, largest + 1, LEAST_TRIED)
+    budgets = [workload.budget] if workload.is_settled else range(least, largest + 1, TRIED_APART)
     return min(map(candidate, budgets))
 
 

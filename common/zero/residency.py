@@ -63,6 +63,7 @@ from common.zero.host_state import (
     Shard,
     chunks_of,
     compiled,
+    in_chunks,
     kept_dtype,
     num_on_device,
     put_together,
@@ -456,8 +457,8 @@ class WholeGradients:
         """For a dry run: as much of the sums is lent to state as when a step's first micro-batch follows an update."""
         self.opening.is_open = True
         for sums in list(self.of_layer.values())[len(self.layers) // 2 : -LAYERS_BETWEEN]:
-            words, end = self.carrier.words, len(sums.memory) - sum(p.ds_tensor.numel() for p in sums.params)
-            sums.num_lent = end // words * words if words and self.world_size > 1 else 0
+            end = len(sums.memory) - sum(p.ds_tensor.numel() for p in sums.params)
+            sums.num_lent = in_chunks(end, self.carrier.words) if self.world_size > 1 else 0
 
     def _note_updated(self, group: int) -> None:
         for sums in self.last_in[group]:
