@@ -161,7 +161,6 @@ def main() -> None:
     stop_request = StopRequest(ranks)
 
     def inputs_of(micro_batch: MicroBatch) -> dict:
-        """On the device."""
         return model_inputs(micro_batch, kernel, ranks.device, config.router_aux_loss_coef)
 
     def prepared(step: int) -> tuple[list[int], list[list[int]], list[MicroBatch], dict]:

@@ -260,16 +260,22 @@ def test_activations_in_gradient_sums_change_no_bit(tmp_path, num_ranks):
     test_residency.check_host_state(folder, seen, expected, "bfloat16")
 
 
+@pytest.mark.parametrize(("saved", "resumed"), [(0.4, 1.0), (1.0, 0.0)])
+def test_a_checkpoint_resumes_wherever_state_lies_to_the_same_bits(tmp_path, saved, resumed):
+    folder = str(models.make_model(tmp_path / "model", "llama", intermediate_size=49))
+    (tmp_path / "checkpoints").mkdir()
+    seen, again = (
+        launch.on_ranks(
+            test_residency.save_and_go_on, 1, folder, str(tmp_path), resume, "all", share, "bfloat16", on_gpu=True
+        )
+        for resume, share in ((False, saved), (True, resumed))
+    )
+    for name, (_, *expected) in seen[0].items():
+        assert all(map(torch.equal, expected, again[0][name][1:])), name
+
+
 def test_compiled_states_are_taken_apart_and_put_together_to_the_same_bits():
-    torch.manual_seed(0)
-    master = torch.randn(100_003, device="cuda")
-    weight, seen = master.bfloat16(), []
-    for in_one in (lambda function: function, host_state.compiled):
-        lost, second = torch.empty(len(master), dtype=torch.int16, device="cuda"), torch.rand_like(master)
-        in_one(host_state.take_apart)(master, weight, lost, second)
-        seen.append((lost, second.signbit()))
-        assert torch.equal(in_one(host_state.put_together)(weight, lost, second), master)
-    assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
+    test_residency.check_compiled_states("cuda")
 
 
 @pytest.mark.parametrize("lends", [False, True])
@@ -329,7 +335,7 @@ def test_chunks_come_and_go_beside_products_without_a_race(monkeypatch, extra_gb
     torch.cuda.cudart().cudaHostUnregister(address)  # a run pins once; the next case may get the same addresses
 
 
-def test_a_cards_figures_are_measured(monkeypatch):
+def test_a_cards_figures_are_measured():
     free, host, link, flops = memory.measuring(torch.device("cuda", 0), 1)()
     assert 1e9 < free < 3e11 and host > 1e9 and 1e9 < link < 1e12 and 1e13 < flops < 1e16
 

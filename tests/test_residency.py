@@ -393,6 +393,27 @@ def test_activations_in_gradient_sums_change_no_bit(folders, seen, num_ranks, sh
     check_host_state(folders["deep"], of_all["deep", share, dtype, True], of_all["deep", share, dtype, False], dtype)
 
 
+def check_compiled_states(device: str) -> None:
+    """Of any length and wherever they lie, in one graph each: another would take seconds in the middle of a run."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    memory = torch.empty(40_000, device=device)
+    for n, start in itertools.product((6400, 64, 6403), (0, 64, 6400)):
+        apart = torch.zeros(2 * n, dtype=torch.int16, device=device)[n:], torch.rand(n, device=device)
+        for lost, exp_avg_sq in (apart, host_state.places_in(memory[start:], n, 2, 6464)[::2]):
+            master, second = torch.randn(n, device=device), exp_avg_sq.uniform_().clone()
+            master[:3] = torch.tensor([1 + 2**-8, 1 - 2**-9, -1 - 2**-8])  # midway
+            host_state.compiled(host_state.take_apart)(master, master.bfloat16(), lost, exp_avg_sq)
+            again = host_state.compiled(host_state.put_together)(master.bfloat16(), lost, exp_avg_sq)
+            assert torch.equal(again, master) and torch.equal(exp_avg_sq, second)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_compiled_states_are_taken_apart_and_put_together_to_the_same_bits():
+    check_compiled_states("cpu")
+
+
 def test_what_is_needed_first_is_given_back_first():
     """Chunks through a ring of 8 and three layers' 4 buffers each, the last layer's needed first: once few chunks are
     left they go where nobody waits, and what is written last lies in the ring and in the first layer's buffers."""
@@ -452,7 +473,7 @@ def test_weights_are_looked_at_in_pieces_and_once_an_update_has_given_up_its_mem
         return real(piece)
 
     monkeypatch.setattr(torch.Tensor, "isfinite", isfinite)
-    monkeypatch.setattr(kept, "CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(host_state, "CHUNK_ELEMENTS", 100)
     shards = [[torch.ones(30)], [torch.ones(250)]]
     engine = SimpleNamespace(module=SimpleNamespace(finish_gathering=lambda: None))
     engine.optimizer, engine.updater = SimpleNamespace(fp16_partitioned_groups=shards), SimpleNamespace(carrier=carrier)
@@ -465,6 +486,7 @@ def test_weights_are_looked_at_in_pieces_and_once_an_update_has_given_up_its_mem
 def save_and_go_on(folder: str, out: str, resume: bool, residency: str, share: float, dtype: str) -> dict:
     """One step and a checkpoint, or with `resume` that checkpoint loaded, and one step more: {name: [this rank's of the
     weight and its state]}."""
+    torch.use_deterministic_algorithms(True)
     host_state.CHUNK_ELEMENTS = 700
     ranks = group()
     policy, engine = make_engine(folder, residency, ranks, share, dtype)

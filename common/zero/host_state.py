@@ -40,16 +40,11 @@ def in_chunks(room: int, chunk: int) -> int:
     return room // chunk * chunk if chunk else 0
 
 
-def kept_dtype(itemsize: int) -> torch.dtype:
-    """Of what is kept of such a model's master weights."""
-    return torch.int16 if itemsize == 2 else torch.float32
-
-
-def places_in(memory: torch.Tensor, numel: int, dtype: torch.dtype, stride: int) -> tuple[torch.Tensor, ...]:
-    """A state's three parts [numel] in memory float32 [words]: what is kept of master weights, in `dtype`, exp_avg and
-    exp_avg_sq. stride: elements from the beginning of one to that of the next."""
+def places_in(memory: torch.Tensor, numel: int, itemsize: int, stride: int) -> tuple[torch.Tensor, ...]:
+    """A state's three parts [numel] in memory float32 [words]: what is kept of master weights, of itemsize bytes each,
+    exp_avg and exp_avg_sq. stride: elements from the beginning of one to that of the next."""
     exp_avg, exp_avg_sq, rest = memory[:numel], memory[stride : stride + numel], memory[2 * stride :]
-    return rest.view(dtype)[:numel], exp_avg, exp_avg_sq
+    return rest.view(torch.int16 if itemsize == 2 else torch.float32)[:numel], exp_avg, exp_avg_sq
 
 
 def take_apart(master: torch.Tensor, weight: torch.Tensor, lost: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
@@ -70,7 +65,9 @@ def put_together(weight: torch.Tensor, lost: torch.Tensor, exp_avg_sq: torch.Ten
 @cache
 def compiled(function: Callable) -> Callable:
     """One kernel in place of ten: else the host, which may be 1,024 of them ahead, waits until the update is done."""
-    return torch.compile(function, dynamic=True)
+    in_one = torch.compile(function, dynamic=True)
+    # Each as a memory of its own: where in which one a view lies would make it a case of its own, compiled in mid-run.
+    return lambda *tensors: in_one(*(torch.from_dlpack(x) for x in tensors))
 
 
 @dataclass
@@ -99,6 +96,7 @@ class Shard:
         if self.master.dtype == torch.float32 or kind != "master":
             getattr(self, kind)[start:end].copy_(values)
             return
+        values = values.to(self.master.device)
         weight = values.to(self.weight.dtype)
         self.weight[start:end].copy_(weight)
         take_apart(values, weight, self.master[start:end], self.exp_avg_sq[start:end])
@@ -165,10 +163,6 @@ class HostMemory:
         taken, self.unused = self.unused[:num_elements], self.unused[num_elements:]
         assert len(taken) == num_elements
         return taken
-
-    def take_state(self, numel: int, itemsize: int) -> tuple[torch.Tensor, ...]:
-        """The state of numel parameters, of a model's whose have itemsize bytes: zeros (see places_in)."""
-        return places_in(self.take(words(numel, itemsize)), numel, kept_dtype(itemsize), numel)
 
 
 @dataclass
@@ -285,7 +279,7 @@ class Carrier:
         return self.memory_limit is not None and torch.cuda.memory_allocated(self.device) + needed <= self.memory_limit
 
     def _places(self, buffer: Buffer, chunk: Chunk) -> tuple[torch.Tensor, ...]:
-        return places_in(buffer.memory, len(chunk.state[0]), chunk.state[0].dtype, self.width)
+        return places_in(buffer.memory, len(chunk.state[0]), chunk.state[0].itemsize, self.width)
 
     def bring(self, in_free_memory: bool = False) -> None:
         """Starts to bring the step's next chunks: as many as there are idle buffers; in_free_memory: as have room."""

@@ -22,24 +22,12 @@ from common.model.load import compiles_layers, parameter_sizes, text_config
 from common.model.packed import model_inputs
 from common.ranks import Ranks, way_to_other_hosts
 from common.step.packing import Document, pack, pair_documents, sft_documents
+from common.zero import plan as planner
 from common.zero.checkpoint import RunState
 from common.zero.ds_config import RESIDENCY
 from common.zero.engine import out_of_memory_explained
 from common.zero.host_state import HostMemory, available_host_memory
-from common.zero.plan import (
-    HEADROOM,
-    HOST_RESERVE,
-    LEAST_TRIED,
-    TRIED_APART,
-    Card,
-    Choice,
-    Memory,
-    Plan,
-    Shape,
-    Workload,
-    choose,
-    plan_run,
-)
+from common.zero.plan import Card, Choice, Memory, Plan, Shape, Workload, choose, plan_run
 from common.zero.residency import require_known_deepspeed
 
 MOST_DRY_RUNS = 8
@@ -146,7 +134,7 @@ def _does_not_fit(plan: Plan, planned: Callable, config: TrainConfig, workload: 
             break
     with_host = planned(card=card._replace(host_free=np.inf))
     if with_host.cost < np.inf:
-        needed = (with_host.memory.host + HOST_RESERVE) * per_host
+        needed = (with_host.memory.host + planner.HOST_RESERVE) * per_host
         changes.append(f"{needed / 1e9:.0f} GB of host memory free for the {per_host} ranks of this host")
     for sixteenths in range(15, 0, -1):
         longest = max(1, workload.longest * sixteenths // 16)
@@ -235,38 +223,40 @@ def choose_micro_batch(
     layers = len(policy.decoder_layers())
     given = given_layers(config, layers)
     recomputing, how = given or 0, "nothing measured"
+
+    def opens() -> bool:
+        return estimate.opening > 0 and opening > budget
+
     if device.type == "cuda" and not (given is not None and workload.is_settled):
         ranks.say("measuring memory on made-up micro-batches; the first also compiles the layers")
-        held = max(ranks.gather(lambda: torch.cuda.memory_allocated(device))) + estimate.gathered
+        held = max(ranks.gather(lambda: torch.cuda.memory_allocated(device))) + estimate.gathered + estimate.holes
         free, total = torch.cuda.mem_get_info(device)
         ours = free + torch.cuda.memory_reserved(device)
         torch.cuda.set_per_process_memory_fraction(ours * (1 - NOT_TORCHS) / total, device)
-        usable = min(ranks.gather(lambda: ours * (1 - HEADROOM)))
+        usable = min(ranks.gather(lambda: ours * (1 - planner.HEADROOM)))
 
-        def activations_of(tokens: int, recomputing: int) -> float:
+        def activations_of(tokens: int, recomputing: int, is_opening: bool = False) -> float:
+            if is_opening:
+                sums.open_as_after_an_update()
             policy.checkpoint_activations(recomputing)
             return _dry_run(engine, config, kernel, tokens, workload.longest, made_up, ranks) - held
 
-        def opening_activations_of(tokens: int) -> float:
-            sums.open_as_after_an_update()
-            return activations_of(tokens, given or 0)
-
         choice, room, activations = confirmed(plan, usable - held, workload, given, activations_of)
         budget, opening = choice.budget, choice.opening
-        if estimate.opening and opening > budget and not workload.is_settled:
-            opening, seen = confirmed_opening(
-                choice, estimate, usable - held, layers - (given or 0), opening_activations_of
-            )
+        if opens() and not workload.is_settled:
+            keeping = layers - (given or 0)
+            of_opening = partial(activations_of, recomputing=given or 0, is_opening=True)
+            opening, seen = confirmed_opening(choice, estimate, usable - held, keeping, of_opening)
             activations = max(activations, seen)
         how = f"{(held + activations) / 1e9:.1f} seen of {usable / 1e9:.1f} usable"
         # Less what a layer's backward pass takes, about twice what it keeps. Beyond `usable` torch gives memory back to
         # the device and takes it again, and waits for every copy that is under way.
         of_layer = estimate.per_token_and_layer * max(budget, opening, workload.longest)
-        engine.updater.carrier.memory_limit = usable - 2 * of_layer
+        engine.updater.carrier.memory_limit = usable - estimate.holes - 2 * of_layer
         if given is None:
             recomputing = estimate.recomputing(max(budget, workload.longest), room, layers)
             if recomputing:  # short rows may keep all: that is compiled now, and not in the middle of the run
-                activations_of(LEAST_TRIED, estimate.recomputing(LEAST_TRIED, room, layers))
+                activations_of(planner.LEAST_TRIED, estimate.recomputing(planner.LEAST_TRIED, room, layers))
 
             def recompute_by_tokens(module, args, row: dict) -> None:
                 tokens = row["input_ids"].shape[1]
@@ -275,11 +265,11 @@ def choose_micro_batch(
 
             policy.register_forward_pre_hook(recompute_by_tokens, with_kwargs=True)  # before each forward pass
     policy.checkpoint_activations(recomputing)
-    if estimate.opening and opening > budget:
+    if opens():
         sums.opens = sums.opening.is_open = True
     largest = max(budget, workload.longest)
     predicted = estimate.fixed + estimate.activations(largest, layers - recomputing)
-    if estimate.opening and opening > budget:
+    if opens():
         predicted = max(predicted, estimate.fixed + estimate.opening_activations(opening, layers - (given or 0)))
     ranks.say(
         f"micro-batches of {budget:,} tokens, {recomputing} of {layers} layers recomputed in one of {largest:,}; "
@@ -298,11 +288,11 @@ def confirmed_opening(
     opening, middle = choice.opening, (choice.budget + choice.opening) // 2
     surprise = activations_of(middle) - memory.opening_activations(middle, keeping)
     surprise *= opening / middle
-    opening -= -(-int(max(0.0, surprise) / memory.activations(1, keeping)) // TRIED_APART) * TRIED_APART
-    while opening > choice.budget + TRIED_APART:
+    opening -= -(-int(max(0.0, surprise) / memory.activations(1, keeping)) // planner.TRIED_APART) * planner.TRIED_APART
+    while opening > choice.budget + planner.TRIED_APART:
         if (seen := activations_of(opening)) <= room:
             return opening, seen
-        opening -= TRIED_APART
+        opening -= planner.TRIED_APART
     return choice.budget, 0.0
 
 
@@ -335,7 +325,7 @@ def confirmed(
             break
         tokens, recomputing = unseen[0]
         per_token = memory.activations(1, layers - recomputing)
-        size = min(tokens, max(LEAST_TRIED, int(2 * used * estimated_room / per_token)))
+        size = min(tokens, max(planner.LEAST_TRIED, int(2 * used * estimated_room / per_token)))
         bytes_seen = activations_of(size, recomputing)
         if size == tokens and bytes_seen <= room:
             seen[tokens, recomputing] = bytes_seen

@@ -20,7 +20,8 @@ from common.zero.residency import group_sizes
 LARGEST_BUDGET = 32768  # tokens; larger rows no longer make the kernels faster
 LEAST_TRIED = 1024  # tokens
 TRIED_APART = 512  # tokens
-HEADROOM = 0.04  # of the device's memory is left free: torch's allocator was seen to need a seventh of it
+HEADROOM = 0.04  # of the device's memory is left free; torch's allocator was seen to hold 1% more than is in use
+HOLES = 1.6e9  # bytes that it cannot use, where activations and chunks of the optimizer's state take turns
 HOST_RESERVE = 4e9  # bytes of host memory for each rank's process, beside the optimizer's state
 # What one more micro-batch costs, in tokens' time: weights are read, and sums read and written, once more. Measured for
 # 8B on two H200 in rows of 3,000 to 19,000 tokens; both grow with the parameters.
@@ -90,12 +91,13 @@ class Memory(NamedTuple):
     host: float
     per_token: float  # D
     per_token_and_layer: float  # A
+    holes: float = 0.0  # of the allocator
     lent: float = 0.0  # of the gradients, to the optimizer's state, once they are reduced
     opening: float = 0.0  # of the gradients, to activations of a step's first micro-batch (common/zero/opening.py)
 
     @property
     def fixed(self) -> float:  # B
-        return self.parameters + self.gathered + self.gradients + self.optimizer
+        return self.parameters + self.gathered + self.gradients + self.optimizer + self.holes
 
     def activations(self, tokens: int, keeping: int) -> float:
         return tokens * (self.per_token + self.per_token_and_layer * keeping)
@@ -147,7 +149,7 @@ class Plan(NamedTuple):
         if memory.opening and self.opening > self.budget:
             room = self.card.free * (1 - HEADROOM) - memory.fixed
             activations = max(activations, min(room, memory.opening_activations(self.opening, self.shape.layers)))
-        return held | {"optimizer": memory.optimizer, "activations": activations}
+        return held | {"optimizer": memory.optimizer + memory.holes, "activations": activations}
 
     def step_seconds(self) -> float:
         return self.cost * seconds_per_token(self.shape, self.card)
@@ -205,6 +207,7 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
         4 * sum(carried),
         shape.itemsize * (shape.vocab + 8 * shape.hidden),
         shape.itemsize * of_layer,
+        holes=min(HOLES, 4.0 * sum(carried)) if world_size == 1 else 0.0,
         lent=lending * lent,
         opening=OPENING_USED * opening if residency == "all" and carried else 0.0,
     )

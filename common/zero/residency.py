@@ -54,22 +54,8 @@ from torch.distributed.distributed_c10d import _coalescing_manager  # one launch
 from common.failures import UserError
 from common.model.experts import experts_in
 from common.model.summing import SummingEmbedding, SummingLinear
-from common.zero.host_state import (
-    ALIGNED,
-    CHUNK_ELEMENTS,
-    Buffer,
-    Carrier,
-    HostMemory,
-    Shard,
-    chunks_of,
-    compiled,
-    in_chunks,
-    kept_dtype,
-    num_on_device,
-    put_together,
-    take_apart,
-    words,
-)
+from common.zero import host_state
+from common.zero.host_state import Buffer, Carrier, HostMemory, Shard
 from common.zero.opening import LAYERS_BETWEEN, Opening
 
 DEEPSPEED = "0.19.8"
@@ -89,7 +75,7 @@ def weights_are_finite(engine) -> bool:
     engine.module.finish_gathering()
     engine.updater.carrier.wait_until_written()  # and so leaves memory for what is computed here
     shards = [shard for group in engine.optimizer.fp16_partitioned_groups for shard in group]
-    return all(bool(piece.isfinite().all()) for shard in shards for piece in shard.split(CHUNK_ELEMENTS))
+    return all(bool(piece.isfinite().all()) for shard in shards for piece in shard.split(host_state.CHUNK_ELEMENTS))
 
 
 def set_step(engine, step: int) -> None:
@@ -121,6 +107,8 @@ def _state(zero, group: int) -> tuple[torch.Tensor, ...]:
 
 def round_master_weights(engine) -> None:
     """Rounds master weights that have been set to the model's own, as the end of a step does. Collective."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # with the threads that have set them
     zero = engine.optimizer
     zero._partition_all_parameters()
     for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
@@ -154,19 +142,21 @@ def own_state(share_on_device: float, host: HostMemory | None) -> Iterator[None]
 
     def create(zero) -> None:
         sizes = [flat.numel() for flat in zero.fp16_partitioned_groups_flat]
-        zero.num_on_device = num_on_device(sizes, share_on_device)
+        zero.num_on_device = host_state.num_on_device(sizes, share_on_device)
         itemsize = zero.fp16_partitioned_groups_flat[0].itemsize
-        needed = sum(words(size, itemsize) for size in sizes[zero.num_on_device :])
+        needed = sum(host_state.words(size, itemsize) for size in sizes[zero.num_on_device :])
         memory = host or HostMemory(needed, torch.device(zero.device))
         memory.wait_until_pinned()
         for group, shards in enumerate(zero.fp16_partitioned_groups_flat):
             if group < zero.num_on_device:
-                dtypes = kept_dtype(itemsize), torch.float32, torch.float32
-                flat, *moments = (torch.zeros(sizes[group], dtype=dtype, device=zero.device) for dtype in dtypes)
+                is_whole, at = itemsize == 4, {"device": zero.device}
+                flat = shards.to(**at) if is_whole else torch.zeros(sizes[group], dtype=torch.int16, **at)
+                moments = [torch.zeros(sizes[group], **at) for _ in range(2)]
             else:
-                flat, *moments = memory.take_state(sizes[group], itemsize)
-            if flat.dtype == torch.float32:  # else the weights have lost nothing yet
-                flat.copy_(shards)
+                taken = memory.take(host_state.words(sizes[group], itemsize))
+                flat, *moments = host_state.places_in(taken, sizes[group], itemsize, sizes[group])
+                if flat.dtype == torch.float32:  # else the weights have lost nothing yet
+                    flat.copy_(shards)
             zero.fp32_partitioned_groups_flat.append(flat)
             step = torch.zeros((), device=zero.device)
             zero.optimizer.state[flat] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
@@ -276,22 +266,28 @@ class Update:
         options = zero.optimizer.param_groups[zero.sub_group_to_group_id[group]]
         step = zero.optimizer.state[flat]["step"].add_(1)
         gradients, shards = self._gradients(group), self._shards(group)
-        in_one = compiled if self.policy.is_compiled else lambda function: function
+        in_one = host_state.compiled if self.policy.is_compiled else lambda function: function
         if group in self.carrier.by_group:
             chunks = self.carrier.carry(group)
         else:
-            chunks = ((c, c.state) for c in chunks_of(_state(zero, group), [shard.numel() for shard in shards]))
+            chunks = (
+                (c, c.state) for c in host_state.chunks_of(_state(zero, group), [shard.numel() for shard in shards])
+            )
         for chunk, (kept, exp_avg, exp_avg_sq) in chunks:
             sizes = [end - start for _, start, end in chunk.pieces]
             rounded = [shards[i][start:end] for i, start, end in chunk.pieces]
             is_whole = kept.dtype == torch.float32
-            master = kept if is_whole else in_one(put_together)(torch.cat(rounded).to(kept.device), kept, exp_avg_sq)
+            master = (
+                kept
+                if is_whole
+                else in_one(host_state.put_together)(torch.cat(rounded).to(kept.device), kept, exp_avg_sq)
+            )
             parts = [gradients[i][start:end] for i, start, end in chunk.pieces]
             weights, exp_avgs, exp_avg_sqs = (list(x.split(sizes)) for x in (master, exp_avg, exp_avg_sq))
             update_group(weights, parts, exp_avgs, exp_avg_sqs, step, self.divisor, options)
             torch._foreach_copy_(rounded, weights)
             if not is_whole:
-                in_one(take_apart)(master, torch.cat(rounded).to(kept.device), kept, exp_avg_sq)
+                in_one(host_state.take_apart)(master, torch.cat(rounded).to(kept.device), kept, exp_avg_sq)
         self.when_updated(group)
 
 
@@ -378,7 +374,7 @@ class WholeGradients:
 
     def _make_sums(self, params: list[nn.Parameter], device: torch.device) -> Sums:
         numels = [self.world_size * param.ds_tensor.numel() for param in params]
-        taken = [-(-numel // ALIGNED) * ALIGNED for numel in numels]
+        taken = [-(-numel // host_state.ALIGNED) * host_state.ALIGNED for numel in numels]
         memory = torch.zeros(sum(taken), dtype=torch.float32, device=device)
         for param, numel, start in zip(params, numels, memory.split(taken), strict=True):
             self.sums[param] = start[:numel].view(self.world_size, -1)
@@ -458,7 +454,7 @@ class WholeGradients:
         self.opening.is_open = True
         for sums in list(self.of_layer.values())[len(self.layers) // 2 : -LAYERS_BETWEEN]:
             end = len(sums.memory) - sum(p.ds_tensor.numel() for p in sums.params)
-            sums.num_lent = in_chunks(end, self.carrier.words) if self.world_size > 1 else 0
+            sums.num_lent = host_state.in_chunks(end, self.carrier.words) if self.world_size > 1 else 0
 
     def _note_updated(self, group: int) -> None:
         for sums in self.last_in[group]:
