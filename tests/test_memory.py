@@ -131,7 +131,7 @@ def settled(
     activations. -> its budget; the layers that recompute at last; (tokens, recomputing) of each dry run; what was said;
     bytes that may be used for activations."""
     runs, said, recomputed, layers = [], [], [], shape.num_hidden_layers
-    at_rest = estimate.fixed - estimate.gathered
+    at_rest = estimate.fixed - estimate.gathered - estimate.unseen
     allocated = at_rest if allocated is None else allocated
 
     def dry_run(engine, config, kernel, tokens, longest, made_up, ranks):
@@ -155,7 +155,7 @@ def settled(
     engine = SimpleNamespace(module=policy, updater=carrier, whole_gradients=sums)
     budget, opening = memory.choose_micro_batch(engine, *arguments)
     assert sums.opens == (opening > budget and estimate.opening > 0)
-    room = (1 - HEADROOM) * total - allocated - estimate.gathered
+    room = (1 - HEADROOM) * total - allocated - estimate.gathered - estimate.unseen
     assert all(0.94 < fraction < 0.99 for fraction in fractions) and bool(fractions) == bool(runs)
 
     def layers_of(tokens: int) -> int:
@@ -205,6 +205,16 @@ def test_what_is_seen_corrects_the_choice_before_memory_runs_out(monkeypatch, fa
     assert all(later <= 2.1 * max(used[:i]) for i, later in enumerate(used) if i)
 
 
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.3])
+def test_what_no_dry_run_sees_is_left_free(monkeypatch, factor):
+    """One card with all state in host memory, which comes into what activations give up, and leaves holes."""
+    estimate = estimate_8b("gradients", 1, 0.0)
+    seen = settled(monkeypatch, lambda *row: factor * estimate.activations(*row), 84 * GB, estimate=estimate)
+    largest = max(factor * estimate.activations(tokens, 32 - recomputing) for tokens, recomputing in seen.runs)
+    assert estimate.unseen > 1.6e9 and 0.8 * seen.room < largest
+    assert estimate.fixed + largest <= (1 - HEADROOM) * 84 * GB
+
+
 @pytest.mark.parametrize("held", [0, 6 * GB])
 def test_a_tiny_model_takes_one_dry_run_whatever_the_device_holds_besides(monkeypatch, held):
     """The workspaces of matrix products, 70 MB, are not taken for what grows with the tokens."""
@@ -228,7 +238,7 @@ def test_on_a_cpu_nothing_is_measured_and_the_plan_is_said_by_the_models_shape(m
     estimate = estimate_8b("all")
     seen = settled(monkeypatch, None, 0.0, estimate=estimate, device="cpu", gradient_checkpointing=3)
     assert seen.budget == 16384 and seen.layers == 3 and not seen.runs
-    total = estimate.fixed + estimate.activations(16384, 29)
+    total = estimate.fixed - estimate.unseen + estimate.activations(16384, 29)
     assert f"{total / GB:.1f} by the model's shape, nothing measured" in seen.said
 
 

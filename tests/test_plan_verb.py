@@ -100,7 +100,7 @@ def test_memory_is_the_planners_for_8b_on_the_card_named(of_8b, capsys):
     (exact,) = {kept / groups[-1] for kept in groups if f"{kept / groups[-1]:.0%}" == f"{share}%"}
     memory = estimated(test_memory.SHAPE_8B, 2, residency, exact, zero)
     found = re.findall(r"([\d.]+) (?:parameters|gradients|optimizer)", values["memory of a rank"])
-    expected = memory.parameters + memory.gathered, memory.gradients, memory.optimizer
+    expected = memory.parameters + memory.gathered, memory.gradients, memory.optimizer + memory.unseen
     assert [*map(float, found)] == [round(size / 1e9, 1) for size in expected]
     assert "50.0% MFU" in values["hours"] and values["cost"].endswith("at 3")
 

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.utils.dlpack import to_dlpack
 
 from common.failures import as_user_error
 
@@ -67,28 +69,28 @@ def compiled(function: Callable) -> Callable:
     """One kernel in place of ten: else the host, which may be 1,024 of them ahead, waits until the update is done."""
     in_one = torch.compile(function, dynamic=True)
     # Each as a memory of its own: where in which one a view lies would make it a case of its own, compiled in mid-run.
-    return lambda *tensors: in_one(*(torch.from_dlpack(x) for x in tensors))
+    return lambda *tensors: in_one(*(torch.from_dlpack(to_dlpack(x)) for x in tensors))
 
 
 @dataclass
 class Shard:
     """A rank's shard of a parameter and of its state, each [elements, padding included], wherever it lies."""
 
-    weight: torch.Tensor  # of the model, on the device
+    weight: torch.Tensor  # of the model
     master: torch.Tensor  # float32, or int16: what `weight` lost
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor  # never negative but by take_apart
 
     def read(self, kind: str, start: int, end: int) -> torch.Tensor:
-        """Elements [start, end) of `master`, `exp_avg` or `exp_avg_sq`, float32, on the device."""
-        device = self.weight.device
+        """Elements [start, end) of `master`, `exp_avg` or `exp_avg_sq`, float32, on the device if any of it is."""
+        device = self.master.device if self.master.is_cuda else self.weight.device  # to a CPU it comes too late
         part = getattr(self, kind)[start:end].to(device, non_blocking=True)
         if self.master.dtype == torch.float32 or kind == "exp_avg":
             return part
         if kind == "exp_avg_sq":
             return part.abs()
         exp_avg_sq = self.exp_avg_sq[start:end].to(device, non_blocking=True, copy=True)
-        return put_together(self.weight[start:end], part, exp_avg_sq)
+        return put_together(self.weight[start:end].to(device), part, exp_avg_sq)
 
     def write(self, kind: str, start: int, values: torch.Tensor) -> None:
         """values: float32 [n], in host memory. Of a parameter, exp_avg_sq before master."""
@@ -104,12 +106,8 @@ class Shard:
 
 def num_on_device(group_sizes: list[int], share: float) -> int:
     """How many of the first groups keep their state on the device: as many as fit in that share of all elements."""
-    kept = 0
-    for i, size in enumerate(group_sizes):
-        kept += size
-        if kept > share * sum(group_sizes) + 0.5:
-            return i
-    return len(group_sizes)
+    most = share * sum(group_sizes) + 0.5
+    return sum(kept <= most for kept in accumulate(group_sizes))
 
 
 def available_host_memory(root: Path = Path("/")) -> float:

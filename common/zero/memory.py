@@ -60,10 +60,8 @@ def workload_of(config: TrainConfig, lengths: np.ndarray, longest_at: str, state
 
 def given_layers(config: TrainConfig, num_layers: int) -> int | None:
     """How many layers `--gradient_checkpointing` has recompute their activations; None for `auto`."""
-    value = config.gradient_checkpointing
-    if isinstance(value, str):
-        return {"auto": None, "none": 0, "full": num_layers}[value]
-    return min(value, num_layers)
+    value, named = config.gradient_checkpointing, {"auto": None, "none": 0, "full": num_layers}
+    return named[value] if isinstance(value, str) else min(value, num_layers)
 
 
 def shape_of(model_config, config: TrainConfig, is_compiled: bool) -> Shape:
@@ -229,11 +227,11 @@ def choose_micro_batch(
 
     if device.type == "cuda" and not (given is not None and workload.is_settled):
         ranks.say("measuring memory on made-up micro-batches; the first also compiles the layers")
-        held = max(ranks.gather(lambda: torch.cuda.memory_allocated(device))) + estimate.gathered + estimate.holes
+        held = max(ranks.gather(lambda: torch.cuda.memory_allocated(device))) + estimate.gathered
         free, total = torch.cuda.mem_get_info(device)
         ours = free + torch.cuda.memory_reserved(device)
         torch.cuda.set_per_process_memory_fraction(ours * (1 - NOT_TORCHS) / total, device)
-        usable = min(ranks.gather(lambda: ours * (1 - planner.HEADROOM)))
+        usable = min(ranks.gather(lambda: ours * (1 - planner.HEADROOM))) - estimate.unseen
 
         def activations_of(tokens: int, recomputing: int, is_opening: bool = False) -> float:
             if is_opening:
@@ -252,7 +250,7 @@ def choose_micro_batch(
         # Less what a layer's backward pass takes, about twice what it keeps. Beyond `usable` torch gives memory back to
         # the device and takes it again, and waits for every copy that is under way.
         of_layer = estimate.per_token_and_layer * max(budget, opening, workload.longest)
-        engine.updater.carrier.memory_limit = usable - estimate.holes - 2 * of_layer
+        engine.updater.carrier.memory_limit = usable - 2 * of_layer
         if given is None:
             recomputing = estimate.recomputing(max(budget, workload.longest), room, layers)
             if recomputing:  # short rows may keep all: that is compiled now, and not in the middle of the run
@@ -268,9 +266,10 @@ def choose_micro_batch(
     if opens():
         sums.opens = sums.opening.is_open = True
     largest = max(budget, workload.longest)
-    predicted = estimate.fixed + estimate.activations(largest, layers - recomputing)
+    seen_at_rest = estimate.fixed - estimate.unseen
+    predicted = seen_at_rest + estimate.activations(largest, layers - recomputing)
     if opens():
-        predicted = max(predicted, estimate.fixed + estimate.opening_activations(opening, layers - (given or 0)))
+        predicted = max(predicted, seen_at_rest + estimate.opening_activations(opening, layers - (given or 0)))
     ranks.say(
         f"micro-batches of {budget:,} tokens, {recomputing} of {layers} layers recomputed in one of {largest:,}; "
         + f"a step's first of {opening:,}; " * (opening > budget)

@@ -22,6 +22,7 @@ LEAST_TRIED = 1024  # tokens
 TRIED_APART = 512  # tokens
 HEADROOM = 0.04  # of the device's memory is left free; torch's allocator was seen to hold 1% more than is in use
 HOLES = 1.6e9  # bytes that it cannot use, where activations and chunks of the optimizer's state take turns
+OF_UPDATE = 12  # bytes a parameter of a chunk: a bfloat16 model's weight, twice, and its master weight, twice
 HOST_RESERVE = 4e9  # bytes of host memory for each rank's process, beside the optimizer's state
 # What one more micro-batch costs, in tokens' time: weights are read, and sums read and written, once more. Measured for
 # 8B on two H200 in rows of 3,000 to 19,000 tokens; both grow with the parameters.
@@ -91,13 +92,13 @@ class Memory(NamedTuple):
     host: float
     per_token: float  # D
     per_token_and_layer: float  # A
-    holes: float = 0.0  # of the allocator
+    unseen: float = 0.0  # by dry runs: what an update takes while it runs, holes of the allocator
     lent: float = 0.0  # of the gradients, to the optimizer's state, once they are reduced
     opening: float = 0.0  # of the gradients, to activations of a step's first micro-batch (common/zero/opening.py)
 
     @property
     def fixed(self) -> float:  # B
-        return self.parameters + self.gathered + self.gradients + self.optimizer + self.holes
+        return self.parameters + self.gathered + self.gradients + self.optimizer + self.unseen
 
     def activations(self, tokens: int, keeping: int) -> float:
         return tokens * (self.per_token + self.per_token_and_layer * keeping)
@@ -142,14 +143,14 @@ class Plan(NamedTuple):
         return self.memory.residency
 
     def parts(self, tokens: int) -> dict[str, float]:
-        """Bytes on the device by what they hold; tokens: of the largest micro-batch."""
+        """Bytes on the device by what they hold, `unseen` with the optimizer; tokens: of the largest micro-batch."""
         memory, keeping = self.memory, self.shape.layers - self.recomputing
         held = {"parameters": memory.parameters + memory.gathered, "gradients": memory.gradients}
         activations = memory.activations(tokens, keeping)
         if memory.opening and self.opening > self.budget:
             room = self.card.free * (1 - HEADROOM) - memory.fixed
             activations = max(activations, min(room, memory.opening_activations(self.opening, self.shape.layers)))
-        return held | {"optimizer": memory.optimizer + memory.holes, "activations": activations}
+        return held | {"optimizer": memory.optimizer + memory.unseen, "activations": activations}
 
     def step_seconds(self) -> float:
         return self.cost * seconds_per_token(self.shape, self.card)
@@ -194,6 +195,8 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
     lending = shape.layers - shape.layers // 2  # layers
     lent = host_state.in_chunks(of_layers_sums * (world_size - 1) // world_size, chunk)
     opening = max(0, shape.layers - LAYERS_BETWEEN) * of_layers_sums - max(0, lending - LAYERS_BETWEEN) * lent
+    unseen = OF_UPDATE * min(state, host_state.CHUNK_ELEMENTS) if shape.itemsize == 2 else 0.0
+    unseen += min(HOLES, 4.0 * sum(carried)) if world_size == 1 else 0.0
     of_layer = (shape.layer_numel - shape.unmet / shape.layers) / shape.hidden / 2 + 5 * shape.hidden
     of_layer *= 1 if shape.is_compiled else EAGER_ACTIVATIONS
     of_layer += 2 * shape.chosen * shape.hidden
@@ -207,7 +210,7 @@ def estimated(shape: Shape, world_size: int, residency: str, share: float, zero:
         4 * sum(carried),
         shape.itemsize * (shape.vocab + 8 * shape.hidden),
         shape.itemsize * of_layer,
-        holes=min(HOLES, 4.0 * sum(carried)) if world_size == 1 else 0.0,
+        unseen=unseen,
         lent=lending * lent,
         opening=OPENING_USED * opening if residency == "all" and carried else 0.0,
     )

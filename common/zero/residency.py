@@ -108,7 +108,8 @@ def _state(zero, group: int) -> tuple[torch.Tensor, ...]:
 def round_master_weights(engine) -> None:
     """Rounds master weights that have been set to the model's own, as the end of a step does. Collective."""
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # with the threads that have set them
+        torch.cuda.synchronize()  # with the threads that have set them, on a stream of which the step's gets no memory
+        torch.cuda.empty_cache()
     zero = engine.optimizer
     zero._partition_all_parameters()
     for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
