@@ -1,13 +1,27 @@
-"""Tiny models, their tokenizer and their data, all made from a seed; and a group of one rank."""
+"""Tiny models, their tokenizer and their data, all made from a seed; a group of one rank; what is refused."""
 
 import json
 import random
+import re
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
+
+from common.failures import UserError
+
+
+@contextmanager
+def refused(*named: str):
+    """What is done here ends as a UserError of one line, in which each of these patterns is found."""
+    with pytest.raises(UserError) as error:
+        yield
+    text = str(error.value)
+    assert "\n" not in text and [pattern for pattern in named if not re.search(pattern, text)] == [], text
 
 
 class OneRank:

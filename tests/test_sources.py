@@ -1,22 +1,22 @@
 """Which rows `dataset_mixer` takes, and what it refuses.   pytest tests/test_sources.py"""
 
-import csv
 import gzip
 import hashlib
-import io
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from models import refused
 
 from common.data.sources import decode_row, load_source, parse_source, subset_indices
-from common.failures import UserError
 
 
 @pytest.mark.parametrize(
@@ -69,11 +69,8 @@ def test_the_longest_path_that_exists_is_meant(tmp_path):
     ],
 )
 def test_a_malformed_source_is_refused_by_name(text, named):
-    with pytest.raises(UserError) as error:
+    with refused(*map(re.escape, named)):
         parse_source(text)
-    assert "\n" not in str(error.value)
-    for words in named:
-        assert words in str(error.value)
 
 
 def test_subset_is_the_reference_runs():
@@ -118,7 +115,7 @@ SUFFIXES = ["jsonl", "json", "parquet", "csv", "arrow", "file.arrow", "jsonl.gz"
 
 def write(folder: Path, suffix: str, rows=ROWS, name="rows") -> Path:
     file = folder / f"{name}.{suffix}"
-    kind, _, packed = suffix.partition(".")
+    kind = suffix.partition(".")[0]
     if kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=3)
     elif suffix.endswith("arrow"):
@@ -127,20 +124,12 @@ def write(folder: Path, suffix: str, rows=ROWS, name="rows") -> Path:
         with opened(str(file), table.schema) as writer:
             writer.write_table(table, max_chunksize=3)
     else:
-        text = io.StringIO(newline="")
         if kind == "csv":
-            writer = csv.DictWriter(text, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+            text = pandas.DataFrame(rows).to_csv(index=False)
         else:
-            text.write(json.dumps(rows, indent=2) if kind == "json" else "\n".join(map(json.dumps, rows)))
-        content = text.getvalue().encode()
-        if packed:
-            codec = {"gz": "gzip", "zst": "zstd"}[packed]
-            with pyarrow.CompressedOutputStream(str(file), codec) as out:
-                out.write(content)
-        else:
-            file.write_bytes(content)
+            text = json.dumps(rows, indent=2) if kind == "json" else "\n".join(map(json.dumps, rows))
+        with pyarrow.output_stream(str(file)) as out:  # compressed as the suffix says
+            out.write(text.encode())
     return file
 
 
@@ -191,17 +180,14 @@ def test_a_folder_or_glob_is_its_files_in_the_order_of_their_names(tmp_path):
     before = load_source(parse_source(str(tmp_path))).identity["sha256"]
     write(tmp_path, "jsonl.gz", MESSAGES[7:8], "train-2")
     assert load_source(parse_source(str(tmp_path))).identity["sha256"] != before
-    with pytest.raises(UserError, match=r"valid.*train"):
+    with refused(r"valid.*train"):
         load_source(parse_source(f"{tmp_path}:valid"))
 
 
 def test_a_column_that_is_not_used_is_not_read_from_parquet(tmp_path):
-    counts = pyarrow.array(
-        [[("a", 1)]] * len(MESSAGES), pyarrow.map_(pyarrow.string(), pyarrow.int64())
-    )  # which datasets refuses
-    rows = pyarrow.Table.from_pylist([{"messages": row["messages"]} for row in MESSAGES]).append_column(
-        "counts", counts
-    )
+    """One of a type that `datasets` refuses."""
+    counts = pyarrow.array([[("a", 1)]] * len(MESSAGES), pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    rows = pyarrow.table({"messages": [row["messages"] for row in MESSAGES], "counts": counts})
     pyarrow.parquet.write_table(rows, tmp_path / "rows.parquet")
     assert decoded(load_source(parse_source(f"{tmp_path}/rows.parquet"))) == rows.select(["messages"]).to_pylist()
 
@@ -296,13 +282,12 @@ def test_json_lines_in_a_json_file_and_blank_lines_keep_their_line_numbers(tmp_p
 def test_an_unusable_file_is_refused_by_name(tmp_path, name, content, amount, said):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=said) as error:
+    with refused(said, name):
         load_source(parse_source(f"{tmp_path / name}{amount}"))
-    assert name in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_file_that_never_ends_is_refused_by_name(endless_file):
-    with pytest.raises(UserError, match=endless_file):
+    with refused(endless_file):
         load_source(parse_source(endless_file))
 
 
@@ -311,5 +296,5 @@ UTF_16 = b"\0" + "{}\n".encode("utf-16-le")  # any line but a file's first
 
 @pytest.mark.parametrize("raw", [UTF_16, b'{"messages": [', b"[1, 2]", b"\xff\xfe{}", b"null", b"[" * 100_000, ["x"]])
 def test_a_row_that_is_not_an_object_is_refused(raw):
-    with pytest.raises(UserError, match="JSON"):
+    with refused("JSON"):
         decode_row(raw)
