@@ -26,6 +26,7 @@ import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import refused
 from models import write_jsonl as write
 from tokenizers import processors
 
@@ -484,9 +485,8 @@ GOOD = ROWS[0]
 def test_data_that_cannot_be_used_is_named_and_leaves_nothing(tmp_path, kind, rows, said):
     data = tmp_path / "x.jsonl"
     data.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    with pytest.raises(UserError, match=said) as error:
+    with refused(said):
         prepare(data, tmp_path / "cache", kind=kind)
-    assert "\n" not in str(error.value)
     assert not (tmp_path / "cache").exists() or left_in(tmp_path / "cache") == []
 
 
@@ -497,9 +497,8 @@ def test_data_that_cannot_be_used_is_named_and_leaves_nothing(tmp_path, kind, ro
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-16-le"])
 def test_json_that_is_neither_an_array_of_rows_nor_a_row_a_line_is_named(tmp_path, text, encoding):
     (tmp_path / "x.json").write_text(text, encoding)
-    with pytest.raises(UserError, match=r"x\.json") as error:
+    with refused(r"x\.json"):
         prepare(tmp_path / "x.json", tmp_path / "cache", allow_dropped=False)
-    assert "\n" not in str(error.value)
 
 
 def test_the_rows_that_are_trained_on_are_those_whose_digest_is_recorded(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import tiny_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from models import refused
 from tiny_tokenizer import ANSWER, USER
 
 from common.data import limits
@@ -476,9 +477,8 @@ def test_a_template_that_never_ends_or_takes_all_memory_is_ended(tmp_path_factor
     monkeypatch.setattr(limits, "RENDER_SECONDS", 0.3)
     monkeypatch.setattr(limits, "RENDER_BYTES", 2**28)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match=r"chat\.jinja") as error:
+    with refused(r"chat\.jinja"):
         template_of(tmp_path_factory, jinja + tiny_tokenizer.CHATML)
-    assert "\n" not in str(error.value)
     row = tiny_tokenizer.CHATML + "{% if messages|length > 4 %}" + jinja + "{% endif %}"
     template = template_of(tmp_path_factory, row)
     for where in (lambda f, *words: f(*words), lambda f, *words: ThreadPoolExecutor().submit(f, *words).result()):
@@ -537,14 +537,12 @@ def test_a_templates_own_refusal_is_told_from_its_failure(templates, tmp_path_fa
     ],
 )
 def test_a_template_that_cannot_serve_is_refused_by_name(tmp_path_factory, jinja, said):
-    with pytest.raises(UserError, match=said) as error:
+    with refused(said, "chat.jinja"):
         template_of(tmp_path_factory, jinja)
-    assert "chat.jinja" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_template_that_is_not_there_or_never_ends_is_refused(tmp_path, endless_file):
     (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe\x00")
     for name in (endless_file, "tuluu", str(tmp_path), str(tmp_path / "binary.jinja"), "tokenizer"):
-        with pytest.raises(UserError, match="tulu") as error:
+        with refused("tulu", name):
             resolve_template(name, TOKENIZER)
-        assert name in str(error.value)

@@ -134,7 +134,7 @@ def test_partitioned_model_is_what_a_plain_load_gives(loaded, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_export_loads_without_a_word_and_holds_the_same_bits(loaded, case):
+def test_export_loads_without_a_word_ends_where_answers_do_and_holds_the_same_bits(loaded, case):
     folder, output, seen = loaded[case]
     exported = load_silently(output)
     expected = reference.load(folder, torch.bfloat16).state_dict()
@@ -145,6 +145,10 @@ def test_export_loads_without_a_word_and_holds_the_same_bits(loaded, case):
     assert (exported.get_input_embeddings().weight is exported.get_output_embeddings().weight) == tied
     with torch.no_grad():
         assert torch.equal(exported(input_ids=IDS, attention_mask=CAUSAL).logits, seen[0]["logits"])
+    ends = [0, AutoTokenizer.from_pretrained(output).convert_tokens_to_ids("|")]  # EOS, and what closes an answer
+    for name in ("generation_config.json", "config.json"):
+        assert json.loads((output / name).read_text())["eos_token_id"] == ends
+    assert not list(output.glob(".*")), "leftovers"
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -166,15 +170,6 @@ def test_export_has_each_tensor_in_the_file_and_by_the_name_of_the_folder_that_i
         theirs, ours = (json.loads(index.read_text()) for index in indices)
         assert ours["weight_map"] == theirs["weight_map"]
         assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
-
-
-def test_an_export_leaves_nothing_over_and_ends_where_answers_do(loaded):
-    for _, output, _ in loaded.values():
-        assert not list(output.glob(".*")), "leftovers"
-        tokenizer = AutoTokenizer.from_pretrained(output)
-        ends = [0, tokenizer.convert_tokens_to_ids("|")]  # EOS, and what closes an answer
-        for name in ("generation_config.json", "config.json"):
-            assert json.loads((output / name).read_text())["eos_token_id"] == ends
 
 
 def load_silently(folder):
@@ -286,10 +281,14 @@ def rewritten(file: Path, index: str) -> None:
     file.with_name("model.safetensors.index.json").write_text(index)
 
 
+def configured(file: Path, **changes) -> None:
+    models.make_config(tie_word_embeddings=True, **changes).save_pretrained(file.parent)
+
+
 TIED = models.make_config(tie_word_embeddings=True)
 UP = "model.layers.2.mlp.up_proj.weight"
 INDEX = json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": "model-2.safetensors"}})
-# what is wrong -> (what is done to model.safetensors of TIED, what is named)
+# what is wrong -> (what is done to model.safetensors of TIED or beside it, what is named)
 DAMAGE = {
     "torn": (lambda file: file.write_bytes(file.read_bytes()[:-100]), ""),
     "absent": (lambda file: file.unlink(), "model.safetensors"),
@@ -298,27 +297,23 @@ DAMAGE = {
     "index torn": (lambda file: rewritten(file, "{"), ""),
     "tensor left over": (lambda file: changed(file, {UP: torch.zeros(48, 32)}), UP),
     "tied, but different": (lambda file: changed(file, {"lm_head.weight": torch.zeros(models.VOCAB, 32)}), "lm_head"),
+    "more layers": (lambda file: configured(file, num_hidden_layers=3), "model.layers.2."),
+    "wider layers": (lambda file: configured(file, intermediate_size=64), "model.layers.0.mlp.down_proj.weight"),
     **{
         str(dtype): (lambda file, dtype=dtype: changed(file, {"model.norm.weight": torch.ones(32).to(dtype)}), name)
         for dtype, name in ((torch.int8, "norm.weight is stored as I8"), (torch.float8_e4m3fn, "stored as F8_E4M3"))
     },
 }
-# what another config makes of TIED's weights
-MISFIT = {"num_hidden_layers": (3, "model.layers.2."), "intermediate_size": (64, "model.layers.0.mlp.down_proj.weight")}
-WRONG = {what: (damage, TIED, named) for what, (damage, named) in DAMAGE.items()}
-for what, (value, named) in MISFIT.items():
-    WRONG[what] = lambda file: None, models.make_config(tie_word_embeddings=True, **{what: value}), named
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong", DAMAGE)
 def test_weights_that_are_not_whole_or_not_the_configs_are_refused_by_name(tmp_path, wrong, capfd):
-    damage, config, named = WRONG[wrong]
+    damage, named = DAMAGE[wrong]
     folder = models.make_model(tmp_path / "model", tie_word_embeddings=True)
     capfd.readouterr()
     damage(folder / "model.safetensors")
-    with pytest.raises(UserError) as error:
-        read(folder, config)
-    assert str(folder) in str(error.value) and named in str(error.value) and "\n" not in str(error.value)
+    with models.refused(str(folder), named):
+        read(folder, model.load_config(str(folder)))
     assert capfd.readouterr().err == "", "a report besides the one line"
 
 
@@ -396,10 +391,7 @@ def test_code_in_a_folder_never_runs_and_nobody_is_asked(tmp_path, monkeypatch, 
 # ------------------------------------------------------------------ models and folders that are refused
 
 
-def config_of(model_type, **changes):
-    return AutoConfig.for_model(model_type, **changes)
-
-
+config_of = AutoConfig.for_model
 NEEDS = {"gemma2": {WINDOWS, SOFT_CAP}, "gpt_oss": {WINDOWS, SINKS}}
 WINDOW_OF_SOME = dict(use_sliding_window=True, sliding_window=50, layer_types=["full_attention", "sliding_attention"])
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -427,9 +419,8 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_would_be_trained_wrongly_is_refused_by_name(name):
     make, named = REFUSED[name]
-    with pytest.raises(UserError, match=named) as error:
+    with models.refused(named):
         model.check_supported(make(), 100, 300)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -497,9 +488,8 @@ def test_a_config_or_generation_config_that_cannot_be_used_is_refused_by_name(tm
 def test_models_that_are_not_there_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in (str(tmp_path / "absent"), "./absent", "a/b/c", "nobody/nothing"):
-        with pytest.raises(UserError, match="no such folder") as error:
+        with models.refused("no such folder", name):
             model.find_model(name)
-        assert name in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UserError, match="--model_revision main"):
         model.find_model(str(models.make_model(tmp_path)), "main")
 
@@ -515,9 +505,8 @@ def test_a_folder_without_a_tokenizer_that_can_end_answers_is_refused(tmp_path, 
         tokenizer.save_pretrained(tmp_path)
     for name, text in (files or {}).items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match="eos_token" if files is None else "tokenizer") as error:
+    with models.refused("eos_token" if files is None else "tokenizer", str(tmp_path)):
         model.load_tokenizer(str(tmp_path))
-    assert str(tmp_path) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -539,28 +528,16 @@ def test_a_tokenizer_encodes_as_its_file_does(tmp_path, model_type, written, wor
 
 
 @pytest.mark.parametrize("settings", [{"do_sample": False, "temperature": 0.5}, {"do_sample": False, "top_p": 0.9}, {}])
-def test_what_could_not_be_exported_after_training_is_refused_before_it(tmp_path, settings):
-    models.make_config().save_pretrained(tmp_path)
-    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
-    template = resolve_template("tulu", tiny_tokenizer.tiny_tokenizer())
-    given = model.load_config(str(tmp_path)), torch.float32, template, str(tmp_path)
-    if not settings:
-        assert "config.json" in export.export_settings(*given)
-        return
-    with pytest.raises(UserError, match="cannot be written") as error:
-        export.export_settings(*given)
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_tokenizer_that_the_exported_folder_would_overrule_is_refused_before_training(tmp_path):
-    """Alone in its folder it is used as it is; beside a Qwen2's config.json transformers rebuilds it."""
-    models.make_config("qwen2").save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_what_could_not_be_exported_after_training_is_refused_before_it(tmp_path, model_type, settings):
+    """A tokenizer that is used as it is alone in its folder is rebuilt by transformers beside a Qwen2's config.json."""
+    models.make_config(model_type).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
     tiny_tokenizer.tiny_tokenizer("llama3").save_pretrained(tmp_path / "tokenizer")
-    template = resolve_template("tulu", model.load_tokenizer(str(tmp_path / "tokenizer")))
-    with pytest.raises(UserError, match="read back") as error:
-        folder = str(tmp_path / "model")
-        export.export_settings(model.load_config(folder), torch.float32, template, folder)
-    assert str(tmp_path / "model") in str(error.value) and "\n" not in str(error.value)
+    template, folder = resolve_template("tulu", model.load_tokenizer(str(tmp_path / "tokenizer"))), tmp_path / "model"
+    is_refused = bool(settings) or model_type == "qwen2"
+    with models.refused("cannot be written", str(folder)) if is_refused else contextlib.nullcontext():
+        export.export_settings(model.load_config(str(folder)), torch.float32, template, str(folder))
 
 
 def test_what_surprises_a_models_user_is_said_and_nothing_else(tmp_path):
