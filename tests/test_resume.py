@@ -203,6 +203,9 @@ def kill_in_a_file_operation(setting: Setting, method: str, rng: random.Random) 
     rerun_until_done(setting, method, output_dir, whole)
 
 
+WRITE_FILES = "common.zero.checkpoint._write_files"
+
+
 def written_slowly(*arguments) -> dict:
     time.sleep(1)
     return write_files(*arguments)
@@ -211,7 +214,7 @@ def written_slowly(*arguments) -> dict:
 def kill_beside_a_write(setting: Setting, method: str, rng: random.Random) -> None:
     """While the files of a checkpoint are on their way and steps go on, one rank or all."""
     whole, output_dir = setting.whole(method), setting.folder()
-    run = setting.start(method, output_dir, patches={"common.zero.checkpoint._write_files": written_slowly})
+    run = setting.start(method, output_dir, patches={WRITE_FILES: written_slowly})
     run.wait_for(f"\nstep {rng.choice((4, 7, 10))}/")
     time.sleep(rng.uniform(0, 1.2))
     kill_some(run, rng)
@@ -513,37 +516,25 @@ def test_resume_auto_never_and_a_path(setting):
 
 
 @pytest.mark.parametrize(
-    ("method", "number", "asked", "code"),
-    [("sft", signal.SIGTERM, slice(1, 2), 143), ("dpo", signal.SIGINT, slice(2), 130)],
+    ("method", "number", "asked", "code", "after"),
+    [("sft", signal.SIGTERM, slice(1, 2), 143, 4), ("dpo", signal.SIGINT, slice(2), 130, 1)],
 )
-def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(setting, method, number, asked, code):
-    """Or to all at once, as a terminal's Ctrl-C."""
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(setting, method, number, asked, code, after):
+    """To one while the checkpoint of step 3 is on its way, which is waited for; to all, as a terminal's Ctrl-C."""
     whole, output_dir = setting.whole(method), setting.folder()
-    run = setting.start(method, output_dir)
-    run.wait_for("\nstep 1/")
+    run = setting.start(method, output_dir, patches={WRITE_FILES: written_slowly})
+    run.wait_for(f"\nstep {after}/")
     for process in run.processes[asked]:
         os.kill(process.pid, number)
     done = run.wait()
     assert done.exit_codes == [code, code] and "Traceback" not in done.stderr
     stopped_after = steps_run(done.stdout)[-1]
     assert stopped_after < LAST_STEP
-    assert checkpoints(output_dir)[-1] == stopped_after
-    assert done.stdout.index("asked to stop") < done.stdout.index(f"checkpoint {output_dir}")
+    assert checkpoints(output_dir) == sorted({*range(3, stopped_after, 3), stopped_after})[-2:]
+    assert "asked to stop" in done.stdout and f"waiting for {output_dir}/checkpoints/step_" in done.stdout
     done = setting.run(method, output_dir).succeeded()
     assert_continued(done, stopped_after)
     assert_same_run(done, whole)
-
-
-def test_a_stop_waits_for_the_checkpoint_in_flight_and_says_so(setting):
-    output_dir = setting.folder()
-    run = setting.start("sft", output_dir, patches={"common.zero.checkpoint._write_files": written_slowly})
-    run.wait_for("\nstep 4/")
-    os.kill(run.processes[1].pid, signal.SIGTERM)
-    done = run.wait()
-    assert done.exit_codes == [143, 143]
-    stopped_after = steps_run(done.stdout)[-1]
-    assert checkpoints(output_dir) == sorted({3, stopped_after})
-    assert f"waiting for {output_dir}/checkpoints/step_00000003 to be written" in done.stdout
 
 
 def slow_save(*_) -> None:
@@ -591,24 +582,11 @@ def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
 # ------------------------------------------------------------------ disks: exit 3, one line that names the file
 
 
-def limited_rank(logs: str, script: str, words: list[str], num_bytes: int) -> None:
-    """In a rank's process: from step 6's checkpoint on, the system refuses rank 1 larger files."""
-
-    def limited(folder, *arguments):
-        if "step_00000006" in folder.name and os.environ["RANK"] == "1":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
-        return write_files(folder, *arguments)
-
-    launch.run_script(logs, script, words, {"common.zero.checkpoint._write_files": limited})
-
-
-def test_a_checkpoint_that_one_rank_cannot_write_stops_all_and_the_one_before_stands(setting):
-    whole, output_dir = setting.whole("dpo"), setting.folder()
-    words = launch.argv(setting.flags("dpo", output_dir))
-    error = launch.Run(limited_rank, 2, ("train_dpo", words, 20_000), output_dir).wait().refused(3)
-    assert f"{output_dir}/checkpoints/.step_00000006.tmp/rank_00001_of_00002" in error
-    assert checkpoints(output_dir) == [3]
-    rerun_until_done(setting, "dpo", output_dir, whole)
+def written_by_one_rank(folder: Path, *arguments) -> dict:
+    """From step 6's checkpoint on, the system refuses rank 1 larger files."""
+    if "step_00000006" in folder.name and os.environ["RANK"] == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    return write_files(folder, *arguments)
 
 
 def save_where_no_file_may_be_large(tensors, path, metadata) -> None:
@@ -648,6 +626,7 @@ def refusing(name: str, path: Path, data) -> None:
 
 
 METRICS, MODEL = "common.run.output_dir.MetricsFile", ".export/model.safetensors"
+OF_RANK_1 = r"checkpoints/\.step_00000006\.tmp/rank_00001_of_00002\..*"
 
 
 @pytest.mark.parametrize(
@@ -655,6 +634,7 @@ METRICS, MODEL = "common.run.output_dir.MetricsFile", ".export/model.safetensors
     [
         ("sft", {METRICS: Full}, "metrics.jsonl", 5, None),  # step 3's may have been in flight
         ("dpo", {METRICS: NotFlushed}, "metrics.jsonl", 6, [3]),
+        ("dpo", {WRITE_FILES: written_by_one_rank}, OF_RANK_1, None, [3]),  # beside the steps that go on
         ("sft", {"common.run.metrics.replace_file": partial(refusing, "metrics.jsonl")}, "metrics.jsonl", 0, []),
         ("dpo", {"common.run.output_dir.replace_file": partial(refusing, "README.md")}, "README.md", 12, [9, 12]),
         ("sft", {"common.model.export.save_file": save_where_no_file_may_be_large}, MODEL, 12, [9, 12]),
@@ -665,11 +645,11 @@ def test_a_file_that_cannot_be_written_stops_all_ranks_before_the_next_update(
 ):
     whole, output_dir = setting.whole(method), setting.folder() / "output"
     done = setting.run(method, output_dir, patches=patches)
-    assert f"{output_dir}/{file}: " in done.refused(3)
+    assert re.search(rf"{output_dir}/{file}: ", done.refused(3))
     assert checkpoints(output_dir) == left or left is None
     assert file != MODEL or not list(output_dir.glob("*.safetensors"))
-    assert steps_run(done.stdout) == list(range(1, last_step + 1))
-    if last_step in (5, LAST_STEP):  # behind half a record; with all but the model
+    assert last_step is None or steps_run(done.stdout) == list(range(1, last_step + 1))
+    if last_step in (None, 5, LAST_STEP):  # after step 3; behind half a record; with all but the model
         rerun_until_done(setting, method, output_dir, whole)
 
 
