@@ -318,22 +318,12 @@ def test_tokens_are_trained_where_their_labels_say_so(tmp_path_factory, ids, tra
         assert ds.stats["largest_token_id"] == max(*ds[0].input_ids, *ids[:9])
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"input_ids": [1, 2, len(TOKENIZER)]},
-        {"input_ids": [1, -2, 3]},
-        {"input_ids": [1, 2.5]},
-        {"input_ids": [1, "2"]},
-        {"input_ids": [[1, 2], [3]]},
-        {"input_ids": 7},
-        {"input_ids": []},
-        {"input_ids": [1, 2, 3], "labels": [1, 2]},
-        {"input_ids": [1, 2, 3], "labels": [2, 3, 4]},
-        {"input_ids": [1, 2, 3], "labels": [1, -100, -100]},
-        {"input_ids": [1, 2, 3], "attention_mask": [1, 0, 0]},
-    ],
-)
+NO_TOKENS = [[1, 2, len(TOKENIZER)], [1, -2, 3], [1, 2.5], [1, "2"], [[1, 2], [3]], 7, []]
+NO_LABELS = [[1, 2], [2, 3, 4], [1, -100, -100]]  # of tokens 1, 2, 3
+UNUSABLE = [{"input_ids": ids} for ids in NO_TOKENS] + [{"input_ids": [1, 2, 3], "labels": ids} for ids in NO_LABELS]
+
+
+@pytest.mark.parametrize("row", [*UNUSABLE, {"input_ids": [1, 2, 3], "attention_mask": [1, 0, 0]}])
 def test_tokens_that_cannot_be_used_are_dropped(tmp_path, row):
     ds = dataset_of(tmp_path, [{"text": "so."}, row])
     assert len(ds) == 1 and sum(ds.stats["dropped"].values()) == 1
@@ -515,18 +505,15 @@ def test_the_rows_that_are_trained_on_are_those_whose_digest_is_recorded(tmp_pat
 
 
 def test_a_row_that_cannot_be_read_names_the_data_and_not_the_cache(tmp_path, monkeypatch):
-    def failing(rows):
-        def read(indices):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-        return dataclasses.replace(rows, read=read)
+    def unreadable(indices):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     bad = pyarrow.array([b"\xff\xfe"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"prompt": bad, "completion": ["b"]}), tmp_path / "bad.parquet")
     with pytest.raises(UserError, match=r"bad\.parquet"):
         prepare(tmp_path / "bad.parquet", tmp_path / "cache")
     data, real = write(tmp_path / "x.jsonl", [GOOD]), token_cache.load_source
-    monkeypatch.setattr(token_cache, "load_source", lambda source: failing(real(source)))
+    monkeypatch.setattr(token_cache, "load_source", lambda source: dataclasses.replace(real(source), read=unreadable))
     with pytest.raises(UserError, match=r"x\.jsonl: .*Input/output error"):
         prepare(data, tmp_path / "cache")
     assert left_in(tmp_path / "cache") == []
@@ -540,11 +527,7 @@ def test_a_cache_dir_that_cannot_be_written_is_named(tmp_path):
 
 def test_a_full_disk_is_no_mistake_of_the_users_and_leaves_nothing(tmp_path, monkeypatch):
     """It stops training (exit 3), with the place named."""
-
-    def full(file, mode):
-        return builtins.open("/dev/full", mode)
-
-    monkeypatch.setattr(token_cache, "open", full, raising=False)
+    monkeypatch.setattr(token_cache, "open", lambda file, mode: builtins.open("/dev/full", mode), raising=False)
     with pytest.raises(OSError, match=rf"No space left.*{tmp_path}"):
         prepare(write(tmp_path / "x.jsonl", [GOOD]), tmp_path)
     assert left_in(tmp_path) == []

@@ -13,7 +13,6 @@ from test_model import settings_of
 from test_packed import Engine
 
 from common.config import SFTConfig
-from common.data.chat_template import TULU, ChatTemplate
 from common.failures import UserError
 from common.files import INDEX
 from common.model import export, load
@@ -58,9 +57,8 @@ def exported(folders: list[str], outputs: list[str]) -> None:
     for folder, output in zip(folders, outputs, strict=True):
         config, ds_config = load.load_config(folder), deepspeed_config(SFTConfig())
         policy = load.load_partitioned(folder, config, torch.bfloat16, "sdpa", ds_config, ranks)
-        template = ChatTemplate("tulu", TULU, load.load_tokenizer(folder))
         ranks.once(lambda output=output: Path(output).mkdir())
-        settings = ranks.once(lambda: settings_of(policy.lm, template, folder))
+        settings = ranks.once(lambda: settings_of(policy.lm, folder))
         export.export_model(policy, output, settings, ranks)
 
 

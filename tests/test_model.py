@@ -57,8 +57,10 @@ CASES = {
 # ------------------------------------------------------------------ load and export, under ZeRO-3 on two ranks
 
 
-def settings_of(lm, template: ChatTemplate, folder: str) -> dict[str, bytes]:
-    """The files of an export besides its weights."""
+def settings_of(lm, folder: Path | str, jinja: str = TULU) -> dict[str, bytes]:
+    """The files of an export besides its weights, of a model of a folder."""
+    folder = str(folder)
+    template = ChatTemplate("bar", jinja, model.load_tokenizer(folder))
     return export.export_settings(model.load_config(folder), lm.dtype, template, folder) | export.stored_layout(lm)
 
 
@@ -87,8 +89,7 @@ def load_and_export(folders: list[str], outputs: list[str]) -> list[dict]:
         sizes["total"] = sum(p.ds_numel for p in parameters)
         experts = {module.config._experts_implementation for module in experts_in(packed.lm)}
         seen.append({"logits": logits, "buffers": dict(packed.lm.named_buffers()), "experts": experts, **sizes})
-        template = ChatTemplate("bar", TULU.replace("eos_token", "'|'"), model.load_tokenizer(folder))
-        settings = ranks.once(lambda: settings_of(packed.lm, template, folder))
+        settings = ranks.once(lambda: settings_of(packed.lm, folder, TULU.replace("eos_token", "'|'")))
         export.export_model(packed, output, settings, ranks)
     kept = patch.object(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"norm"})
     with kept, pytest.raises(UserError, match=r"norm\.weight is kept"):
@@ -191,11 +192,10 @@ def load_silently(folder):
 def test_a_crash_in_an_export_leaves_no_model_or_the_whole_new_one(tmp_path, sizes):
     """Over the model of another run, in as many files or in one, at each change to the disk in turn."""
     folders = [models.make_model(tmp_path / str(seed), seed=seed, shard=sizes[seed]) for seed in (0, 1)]
-    template = ChatTemplate("bar", TULU, model.load_tokenizer(str(folders[0])))
     old, new = (PackedModel(read(folder, model.load_config(str(folder)))) for folder in folders)
     expected, output, is_whole = new.lm.state_dict(), tmp_path / "output", []
     output.mkdir()
-    settings = [settings_of(of.lm, template, str(folder)) for of, folder in zip((old, new), folders, strict=True)]
+    settings = [settings_of(of.lm, folder) for of, folder in zip((old, new), folders, strict=True)]
     export.export_model(old, str(output), settings[0], models.OneRank())
     before = shutil.copytree(output, tmp_path / "before")
     for n in itertools.count(1):
@@ -235,7 +235,7 @@ def memory_of_exports(folders: list[Path], root: Path) -> list[float]:
     first folder, of a small model, is exported before: what is imported and kept does not count."""
     for i, folder in enumerate(folders):
         lm = read(folder, model.load_config(str(folder)))
-        settings = settings_of(lm, ChatTemplate("bar", TULU, model.load_tokenizer(str(folder))), str(folder))
+        settings = settings_of(lm, folder)
         path, above = checkpoint_of(lm, settings, root / f"checkpoint {i}"), []  # which reads every weight
         for write in (
             lambda to: export.export_model(PackedModel(lm), str(to), settings, models.OneRank()),
@@ -345,8 +345,7 @@ def test_weights_in_four_bits_are_read_as_what_they_stand_for_and_exported_so(tm
     lm = read(folder, config)
     for name, param in lm.named_parameters():
         assert torch.equal(param, expected[name] if name in packed else stored[name]), name
-    template = ChatTemplate("tulu", TULU, model.load_tokenizer(str(folder)))
-    exported = settings_of(lm, template, str(folder))
+    exported = settings_of(lm, folder)
     assert "quantization_config" not in json.loads(exported["config.json"])
     places = json.loads(exported[export.INDEX])["weight_map"]
     assert len(packed) == 4 and all(places[name] == files[f"{name}_blocks"] for name in packed)
@@ -426,8 +425,7 @@ def test_what_would_be_trained_wrongly_is_refused_by_name(name):
 @pytest.mark.parametrize(
     ("make", "needs"),
     [
-        *((lambda name=name: models.make_config(name), set()) for name in models.ARCHITECTURES if name not in NEEDS),
-        *((lambda name=name: models.make_config(name), needs) for name, needs in NEEDS.items()),
+        *((lambda name=name: models.make_config(name), NEEDS.get(name, set())) for name in models.ARCHITECTURES),
         (lambda: models.make_config("mistral", sliding_window=99), {WINDOWS}),
         (lambda: models.make_config("mistral", sliding_window=100), set()),  # as long as the longest sample
         (lambda: models.make_config("qwen2", use_sliding_window=False, sliding_window=50), set()),

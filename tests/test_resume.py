@@ -38,7 +38,6 @@ import train_sft
 from common import files
 from common import ranks as distributed
 from common.config import DPOConfig, SFTConfig, parse_config
-from common.data.chat_template import resolve_template
 from common.failures import UserError
 from common.files import replace_file
 from common.model import export as model_export
@@ -181,13 +180,14 @@ def kill_some(run: launch.Run, rng: random.Random) -> None:
     end_as_a_launcher_does(run)
 
 
-def kill_at_a_moment(setting: Setting, method: str, rng: random.Random) -> None:
-    """At any time between the first step and the end, one rank or all."""
+def kill_at_a_moment(setting: Setting, method: str, rng: random.Random, times: int = 1) -> None:
+    """At any time between the first step and the end, one rank or all; of several times each rerun is killed too."""
     whole, output_dir = setting.whole(method), setting.folder()
-    run = setting.start(method, output_dir)
-    run.wait_for("\nstep 1/")
-    time.sleep(rng.uniform(0, 1.2 * sum(whole.column("step_seconds")) + 0.3))
-    kill_some(run, rng)
+    for _ in range(times):
+        run = setting.start(method, output_dir)
+        run.wait_for("\nstep ")
+        time.sleep(rng.uniform(0, 1.2 * sum(whole.column("step_seconds")) / times + 0.3))
+        kill_some(run, rng)
     rerun_until_done(setting, method, output_dir, whole)
 
 
@@ -246,25 +246,14 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(setting, method):
 
 @pytest.mark.soak
 @both
-@pytest.mark.parametrize("number", range(15))
+@pytest.mark.parametrize("number", range(16))
 def test_killed_at_a_random_moment(setting, method, number):
     seed = time.time_ns()
     print(f"seed {seed}")
     rng = random.Random(seed)
-    (kill_at_a_moment, kill_in_a_file_operation, kill_beside_a_write)[number % 3](setting, method, rng)
-
-
-@pytest.mark.soak
-def test_killed_again_and_again_until_it_is_done(setting):
-    """Each rerun of one folder is killed too, a second after its first step at the latest."""
-    rng, output_dir = random.Random(0), setting.folder()
-    for _ in range(8):
-        run = setting.start("sft", output_dir)
-        if not run.wait_for("\nstep "):
-            break
-        time.sleep(rng.uniform(0, 0.7))
-        kill_some(run, rng)
-    rerun_until_done(setting, "sft", output_dir, setting.whole("sft"))
+    again_and_again = partial(kill_at_a_moment, times=8)
+    kills = kill_at_a_moment, kill_in_a_file_operation, kill_beside_a_write, again_and_again
+    kills[number % 4](setting, method, rng)
 
 
 # ------------------------------------------------------------------ other numbers of ranks
@@ -396,10 +385,9 @@ def exported_both_ways(root: str, words: list[str]) -> list[dict[str, bytes]]:
         master = shard.read("master", 0, len(shard.master)).cpu()
         shard.write("master", 0, master + 0.01 * torch.randn_like(master))  # no bfloat16 any more
     residency.round_master_weights(built)
-    template = resolve_template("tulu", model.load_tokenizer(folder))
     writer = checkpoint.Writer(built, dict(policy.lm.named_parameters()), settings, ranks)
     ranks.once(lambda: writer.folder.mkdir(parents=True))
-    writer.settings = ranks.once(lambda: settings_of(policy.lm, template, folder))
+    writer.settings = ranks.once(lambda: settings_of(policy.lm, folder))
     writer.save(checkpoint.RunState(step=7))
     writer.wait()
     model_export.export_model(policy, settings.output_dir, writer.settings, ranks)
