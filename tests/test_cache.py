@@ -177,14 +177,14 @@ ENDLESS = """\
 TOOL_CHAT = [message("user", "why?"), message("tool", "x"), message("tool", "y"), message("assistant", "so.")]
 
 
-@pytest.mark.parametrize(
-    "jinja, warned, times",
-    [
-        (TULU, "'tool': 18 of them", 1),
-        (ENDLESS, "no token", 2),
-        ("{#- strftime_now -#}" + TULU, "can print the day's date", 2),
-    ],
-)
+ODD_TEMPLATES = [
+    (TULU, "'tool': 18 of them", 1),
+    (ENDLESS, "no token", 2),
+    ("{#- strftime_now -#}" + TULU, "can print the day's date", 2),
+]
+
+
+@pytest.mark.parametrize("jinja, warned, times", ODD_TEMPLATES)
 def test_what_a_template_leaves_out_or_changes_is_warned_of(tmp_path, said, jinja, warned, times):
     """Of left out messages while data is tokenized; the table shows them each time."""
     data = write(tmp_path / "x.jsonl", [{"messages": TOOL_CHAT}] * 9)
@@ -216,22 +216,22 @@ PROMPTED = {"prompt": "x", "completion": "y"}
 NAMED = "{% for m in messages %}{{ m.role + m.name + style + m.content + eos_token }}{% endfor %}"
 
 
-@pytest.mark.parametrize(
-    "row, jinja, ignored",
-    [
-        ({**ROWS[0], "score": 3, "labels": None}, TULU, {"column 'score'", "column 'labels'"}),
-        ({**ROWS[0], "tools": [], "system": "be", "prompt": "x"}, TULU, {"column 'prompt'"}),
-        ({**PROMPTED, "messages": None, "text": "z"}, TULU, {"column 'messages'", "column 'text'"}),
-        ({"messages": [{**ANSWER, "loss_weight": 0.3, "name": "x"}]}, TULU, {"key 'loss_weight'", "key 'name'"}),
-        ({"messages": [{**ANSWER, "loss_weight": 0.3, "name": "x"}]}, NAMED, {"key 'loss_weight'"}),
-        ({"messages": [{**ANSWER, "name": None, "weight": 1}]}, TULU, set()),
-        ({**ROWS[0], "chat_template_kwargs": {"style": "a"}}, TULU, {"'style' of chat"}),
-        ({**ROWS[0], "chat_template_kwargs": {"role": "a"}}, "a role of your own" + TULU, {"'role' of chat"}),
-        ({"messages": [{**ANSWER, "user": "x", "style": 1}]}, COMMON, {"key 'user'", "key 'style'"}),
-        ({"messages": [{**ANSWER, "name": "y"}]}, COMMON, {"key 'name'"}),
-        ({"messages": [{**ANSWER, "user": "x", "a": 1, "b": 1, "reasoning": "y"}]}, READING + COMMON, set()),
-    ],
-)
+IGNORED = [
+    ({**ROWS[0], "score": 3, "labels": None}, TULU, {"column 'score'", "column 'labels'"}),
+    ({**ROWS[0], "tools": [], "system": "be", "prompt": "x"}, TULU, {"column 'prompt'"}),
+    ({**PROMPTED, "messages": None, "text": "z"}, TULU, {"column 'messages'", "column 'text'"}),
+    ({"messages": [{**ANSWER, "loss_weight": 0.3, "name": "x"}]}, TULU, {"key 'loss_weight'", "key 'name'"}),
+    ({"messages": [{**ANSWER, "loss_weight": 0.3, "name": "x"}]}, NAMED, {"key 'loss_weight'"}),
+    ({"messages": [{**ANSWER, "name": None, "weight": 1}]}, TULU, set()),
+    ({**ROWS[0], "chat_template_kwargs": {"style": "a"}}, TULU, {"'style' of chat"}),
+    ({**ROWS[0], "chat_template_kwargs": {"role": "a"}}, "a role of your own" + TULU, {"'role' of chat"}),
+    ({"messages": [{**ANSWER, "user": "x", "style": 1}]}, COMMON, {"key 'user'", "key 'style'"}),
+    ({"messages": [{**ANSWER, "name": "y"}]}, COMMON, {"key 'name'"}),
+    ({"messages": [{**ANSWER, "user": "x", "a": 1, "b": 1, "reasoning": "y"}]}, READING + COMMON, set()),
+]
+
+
+@pytest.mark.parametrize("row, jinja, ignored", IGNORED)
 def test_what_nothing_acts_on_is_named_with_its_place(tmp_path, row, jinja, ignored):
     template = ChatTemplate("odd", jinja.replace("+ m.name + style", "~ m.name ~ style"), TOKENIZER)
     data = write(tmp_path / "x.jsonl", [{**row, "id": 1}] * 3)
@@ -437,16 +437,16 @@ def test_a_cache_with_one_changed_bit_is_never_used(tmp_path_factory, name, posi
     TokenDataset(finished)
 
 
-@pytest.mark.parametrize(
-    "name, change",
-    [
-        ("tokens.bin", lambda content: content[:-4]),
-        ("marks.bin", lambda content: content + b"\0\0\0\0"),
-        ("samples.bin", None),
-        ("manifest.json", None),
-        *(("manifest.json", lambda content, new=new: new) for new in (b"", b"[]", b'{"kind": "dpo"}')),
-    ],
-)
+TORN = [
+    ("tokens.bin", lambda content: content[:-4]),
+    ("marks.bin", lambda content: content + b"\0\0\0\0"),
+    ("samples.bin", None),
+    ("manifest.json", None),
+    *(("manifest.json", lambda content, new=new: new) for new in (b"", b"[]", b'{"kind": "dpo"}')),
+]
+
+
+@pytest.mark.parametrize("name, change", TORN)
 def test_a_torn_cache_is_refused_and_built_again(tmp_path, name, change):
     data = write(tmp_path / "x.jsonl", ROWS)
     path = Path(prepare(data, tmp_path / "cache"))
@@ -461,17 +461,17 @@ def test_a_torn_cache_is_refused_and_built_again(tmp_path, name, change):
 GOOD = ROWS[0]
 
 
-@pytest.mark.parametrize(
-    "kind, rows, said",
-    [
-        ("sft", [GOOD, '{"messages": [{"role'], r"x\.jsonl:2: not valid JSON"),
-        ("sft", [GOOD, GOOD, "[1]"], r"x\.jsonl:3: .*object"),
-        ("sft", [GOOD, {"messages": [{**ANSWER, "weight": 0.5}]}], r"x\.jsonl:2: .*`weight`"),
-        ("sft", [{"messages": [message("user", "x")]}] * 3, r"x\.jsonl: no row is left.*3 x no assistant message"),
-        ("dpo", [GOOD], r"x\.jsonl: no row is left.*messages"),
-        ("sft", [], r"x\.jsonl"),
-    ],
-)
+NO_DATA = [
+    ("sft", [GOOD, '{"messages": [{"role'], r"x\.jsonl:2: not valid JSON"),
+    ("sft", [GOOD, GOOD, "[1]"], r"x\.jsonl:3: .*object"),
+    ("sft", [GOOD, {"messages": [{**ANSWER, "weight": 0.5}]}], r"x\.jsonl:2: .*`weight`"),
+    ("sft", [{"messages": [message("user", "x")]}] * 3, r"x\.jsonl: no row is left.*3 x no assistant message"),
+    ("dpo", [GOOD], r"x\.jsonl: no row is left.*messages"),
+    ("sft", [], r"x\.jsonl"),
+]
+
+
+@pytest.mark.parametrize("kind, rows, said", NO_DATA)
 def test_data_that_cannot_be_used_is_named_and_leaves_nothing(tmp_path, kind, rows, said):
     data = tmp_path / "x.jsonl"
     data.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
@@ -534,23 +534,6 @@ def test_a_full_disk_is_no_mistake_of_the_users_and_leaves_nothing(tmp_path, mon
 
 
 # --- several processes
-def test_nothing_is_swept_up_while_somebody_builds_and_all_that_is_left_after(tmp_path, said):
-    half = tmp_path / "tokens/building/tokens.bin"
-    half.parent.mkdir(parents=True)
-    half.write_bytes(b"half")
-    second = threading.Thread(target=prepare, args=(write(tmp_path / "x.jsonl", [GOOD]), tmp_path))
-    with locked(tmp_path / "tokens/.lock", waiting=pytest.fail):
-        second.start()
-        while not said:
-            time.sleep(0.01)
-        time.sleep(0.1)
-        assert "waiting" in said[0] and second.is_alive()
-        assert left_in(tmp_path) == ["building"] and half.read_bytes() == b"half"
-    second.join(20)
-    (name,) = left_in(tmp_path)
-    assert len(TokenDataset(tmp_path / "tokens" / name)) == 1
-
-
 def test_of_two_builders_at_once_one_builds_and_both_use_it(tmp_path, said, monkeypatch):
     data, build, built = write(tmp_path / "x.jsonl", ROWS), token_cache._build, []
 
@@ -575,13 +558,21 @@ def killed_in_the_third_block(logs: str, data: str, cache: str) -> None:
         return os.kill(os.getpid(), signal.SIGKILL) if len(blocks) == 3 else tokenize(*arguments)
 
     token_cache.BLOCK_ROWS, BlockTokenizer.__call__ = 8, counted
-    prepare(data, Path(cache))
+    prepare(data, cache)
 
 
-def test_kill_9_while_building_leaves_the_next_run_to_rebuild(tmp_path):
-    data = write(tmp_path / "x.jsonl", ROWS)
-    arguments = str(data), str(tmp_path / "cache")
+def test_kill_9_while_building_leaves_the_next_run_to_rebuild_once_nobody_else_builds(tmp_path, said):
+    arguments = str(write(tmp_path / "x.jsonl", ROWS)), str(tmp_path / "cache")
     assert launch.Run(killed_in_the_third_block, 1, arguments).wait().exit_codes == [-signal.SIGKILL]
-    assert left_in(tmp_path / "cache") == ["building"]
-    path = prepare(data, tmp_path / "cache")
-    assert len(TokenDataset(path)) == 40 and left_in(tmp_path / "cache") == [Path(path).name]
+    tokens = tmp_path / "cache/tokens"
+    half, rebuilding = contents(tokens / "building"), threading.Thread(target=prepare, args=arguments)
+    with locked(tokens / ".lock", waiting=pytest.fail):
+        rebuilding.start()
+        while not said:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert "waiting" in said[0] and rebuilding.is_alive()
+        assert left_in(tokens.parent) == ["building"] and contents(tokens / "building") == half
+    rebuilding.join(20)
+    (name,) = left_in(tokens.parent)
+    assert len(TokenDataset(tokens / name)) == 40

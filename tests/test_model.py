@@ -422,21 +422,21 @@ def test_what_would_be_trained_wrongly_is_refused_by_name(name):
         model.check_supported(make(), 100, 300)
 
 
-@pytest.mark.parametrize(
-    ("make", "needs"),
-    [
-        *((lambda name=name: models.make_config(name), NEEDS.get(name, set())) for name in models.ARCHITECTURES),
-        (lambda: models.make_config("mistral", sliding_window=99), {WINDOWS}),
-        (lambda: models.make_config("mistral", sliding_window=100), set()),  # as long as the longest sample
-        (lambda: models.make_config("qwen2", use_sliding_window=False, sliding_window=50), set()),
-        (lambda: models.make_config("qwen2", **WINDOW_OF_SOME), {WINDOWS}),
-        (lambda: models.make_config(rope_parameters=models.LLAMA3_ROPE), set()),
-        (lambda: config_of("nemotron_h", max_position_embeddings=64), set()),  # which has no positions
-        (lambda: config_of("cohere", logit_scale=0.0625, num_hidden_layers=1), set()),
-        (lambda: config_of("gpt2", **POSITIONS | {"n_positions": 100}), set()),
-        (lambda: models.make_config(vocab_size=300), set()),
-    ],
-)
+ACCEPTED = [
+    *((lambda name=name: models.make_config(name), NEEDS.get(name, set())) for name in models.ARCHITECTURES),
+    (lambda: models.make_config("mistral", sliding_window=99), {WINDOWS}),
+    (lambda: models.make_config("mistral", sliding_window=100), set()),  # as long as the longest sample
+    (lambda: models.make_config("qwen2", use_sliding_window=False, sliding_window=50), set()),
+    (lambda: models.make_config("qwen2", **WINDOW_OF_SOME), {WINDOWS}),
+    (lambda: models.make_config(rope_parameters=models.LLAMA3_ROPE), set()),
+    (lambda: config_of("nemotron_h", max_position_embeddings=64), set()),  # which has no positions
+    (lambda: config_of("cohere", logit_scale=0.0625, num_hidden_layers=1), set()),
+    (lambda: config_of("gpt2", **POSITIONS | {"n_positions": 100}), set()),
+    (lambda: models.make_config(vocab_size=300), set()),
+]
+
+
+@pytest.mark.parametrize(("make", "needs"), ACCEPTED)
 def test_what_can_be_trained_is_accepted_with_what_its_attention_needs(make, needs):
     config = make()
     model.check_supported(config, 100, 300)
@@ -507,10 +507,10 @@ def test_a_folder_without_a_tokenizer_that_can_end_answers_is_refused(tmp_path, 
         model.load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "model_type, written",
-    [("qwen2", "PreTrainedTokenizerFast"), ("llama", "GPT2Tokenizer"), ("llama", "LlamaTokenizer")],
-)
+WRITTEN = [("qwen2", "PreTrainedTokenizerFast"), ("llama", "GPT2Tokenizer"), ("llama", "LlamaTokenizer")]
+
+
+@pytest.mark.parametrize("model_type, written", WRITTEN)
 @pytest.mark.parametrize("words", ["llama3", "gpt2"])
 def test_a_tokenizer_encodes_as_its_file_does(tmp_path, model_type, written, words):
     """transformers rebuilds the tokenizer of some classes and model types with their own way of splitting words."""

@@ -306,15 +306,11 @@ def engine_states(script: str, words: list[str], checkpoint_path: str, stays_who
     return {name: values.float().numpy() for name, values in states.items()} | {"steps": steps}
 
 
-@pytest.mark.parametrize(
-    ("method", "num_ranks", "dtype", "residency"),
-    [
-        ("dpo", 2, "bfloat16", "nothing"),
-        ("sft", 5, "float32", "nothing"),
-        ("dpo", 3, "float32", "all"),
-        ("sft", 1, "bfloat16", "gradients"),
-    ],
-)
+READERS = [("dpo", 2, "bfloat16", "nothing"), ("sft", 5, "float32", "nothing")]
+READERS += [("dpo", 3, "float32", "all"), ("sft", 1, "bfloat16", "gradients")]
+
+
+@pytest.mark.parametrize(("method", "num_ranks", "dtype", "residency"), READERS)
 def test_every_number_of_ranks_reads_the_same_masters_and_moments(setting, method, num_ranks, dtype, residency):
     """Written by 2. The expected arrays are put together from the files by the names they bear, with numpy alone."""
     folder = setting.whole(method).output_dir / "checkpoints" / "step_00000009"
@@ -394,11 +390,11 @@ def exported_both_ways(root: str, words: list[str]) -> list[dict[str, bytes]]:
     return [files_of(path) for path in (Path(settings.output_dir), writer.path / "model")]
 
 
-@pytest.mark.parametrize(
-    ("architecture", "dtype", "num_ranks"),
-    [("apertus", "float32", 3), ("gpt_neox", "bfloat16", 1)]
-    + [(name, "bfloat16", 2) for name in ("qwen2", "mixtral", "gemma3")],
-)
+EXPORTED = [("apertus", "float32", 3), ("gpt_neox", "bfloat16", 1)]
+EXPORTED += [(name, "bfloat16", 2) for name in ("qwen2", "mixtral", "gemma3")]
+
+
+@pytest.mark.parametrize(("architecture", "dtype", "num_ranks"), EXPORTED)
 def test_an_export_of_a_checkpoint_is_the_runs_own_byte_for_byte(setting, architecture, dtype, num_ranks):
     """With tied weights, buffers, several files of the export or one, and files of a rank."""
     root = setting.folder()
@@ -503,10 +499,10 @@ def test_resume_auto_never_and_a_path(setting):
 # ------------------------------------------------------------------ stops
 
 
-@pytest.mark.parametrize(
-    ("method", "number", "asked", "code", "after"),
-    [("sft", signal.SIGTERM, slice(1, 2), 143, 4), ("dpo", signal.SIGINT, slice(2), 130, 1)],
-)
+STOPS = [("sft", signal.SIGTERM, slice(1, 2), 143, 4), ("dpo", signal.SIGINT, slice(2), 130, 1)]
+
+
+@pytest.mark.parametrize(("method", "number", "asked", "code", "after"), STOPS)
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(setting, method, number, asked, code, after):
     """To one while the checkpoint of step 3 is on its way, which is waited for; to all, as a terminal's Ctrl-C."""
     whole, output_dir = setting.whole(method), setting.folder()
@@ -617,17 +613,17 @@ METRICS, MODEL = "common.run.output_dir.MetricsFile", ".export/model.safetensors
 OF_RANK_1 = r"checkpoints/\.step_00000006\.tmp/rank_00001_of_00002\..*"
 
 
-@pytest.mark.parametrize(
-    ("method", "patches", "file", "last_step", "left"),
-    [
-        ("sft", {METRICS: Full}, "metrics.jsonl", 5, None),  # step 3's may have been in flight
-        ("dpo", {METRICS: NotFlushed}, "metrics.jsonl", 6, [3]),
-        ("dpo", {WRITE_FILES: written_by_one_rank}, OF_RANK_1, None, [3]),  # beside the steps that go on
-        ("sft", {"common.run.metrics.replace_file": partial(refusing, "metrics.jsonl")}, "metrics.jsonl", 0, []),
-        ("dpo", {"common.run.output_dir.replace_file": partial(refusing, "README.md")}, "README.md", 12, [9, 12]),
-        ("sft", {"common.model.export.save_file": save_where_no_file_may_be_large}, MODEL, 12, [9, 12]),
-    ],
-)
+NOT_WRITTEN = [
+    ("sft", {METRICS: Full}, "metrics.jsonl", 5, None),  # step 3's may have been in flight
+    ("dpo", {METRICS: NotFlushed}, "metrics.jsonl", 6, [3]),
+    ("dpo", {WRITE_FILES: written_by_one_rank}, OF_RANK_1, None, [3]),  # beside the steps that go on
+    ("sft", {"common.run.metrics.replace_file": partial(refusing, "metrics.jsonl")}, "metrics.jsonl", 0, []),
+    ("dpo", {"common.run.output_dir.replace_file": partial(refusing, "README.md")}, "README.md", 12, [9, 12]),
+    ("sft", {"common.model.export.save_file": save_where_no_file_may_be_large}, MODEL, 12, [9, 12]),
+]
+
+
+@pytest.mark.parametrize(("method", "patches", "file", "last_step", "left"), NOT_WRITTEN)
 def test_a_file_that_cannot_be_written_stops_all_ranks_before_the_next_update(
     setting, method, patches, file, last_step, left
 ):

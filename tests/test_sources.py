@@ -18,18 +18,17 @@ from models import refused
 
 from common.data.sources import decode_row, load_source, parse_source, subset_indices
 
+HUB_SOURCES = [
+    ("allenai/tulu-3-sft-mixture", "allenai/tulu-3-sft-mixture", None, "train", None),
+    ("org/data=10%", "org/data", None, "train", "10%"),
+    ("org/data@v1.0:test=500", "org/data", "v1.0", "test", "500"),
+    ("org/data@refs/pr/1=.5%", "org/data", "refs/pr/1", "train", ".5%"),
+    ("squad:validation", "squad", None, "validation", None),
+    ("org/data/fr.v-2@v1:test=3", "org/data/fr.v-2", "v1", "test", "3"),
+]
 
-@pytest.mark.parametrize(
-    "text, path, revision, split, amount",
-    [
-        ("allenai/tulu-3-sft-mixture", "allenai/tulu-3-sft-mixture", None, "train", None),
-        ("org/data=10%", "org/data", None, "train", "10%"),
-        ("org/data@v1.0:test=500", "org/data", "v1.0", "test", "500"),
-        ("org/data@refs/pr/1=.5%", "org/data", "refs/pr/1", "train", ".5%"),
-        ("squad:validation", "squad", None, "validation", None),
-        ("org/data/fr.v-2@v1:test=3", "org/data/fr.v-2", "v1", "test", "3"),
-    ],
-)
+
+@pytest.mark.parametrize("text, path, revision, split, amount", HUB_SOURCES)
 def test_hub_sources_parse(text, path, revision, split, amount):
     source = parse_source(text)
     assert (source.path, source.revision, source.split, source.amount) == (path, revision, split, amount)
@@ -54,20 +53,20 @@ def test_the_longest_path_that_exists_is_meant(tmp_path):
     assert parse_source(f"{tmp_path}/a.json=5").path.endswith("a.json")
 
 
-@pytest.mark.parametrize(
-    "text, named",
-    [
-        ("org/data=0.1", ["=10%", "=0.1%"]),
-        ("org/data=.5", ["=50%", "=0.5%"]),
-        ("org/data=1.0", ["=100%", "=1%"]),
-        ("org/data=2.5", ["=2 (rows)", "=2.5%"]),
-        *((f"org/data={amount}", [f"={amount}"]) for amount in ("ten", "", "-5", "1e3")),
-        *((text, [text]) for text in ("./data.txt", "org/data@:train", "rows.jsonl:test", "rows.jsonl@main", __file__)),
-        ("a/b/c/d", ["SOURCE"]),
-        ("./*.none", ["SOURCE"]),
-        ("", ["SOURCE"]),
-    ],
-)
+MALFORMED = [
+    ("org/data=0.1", ["=10%", "=0.1%"]),
+    ("org/data=.5", ["=50%", "=0.5%"]),
+    ("org/data=1.0", ["=100%", "=1%"]),
+    ("org/data=2.5", ["=2 (rows)", "=2.5%"]),
+    *((f"org/data={amount}", [f"={amount}"]) for amount in ("ten", "", "-5", "1e3")),
+    *((text, [text]) for text in ("./data.txt", "org/data@:train", "rows.jsonl:test", "rows.jsonl@main", __file__)),
+    ("a/b/c/d", ["SOURCE"]),
+    ("./*.none", ["SOURCE"]),
+    ("", ["SOURCE"]),
+]
+
+
+@pytest.mark.parametrize("text, named", MALFORMED)
 def test_a_malformed_source_is_refused_by_name(text, named):
     with refused(*map(re.escape, named)):
         parse_source(text)
@@ -239,9 +238,10 @@ def test_a_null_that_json_itself_holds_is_kept(tmp_path_factory, values):
     assert decoded(load_source(parse_source(f"{folder}/rows.parquet"))) == rows
 
 
-@pytest.mark.parametrize(
-    ("suffix", "text"), [("csv", "text\nso.\n"), ("json", '{"text": "so."}\n'), ("jsonl", '{"text": "so."}')]
-)
+MARKED = [("csv", "text\nso.\n"), ("json", '{"text": "so."}\n'), ("jsonl", '{"text": "so."}')]
+
+
+@pytest.mark.parametrize(("suffix", "text"), MARKED)
 def test_a_byte_order_mark_is_no_part_of_a_column(tmp_path, suffix, text):
     """As Excel writes it: the first column would be of another name."""
     (tmp_path / f"rows.{suffix}").write_text(text, encoding="utf-8-sig")
@@ -256,29 +256,29 @@ def test_json_lines_in_a_json_file_and_blank_lines_keep_their_line_numbers(tmp_p
     assert [decode_row(raw)["messages"] for raw in rows.read(rows.indices)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "name, content, amount, said",
-    [
-        ("few.jsonl", b"{}\n" * 300, "=500", "500 of 300"),
-        ("few.jsonl", b"{}\n" * 50, "=1%", "none"),
-        ("few.jsonl", b"{}\n", "=0", "none"),
-        ("few.jsonl", b"{}\n", "=2", "more"),
-        ("wide.csv", "text\na".encode("utf-16"), "", "utf-8"),
-        ("cut.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-3], "", "Truncated"),
-        ("no.csv.zst", b"text\na", "", "no.csv.zst"),
-        ("wide.csv", b"text,prompt\na,b,c\n", "", "row 1"),
-        ("short.csv", b"text,prompt\na,b\nc\n", "", "row 2"),
-        ("torn.csv", b'text,prompt\na,"b', "", "torn.csv"),
-        ("no.arrow", b"ARROW1 nothing", "", "no.arrow"),
-        ("absent.jsonl", None, "=10%", "No such file"),
-        ("empty.jsonl", b"", "", "holds no rows"),
-        ("empty.json", b"[]", "", "holds no rows"),
-        ("none.json", b"", "", "holds no rows"),
-        ("torn.json", b'[{"a": 1}, {"a"', "", "JSON"),
-        ("deep.json", b"[" * 100_000, "", "recursion"),
-        ("no.parquet", b"PAR1 nothing", "", "[Pp]arquet"),
-    ],
-)
+UNUSABLE = [
+    ("few.jsonl", b"{}\n" * 300, "=500", "500 of 300"),
+    ("few.jsonl", b"{}\n" * 50, "=1%", "none"),
+    ("few.jsonl", b"{}\n", "=0", "none"),
+    ("few.jsonl", b"{}\n", "=2", "more"),
+    ("wide.csv", "text\na".encode("utf-16"), "", "utf-8"),
+    ("cut.jsonl.gz", gzip.compress(b"{}\n" * 99)[:-3], "", "Truncated"),
+    ("no.csv.zst", b"text\na", "", "no.csv.zst"),
+    ("wide.csv", b"text,prompt\na,b,c\n", "", "row 1"),
+    ("short.csv", b"text,prompt\na,b\nc\n", "", "row 2"),
+    ("torn.csv", b'text,prompt\na,"b', "", "torn.csv"),
+    ("no.arrow", b"ARROW1 nothing", "", "no.arrow"),
+    ("absent.jsonl", None, "=10%", "No such file"),
+    ("empty.jsonl", b"", "", "holds no rows"),
+    ("empty.json", b"[]", "", "holds no rows"),
+    ("none.json", b"", "", "holds no rows"),
+    ("torn.json", b'[{"a": 1}, {"a"', "", "JSON"),
+    ("deep.json", b"[" * 100_000, "", "recursion"),
+    ("no.parquet", b"PAR1 nothing", "", "[Pp]arquet"),
+]
+
+
+@pytest.mark.parametrize("name, content, amount, said", UNUSABLE)
 def test_an_unusable_file_is_refused_by_name(tmp_path, name, content, amount, said):
     if content is not None:
         (tmp_path / name).write_bytes(content)
