@@ -135,13 +135,8 @@ def drawn(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def make_model(
-    folder: Path, architecture: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, shard="1GB", **changes
-) -> Path:
-    """A model folder with the tokenizer.
-
-    shard: the most bytes of a file; one file has no index.
-    """
+def make_model(folder: Path, architecture="llama", dtype=torch.float32, seed=0, shard="1GB", **changes) -> Path:
+    """A model folder with the tokenizer. shard: the most bytes of a file; one file has no index."""
     torch.manual_seed(seed)
     auto = AutoModelForImageTextToText if architecture in WITH_IMAGES else AutoModelForCausalLM
     model = drawn(auto.from_config(make_config(architecture, **changes), dtype=torch.float32))

@@ -336,10 +336,8 @@ def constants(hub: Hub, home: Path) -> dict:
     return retries | {f"huggingface_hub.constants.{name}": value for name, value in names.items()}
 
 
-def test_a_run_whose_upload_fails_keeps_its_model_and_tells_the_command_and_no_one_the_token(
-    tmp_path, monkeypatch, downloads, sft_data
-):
-    """Which is in a file first, then in the environment."""
+def test_an_upload_that_fails_costs_no_model_and_tells_nobody_the_token(tmp_path, monkeypatch, downloads, sft_data):
+    """And says how to push again. The token is in a file first, then in the environment."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "token").write_text(TOKEN)
     hub = Hub().add("org/model", downloads[0], REVISIONS)

@@ -8,6 +8,7 @@ has to end with the metrics (all but times, speeds and memory) and the weights o
 """
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -62,13 +63,12 @@ class Setting:
 
     def __init__(self, root: Path, model: Path, data: dict[str, Path]):
         self.root, self.model, self.data = root, model, data
-        placement = json.loads((launch.REPO / "ds_configs" / "zero3.json").read_text())
-        placement |= {"residency": "nothing"}
+        placement = json.loads((launch.REPO / "ds_configs" / "zero3.json").read_text()) | {"residency": "nothing"}
         placement["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        self.released = root / "released.json"  # as of a large model: nothing stays whole between its uses
-        self.released.write_text(json.dumps(placement))
+        # As of a large model: nothing stays whole between its uses.
+        self.released = models.write_jsonl(root / "released.json", [placement])
         self.uninterrupted = {}
-        self.num_folders = 0
+        self.numbers = itertools.count(1)
 
     def flags(self, method: str, output_dir: Path, **changes) -> dict:
         """10 samples, 4 a step: an epoch is 3 steps, the last of 2 samples. SFT keeps all whole, DPO nothing."""
@@ -78,8 +78,7 @@ class Setting:
         return launch.flags(self.model, self.data[method], self.root, **own | changes)
 
     def folder(self) -> Path:
-        self.num_folders += 1
-        return self.root / f"run_{self.num_folders}"
+        return self.root / f"run_{next(self.numbers)}"
 
     def start(self, method: str, output_dir: Path, num_ranks: int = 2, patches=None, **changes) -> launch.Run:
         return launch.start(f"train_{method}", self.flags(method, output_dir, **changes), num_ranks, patches)
@@ -112,8 +111,7 @@ def setting(tmp_path_factory, tiny_llama, sft_data, dpo_data) -> Setting:
 
 
 def checkpoints(output_dir: Path) -> list[int]:
-    folder = output_dir / "checkpoints"
-    return sorted(int(path.name[5:]) for path in folder.glob("step_*")) if folder.is_dir() else []
+    return sorted(int(path.name[5:]) for path in output_dir.glob("checkpoints/step_*"))
 
 
 def weights(output_dir: Path) -> dict[str, np.ndarray]:
@@ -133,10 +131,9 @@ def assert_same_run(done: launch.Finished, whole: launch.Finished) -> None:
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys() and ours
-    for name in theirs:
-        np.testing.assert_array_equal(ours[name], theirs[name])
+    theirs = weights(other)
+    assert theirs
+    np.testing.assert_equal(weights(one), theirs)
 
 
 def steps_run(stdout: str) -> list[int]:
@@ -616,7 +613,7 @@ OF_RANK_1 = r"checkpoints/\.step_00000006\.tmp/rank_00001_of_00002\..*"
 NOT_WRITTEN = [
     ("sft", {METRICS: Full}, "metrics.jsonl", 5, None),  # step 3's may have been in flight
     ("dpo", {METRICS: NotFlushed}, "metrics.jsonl", 6, [3]),
-    ("dpo", {WRITE_FILES: written_by_one_rank}, OF_RANK_1, None, [3]),  # beside the steps that go on
+    ("dpo", {WRITE_FILES: written_by_one_rank}, OF_RANK_1, None, [3]),
     ("sft", {"common.run.metrics.replace_file": partial(refusing, "metrics.jsonl")}, "metrics.jsonl", 0, []),
     ("dpo", {"common.run.output_dir.replace_file": partial(refusing, "README.md")}, "README.md", 12, [9, 12]),
     ("sft", {"common.model.export.save_file": save_where_no_file_may_be_large}, MODEL, 12, [9, 12]),
@@ -624,9 +621,8 @@ NOT_WRITTEN = [
 
 
 @pytest.mark.parametrize(("method", "patches", "file", "last_step", "left"), NOT_WRITTEN)
-def test_a_file_that_cannot_be_written_stops_all_ranks_before_the_next_update(
-    setting, method, patches, file, last_step, left
-):
+def test_a_file_that_cannot_be_written_stops_all_ranks(setting, method, patches, file, last_step, left):
+    """Before the next update, but for what is written beside the steps."""
     whole, output_dir = setting.whole(method), setting.folder() / "output"
     done = setting.run(method, output_dir, patches=patches)
     assert re.search(rf"{output_dir}/{file}: ", done.refused(3))

@@ -110,9 +110,8 @@ FLASH += [("9.0\\n8.0", "13.0", "", False), ("10.0", "13.0", "", False), ("10.0"
 
 @pytest.mark.parametrize(("capabilities", "cuda", "asked", "installed"), [*FLASH, ("", "", "1", False)])
 @pytest.mark.parametrize("fails", [False, True])
-def test_flash_attn_comes_where_it_was_tried_and_stops_nothing(
-    bare, tmp_path, capabilities, cuda, asked, installed, fails
-):
+def test_flash_attn_comes_where_it_was_tried(bare, tmp_path, capabilities, cuda, asked, installed, fails):
+    """And stops nothing where it fails."""
     project, environment = bare
     executable(tmp_path / "bin" / "nvidia-smi", f"#!/bin/sh\nprintf '{capabilities}\\n'\n")
     environment |= {"TORCH_CUDA": cuda, "INSTALL_FLASH_ATTN": asked, "FAIL_AT": "flash" if fails else "import flash"}
