@@ -19,6 +19,7 @@ import traceback
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 REPO = Path(__file__).resolve().parent.parent
 CPU_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -57,10 +58,8 @@ class Finished:
         (error,) = (line for line in self.stderr.splitlines() if line.startswith("error: "))
         return error
 
-    def __str__(self):
+    def __repr__(self):
         return f"exit codes {self.exit_codes}\n{self.stdout[-2000:]}\n{self.stderr[-4000:]}"
-
-    __repr__ = __str__
 
 
 def flags(model, data, folder: Path, **changes) -> dict:
@@ -88,19 +87,14 @@ class Run:
         environment["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "tests")])
         sizes = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks}
         environment["TMPDIR"] = str(self.logs)  # all runs have one parent, by which ranks find each other
-        before = dict(os.environ)
-        os.environ.update(environment)  # a fork server that is not running yet starts with this
-        try:
-            self.processes = []
+        self.processes = []
+        with patch.dict(os.environ, environment):  # a fork server that is not running yet starts with this
             for rank in range(num_ranks):
                 ranks = {name: str(value) for name, value in (sizes | {"RANK": rank, "LOCAL_RANK": rank}).items()}
                 of_rank = environment | ranks, str(self.logs), target, arguments
                 process = context.Process(target=_rank_main, args=of_rank)
                 process.start()
                 self.processes.append(process)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
 
     def kill(self) -> None:
         """SIGKILL to every rank."""

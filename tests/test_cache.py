@@ -458,15 +458,12 @@ def test_a_torn_cache_is_refused_and_built_again(tmp_path, name, change):
     assert contents(path) == whole and left_in(tmp_path / "cache") == [path.name]
 
 
-GOOD = ROWS[0]
-
-
 NO_DATA = [
-    ("sft", [GOOD, '{"messages": [{"role'], r"x\.jsonl:2: not valid JSON"),
-    ("sft", [GOOD, GOOD, "[1]"], r"x\.jsonl:3: .*object"),
-    ("sft", [GOOD, {"messages": [{**ANSWER, "weight": 0.5}]}], r"x\.jsonl:2: .*`weight`"),
+    ("sft", [ROWS[0], '{"messages": [{"role'], r"x\.jsonl:2: not valid JSON"),
+    ("sft", [ROWS[0], ROWS[0], "[1]"], r"x\.jsonl:3: .*object"),
+    ("sft", [ROWS[0], {"messages": [{**ANSWER, "weight": 0.5}]}], r"x\.jsonl:2: .*`weight`"),
     ("sft", [{"messages": [message("user", "x")]}] * 3, r"x\.jsonl: no row is left.*3 x no assistant message"),
-    ("dpo", [GOOD], r"x\.jsonl: no row is left.*messages"),
+    ("dpo", [ROWS[0]], r"x\.jsonl: no row is left.*messages"),
     ("sft", [], r"x\.jsonl"),
 ]
 
@@ -512,7 +509,7 @@ def test_a_row_that_cannot_be_read_names_the_data_and_not_the_cache(tmp_path, mo
     pyarrow.parquet.write_table(pyarrow.table({"prompt": bad, "completion": ["b"]}), tmp_path / "bad.parquet")
     with pytest.raises(UserError, match=r"bad\.parquet"):
         prepare(tmp_path / "bad.parquet", tmp_path / "cache")
-    data, real = write(tmp_path / "x.jsonl", [GOOD]), token_cache.load_source
+    data, real = write(tmp_path / "x.jsonl", [ROWS[0]]), token_cache.load_source
     monkeypatch.setattr(token_cache, "load_source", lambda source: dataclasses.replace(real(source), read=unreadable))
     with pytest.raises(UserError, match=r"x\.jsonl: .*Input/output error"):
         prepare(data, tmp_path / "cache")
@@ -522,14 +519,14 @@ def test_a_row_that_cannot_be_read_names_the_data_and_not_the_cache(tmp_path, mo
 def test_a_cache_dir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cache_dir .*file"):
-        prepare(write(tmp_path / "x.jsonl", [GOOD]), tmp_path / "file")
+        prepare(write(tmp_path / "x.jsonl", [ROWS[0]]), tmp_path / "file")
 
 
 def test_a_full_disk_is_no_mistake_of_the_users_and_leaves_nothing(tmp_path, monkeypatch):
     """It stops training (exit 3), with the place named."""
     monkeypatch.setattr(token_cache, "open", lambda file, mode: builtins.open("/dev/full", mode), raising=False)
     with pytest.raises(OSError, match=rf"No space left.*{tmp_path}"):
-        prepare(write(tmp_path / "x.jsonl", [GOOD]), tmp_path)
+        prepare(write(tmp_path / "x.jsonl", [ROWS[0]]), tmp_path)
     assert left_in(tmp_path) == []
 
 

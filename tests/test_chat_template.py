@@ -75,18 +75,16 @@ def mistral(messages):
         yield f"[INST] {message['content']} [/INST]" if user else f" {message['content']}<eos>", not user
 
 
-def plain(messages):
+def plain(messages, header="### {}:\n", after_answer="<eos>", after_others=""):
     for message in messages:
-        yield f"### {message['role']}:\n", False
-        yield message["content"] + ("<eos>" if message["role"] == "assistant" else ""), message["role"] == "assistant"
+        is_answer = message["role"] == "assistant"
+        yield header.format(message["role"]), False
+        yield message["content"] + (after_answer if is_answer else after_others), is_answer
         yield "\n", False
 
 
 def phi3(messages):
-    for message in messages:
-        yield f"<|{message['role']}|>\n", False
-        yield message["content"] + "<|end|>", message["role"] == "assistant"
-        yield "\n", False
+    yield from plain(messages, "<|{}|>\n", "<|end|>", "<|end|>")
     yield "<eos>", False
 
 

@@ -158,7 +158,6 @@ def test_a_config_is_named_after_the_set_and_one_that_is_missing_with_the_others
 
 # ------------------------------------------------------------------ what goes out
 
-IDENTITY = {"seed": 42, "learning_rate": 1e-5}
 UPLOAD = """
 import dataclasses
 from common.config import TrainConfig
@@ -173,7 +172,7 @@ def finished(tmp_path) -> tuple[Path, dict[str, bytes]]:
     draw, folder = random.Random(0), tmp_path / "runs" / "my-run"
     shards = {f"model-0000{i}-of-00002.safetensors": draw.randbytes(150_000) for i in (1, 2)}
     index = {"weight_map": {f"tensor{i}": name for i, name in enumerate(shards)}}
-    record = {"method": "SFT", "identity": IDENTITY, "config": {}, "result": {"steps": 7}}
+    record = {"method": "SFT", "identity": {"seed": 42}, "config": {}, "result": {"steps": 7}}
     texts = {"model.safetensors.index.json": json.dumps(index), "run_config.json": json.dumps(record)}
     texts |= {"README.md": "---\ntags: [sft]\n---\n", "config.json": "{}", "generation_config.json": "{}"}
     texts |= {"tokenizer.json": '"ü"', "tokenizer_config.json": "{ }", "chat_template.jinja": "{{ messages }}"}
@@ -392,11 +391,10 @@ def card_of(folder: Path, base: dict, **flags) -> tuple[dict, str]:
     config = dataclasses.replace(parse_config(SFTConfig, []), output_dir=str(folder), **flags)
     source = {"asked_for": "org/data@v1:train=25%", "path": "org/data", "revision": NEWEST, "split": "train"}
     record = {"method": "SFT", "base": base, "data": {"sources": [source, {"asked_for": "a.jsonl", "path": "a.jsonl"}]}}
-    record |= {"num_steps": 9, "versions": {"torch": "2"}, "world_size": 4, "device": {"name": "GPU"}}
+    record |= {"num_steps": 9, "versions": {"torch": "2"}, "world_size": 4, "planned": {"hours": 1.5}}
     record |= {"micro_batch_budget": 16384, "residency": "all", "kernel": "varlen", "layers": {"recomputed": 4}}
-    record["device"]["total_memory_gb"] = 80.0
-    record["result"] = {"steps": 7, "total_tokens": 70, "target_tokens": 30}
-    record["planned"] = {"hours": 1.5}
+    record |= {"device": {"name": "GPU", "total_memory_gb": 80.0}}
+    record |= {"result": {"steps": 7, "total_tokens": 70, "target_tokens": 30}}
     models.make_tokenizer().save_pretrained(folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 300]}')
     text = card.model_card(config, record, {"train_loss": 0.25}, "org/data  5 rows")
