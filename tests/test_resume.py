@@ -1,7 +1,7 @@
 """Kill it anywhere, run the same command, get the same model, on any number of ranks.
 
     python -m pytest tests/test_resume.py                 two kills a method, of three kinds
-    python -m pytest tests/test_resume.py -m soak         thirty
+    python -m pytest tests/test_resume.py -m soak         thirty-two, and of runs that are killed again and again
 
 Real runs of both scripts: float32, 2 CPU processes, 12 steps of a tiny model, a checkpoint every 3. Every rerun
 has to end with the metrics (all but times, speeds and memory) and the weights of the run that nothing stopped.
@@ -545,10 +545,9 @@ def test_under_the_real_launcher_the_ranks_code_comes_through(setting):
         deadline = time.monotonic() + 200
         while "\nstep 2/" not in log.read_text() and launcher.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        ranks = list(map(int, re.findall(r"process (\d+) spawned", log.read_text())))
-        assert len(ranks) == 2
+        _, second = re.findall(r"process (\d+) spawned", log.read_text())
         check_that_nothing_listens_beyond_this_host(launcher.pid)
-        os.kill(ranks[1], signal.SIGTERM)
+        os.kill(int(second), signal.SIGTERM)
         assert launcher.wait(timeout=120) == 143
     finally:
         if launcher.poll() is None:

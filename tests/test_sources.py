@@ -152,12 +152,8 @@ def test_every_local_format_gives_the_same_subset(tmp_path, suffix):
 
 def test_a_folder_or_glob_is_its_files_in_the_order_of_their_names(tmp_path):
     """Told by contents and names; what is of another split, or of none, is named."""
-    parts = {
-        "test.jsonl": MESSAGES[16:],
-        "train-1.jsonl": MESSAGES[:7],
-        "train-2.jsonl.gz": MESSAGES[7:9],
-        "train-3.jsonl.zst": MESSAGES[9:16],
-    }
+    parts = {"test.jsonl": MESSAGES[16:], "train-1.jsonl": MESSAGES[:7]}
+    parts |= {"train-2.jsonl.gz": MESSAGES[7:9], "train-3.jsonl.zst": MESSAGES[9:16]}
     for file, rows in parts.items():
         name, _, suffix = file.partition(".")
         write(tmp_path, suffix, rows, name)
