@@ -285,17 +285,23 @@ def engine_of(config: SFTConfig | DPOConfig, **placement) -> tuple:
 
 
 def engine_states(script: str, words: list[str], checkpoint_path: str, stays_whole: str) -> dict[str, torch.Tensor]:
-    """In a rank's process: what a loaded engine holds, whole, through DeepSpeed's own reading of it."""
+    """In a rank's process: what a loaded engine holds, whole; of float32 through DeepSpeed's own reading of it, which
+    knows no other master weights."""
     config = parse_config(SFTConfig if script == "train_sft" else DPOConfig, words)
     ranks, policy, built = engine_of(config, residency=stays_whole)
     parameters = dict(policy.lm.named_parameters())
     checkpoint.load(built, parameters, Path(checkpoint_path), checkpoint.RunState(step=9), "auto", ranks)
     policy.finish_gathering()
-    states = {}
+    states, read = {}, deepspeed.utils.safe_get_full_optimizer_state
+    shards = residency.state_shards(built)
     for name, param in parameters.items():
-        states[f"master/{name}"] = deepspeed.utils.safe_get_full_fp32_param(param).clone()
-        for kind in ("exp_avg", "exp_avg_sq"):
-            states[f"{kind}/{name}"] = deepspeed.utils.safe_get_full_optimizer_state(param, kind).clone()
+        for kind in checkpoint.KINDS:
+            if config.dtype == "float32":
+                whole = deepspeed.utils.safe_get_full_fp32_param(param) if kind == "master" else read(param, kind)
+            else:
+                parts = ranks.gather(lambda shard=shards[param], kind=kind: shard.read(kind, 0, len(shard.weight)))
+                whole = torch.cat(parts)[: param.ds_numel].view(param.ds_shape)
+            states[f"{kind}/{name}"] = whole.clone()
         with deepspeed.zero.GatheredParameters([param]):
             states[f"model/{name}"] = param.detach().clone()
     steps = {float(state["step"]) for state in built.optimizer.optimizer.state.values()}
