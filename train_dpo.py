@@ -56,7 +56,7 @@ from common.zero.engine import (
 def main() -> None:
     # ------------------------------------------------------------------ config and ranks
     config = parse_config(DPOConfig)
-    preference = preference_loss(config)  # what the loss needs; settings that it has not are refused
+    preference = preference_loss(config)  # what the loss needs; flags that it does not use are refused
     ds_config = deepspeed_config(config)
     ranks = start(config.collective_timeout_minutes)
     require_agreement(lambda: environment(config, ds_config), ranks)  # of all hosts, before anything is read
@@ -114,9 +114,10 @@ def main() -> None:
     tell_plan(config, memory_plan, workload, schedule, evaluation, planned, ranks)  # refuses too small a disk
 
     # ------------------------------------------------------------------ reference, if it is a model of its own
-    steps = range(min(schedule.last_step, schedule.steps_per_epoch))  # later epochs take the same pairs
+    steps = range(min(schedule.last_step, schedule.steps_per_epoch))  # every epoch takes the same pairs
     pairs = sorted({i for step in steps for i in schedule.samples(step)})
-    # Log-probabilities of each pair's chosen and rejected under the reference; zeros for a loss that needs none.
+    # Log-probabilities of each pair's chosen and rejected under the reference: NaN for pairs that no step takes; zeros
+    # for a loss that needs none.
     reference_table: np.ndarray = np.zeros((len(data), 2), np.float32)
     cached_in: dict = {}  # for the run's record
     if reference_folder is not None:  # it is gone before the policy loads
@@ -136,9 +137,9 @@ def main() -> None:
     verify_packed_model(engine, kernel, ranks)
     if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):
         policy.compile_layers()
-    # Dry runs on made-up pairs, of which it also follows how many layers recompute their activations.
+    # From dry runs on made-up pairs it also follows how many layers recompute their activations.
     made_up = partial(memory.made_up_pair, share_prompt=config.share_prompt)
-    # Tokens that a micro-batch may hold, and a step's first one, beside which the optimizer's state is on its way.
+    # Tokens that a micro-batch may hold, and a step's first one, beside which state comes from host memory.
     budget, opening = memory.choose_micro_batch(engine, config, memory_plan, kernel, workload, made_up, ranks)
     state.micro_batch_budget, state.opening_budget = budget, opening
     state.residency, state.world_size = memory_plan.residency, ranks.world_size
@@ -171,8 +172,8 @@ def main() -> None:
         plan = [[samples[i] for i in members] for members in positions]
         pairs_of = [[pair_documents(data[i], config.share_prompt) for i in members] for members in plan]
         micro_batches = [pack(documents, config.share_prompt) for documents in pairs_of]
-        # On the device a step ahead: beside an update its copy would wait behind the optimizer's state.
-        torch.cuda.set_stream(ranks.stream)  # this runs in a thread; on a CPU there is none
+        # On the device a step ahead: a copy beside an update would wait behind all state from host memory.
+        torch.cuda.set_stream(ranks.stream)  # this runs in a thread; None on a CPU: nothing is set
         return samples, plan, micro_batches, inputs_of(micro_batches[0])
 
     gc.collect()
@@ -192,14 +193,14 @@ def main() -> None:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 in_hand.tokens = micro_batch.num_tokens  # told if memory runs out
                 inputs = first if m == 0 else inputs_of(micro_batch)
-                token_logps, imbalance = engine(**inputs)  # of the scored tokens; of routers, 0 unless asked for
+                token_logps, imbalance = engine(**inputs)  # of each scored token; the routers', summed over sequences
                 policy_logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(-1, 2)  # chosen, rejected
                 reference_logps = to_device(reference_table[members], ranks.device)
                 num_scored = to_device(np.reshape(micro_batch.sequence_targets, (-1, 2)), ranks.device)  # tokens
                 loss, micro_batch_sums = preference_loss_and_sums(policy_logps, reference_logps, num_scored, config)
                 router_loss = config.router_aux_loss_coef * imbalance / (2 * len(samples))  # its share of the step's
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-                # DeepSpeed averages gradients over ranks: times world_size, they are summed.
+                # DeepSpeed averages gradients over ranks: times world_size, they are summed, as over micro-batches.
                 engine.backward(loss * ranks.world_size / len(samples) + router_loss * ranks.world_size)
                 router_losses += router_loss.detach()
                 losses[m] = loss.detach()

@@ -98,9 +98,9 @@ def main() -> None:
     verify_packed_model(engine, kernel, ranks)
     if load.compiles_layers(config.compile_layers, ranks.device.type, model_config):
         policy.compile_layers()
-    # Dry runs on made-up samples, of which it also follows how many layers recompute their activations.
+    # From dry runs on made-up samples it also follows how many layers recompute their activations.
     made_up = memory.made_up_conversation
-    # Tokens that a micro-batch may hold, and a step's first one, beside which the optimizer's state is on its way.
+    # Tokens that a micro-batch may hold, and a step's first one, beside which state comes from host memory.
     budget, opening = memory.choose_micro_batch(engine, config, memory_plan, kernel, workload, made_up, ranks)
     state.micro_batch_budget, state.opening_budget = budget, opening
     state.residency, state.world_size = memory_plan.residency, ranks.world_size
@@ -127,8 +127,8 @@ def main() -> None:
         positions = plan_step(data.lengths[samples].tolist(), ranks.world_size, budget, opening)[ranks.rank]
         plan = [[samples[i] for i in members] for members in positions]
         micro_batches = [pack([sft_documents(data[i]) for i in members]) for members in plan]
-        # On the device a step ahead: beside an update its copy would wait behind the optimizer's state.
-        torch.cuda.set_stream(ranks.stream)  # this runs in a thread; on a CPU there is none
+        # On the device a step ahead: a copy beside an update would wait behind all state from host memory.
+        torch.cuda.set_stream(ranks.stream)  # this runs in a thread; None on a CPU: nothing is set
         return samples, plan, micro_batches, inputs_of(micro_batches[0])
 
     gc.collect()
@@ -148,11 +148,11 @@ def main() -> None:
             for m, micro_batch in enumerate(micro_batches):
                 in_hand.tokens = micro_batch.num_tokens  # told if memory runs out
                 inputs = first if m == 0 else inputs_of(micro_batch)
-                logps, imbalance = engine(**inputs)  # of its target tokens; of routers, 0 unless asked for
+                logps, imbalance = engine(**inputs)  # of each target; the routers', summed over sequences
                 loss = -logps.sum()
                 router_loss = config.router_aux_loss_coef * imbalance / len(samples)  # its share of the step's
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
-                # DeepSpeed averages gradients over ranks: times world_size, they are summed.
+                # DeepSpeed averages gradients over ranks: times world_size, they are summed, as over micro-batches.
                 engine.backward(loss * ranks.world_size / num_targets + router_loss * ranks.world_size)
                 router_losses += router_loss.detach()
                 losses[m] = loss.detach()
