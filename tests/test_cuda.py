@@ -5,6 +5,7 @@ alike; and what is gathered beside something else is waited for.
 """
 
 import copy
+from functools import partial
 
 import launch
 import models
@@ -24,6 +25,7 @@ from common.zero import host_state, memory, residency
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 OPTIONS = test_residency.OPTIONS
+RANKS = [1, pytest.param(2, marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs"))]
 KERNELS = [
     k for k in attention.KERNELS if k != "sdpa" and torch.cuda.is_available() and not attention._why_not(k, True, ())
 ]
@@ -228,32 +230,26 @@ def run_with_a_late_rank(folder: str, stays_whole: str) -> list[dict]:
     return test_residency.run_micro_batches(folder, stays_whole, in_a_row=True)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", RANKS)
 @pytest.mark.parametrize("stays_whole", ["gradients", "all"])
 def test_whole_gradients_and_weights_are_the_plain_ones_though_a_rank_is_late(tmp_path, num_ranks, stays_whole):
-    if torch.cuda.device_count() < num_ranks:
-        pytest.skip(f"needs {num_ranks} GPUs")
     folder = models.make_model(tmp_path, "llama", intermediate_size=49)
     seen = launch.on_ranks(run_with_a_late_rank, num_ranks, str(folder), stays_whole, on_gpu=True)
     test_residency.check_against_plain(folder, seen)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", RANKS)
 @pytest.mark.parametrize("stays_whole", ["nothing", "gradients", "all"])
 def test_state_in_host_memory_is_updated_to_the_same_bits(tmp_path, num_ranks, stays_whole, dtype):
-    if torch.cuda.device_count() < num_ranks:
-        pytest.skip(f"needs {num_ranks} GPUs")
     folder = str(models.make_model(tmp_path, "llama", intermediate_size=49))
     run = test_residency.run_micro_batches, num_ranks, folder, stays_whole, False, True
     seen, expected = (launch.on_ranks(*run, share, dtype, on_gpu=True) for share in (0.4, 1.0))
     test_residency.check_host_state(folder, seen, expected, dtype)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", RANKS)
 def test_activations_in_gradient_sums_change_no_bit(tmp_path, num_ranks):
-    if torch.cuda.device_count() < num_ranks:
-        pytest.skip(f"needs {num_ranks} GPUs")
     folder = str(models.make_model(tmp_path, "llama", intermediate_size=49, **test_residency.DEEP))
     run = test_residency.run_micro_batches, num_ranks, folder, "all", False, True, 0.4, "bfloat16"
     seen, expected = (launch.on_ranks(*run, opens, on_gpu=True) for opens in (True, False))
@@ -264,12 +260,8 @@ def test_activations_in_gradient_sums_change_no_bit(tmp_path, num_ranks):
 def test_a_checkpoint_resumes_wherever_state_lies_to_the_same_bits(tmp_path, saved, resumed):
     folder = str(models.make_model(tmp_path / "model", "llama", intermediate_size=49))
     (tmp_path / "checkpoints").mkdir()
-    seen, again = (
-        launch.on_ranks(
-            test_residency.save_and_go_on, 1, folder, str(tmp_path), resume, "all", share, "bfloat16", on_gpu=True
-        )
-        for resume, share in ((False, saved), (True, resumed))
-    )
+    run = partial(launch.on_ranks, test_residency.save_and_go_on, 1, folder, str(tmp_path), on_gpu=True)
+    seen, again = run(False, "all", saved, "bfloat16"), run(True, "all", resumed, "bfloat16")
     for name, (_, *expected) in seen[0].items():
         assert all(map(torch.equal, expected, again[0][name][1:])), name
 

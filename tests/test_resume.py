@@ -517,7 +517,8 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(setting, method, numbe
     stopped_after = steps_run(done.stdout)[-1]
     assert stopped_after < LAST_STEP
     assert checkpoints(output_dir) == sorted({*range(3, stopped_after, 3), stopped_after})[-2:]
-    assert "asked to stop" in done.stdout and f"waiting for {output_dir}/checkpoints/step_" in done.stdout
+    assert f"waiting for {output_dir}/checkpoints/step_" in done.stdout
+    assert done.stdout.index("asked to stop") < done.stdout.index(f"/checkpoints/step_{stopped_after:08d}\n")
     done = setting.run(method, output_dir).succeeded()
     assert_continued(done, stopped_after)
     assert_same_run(done, whole)

@@ -179,8 +179,9 @@ def _is_trained(message: dict, notes: list[str]) -> bool:
     if not all(weight is None or weight for weight in weights.values()):
         notes.append(NOT_TRAINED)
         return False
-    notes += [EMPTY] * _is_empty(message)
-    return not _is_empty(message)
+    if is_empty := _is_empty(message):
+        notes.append(EMPTY)
+    return not is_empty
 
 
 def _messages(row: dict, column: str, role: str | None = None) -> list[dict]:

@@ -150,9 +150,10 @@ def own_state(share_on_device: float, host: HostMemory | None) -> Iterator[None]
         memory.wait_until_pinned()
         for group, shards in enumerate(zero.fp16_partitioned_groups_flat):
             if group < zero.num_on_device:
-                is_whole, at = itemsize == 4, {"device": zero.device}
-                flat = shards.to(**at) if is_whole else torch.zeros(sizes[group], dtype=torch.int16, **at)
-                moments = [torch.zeros(sizes[group], **at) for _ in range(2)]
+                flat = shards.to(zero.device)
+                moments = [torch.zeros_like(flat, dtype=torch.float32) for _ in range(2)]
+                if itemsize == 2:  # the weights have lost nothing yet
+                    flat = torch.zeros_like(flat, dtype=torch.int16)
             else:
                 taken = memory.take(host_state.words(sizes[group], itemsize))
                 flat, *moments = host_state.places_in(taken, sizes[group], itemsize, sizes[group])
@@ -271,18 +272,15 @@ class Update:
         if group in self.carrier.by_group:
             chunks = self.carrier.carry(group)
         else:
-            chunks = (
-                (c, c.state) for c in host_state.chunks_of(_state(zero, group), [shard.numel() for shard in shards])
-            )
+            numels = [shard.numel() for shard in shards]
+            chunks = ((c, c.state) for c in host_state.chunks_of(_state(zero, group), numels))
         for chunk, (kept, exp_avg, exp_avg_sq) in chunks:
             sizes = [end - start for _, start, end in chunk.pieces]
             rounded = [shards[i][start:end] for i, start, end in chunk.pieces]
             is_whole = kept.dtype == torch.float32
-            master = (
-                kept
-                if is_whole
-                else in_one(host_state.put_together)(torch.cat(rounded).to(kept.device), kept, exp_avg_sq)
-            )
+            master = kept
+            if not is_whole:
+                master = in_one(host_state.put_together)(torch.cat(rounded).to(kept.device), kept, exp_avg_sq)
             parts = [gradients[i][start:end] for i, start, end in chunk.pieces]
             weights, exp_avgs, exp_avg_sqs = (list(x.split(sizes)) for x in (master, exp_avg, exp_avg_sq))
             update_group(weights, parts, exp_avgs, exp_avg_sqs, step, self.divisor, options)
