@@ -194,9 +194,9 @@ def main() -> None:
                 in_hand.tokens = micro_batch.num_tokens  # told if memory runs out
                 inputs = first if m == 0 else inputs_of(micro_batch)
                 token_logps, imbalance = engine(**inputs)  # of each scored token; the routers', summed over sequences
-                policy_logps = sequence_logps(token_logps, micro_batch.sequence_targets).view(-1, 2)  # chosen, rejected
+                policy_logps = sequence_logps(token_logps, micro_batch.target_counts).view(-1, 2)  # chosen, rejected
                 reference_logps = to_device(reference_table[members], ranks.device)
-                num_scored = to_device(np.reshape(micro_batch.sequence_targets, (-1, 2)), ranks.device)  # tokens
+                num_scored = to_device(np.reshape(micro_batch.target_counts, (-1, 2)), ranks.device)  # tokens
                 loss, micro_batch_sums = preference_loss_and_sums(policy_logps, reference_logps, num_scored, config)
                 router_loss = config.router_aux_loss_coef * imbalance / (2 * len(samples))  # its share of the step's
                 engine.set_gradient_accumulation_boundary(m == len(plan) - 1)
@@ -206,7 +206,7 @@ def main() -> None:
                 losses[m] = loss.detach()
                 sums += micro_batch_sums
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
-        sizes = [sum(row.num_tokens for row in micro_batches), sum(row.sum_squared_lengths for row in micro_batches)]
+        sizes = [sum(mb.num_tokens for mb in micro_batches), sum(mb.sum_squared_lengths for mb in micro_batches)]
         totals = ranks.sum([*sums.tolist(), router_losses.item(), *sizes, writer.vote(), *stop_request.votes()])
         *all_sums, router_aux_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = totals
         writer.proceed(written)

@@ -157,7 +157,7 @@ def main() -> None:
                 router_losses += router_loss.detach()
                 losses[m] = loss.detach()
         # Over all ranks; the votes: have they written what of a checkpoint is theirs, were they asked to stop.
-        sizes = [sum(row.num_tokens for row in micro_batches), sum(row.sum_squared_lengths for row in micro_batches)]
+        sizes = [sum(mb.num_tokens for mb in micro_batches), sum(mb.sum_squared_lengths for mb in micro_batches)]
         sums = ranks.sum([losses.sum().item(), router_losses.item(), *sizes, writer.vote(), *stop_request.votes()])
         nll, router_aux_loss, all_tokens, all_squared_lengths, written, terminate, interrupt = sums
         writer.proceed(written)

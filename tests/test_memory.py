@@ -255,7 +255,7 @@ def test_a_dry_run_is_of_the_kind_that_the_run_trains_and_every_token_a_target(k
     made_up, num_documents, num_sequences = MADE_UP[kind]
     row = pack([made_up(np.arange(tokens)), made_up(np.arange(tokens))])
     assert row.num_tokens == 2 * tokens and row.document.max() + 1 == 2 * num_documents
-    assert len(row.sequence_targets) == 2 * num_sequences
+    assert len(row.target_counts) == 2 * num_sequences
     assert len(row.target_rows) == 2 * (tokens - num_documents)
     index = attention_kwargs(row, "varlen", torch.device("cpu"))["packed_key_index"]
     assert (index is not None) == (kind == "shared prompt")

@@ -85,7 +85,7 @@ def test_tokens_are_spread_almost_as_evenly_as_can_be(lengths, num_ranks):
 
 def test_an_empty_micro_batch_has_no_target_and_gradients_of_zero():
     row = pack([])
-    assert (len(row.input_ids), len(row.target_rows), row.sequence_targets) == (2, 0, [])
+    assert (len(row.input_ids), len(row.target_rows), row.target_counts) == (2, 0, [])
     assert (row.num_tokens, row.sum_squared_lengths) == (0, 0)
     for share in (False, True):  # as the rank's other rows, so that it is compiled as they are
         keys = attention_kwargs(pack([], share), "varlen", CPU)["packed_key_index"]
@@ -106,7 +106,7 @@ def test_targets_of_a_conversation_are_its_spans_and_positions_restart():
     second = SFTSample(np.arange(30, 34), np.array([[3, 4]]))
     row = pack([sft_documents(first), sft_documents(second)])
     assert row.position_ids.tolist() == [*range(10), *range(4)]
-    assert (row.target_ids.tolist(), row.sequence_targets) == ([11, 14, 15, 16, 33], [4, 1])
+    assert (row.target_ids.tolist(), row.target_counts) == ([11, 14, 15, 16, 33], [4, 1])
     assert row.target_rows.tolist() == [0, 3, 4, 5, 12]
     assert (row.num_tokens, row.sum_squared_lengths) == (14, 10**2 + 4**2)
     with pytest.raises(AssertionError):  # nothing predicts the token at position 0: data/tokens.py makes no such span
@@ -117,7 +117,7 @@ def test_targets_of_a_conversation_are_its_spans_and_positions_restart():
 def test_targets_of_a_pair_are_the_scored_tokens_of_both_completions(share):
     pair = PreferencePair(np.array([1, 2, 3]), np.array([4, 5]), np.array([6, 7, 8]), 0, 1)
     row = pack([pair_documents(pair, share)])
-    assert (row.target_ids.tolist(), row.sequence_targets) == ([4, 5, 7, 8], [2, 2])
+    assert (row.target_ids.tolist(), row.target_counts) == ([4, 5, 7, 8], [2, 2])
     assert row.num_tokens == len(row.input_ids) == pair_lengths(np.array([[3, 2, 3]]), share)[0] == (8 if share else 11)
     assert row.sum_squared_lengths == (8**2 - 2 * 2 * 3 if share else 5**2 + 6**2), (
         "what a query does not see is no work"
@@ -203,7 +203,7 @@ def test_packed_pair_gradient_is_that_of_sides_one_at_a_time(folder, pairs, shar
     expected = torch.stack([reference.token_logps(plain, *side).sum() for pair in pairs for side in pair])
     (weights * expected).sum().backward()
     micro_batch = pack([pair_documents(as_pair(pair), share) for pair in pairs])
-    logps = sequence_logps(packed(**model_inputs(micro_batch, "sdpa", CPU))[0], micro_batch.sequence_targets)
+    logps = sequence_logps(packed(**model_inputs(micro_batch, "sdpa", CPU))[0], micro_batch.target_counts)
     (weights * logps).sum().backward()
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
     assert_same_gradients(gradients(packed), gradients(plain))

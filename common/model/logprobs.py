@@ -130,8 +130,8 @@ class LogProbHead(nn.Module):
         return _ChunkedLogProbs.apply(hidden, self.weight, self.bias, self.weight_sum, targets, *arithmetic)
 
 
-def sequence_logps(logps: torch.Tensor, sequence_targets: list[int]) -> torch.Tensor:
+def sequence_logps(logps: torch.Tensor, target_counts: list[int]) -> torch.Tensor:
     """float32 [S]: the sum of each sequence's log-probabilities; logps [N] holds sequence after sequence."""
-    if not sequence_targets:
+    if not target_counts:
         return logps  # nothing to sum, but still what the backward pass of an empty micro-batch starts from
-    return torch.stack([part.sum() for part in logps.split(sequence_targets)])
+    return torch.stack([part.sum() for part in logps.split(target_counts)])

@@ -104,7 +104,7 @@ def compute_logps(
             size.tokens = micro_batch.num_tokens
             values, _ = engine(**packed.model_inputs(micro_batch, kernel, ranks.device))
             rows = attention.to_device(np.array(plan[m], np.int64), ranks.device)
-            result[rows] = sequence_logps(values, micro_batch.sequence_targets).view(len(plan[m]), num_sequences)
+            result[rows] = sequence_logps(values, micro_batch.target_counts).view(len(plan[m]), num_sequences)
     torch.distributed.all_reduce(result)  # each sample was computed by one rank and is zero on the others
     return result.cpu().numpy()
 

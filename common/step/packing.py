@@ -72,7 +72,7 @@ class Document:
     input_ids int [L]; stem: how many leading tokens are shared by both branches (L for a plain sample); chosen: how
     many tokens the chosen branch has (0 for a plain sample), the rest being rejected; target_rows int [N]: the token,
     counted from 0 at the document's start, whose hidden state predicts; target_ids int [N]: what it has to predict;
-    sequence_targets: how many of the N belong to each scored sequence (a conversation is one; a document with branches
+    target_counts: how many of the N belong to each scored sequence (a conversation is one; a document with branches
     has two: chosen, then rejected).
     """
 
@@ -81,7 +81,7 @@ class Document:
     chosen: int
     target_rows: np.ndarray
     target_ids: np.ndarray
-    sequence_targets: list[int]
+    target_counts: list[int]
 
     def __post_init__(self) -> None:
         assert (self.target_rows >= 0).all(), "a target that no token of its document predicts"
@@ -117,7 +117,7 @@ def pair_documents(pair: SFTSample | PreferencePair, share_prompt: bool) -> list
     ids = np.concatenate([chosen.input_ids, pair.rejected_ids])
     rows = rejected.target_rows + num_chosen * (rejected.target_rows >= len(prompt))  # the last of the prompt stays
     rows, targets = np.concatenate([chosen.target_rows, rows]), np.concatenate([chosen.target_ids, rejected.target_ids])
-    return [Document(ids, len(prompt), num_chosen, rows, targets, chosen.sequence_targets + rejected.sequence_targets)]
+    return [Document(ids, len(prompt), num_chosen, rows, targets, chosen.target_counts + rejected.target_counts)]
 
 
 @dataclass
@@ -125,7 +125,7 @@ class MicroBatch:
     """One packed row, in host memory.
 
     input_ids, position_ids int64 [T]; document (0, 1, ... in order), branch int32 [T]: who may see whom; target_rows,
-    target_ids int64 [N], sequence after sequence; sequence_targets: how many belong to each sequence, in the order in
+    target_ids int64 [N], sequence after sequence; target_counts: how many belong to each sequence, in the order in
     which the samples (and within a pair: chosen, rejected) were given; shares_prompts: whether the run's documents end
     in branches, though this row may hold none; sum_squared_lengths: twice the causal attention area, in the large.
 
@@ -140,7 +140,7 @@ class MicroBatch:
     branch: np.ndarray
     target_rows: np.ndarray
     target_ids: np.ndarray
-    sequence_targets: list[int]
+    target_counts: list[int]
     num_tokens: int
     sum_squared_lengths: int
     shares_prompts: bool
@@ -176,7 +176,7 @@ def pack(samples: list[list[Document]], share_prompt: bool = False) -> MicroBatc
         branch=np.repeat(np.array([STEM, CHOSEN, REJECTED] * len(parts), np.int32), np.ravel(parts)),
         target_rows=joined(doc.target_rows + start for doc, start in zip(documents, starts, strict=True)),
         target_ids=joined(doc.target_ids for doc in documents),
-        sequence_targets=[n for doc in documents for n in doc.sequence_targets],
+        target_counts=[n for doc in documents for n in doc.target_counts],
         num_tokens=sum(lengths) if samples else 0,
         sum_squared_lengths=sum(squared_lengths) if samples else 0,
         shares_prompts=share_prompt,
