@@ -52,8 +52,6 @@ class Ranks:
     stream: "torch.cuda.Stream | None" = None  # on which a GPU computes; another thread has to be told
     step: int = 0  # that this rank is in, which the loop sets; 0: before the first
     seen: dict[int, tuple[float, str]] = field(default_factory=dict)  # rank -> (when it said something new, that)
-    has_left: threading.Event = field(default_factory=threading.Event)
-    watcher: threading.Thread | None = None
 
     @property
     def is_main(self) -> bool:
@@ -172,8 +170,7 @@ class Ranks:
                 if is_teller:
                     print_line(f"rank {self.rank}, {self.when}: {told}", sys.stderr)
                 os._exit(1)  # the main thread waits for a rank that does not come
-            if self.has_left.wait(min(LONGEST_SILENCE, limit / 20)):
-                return
+            time.sleep(min(LONGEST_SILENCE, limit / 20))
 
 
 def in_time(work: Callable[[], bool], otherwise: bool) -> bool:
@@ -227,15 +224,6 @@ def lost(error: str) -> str:
     _joined.look(-1)
     others = _joined.last_seen([rank for rank in _joined.seen if rank != _joined.rank])
     return f"rank {_joined.rank}, {_joined.when}: another rank has ended or hangs: {error}; {others}"
-
-
-def leave() -> None:
-    """Leaves the group. Each rank has to do so: one that is gone without it is lost for the others."""
-    if _joined is not None:
-        _joined.has_left.set()
-        if _joined.watcher is not None:
-            _joined.watcher.join()  # Python's end, while the thread is in the store, would abort the process
-    dist.destroy_process_group()
 
 
 def _find_store(world_size: int, is_one_host: bool, timeout: timedelta) -> dist.Store:
@@ -342,6 +330,5 @@ def start(timeout_minutes: float) -> Ranks:
     own_store.set_timeout(timedelta(seconds=10))
     _joined = Ranks(rank, world_size, local_rank, local_world_size, device, control, own_store, stream)
     if world_size > 1:
-        _joined.watcher = threading.Thread(target=_joined.watch, args=[PATIENCE * 60 * timeout_minutes], daemon=True)
-        _joined.watcher.start()
+        threading.Thread(target=_joined.watch, args=[PATIENCE * 60 * timeout_minutes], daemon=True).start()
     return _joined

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from common.failures import TrainingStopped, explained, one_line, print_line, shown
-from common.ranks import Ranks, is_first_to_tell, leave, lost
+from common.ranks import Ranks, is_first_to_tell, lost
 
 SAME_REQUEST = 2.0  # seconds
 EXIT_SECONDS = 30.0  # that before_exit may take
@@ -64,9 +64,11 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
         for stream in (sys.stdout, sys.stderr):
             print_line("", stream, end="")
         if dist.is_initialized():
-            if code:
-                os._exit(code)  # the other ranks may sit in a collective: no clean-up can wait for them
-            leave()
+            if not code:  # else the others may sit in a collective: no clean-up can wait for them
+                dist.destroy_process_group()  # a rank that is gone without it is lost for the others
+            # Threads may be in torch's C++, the watch's in the store or gloo's at the end of its work: they abort a
+            # process in which Python's own end is under way.
+            os._exit(code)
         raise SystemExit(code)
 
     return run

@@ -259,6 +259,7 @@ def run_micro_batches(
             assert lent == [sums.num_lent for sums in all_sums] and any(lent) == (ranks.world_size > 1)
         whole = {}
         if residency == "all" and not (in_a_row and step == 0):
+            assert zero.lp_param_buffer.untyped_storage().nbytes() == 0
             policy.finish_gathering()
             for param in parameters.values():
                 assert param.ds_tensor.untyped_storage().data_ptr() == param.untyped_storage().data_ptr(), "held twice"

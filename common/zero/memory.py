@@ -225,13 +225,15 @@ def choose_micro_batch(
     def opens() -> bool:
         return estimate.opening > 0 and opening > budget
 
-    if device.type == "cuda" and not (given is not None and workload.is_settled):
-        ranks.say("measuring memory on made-up micro-batches; the first also compiles the layers")
-        held = max(ranks.gather(lambda: torch.cuda.memory_allocated(device))) + estimate.gathered
+    usable = np.inf
+    if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         ours = free + torch.cuda.memory_reserved(device)
         torch.cuda.set_per_process_memory_fraction(ours * (1 - NOT_TORCHS) / total, device)
         usable = min(ranks.gather(lambda: ours * (1 - planner.HEADROOM))) - estimate.unseen
+    if device.type == "cuda" and not (given is not None and workload.is_settled):
+        ranks.say("measuring memory on made-up micro-batches; the first also compiles the layers")
+        held = max(ranks.gather(lambda: torch.cuda.memory_allocated(device))) + estimate.gathered
 
         def activations_of(tokens: int, recomputing: int, is_opening: bool = False) -> float:
             if is_opening:
@@ -247,10 +249,6 @@ def choose_micro_batch(
             opening, seen = confirmed_opening(choice, estimate, usable - held, keeping, of_opening)
             activations = max(activations, seen)
         how = f"{(held + activations) / 1e9:.1f} seen of {usable / 1e9:.1f} usable"
-        # Less what a layer's backward pass takes, about twice what it keeps. Beyond `usable` torch gives memory back to
-        # the device and takes it again, and waits for every copy that is under way.
-        of_layer = estimate.per_token_and_layer * max(budget, opening, workload.longest)
-        engine.updater.carrier.memory_limit = usable - 2 * of_layer
         if given is None:
             recomputing = estimate.recomputing(max(budget, workload.longest), room, layers)
             if recomputing:  # short rows may keep all: that is compiled now, and not in the middle of the run
@@ -263,6 +261,11 @@ def choose_micro_batch(
 
             policy.register_forward_pre_hook(recompute_by_tokens, with_kwargs=True)  # before each forward pass
     policy.checkpoint_activations(recomputing)
+    if device.type == "cuda":
+        # Less what a layer's backward pass takes, about twice what it keeps. Beyond `usable` torch gives memory back to
+        # the device and takes it again, and waits for every copy that is under way.
+        of_layer = estimate.per_token_and_layer * max(budget, opening, workload.longest)
+        engine.updater.carrier.memory_limit = usable - 2 * of_layer
     if opens():
         sums.opens = sums.opening.is_open = True
     largest = max(budget, workload.longest)

@@ -107,15 +107,16 @@ def _state(zero, group: int) -> tuple[torch.Tensor, ...]:
 
 def round_master_weights(engine) -> None:
     """Rounds master weights that have been set to the model's own, as the end of a step does. Collective."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # with the threads that have set them, on a stream of which the step's gets no memory
-        torch.cuda.empty_cache()
     zero = engine.optimizer
     zero._partition_all_parameters()
     for group, flat in enumerate(zero.fp32_partitioned_groups_flat):
-        shards = [shard.data for shard in zero.fp16_partitioned_groups[group]]
         if flat.dtype == torch.float32:  # else setting them has rounded them (see Shard.write)
+            shards = [shard.data for shard in zero.fp16_partitioned_groups[group]]
             torch._foreach_copy_(shards, list(flat.detach().split([shard.numel() for shard in shards])))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # with this, and with threads' streams, of which the step's gets no memory
+        torch.cuda.empty_cache()
+    for group in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
     zero._post_step(set())
 
@@ -150,7 +151,7 @@ def own_state(share_on_device: float, host: HostMemory | None) -> Iterator[None]
         memory.wait_until_pinned()
         for group, shards in enumerate(zero.fp16_partitioned_groups_flat):
             if group < zero.num_on_device:
-                flat = shards.to(zero.device)
+                flat = shards.to(zero.device, copy=itemsize == 4)
                 moments = [torch.zeros_like(flat, dtype=torch.float32) for _ in range(2)]
                 if itemsize == 2:  # the weights have lost nothing yet
                     flat = torch.zeros_like(flat, dtype=torch.int16)
@@ -253,12 +254,13 @@ class Update:
 
     def _step(self, *arguments, **options) -> None:
         self.carrier.bring()
-        if self.stream is None or not self.keeps_weights:  # DeepSpeed gathers weights from the stream that is here
+        stream = self.stream if self.keeps_weights else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # none: where it is
             self.take_step(*arguments, **options)
-        else:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.take_step(*arguments, **options)
+        if self.stream is not None and stream is None:  # DeepSpeed gathers weights on a stream that does not wait
+            torch.cuda.current_stream().synchronize()
         self.carrier.end_step()
 
     @torch.no_grad()
@@ -540,9 +542,7 @@ class ResidentParameters:
         policy.finish_gathering = self._wait_for_all
         self.zero._partition_all_parameters = self._wait_for_all
         self.zero._reassign_or_swap_out_partitioned_parameters = self._gather
-        of_masters = {flat.untyped_storage().data_ptr() for flat in self.zero.fp32_partitioned_groups_flat}
-        if (shards := self.zero.lp_param_buffer.untyped_storage()).data_ptr() not in of_masters:  # as float32's are
-            shards.resize_(0)
+        self.zero.lp_param_buffer.untyped_storage().resize_(0)
         for group in range(len(self.last_in)):
             self._gather(group)
 
