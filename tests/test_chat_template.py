@@ -383,14 +383,26 @@ def test_what_transformers_takes_otherwise_is_no_variable_of_a_template(template
         rendered(templates["CHATML"], [USER, ANSWER], variables={name: [{}]})
 
 
-def test_a_turn_that_is_shown_in_parts_is_noted(tmp_path_factory):
+@pytest.mark.parametrize("closing", ["<|im_end|>", "/"])
+def test_a_turn_that_is_shown_in_parts_is_noted(tmp_path_factory, closing):
     """Gemma 4 prints a call, its result, and only then the content beside the call."""
-    parts = "(message.tool_calls[0].function.name + '<|im_end|>' + messages[loop.index].content if message.tool_calls)"
-    shown = f"({parts} or '') + message['content']"
-    template = template_of(tmp_path_factory, tiny_tokenizer.CHATML.replace("message['content']", shown))
+    result = "(messages[2].content if messages|length > 2 else '')"
+    shown = f"(message.tool_calls[0].function.name + '{closing}' + {result} if message.tool_calls else '')"
+    jinja = tiny_tokenizer.CHATML.replace("message['content']", f"{shown} + message['content']")
+    jinja = jinja.replace("in messages %}", "in messages if message.role != 'tool' %}")
+    template = template_of(tmp_path_factory, jinja)
     calling = {**ANSWER, "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
     text, spans, [note] = rendered(template, [USER, calling, {"role": "tool", "content": "seen"}])
-    assert [text[start:end] for start, end in spans] == ["look<|im_end|>"] and "in parts" in note
+    assert [text[start:end] for start, end in spans] == ["look" + closing] and "in parts" in note
+    assert template.shows_role("tool")
+
+
+def test_the_header_of_an_answer_with_other_reasoning_than_the_prompts_is_not_trained(tmp_path_factory):
+    thought = "('<think>' + (message.reasoning_content or '') + '</think>' if message.role == 'assistant' else '')"
+    jinja = tiny_tokenizer.CHATML.replace("message['content']", f"{thought} + message['content']")
+    template = template_of(tmp_path_factory, jinja.replace("assistant\\n' }}{%", "assistant\\n<think></think>' }}{%"))
+    messages = [USER, ANSWER, USER, {**ANSWER, "reasoning_content": "hm"}]
+    assert trained(template, messages) == ["so.<|im_end|>", "<think>hm</think>so.<|im_end|>"]
 
 
 @pytest.mark.parametrize("earlier, last", [(1, 0), (0, 1), (2, 1)])

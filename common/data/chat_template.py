@@ -203,9 +203,7 @@ class ChatTemplate:
         """As what the template shows a call's arguments well: "object", "text", or "either"."""
         texts = []
         for arguments in ({"key0": "value0"}, '{"key0": "value0"}'):
-            call = {"type": "function", "id": "call00000", "function": {"name": "look", "arguments": arguments}}
-            calling = {"role": "assistant", "content": "", "tool_calls": [call]}
-            result = {"role": "tool", "name": "look", "tool_call_id": "call00000", "content": "seen"}
+            calling, result = _called(arguments, "seen")
             shown = (self.attempt([QUESTION, *rest]) for rest in ([calling], [calling, result, ANSWER]))
             texts.append(next((text for text in shown if text and "value0" in text), ""))
         if not texts[0] or "{'key0'" in texts[0]:  # as Python writes it
@@ -223,8 +221,17 @@ class ChatTemplate:
         if role not in self._shows_role:
             message = {"role": role, "content": MARKER}
             texts = [self.attempt([message, QUESTION]), self.attempt([QUESTION, ANSWER, message])]
+            if role == "tool":  # some show a call's result alone
+                texts.append(self.attempt([QUESTION, *_called({}, MARKER), ANSWER]) or "")
             self._shows_role[role] = any(text is None or MARKER in text for text in texts)
         return self._shows_role[role]
+
+
+def _called(arguments: dict | str, result: str) -> tuple[dict, dict]:
+    """A message that calls TOOL, and its result."""
+    call = {"type": "function", "id": "call00000", "function": {"name": "look", "arguments": arguments}}
+    calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return calling, {"role": "tool", "name": "look", "tool_call_id": "call00000", "content": result}
 
 
 def _marked(message: dict, numbers: Iterator[int], has_blank: bool) -> tuple[dict, dict[int, str]]:
@@ -352,13 +359,23 @@ class _Layout:
         offset = self._offset(i, first - 1, is_prompt=True) if prompt is not None else None
         if offset is None:
             header = next((header for header in self.frame.headers if header in region), "")
+            offset = find(header) + len(header) if header else None
+            if not header and (offset := self._offset(i, first - 1, in_part=self._is_within_turn(i - 1))) is not None:
+                header = self._header(region[offset:])
+                offset += len(header)
             if header or prompt:
                 self.notes.append(f"answers after {header!r}, where the generation prompt is {prompt or ''!r}")
-            in_part = self._is_within_turn(i - 1)
-            offset = find(header) + len(header) if header else self._offset(i, first - 1, in_part=in_part)
         if offset is None and region.strip():
             raise Dropped("where an assistant's turn begins in the template's text cannot be told")
         return self.starts[first] + (offset or 0)
+
+    def _header(self, text: str) -> str:
+        """What a text has of the generation prompt's beginning, up to a special token or the end of a line: the header
+        of an answer with another form of reasoning than the prompt's. With what is blank before it."""
+        begun = text.lstrip()
+        pieces = self.template.piece.findall(self.template.shared((self.frame.prompt or "").lstrip(), begun))
+        num_pieces = max((n for n, piece in enumerate(pieces, 1) if len(piece) > 1 or piece == "\n"), default=0)
+        return text.removesuffix(begun) + "".join(pieces[:num_pieces]) if num_pieces else ""
 
     def _end(self, i: int, last: int) -> int:
         """Where the turn ends whose last mark is number `last`."""
@@ -378,6 +395,12 @@ class _Layout:
         """Whether message i may lie within one turn of several answers and results (Apertus)."""
         return 0 <= i < len(self.marked) and self.marked[i]["role"] not in ("system", "user")
 
+    def _first_part(self, i: int) -> dict:
+        """Message i, which is shown in parts, with no more than what its first part shows."""
+        shown = {self.kinds[i][self.marks[k][0]] for k in self.runs[i]}
+        message = self.marked[i] if "content" in shown else self.marked[i] | {"content": ""}
+        return message if "call" in shown else {key: message[key] for key in message if key != "tool_calls"}
+
     @staticmethod
     def _without_numbers(text: str) -> str:
         """The text without numbers, and names with digits, that differ from turn to turn."""
@@ -393,6 +416,8 @@ class _Layout:
         if found := key in known and known[key].match(region):
             return found.end()
         shorter = self.marked[:num_messages]
+        if num_messages - 1 in self.apart and not is_prompt:
+            shorter[-1] = self._first_part(num_messages - 1)
         text = self.template.attempt(shorter, is_prompt, **self.options) if shorter else None
         if text is None:
             return None

@@ -81,11 +81,11 @@ def local_files(path: str) -> list[str]:
 
 def check_amount(amount: str) -> None:
     """Raises ValueError unless it is a percentage or a number of rows. How many it may be, the rows decide."""
-    if re.fullmatch(r"\d*\.\d+|\d+\.", amount):
+    if re.fullmatch(r"[0-9]*\.[0-9]+|[0-9]+\.", amount):
         number = float(amount)
         other = f"{number * 100:g}%" if number <= 1 else f"{int(number)} (rows)"
         raise ValueError(f"={amount} could mean two things; write ={other} or ={number:g}%")
-    if not re.fullmatch(r"\d+|(\d+(\.\d+)?|\.\d+)%", amount):
+    if not re.fullmatch(r"[0-9]+|([0-9]+(\.[0-9]+)?|\.[0-9]+)%", amount):
         raise ValueError(f"={amount} is not an amount; write =10% or =500 (rows)")
 
 
@@ -139,7 +139,7 @@ class Rows:
 def load_source(source: Source) -> Rows:
     """Opens one source, local files by reading them whole, so that their sha256 is that of the rows. Raises UserError,
     naming it, if it cannot be read or has not the rows asked for."""
-    with as_user_error(source.path, OSError, ValueError, RuntimeError):
+    with as_user_error(source.path, OSError, ValueError, RuntimeError, MemoryError):
         known_by, names, opened = (_open_local if source.is_local else _open_hub)(source)
         reads, numbers, unread = zip(*opened, strict=True)
         file: np.ndarray = np.repeat(np.arange(len(names)), [*map(len, numbers)])
