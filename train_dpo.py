@@ -43,13 +43,7 @@ from common.step.schedule import Schedule
 from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_finite
 from common.zero import checkpoint, memory
 from common.zero.ds_config import deepspeed_config
-from common.zero.engine import (
-    build_engine,
-    inference_engine,
-    out_of_memory_explained,
-    require_finite_weights,
-    set_learning_rate,
-)
+from common.zero.engine import build_engine, inference_engine, oom_explained, require_finite_weights, set_learning_rate
 
 
 @main_with_exit_codes
@@ -123,6 +117,7 @@ def main() -> None:
     if reference_folder is not None:  # it is gone before the policy loads
         model = load.load_partitioned(reference_folder, reference_config, dtype, kernel, ds_config, ranks)
         with inference_engine(model, ds_config) as engine:
+            verify_packed_model(engine, kernel, ranks, is_trained=False)
             digest, row_tokens = identity["ref_model_name_or_path (contents)"], workload.budget
             reference_table, cached_in = reference_pass(engine, data, pairs, digest, config, kernel, row_tokens, ranks)
             evaluation.read_reference(engine, digest, kernel, row_tokens)
@@ -189,7 +184,7 @@ def main() -> None:
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         sums = torch.zeros(len(SUMMED), dtype=torch.float64, device=ranks.device)
         router_losses = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as in_hand:
+        with oom_explained(f"step {step + 1}", budget, workload.longest) as in_hand:
             for m, (members, micro_batch) in enumerate(zip(plan, micro_batches, strict=True)):
                 in_hand.tokens = micro_batch.num_tokens  # told if memory runs out
                 inputs = first if m == 0 else inputs_of(micro_batch)
@@ -217,7 +212,7 @@ def main() -> None:
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), lengths, data, ranks)
         if step == 0 and reference_folder is None:  # policy and reference are one model: the loss is known
             check_first_step(train_loss, means, preference, config)
-        with out_of_memory_explained(f"step {step + 1}, update", budget, workload.longest):
+        with oom_explained(f"step {step + 1}, update", budget, workload.longest):
             engine.step()
         if not engine.was_step_applied():  # DeepSpeed skips an update whose gradient norm is not finite
             writer.wait()

@@ -37,7 +37,7 @@ from common.step.schedule import Schedule
 from common.stopping import Stopped, StopRequest, main_with_exit_codes, not_finite
 from common.zero import checkpoint, memory
 from common.zero.ds_config import deepspeed_config
-from common.zero.engine import build_engine, out_of_memory_explained, require_finite_weights, set_learning_rate
+from common.zero.engine import build_engine, oom_explained, require_finite_weights, set_learning_rate
 
 
 @main_with_exit_codes
@@ -144,7 +144,7 @@ def main() -> None:
         set_learning_rate(engine, learning_rate)
         losses = torch.zeros(len(plan), dtype=torch.float64, device=ranks.device)
         router_losses = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        with out_of_memory_explained(f"step {step + 1}", budget, workload.longest) as in_hand:
+        with oom_explained(f"step {step + 1}", budget, workload.longest) as in_hand:
             for m, micro_batch in enumerate(micro_batches):
                 in_hand.tokens = micro_batch.num_tokens  # told if memory runs out
                 inputs = first if m == 0 else inputs_of(micro_batch)
@@ -165,7 +165,7 @@ def main() -> None:
         if not math.isfinite(train_loss):
             writer.wait()
             raise not_finite(step + 1, "loss", train_loss, plan, losses.tolist(), data.lengths, data, ranks)
-        with out_of_memory_explained(f"step {step + 1}, update", budget, workload.longest):
+        with oom_explained(f"step {step + 1}, update", budget, workload.longest):
             engine.step()
         if not engine.was_step_applied():  # DeepSpeed skips an update whose gradient norm is not finite
             writer.wait()

@@ -6,7 +6,7 @@ import models
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from common.data.tokens import PreferencePair
@@ -114,3 +114,15 @@ def test_a_balance_of_experts_is_refused_for_a_model_without_them():
     experts.require_router_logits(0.0, drawn("llama"))
     with pytest.raises(UserError, match="--router_aux_loss_coef"):
         experts.require_router_logits(0.1, drawn("llama"))
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("dbrx", {"ffn_config": {"moe_num_experts": 8, "moe_top_k": 2}}),
+        ("hunyuan_v1_moe", {"num_experts": 8, "moe_topk": [1, 2]}),
+    ],
+)
+def test_numbers_of_experts_are_found_wherever_a_config_has_them(name, numbers):
+    config = AutoConfig.for_model(name, **numbers)
+    assert experts.experts_per_token(config) == 2 and experts.part_met(config, "layers.0.experts.up") == 0.25

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from common import failures
 from common.failures import TrainingStopped, UserError, as_user_error, explained, one_line, progress, shown
 from common.files import naming, replace_file, sync_folder
-from common.zero.engine import out_of_memory_explained
+from common.zero.engine import oom_explained
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ ADVICE += [
 
 @pytest.mark.parametrize(("tokens", "budget", "longest", "advised"), ADVICE)
 def test_out_of_memory_advises_what_changes_something(tokens, budget, longest, advised):
-    with pytest.raises(TrainingStopped) as error, out_of_memory_explained("step 7", budget, longest) as size:
+    with pytest.raises(TrainingStopped) as error, oom_explained("step 7", budget, longest) as size:
         size.tokens = tokens
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert str(error.value).startswith("step 7: out of memory") and advised in str(error.value)

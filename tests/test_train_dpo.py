@@ -53,6 +53,12 @@ def test_another_reference_model_equals_the_plain_loop_under_torchrun(tiny_llama
     assert (run.output_dir / "curves.png").is_file()
 
 
+def test_another_reference_model_that_is_computed_wrongly_is_refused(tiny_llama, dpo_data, tmp_path):
+    other = models.make_model(tmp_path / "other", "doge")
+    given = launch.flags(tiny_llama, dpo_data, tmp_path, ref_model_name_or_path=other)
+    assert "model type doge: log-probabilities" in launch.launch("train_dpo", given).refused(2)
+
+
 def test_a_first_step_that_is_not_ln_2_stops_with_3(tiny_llama, dpo_data, tmp_path):
     """Made so by a reference that is off: the packed DPO of another project starts at 6 x ln 2."""
     given = launch.flags(tiny_llama, dpo_data, tmp_path, max_train_steps=2, warmup_ratio=0)

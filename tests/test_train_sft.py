@@ -14,6 +14,7 @@ import models
 import pytest
 import reference
 import torch
+from safetensors.torch import load_file
 from test_model import load_silently
 
 from common.zero.engine import set_learning_rate
@@ -144,6 +145,17 @@ def test_a_gradient_that_is_not_finite_stops_with_3_and_updates_nothing(sft_data
     run = launch.launch("train_sft", launch.flags(folder, sft_data, tmp_path, **settings), 2)
     assert "step 1: the gradient norm" in run.refused(3)
     assert not run.metrics and not list((run.output_dir / "checkpoints").iterdir())
+
+
+def test_weight_decay_changes_all_but_what_transformers_does_not_train(sft_data, tmp_path):
+    """A bias of the routers' choice, which no gradient reaches."""
+    sizes = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1}
+    model = models.make_model(tmp_path / "model", "ernie4_5_moe", moe_layer_start_index=1, **sizes)
+    given = launch.flags(model, sft_data, tmp_path, max_train_steps=2, weight_decay=0.5, learning_rate=1e-2)
+    run = launch.launch("train_sft", given, 2).succeeded()
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, run.output_dir))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if name.endswith("e_score_correction_bias")} != set()
 
 
 # ------------------------------------------------------------------ memory

@@ -395,12 +395,6 @@ class _Layout:
         """Whether message i may lie within one turn of several answers and results (Apertus)."""
         return 0 <= i < len(self.marked) and self.marked[i]["role"] not in ("system", "user")
 
-    def _first_part(self, i: int) -> dict:
-        """Message i, which is shown in parts, with no more than what its first part shows."""
-        shown = {self.kinds[i][self.marks[k][0]] for k in self.runs[i]}
-        message = self.marked[i] if "content" in shown else self.marked[i] | {"content": ""}
-        return message if "call" in shown else {key: message[key] for key in message if key != "tool_calls"}
-
     @staticmethod
     def _without_numbers(text: str) -> str:
         """The text without numbers, and names with digits, that differ from turn to turn."""
@@ -416,8 +410,10 @@ class _Layout:
         if found := key in known and known[key].match(region):
             return found.end()
         shorter = self.marked[:num_messages]
-        if num_messages - 1 in self.apart and not is_prompt:
-            shorter[-1] = self._first_part(num_messages - 1)
+        if not is_prompt and num_messages - 1 in self.apart:  # its first part alone, as of calls
+            kinds = self.kinds[num_messages - 1]
+            if all(kinds[self.marks[mark][0]] != "content" for mark in self.runs[num_messages - 1]):
+                shorter[-1] = shorter[-1] | {"content": ""}
         text = self.template.attempt(shorter, is_prompt, **self.options) if shorter else None
         if text is None:
             return None

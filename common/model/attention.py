@@ -26,9 +26,7 @@ KERNELS = {
     "varlen": ("torch.nn.attention.varlen", (WINDOWS, SINKS)),
     "sdpa": ("torch.nn.functional", (WINDOWS, SOFT_CAP, SINKS)),
 }
-WIDEST_HEAD = (
-    256  # numbers of a head for which the variable-length kernels are made; sdpa computes layers of wider ones
-)
+WIDEST_HEAD = 256  # for which variable-length kernels are made; sdpa computes layers of wider ones
 
 
 def resolve_kernel(name: str, device_type: str, dtype: torch.dtype, needs: Collection[str] = ()) -> str:

@@ -128,4 +128,8 @@ def part_met(config: PretrainedConfig, name: str) -> float:
 
 
 def _first_number(config: PretrainedConfig, names: tuple[str, ...]) -> int:
-    return next((number for name in names if (number := getattr(config, name, None))), 1)
+    """The first of these that a config has, or the part of it where dbrx keeps them; of a list, a number for each
+    layer, the largest. 1 for none."""
+    parts = (config, getattr(config, "ffn_config", None))
+    found = next((number for part in parts for name in names if (number := getattr(part, name, None))), 1)
+    return max(found) if isinstance(found, list) else found

@@ -141,7 +141,21 @@ def built(config: PretrainedConfig) -> nn.Module:
     """The model that this config describes, its text part alone, without storage. Raises UserError."""
     what = f"model type {config.model_type}: transformers cannot build it, or its text part cannot be told apart"
     with torch.device("meta"), as_user_error(what):
-        return without_other_parts(auto_class(config).from_config(config, **NO_CODE))
+        model = without_other_parts(auto_class(config).from_config(config, **NO_CODE))
+    return as_buffers(model, untrained(model))
+
+
+def untrained(lm: nn.Module) -> list[str]:
+    """Names of the parameters that transformers makes without a gradient, as biases of some routers' choice."""
+    return [name for name, param in lm.named_parameters() if not param.requires_grad]
+
+
+def as_buffers(lm: nn.Module, names: list[str]) -> nn.Module:
+    """The model with these parameters as buffers, which no training changes: not weight decay either."""
+    for module, _, name in (name.rpartition(".") for name in names):
+        param = lm.get_submodule(module)._parameters.pop(name)
+        lm.get_submodule(module).register_buffer(name, param.detach())
+    return lm
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
@@ -265,7 +279,8 @@ def load_partitioned(
     model.tie_weights()
     on_main = []
     ranks.once(lambda: on_main.append(_from_folder(folder, config, options, model)))
-    model = on_main.pop() if ranks.is_main else without_other_parts(model)
+    unchanging = untrained(without_other_parts(model))
+    model = as_buffers(on_main.pop() if ranks.is_main else model, unchanging)
     _share_buffers(model, ranks)
 
     group, unfit, parameters = [], [], list(model.named_parameters())

@@ -140,13 +140,13 @@ def _short_windows(lm: nn.Module, kernel: str, length: int) -> Iterator[None]:
             holder.sliding_window = window
 
 
-def verify_packed_model(engine, kernel: str, ranks: Ranks) -> None:
+def verify_packed_model(engine, kernel: str, ranks: Ranks, is_trained: bool = True) -> None:
     """Runs two made-up samples in one row, each in a row of its own, and each through transformers' own attention,
     experts and output layers.
 
-    Compares log-probabilities, and their sum's gradient of the embeddings; no gradient of a weight is computed. Catches
-    what no list of names can: an architecture that lets samples see each other, or whose logits are not its output
-    projection of its decoder's last hidden state. Raises UserError. Collective.
+    Compares log-probabilities and, of a model that is trained, their sum's gradient of the embeddings; no gradient of a
+    weight is computed. Catches what no list of names can: an architecture that lets samples see each other, or whose
+    logits are not its output projection of its decoder's last hidden state. Raises UserError. Collective.
     """
     lm, config, embeddings = engine.module.lm, engine.module.config, []
     generator = torch.Generator().manual_seed(0)
@@ -157,7 +157,9 @@ def verify_packed_model(engine, kernel: str, ranks: Ranks) -> None:
         return embeddings[-1].clone()  # which a model may change in place
 
     def gradient(logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return logps.detach(), torch.autograd.grad(logps.sum(), embeddings.pop())[0][0]
+        output = embeddings.pop()
+        of_output = torch.autograd.grad(logps.sum(), output)[0] if is_trained else torch.ones_like(output)
+        return logps.detach(), of_output[0]
 
     def in_one_row(*together: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         row = pack([sft_documents(SFTSample(ids, np.array([[len(ids) // 2, len(ids)]]))) for ids in together])
@@ -174,7 +176,7 @@ def verify_packed_model(engine, kernel: str, ranks: Ranks) -> None:
         for parameter in parameters:
             parameter.requires_grad_(False)
         what = f"model type {lm.config.model_type} cannot be run"
-        with _short_windows(lm, kernel, 8), as_user_error(what):
+        with _short_windows(lm, kernel, 8), as_user_error(what), torch.set_grad_enabled(is_trained):
             packed, apart = in_one_row(*samples), [in_one_row(ids) for ids in samples]
             engine.module.decoder.set_attn_implementation("eager")
             config._experts_implementation = "eager"

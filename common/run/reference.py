@@ -30,7 +30,7 @@ from common.model.logprobs import sequence_logps
 from common.ranks import Ranks
 from common.step import packing
 from common.step.packing import pack, pair_documents, pair_lengths, sft_documents
-from common.zero.engine import out_of_memory_explained
+from common.zero.engine import oom_explained
 
 PAIRS_PER_PART = 256
 ABANDONED = 3600  # seconds after which nobody writes a temporary file any more
@@ -99,7 +99,7 @@ def compute_logps(
         both = [pair_documents(r, share_prompt) if isinstance(r, PreferencePair) else sft_documents(r) for r in rows]
         return pack(both, share_prompt)
 
-    with torch.no_grad(), out_of_memory_explained(what, budget, int(lengths.max())) as size:
+    with torch.no_grad(), oom_explained(what, budget, int(lengths.max())) as size:
         for m, micro_batch in packing.one_ahead(prepared, range(len(plan))):
             size.tokens = micro_batch.num_tokens
             values, _ = engine(**packed.model_inputs(micro_batch, kernel, ranks.device))

@@ -75,7 +75,7 @@ def require_finite_weights(engine, step: int, ranks: Ranks) -> None:
 
 
 @contextmanager
-def out_of_memory_explained(when: str, budget: int, longest: int):
+def oom_explained(when: str, budget: int, longest: int):
     """Turns running out of memory into a TrainingStopped that says when, on what, and which flag to change.
 
     Gives an object whose `tokens` the loop sets to those of the micro-batch in hand; 0 where there is none, as in an

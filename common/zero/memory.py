@@ -25,7 +25,7 @@ from common.step.packing import Document, pack, pair_documents, sft_documents
 from common.zero import plan as planner
 from common.zero.checkpoint import RunState
 from common.zero.ds_config import RESIDENCY
-from common.zero.engine import out_of_memory_explained
+from common.zero.engine import oom_explained
 from common.zero.host_state import HostMemory, available_host_memory
 from common.zero.plan import Card, Choice, Memory, Plan, Shape, Workload, choose, plan_run
 from common.zero.residency import require_known_deepspeed
@@ -367,7 +367,7 @@ def _dry_run(
     ids = np.random.default_rng(0).integers(0, engine.module.config.vocab_size, tokens)
     row = pack([made_up(part) for part in np.array_split(ids, -(-tokens // longest))])
     memory_gb(ranks.device)  # from here on
-    with out_of_memory_explained("step 0", tokens, longest) as size:
+    with oom_explained("step 0", tokens, longest) as size:
         size.tokens = row.num_tokens
         engine.set_gradient_accumulation_boundary(False)
         inputs = model_inputs(row, kernel, ranks.device, config.router_aux_loss_coef)
