@@ -224,6 +224,8 @@ def parse_config(cls: type, argv: list[str] | None = None):
         with as_user_error(f"--config {given.config}: must hold `name: value` lines"):
             settings = yaml.load(named_file(given.config).read_text(encoding="utf-8"), _AsWritten)
             words = as_words(settings or {})
+            if mappings := [name for name, value in (settings or {}).items() if isinstance(value, dict)]:
+                raise ValueError(f"--{mappings[0]} is a mapping; write JSON in quotes")
         _parsed(parser, words, {*defaults}, source=f"{given.config}: ")
         given = _parsed(parser, [*words, *argv], known)
     for name in {*given.report_to} - {"none"}:

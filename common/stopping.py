@@ -47,7 +47,9 @@ def main_with_exit_codes(main: Callable[[], None]) -> Callable[[], None]:
         except Stopped as e:
             code = 128 + e.signal_number
             if is_first_to_tell("stopped"):
-                print_line(text := "stopped: all steps so far are in the last checkpoint; the same command continues")
+                print_line(
+                    text := "stopped: all steps so far are in the last checkpoint; --resume auto continues from it"
+                )
                 if os.path.samestat(os.fstat(1), os.stat(os.devnull)):  # as once a Ctrl-C has ended its `tee`
                     print_line(text, sys.stderr)
         except Exception as e:

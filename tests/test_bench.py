@@ -86,6 +86,7 @@ def test_a_run_that_fails_fails_the_benchmark_with_its_exit_code(tmp_path):
     done = run_bench(tmp_path, "sft", "1", "--steps", "2", "--ds_config", "nowhere.json")
     assert done.returncode == 2 and "nowhere.json" in done.stdout
     assert not list((tmp_path / "output" / "bench").glob("*.json"))
+    assert run_bench(tmp_path, "sft", "1", "--steps", "0").returncode == 2
 
 
 def test_lengths_have_the_mean_and_the_cap_that_are_asked_for():

@@ -159,6 +159,7 @@ NOT_SETTINGS = {
     "dataset_mixer: []": "--dataset_mixer",
     "seed: [1, 2]": "`2`",
     "seed: {a: 1}": "--seed",
+    "chat_template_kwargs: {a: 1}": "JSON in quotes",
     "seed: null": "--seed",
 }
 

@@ -261,6 +261,10 @@ def test_the_best_checkpoint_stays_and_is_exported_if_asked_for(setting):
     assert "resuming" not in run.stdout and f"the model of step {best}, after 12 steps" in run.stdout
     short = setting.run("sft", **changes, stop_after_steps=best).succeeded()
     assert_same_weights(run.output_dir, short.output_dir)
+    for is_best in (False, True):  # of the finished run
+        setting.run("sft", **changes, export_best=is_best, output_dir=run.output_dir).succeeded()
+        assert read_run_config(str(run.output_dir))["exported_step"] == (best if is_best else 12)
+    assert_same_weights(run.output_dir, short.output_dir)
 
 
 def test_the_best_is_compared_with_what_is_kept_and_of_the_same_held_out_data(tmp_path):

@@ -105,9 +105,10 @@ def test_memory_is_the_planners_for_8b_on_the_card_named(of_8b, capsys):
     assert "50.0% MFU" in values["hours"] and values["cost"].endswith("at 3")
 
 
-def test_where_nothing_fits_the_run_would_end_and_so_does_the_plan(of_8b):
-    with pytest.raises(UserError, match="host memory"):
-        main("sft", "1", "--gpu", "h100", "--host_memory_gb", "20", *of_8b)
+@pytest.mark.parametrize(("gigabytes", "named"), [("20", "host memory"), ("nan", "--host_memory_gb")])
+def test_where_nothing_fits_the_run_would_end_and_so_does_the_plan(of_8b, gigabytes, named):
+    with pytest.raises(UserError, match=named):
+        main("sft", "1", "--gpu", "h100", "--host_memory_gb", gigabytes, *of_8b)
 
 
 def test_a_draw_of_many_rows_gives_intervals_that_hold_all_of_them(no_weights, tmp_path, capsys, monkeypatch):

@@ -428,6 +428,8 @@ def test_export_and_verify_take_what_a_run_leaves(setting, method, capfd, monkey
     assert {name for name in theirs if name.startswith("model")} <= {*files_of(out)}
     with pytest.raises(UserError, match=str(out)):
         export.main(str(folder), str(out))  # a second time: it is not empty
+    with pytest.raises(UserError, match=str(out / "config.json")):
+        export.main(str(folder), str(out / "config.json"))
     monkeypatch.setattr(verify, "start_run", forked)
     if method == "sft":  # another one in the record
         metrics = (output_dir / "metrics.jsonl").read_text()

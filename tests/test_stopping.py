@@ -126,7 +126,7 @@ def test_the_exit_code_is_the_same_if_nobody_reads_why_and_what_a_terminal_canno
         assert "\\u6f22" in done.stdout and ("Traceback" in done.stderr) == (code == 1)
         assert ("\\u6f22" in done.stderr) == (code in (1, 2))
     elif unread == (1,):
-        assert ("the same command continues" in done.stderr) == (code == 130)
+        assert ("--resume auto continues" in done.stderr) == (code == 130)
 
 
 def stop_request_of_a_lost_reader(ranks):

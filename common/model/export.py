@@ -109,9 +109,10 @@ def export_parameters(folder: Path, output_dir: Path, shapes: dict[str, list[int
     buffers, lm, temporary = load_file(folder / BUFFERS), built(load_config(str(folder))), output_dir / ".export"
     # What an export that was cut off has left is no model yet, and is written again.
     ours = {temporary.name, *layout, *settings} if temporary.is_dir() else set()
-    if output_dir.exists() and {path.name for path in output_dir.iterdir()} - ours:
+    with as_user_error(f"{output_dir} cannot be a folder", FileExistsError, NotADirectoryError):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    if {path.name for path in output_dir.iterdir()} - ours:
         raise UserError(f"{output_dir} is not empty; name another folder")
-    output_dir.mkdir(parents=True, exist_ok=True)
     _begin(temporary, settings)
     for file, names in layout.items():
         stored: dict[str, torch.Tensor] = {}

@@ -30,7 +30,7 @@ def read_run_config(output_dir: str | Path) -> dict:
     path = Path(output_dir) / "run_config.json"
     if not path.is_file():
         return {}
-    with as_user_error(f"{path} is not what a run wrote; delete it or use another --output_dir"):
+    with as_user_error(f"{path} is not what a run wrote; put it back, or name another folder"):
         return {**json.loads(path.read_text(encoding="utf-8"))}  # a TypeError for what is no object
 
 

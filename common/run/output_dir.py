@@ -66,7 +66,9 @@ def _take(config: TrainConfig, identity: dict, last_step: int) -> tuple[int | No
     steps = result.get("steps")
     # A run that stopped early is finished for as long as the same patience is asked for.
     has_ended = steps == last_step or result.get("stopped_early") == (config.early_stopping_patience or 0)
-    is_finished = has_ended and _holds_model(output_dir)
+    exported_best = read_run_config(output_dir).get("config", {}).get("export_best", False)
+    is_what_is_asked = exported_best == config.export_best or not checkpoint.newest_first(config.output_dir)
+    is_finished = has_ended and is_what_is_asked and _holds_model(output_dir)
     if is_finished and config.clean_checkpoints_at_end:  # finish() was killed before it came to that
         checkpoint.delete_all(config.output_dir, "the run is done")
     return steps, is_finished

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import DPOConfig, SFTConfig, parse_config
-from common.failures import print_line
+from common.failures import UserError, print_line
 from common.verbs.launch import on_request_to_stop, split_number, start_run, visible_gpus
 from common.verbs.words import parsed
 
@@ -142,7 +142,9 @@ def main(*argv: str) -> int:
     method, options, words = parsed("bench", argv, **own)
     num_ranks, passed = split_number(words)
     parse_config(SFTConfig if method == "sft" else DPOConfig, passed)  # before anything is written
-    steps, folder = max(1, options.steps) + WARMUP_STEPS, Path("output/bench")
+    if options.steps < 1:
+        raise UserError(f"--steps {options.steps}: must be 1 or more")
+    steps, folder = options.steps + WARMUP_STEPS, Path("output/bench")
     model, data, out = folder / options.shape, folder / f"{method}-{options.lengths}.jsonl", folder / f"run-{method}"
     samples = SAMPLES_PER_RANK[options.lengths][not on_gpu] * num_ranks
     if not (model / "tokenizer.json").is_file():  # in a process of its own, which leaves the GPU when it is done

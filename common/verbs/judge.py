@@ -17,7 +17,7 @@ from common.run.curves import read_metrics
 WINDOW = 10  # logged steps at either end of a history that are averaged
 WARMUP_STEPS = 5  # logged steps whose duration is not judged: allocators, compilers and caches warm up
 ADVICE = {  # likely causes of a failed check, and what to try
-    "run finished": "read its output; 137: often the host's memory. The same command resumes from the last checkpoint",
+    "run finished": "read its output; 137: often the host's memory",
     "SFT loss falls": "learning rate too low or far too high; targets that are not the answers (see the sample)",
     "DPO loss falls": "learning rate too low; beta far too small or large; chosen and rejected swapped",
     "loss value": "learning rate too high; a tokenizer that is not the model's; an odd sample at that step",

@@ -8,6 +8,7 @@ host. --mfu: in place of the one predicted. Of a model only config.json and the 
 holds yet is tokenized, or, of more than 2,000 rows, a draw of so many. Exits with 2 where the run would.
 """
 
+import math
 import textwrap
 
 from common.config import DPOConfig, SFTConfig, parse_config
@@ -25,7 +26,11 @@ def main(*argv: str) -> int:
     flags_of_plan |= {name: {"type": float} for name in ("host_memory_gb", "mfu")}
     method, own, flags = parsed("plan", argv, **flags_of_plan)
     num_gpus = int(flags.pop(0)) if flags and flags[0].isdecimal() else num_here or 8
-    if num_gpus < 1 or not 0 < (1 if own.mfu is None else own.mfu) <= 1 or (own.host_memory_gb or 0) < 0:
+    if (
+        num_gpus < 1
+        or not 0 < (1 if own.mfu is None else own.mfu) <= 1
+        or not 0 <= (own.host_memory_gb or 0) < math.inf
+    ):
         raise UserError("N is 1 or more, --mfu is above 0 and at most 1, --host_memory_gb is 0 or more")
     config = parse_config(SFTConfig if method == "sft" else DPOConfig, flags)
     before_imports()
