@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from datetime import timedelta
 from types import SimpleNamespace
@@ -50,6 +51,22 @@ def everything(ranks) -> None:
 
 def test_every_rank_gets_the_same_results_and_work_may_last_longer_than_the_time_out():
     launch.Run(run, 3, (everything,)).wait().succeeded()
+
+
+def leaves_a_thread_in_torch(ranks) -> None:
+    def ask() -> None:
+        while True:
+            ranks.store.check(["name"])
+
+    threading.Thread(target=ask, daemon=True).start()
+    time.sleep(0.5)
+
+
+def test_a_rank_that_is_done_ends_well_while_a_thread_of_it_is_in_torchs_own_code():
+    """As the watch may be, or one of gloo's: where Python ends, such a thread aborts the process."""
+    code = "import test_ranks as test; test.run('', test.leaves_a_thread_in_torch)"
+    environment = os.environ | launch.CPU_ENVIRONMENT | {"PYTHONPATH": f"{launch.REPO}:{launch.REPO / 'tests'}"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
 
 
 ERRORS = {  # name -> (error, exit code, what its one line says)
